@@ -1,0 +1,160 @@
+"""Calibration text: which words a calibrated method sees, as windows of tokens with a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dse.config import CalibrationConfig, CalibrationSource
+from dse.errors import CalibrationError, did_you_mean
+
+__all__ = ["BUILTIN_TEXTS", "CalibrationWindows", "calibration_windows"]
+
+_DATA = Path(__file__).resolve().parent.parent / "data" / "calibration"
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationWindows:
+    """Token windows that calibration runs through the model.
+
+    Attributes:
+        token_ids: Shape (windows, window), int64.
+        fingerprint: 16 hexadecimal digits of the tokens and their arrangement.
+        description: What the text is, for records.
+    """
+
+    token_ids: Tensor
+    fingerprint: str
+    description: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.token_ids.numel()
+
+
+def _shipped(name: str) -> Callable[[], str]:
+    return lambda: (_DATA / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _python_docs() -> str:
+    """The language reference that every Python installation carries."""
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics.values())
+
+
+BUILTIN_TEXTS: dict[str, Callable[[], str]] = {
+    "general": _shipped("general"),
+    "grammar": _shipped("grammar"),
+    "facts": _shipped("facts"),
+    "python_docs": _python_docs,
+}
+"""Texts that need no network: three shipped with the package, and the language reference of the installation."""
+
+
+def calibration_windows(
+    tokenizer: Any, config: CalibrationConfig, *, longest_window: int | None = None
+) -> CalibrationWindows:
+    """Tokenise the sources and draw windows by seed, each source contributing its share.
+
+    A source shorter than its share gives all it has and the others make up for it.
+
+    Args:
+        tokenizer: The model's Hugging Face tokenizer.
+        config: Sources, tokens, window and seed.
+        longest_window: The model's context, where it is shorter than the window asked for.
+
+    Raises:
+        CalibrationError: A text cannot be read, or all together are shorter than the tokens asked for.
+    """
+    window = min(config.window, longest_window or config.window)
+    pieces = [_windows_of(tokenizer, _read(source), window, config.seed) for source in config.sources]
+    wanted = max(1, config.tokens // window)
+    counts = _shares([len(piece) for piece in pieces], [source.weight for source in config.sources], wanted)
+    if sum(counts) < wanted:
+        available = sum(len(piece) for piece in pieces) * window
+        raise CalibrationError(
+            f"calibration text must hold {config.tokens} tokens in whole windows of {window}, but its sources hold"
+            f" {available}; lower `calibration.tokens` or name more text"
+        )
+    token_ids = torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+    description = ", ".join(
+        f"{_name(source)} ({count * window} tokens)" for source, count in zip(config.sources, counts, strict=True)
+    )
+    digest = hashlib.sha256(f"{tuple(token_ids.shape)}".encode() + token_ids.numpy().tobytes())
+    return CalibrationWindows(token_ids, digest.hexdigest()[:16], description)
+
+
+def _name(source: CalibrationSource) -> str:
+    return source.builtin or source.file or f"{source.dataset}/{source.config or ''}[{source.split}]"
+
+
+def _read(source: CalibrationSource) -> str:
+    if source.builtin is not None:
+        if source.builtin not in BUILTIN_TEXTS:
+            raise CalibrationError(
+                f"a builtin calibration text must be one of {', '.join(BUILTIN_TEXTS)}, but got '{source.builtin}'"
+                f"{did_you_mean(source.builtin, BUILTIN_TEXTS)}"
+            )
+        return BUILTIN_TEXTS[source.builtin]()
+    if source.file is not None:
+        try:
+            return Path(source.file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise CalibrationError(f"calibration file {source.file} must be readable UTF-8 text, but: {reason}") from error
+    return _read_dataset(source)
+
+
+def _read_dataset(source: CalibrationSource) -> str:
+    """Join the text column of a hub dataset."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.dataset, source.config, split=source.split)
+        return "\n\n".join(text for text in rows[source.column] if text.strip())
+    except Exception as error:  # noqa: BLE001 - the library raises a zoo of its own; each means the text is not to be had
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"calibration dataset '{source.dataset}' must be loadable, but: {reason}; without a hub, name a `file` or a"
+            f" `builtin` ({', '.join(BUILTIN_TEXTS)})"
+        ) from error
+
+
+def _windows_of(tokenizer: Any, text: str, window: int, seed: int) -> Tensor:
+    """Whole windows of the text in an order drawn by `seed`, shape (windows, window)."""
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # "sequence longer than ..."
+    token_ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    count = len(token_ids) // window
+    windows = token_ids[: count * window].reshape(count, window)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return windows[order]
+
+
+def _shares(available: list[int], weights: list[float], wanted: int) -> list[int]:
+    """Split `wanted` windows by weight, no source giving more than it has.
+
+    Largest-remainder rounding over the sources that still have windows left, repeated until nothing can be handed out.
+    """
+    counts = [0] * len(available)
+    while sum(counts) < wanted:
+        open_sources = [i for i, have in enumerate(available) if counts[i] < have]
+        if not open_sources:
+            break
+        missing, total = wanted - sum(counts), sum(weights[i] for i in open_sources)
+        exact = {i: missing * weights[i] / total for i in open_sources}
+        grants = {i: min(int(exact[i]), available[i] - counts[i]) for i in open_sources}
+        if not any(grants.values()):
+            first = max(open_sources, key=lambda i: exact[i])
+            grants = {first: 1}
+        for i, grant in grants.items():
+            counts[i] += grant
+    return counts

@@ -1,0 +1,186 @@
+"""Decompose once, slice any rank: the factor bank."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import filelock
+from torch import Tensor, nn
+
+from dse.cost import check_point, has_core
+from dse.decomposition.calibration_text import CalibrationWindows
+from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
+from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
+from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
+from dse.decomposition.methods import METHODS, factorise
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import CalibrationError, PointError, StorageFullError
+from dse.files import cache_dir, disk_errors
+from dse.models import LoadedModel
+from dse.progress import ProgressCallback, ignore_progress
+from dse.topology import Topology
+
+__all__ = ["FactorBank", "RankRequests", "requests_of_points"]
+
+logger = logging.getLogger("dse")
+
+RankRequests = Mapping[str, Mapping[str, int]]
+"""Method name to tensor name to the largest rank that will be asked for."""
+
+
+class FactorBank:
+    """Factors of a model's tensors, built once per (model, method, calibration text) and kept in the user's cache.
+
+    Truncated SVDs are nested: the best rank-r factors are the leading r columns of the best rank-R ones. So each tensor
+    is decomposed once, at the largest rank a space can ask for, and every smaller rank is a slice.
+    """
+
+    def __init__(self, topology: Topology, stores: Mapping[str, FactorStore]) -> None:
+        self._topology = topology
+        self._stores = stores
+
+    @classmethod
+    def build(
+        cls,
+        loaded: LoadedModel,
+        requests: RankRequests | Iterable[DesignPoint],
+        calibration: CalibrationWindows | None = None,
+        *,
+        folder: Path | None = None,
+        gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
+        progress: ProgressCallback = ignore_progress,
+    ) -> FactorBank:
+        """Open the bank, decomposing what is missing, damaged, or stored at too small a rank.
+
+        Tensors are streamed: one is read, decomposed, written and let go before the next. A build that was killed goes
+        on where it stood.
+
+        Args:
+            loaded: The dense model.
+            requests: Largest rank per method and tensor, or the points that will be applied.
+            calibration: Needed by calibrated methods.
+            folder: Where banks live; the user's cache by default.
+            gram_budget_bytes: Memory for Gram matrices; less means more passes over the calibration text.
+            progress: Called as ("calibrate", tokens, tokens) and ("decompose", tensors, tensors).
+
+        Raises:
+            CalibrationError: A calibrated method was asked for without calibration text.
+            PointError: The model is not dense now.
+            StorageFullError: The disk has no room for the bank.
+        """
+        wanted = requests if isinstance(requests, Mapping) else requests_of_points(requests)
+        root = folder or cache_dir() / "factor_banks"
+        bank = cls(loaded.topology, {method: _store(root, loaded, method, calibration) for method in wanted})
+        for method, ranks in wanted.items():
+            store = bank._stores[method]
+            with disk_errors(store.folder):
+                store.folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(store.folder / ".lock"):
+                store.open(ranks)
+                missing = {name: rank for name, rank in ranks.items() if store.rank(name) < rank}
+                if missing:
+                    _check_room(store.folder, loaded.topology, method, missing)
+                    _fill(store, loaded, method, missing, calibration, gram_budget_bytes, progress)
+        return bank
+
+    def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
+        """Factors of one tensor, sliced from the bank; float32 on the CPU.
+
+        Raises:
+            PointError: The bank was not built for this tensor, method or rank.
+        """
+        store = self._stores.get(choice.method)
+        built = 0 if store is None else store.rank(name)
+        if store is None or built < choice.rank:
+            raise PointError(
+                f"`rank <= {built}` must hold for '{name}' by '{choice.method}' in this factor bank, but got"
+                f" rank={choice.rank}; build the bank for it"
+            )
+        return store.get(name, choice.rank)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods the bank holds."""
+        return tuple(self._stores)
+
+    @property
+    def folders(self) -> Mapping[str, Path]:
+        """Method to the folder of its factors."""
+        return {method: store.folder for method, store in self._stores.items()}
+
+
+def requests_of_points(points: Iterable[DesignPoint]) -> dict[str, dict[str, int]]:
+    """Largest rank per method and tensor over these points."""
+    ranks: dict[str, dict[str, int]] = {}
+    for point in points:
+        for name, choice in point:
+            of_method = ranks.setdefault(choice.method, {})
+            of_method[name] = max(choice.rank, of_method.get(name, 0))
+    return ranks
+
+
+def _store(root: Path, loaded: LoadedModel, method: str, calibration: CalibrationWindows | None) -> FactorStore:
+    identity = {"model": loaded.fingerprint, "method": method, "calibration": ""}
+    if METHODS[method].is_calibrated:
+        if calibration is None:
+            raise CalibrationError(f"method '{method}' needs calibration text, but none was given; name `calibration.sources`")
+        identity["calibration"] = calibration.fingerprint
+    key = hashlib.sha256("|".join((str(SCHEMA_VERSION), *identity.values())).encode()).hexdigest()[:16]
+    return FactorStore(root / f"{method}-{key}", identity)
+
+
+def _check_room(folder: Path, topology: Topology, method: str, ranks: Mapping[str, int]) -> None:
+    needed = sum(4 * rank * (topology[name].out_features + topology[name].in_features) for name, rank in ranks.items())
+    if has_core(method):
+        needed += sum(4 * rank**2 for rank in ranks.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageFullError(
+            f"the factor bank needs {needed / 1e6:.0f} MB in {folder}, but the disk has {free / 1e6:.0f} MB free; free"
+            " some, or set DSE_CACHE to a folder on another disk"
+        )
+
+
+def _fill(
+    store: FactorStore,
+    loaded: LoadedModel,
+    method: str,
+    ranks: Mapping[str, int],
+    calibration: CalibrationWindows | None,
+    gram_budget_bytes: int,
+    progress: ProgressCallback,
+) -> None:
+    """Decompose `ranks` tensor by tensor into `store`."""
+    names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.name in ranks)
+    done = 0
+
+    def decompose(name: str, gram: Tensor | None) -> None:
+        nonlocal done
+        progress("decompose", done, len(names))
+        store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram))
+        done += 1
+        progress("decompose", done, len(names))
+
+    for name in ranks:
+        check_point(loaded.topology, DesignPoint.of({name: TensorChoice(method, ranks[name])}))
+    if calibration is not None and METHODS[method].is_calibrated:
+        grams = iterate_grams(
+            loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
+        )
+        for sharing, gram in grams:
+            for name in sharing:
+                decompose(name, gram)
+    else:
+        for name in names:
+            decompose(name, None)
+
+
+def _dense_weight(loaded: LoadedModel, name: str) -> Tensor:
+    module: nn.Module = loaded.model.get_submodule(loaded.topology[name].module)
+    if isinstance(module, LowRankLinear):
+        raise PointError(f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first")
+    return as_matrix(module).detach()

@@ -1,0 +1,115 @@
+"""Factors of one method on disk: a safetensors file per tensor, and a manifest that vouches for them.
+
+Left factors are stored transposed, so that the leading r columns of either factor are one contiguous slice of a
+memory-mapped file: reading rank 8 of a factor built to rank 256 touches 8 rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+
+from dse.decomposition.low_rank import LowRankFactors
+from dse.files import write_bytes, write_json
+
+__all__ = ["SCHEMA_VERSION", "FactorStore"]
+
+logger = logging.getLogger("dse")
+
+SCHEMA_VERSION = 1
+
+
+class FactorStore:
+    """The factors of one (model, method, calibration text), in one folder.
+
+    A file counts only if the manifest names it with this size and SHA-256; the manifest is written after the file, and
+    both are replaced atomically, so a kill at any moment leaves a store that is whole as far as it goes.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
+        self.folder = folder
+        self.identity = identity
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where the manifest lies."""
+        return self.folder / "manifest.json"
+
+    def open(self, names: Iterable[str]) -> None:
+        """Read the manifest and verify the files of `names`; what is damaged or absent is forgotten (and rebuilt)."""
+        self._entries = self._read_manifest()
+        known = [name for name in names if name in self._entries]
+        with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock, so files are hashed side by side
+            intact = list(pool.map(self._is_intact, known))
+        for name, good in zip(known, intact, strict=True):
+            if not good:
+                logger.warning("factor bank: %s of %s is damaged; it will be built again", name, self.folder)
+                del self._entries[name]
+
+    def rank(self, name: str) -> int:
+        """Largest rank in store for this tensor; 0 if there is none."""
+        return int(self._entries[name]["rank"]) if name in self._entries else 0
+
+    def put(self, name: str, factors: LowRankFactors) -> None:
+        """Write the factors of one tensor, then the manifest.
+
+        Raises:
+            StorageFullError: The disk is full or the folder cannot be written.
+        """
+        tensors = {"left_transposed": factors.left.T.cpu().contiguous(), "right": factors.right.cpu().contiguous()}
+        if factors.core is not None:
+            tensors["core"] = factors.core.cpu().contiguous()
+        content = safetensors.torch.save(tensors)
+        write_bytes(self._path(name), content)
+        self._entries[name] = {
+            "rank": factors.rank,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        write_json(self.manifest_path, {"schema": SCHEMA_VERSION, **self.identity, "tensors": self._entries})
+
+    def get(self, name: str, rank: int) -> LowRankFactors:
+        """The leading `rank` columns of this tensor's factors, float32 on the CPU."""
+        with safe_open(self._path(name), framework="pt") as file:
+            left = file.get_slice("left_transposed")[:rank].T.contiguous()
+            right = file.get_slice("right")[:rank]
+            core = file.get_slice("core")[:rank, :rank] if "core" in file.keys() else None  # noqa: SIM118 - no mapping
+        return LowRankFactors(left, right, core)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _read_manifest(self) -> dict[str, dict[str, Any]]:
+        try:
+            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            if manifest["schema"] != SCHEMA_VERSION or any(manifest[key] != self.identity[key] for key in self.identity):
+                return {}
+            entries = manifest["tensors"]
+            return {
+                str(name): {"rank": int(e["rank"]), "bytes": int(e["bytes"]), "sha256": str(e["sha256"])}
+                for name, e in entries.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            logger.warning("factor bank: %s is damaged; the bank will be built again", self.manifest_path)
+            return {}
+
+    def _is_intact(self, name: str) -> bool:
+        entry, path = self._entries[name], self._path(name)
+        try:
+            if path.stat().st_size != entry["bytes"]:
+                return False
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
+        except OSError:
+            return False

@@ -1,0 +1,136 @@
+"""Put a design point into a resident model, and take it out again without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dse.cost import point_problems
+from dse.design_point import DesignPoint, TensorChoice
+from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
+from dse.errors import PointError, RankError
+from dse.models import LoadedModel
+from dse.topology import DecomposableTensor, Topology
+
+__all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose"]
+
+
+class FactorSource(Protocol):
+    """Anything that yields factors for a tensor: a `FactorBank`, or a test's own."""
+
+    def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
+        """Factors of tensor `name` at this method and rank."""
+        ...
+
+
+class AppliedPoint:
+    """A point that is in the model now; `undo()` puts the very same dense modules back."""
+
+    def __init__(self, point: DesignPoint) -> None:
+        self.point = point
+        self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the factors are in the model rather than the dense modules."""
+        return bool(self._swaps) and getattr(self._swaps[0][0], self._swaps[0][1]) is self._swaps[0][3]
+
+    def use_dense(self) -> None:
+        """Put the dense modules in; they were never altered, so the weights are bit-identical."""
+        for parent, attribute, dense, _ in self._swaps:
+            setattr(parent, attribute, dense)
+
+    def use_point(self) -> None:
+        """Put the low-rank modules in again."""
+        for parent, attribute, _, low_rank in self._swaps:
+            setattr(parent, attribute, low_rank)
+
+    def undo(self) -> None:
+        """Restore the dense modules for good and let the factors go."""
+        self.use_dense()
+        self._swaps.clear()
+
+    def _add(self, parent: nn.Module, attribute: str, dense: nn.Module, low_rank: nn.Module) -> None:
+        self._swaps.append((parent, attribute, dense, low_rank))
+
+
+def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source: FactorSource) -> AppliedPoint:
+    """Replace the tensors that `point` names by low-rank modules.
+
+    All is resolved and checked before anything is replaced; if a factor cannot be had half-way, nothing was replaced.
+
+    Args:
+        model: The dense model, resident on its device.
+        topology: Its topology.
+        point: What to decompose.
+        source: Where factors come from; they are cast to the dense weight's dtype and moved to its device.
+
+    Returns:
+        The handle that undoes it.
+
+    Raises:
+        PointError: The point does not fit this model, or a tensor is already decomposed; every problem is listed.
+        RankError: As above, where ranks above break-even are the only problems.
+    """
+    problems = point_problems(topology, point)
+    problems += [p for name, _ in point if name in topology.by_name for p in _module_problems(model, topology[name])]
+    if problems:
+        kind = RankError if all(isinstance(problem, RankError) for problem in problems) else PointError
+        head = "" if len(problems) == 1 else f"{len(problems)} problems with this point, nothing was changed: "
+        raise kind(head + " | ".join(str(problem) for problem in problems))
+    applied = AppliedPoint(point)
+    for name, choice in point:
+        tensor = topology[name]
+        parent_path, _, attribute = tensor.module.rpartition(".")
+        dense = model.get_submodule(tensor.module)
+        applied._add(model.get_submodule(parent_path), attribute, dense, _low_rank(dense, source.factors(name, choice)))
+    applied.use_point()
+    return applied
+
+
+@contextlib.contextmanager
+def decompose(loaded: LoadedModel, point: DesignPoint, source: FactorSource) -> Iterator[AppliedPoint]:
+    """Have `point` in the model for the length of a `with` block; it is undone also when the block raises.
+
+    Raises:
+        PointError: The point does not fit this model.
+    """
+    handle = apply_point(loaded.model, loaded.topology, point, source)
+    try:
+        yield handle
+    finally:
+        handle.undo()
+
+
+def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[PointError]:
+    try:
+        module = model.get_submodule(tensor.module)
+    except AttributeError:
+        return [PointError(f"the model must have the module '{tensor.module}' ('{tensor.name}'), but it has none: another model?")]
+    if isinstance(module, LowRankLinear):
+        return [PointError(f"'{tensor.name}' must be dense before a point is applied, but it is decomposed already; undo first")]
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+    expected = tensor.shape if tensor.kind == "linear" else tensor.shape[::-1]
+    if shape != expected:
+        return [PointError(f"'{tensor.name}' must have a weight of shape {expected}, but the model's is {shape}: another model?")]
+    return []
+
+
+def _low_rank(dense: nn.Module, factors: LowRankFactors) -> LowRankLinear:
+    weight, bias = dense.weight, dense.bias
+    assert isinstance(weight, torch.Tensor)  # noqa: S101 - checked by _module_problems
+    assert bias is None or isinstance(bias, torch.Tensor)  # noqa: S101
+    moved = [
+        None if t is None else t.to(device=weight.device, dtype=weight.dtype)
+        for t in (factors.left, factors.right, factors.core)
+    ]
+    left, right, core = moved
+    assert left is not None  # noqa: S101
+    assert right is not None  # noqa: S101
+    module = LowRankLinear(left, right, bias, core)
+    return module.train(dense.training)

@@ -1,0 +1,226 @@
+"""A design point: which tensors are replaced by low-rank factors, by which method, at which rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dse.errors import PointError, did_you_mean
+from dse.topology import Topology
+
+__all__ = ["METHOD_NAMES", "DesignPoint", "TensorChoice"]
+
+METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd")
+"""Decomposition methods a point may name; `dse.decomposition` maps each to its function."""
+
+_COMPACT_KEYS = ("method", "rank", "layers", "roles")
+
+
+@dataclass(frozen=True, order=True)
+class TensorChoice:
+    """How one tensor is decomposed.
+
+    Attributes:
+        method: One of `METHOD_NAMES`.
+        rank: Columns kept, at least 1; the upper end depends on the tensor (see `dse.cost.break_even_rank`).
+    """
+
+    method: str
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.method not in METHOD_NAMES:
+            raise PointError(
+                f"`method` must be one of {', '.join(METHOD_NAMES)}, but got '{self.method}'"
+                f"{did_you_mean(str(self.method), METHOD_NAMES)}"
+            )
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise PointError(f"`rank >= 1` must hold and be an integer, but got rank={self.rank!r}")
+
+
+@dataclass(frozen=True)
+class DesignPoint:
+    """One configuration of the design space; every tensor it does not name stays dense.
+
+    Attributes:
+        choices: (tensor name, choice) pairs, sorted by name, so that equal points compare and hash equal.
+    """
+
+    choices: tuple[tuple[str, TensorChoice], ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.choices]
+        if len(set(names)) != len(names):
+            raise PointError(f"a tensor may be named once in a point, but got {sorted(names)}")
+        object.__setattr__(self, "choices", tuple(sorted(self.choices)))
+
+    @classmethod
+    def dense(cls) -> DesignPoint:
+        """The point that decomposes nothing."""
+        return cls()
+
+    @classmethod
+    def of(cls, choices: Mapping[str, TensorChoice]) -> DesignPoint:
+        """Build a point from tensor name to choice."""
+        return cls(tuple(choices.items()))
+
+    @classmethod
+    def uniform(
+        cls, topology: Topology, method: str, rank: int, layers: list[int] | str = "all", roles: list[str] | str = "all"
+    ) -> DesignPoint:
+        """The compact form: one method and rank for these roles of these layers.
+
+        Raises:
+            PointError: A layer, role, method or rank is not one.
+        """
+        choice = TensorChoice(method, rank)
+        return cls(tuple((name, choice) for name in topology.select(layers, roles)))
+
+    @classmethod
+    def from_json(cls, content: str | Mapping[str, Any], topology: Topology) -> DesignPoint:
+        """Read a point in compact or expanded form.
+
+        Args:
+            content: JSON text or its parsed mapping: `{"method", "rank", "layers", "roles"}` or `{"tensors": {...}}`.
+            topology: The model's tensors; the compact form is expanded over them.
+
+        Raises:
+            PointError: The content is neither form, or names what the model does not have.
+        """
+        data = _parse_json(content) if isinstance(content, str) else content
+        if not isinstance(data, Mapping):
+            raise PointError(f"a design point must be a JSON object, but got {_short(data)}")
+        if "tensors" in data:
+            return cls._from_expanded(data, topology)
+        return cls._from_compact(data, topology)
+
+    @classmethod
+    def read(cls, source: str, topology: Topology) -> DesignPoint:
+        """Read a point from JSON text, from a JSON file, or from the word `dense`.
+
+        Raises:
+            PointError: `source` is neither, or its content is not a point of this model.
+        """
+        text = source.strip()
+        if text == "dense":
+            return cls.dense()
+        if not text.startswith(("{", "[", '"')):
+            path = Path(text)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise PointError(
+                    f"a point must be JSON text, the word 'dense' or a readable JSON file, but got {_short(source)}"
+                    f" ({getattr(error, 'strerror', None) or error})"
+                ) from error
+        return cls.from_json(text, topology)
+
+    @classmethod
+    def _from_expanded(cls, data: Mapping[str, Any], topology: Topology) -> DesignPoint:
+        _refuse_unknown(data, ("tensors",))
+        tensors = data["tensors"]
+        if not isinstance(tensors, Mapping):
+            raise PointError(f"`tensors` must map tensor names to choices, but got {_short(tensors)}")
+        choices = {}
+        for name, entry in tensors.items():
+            tensor = topology[str(name)]
+            if not isinstance(entry, Mapping):
+                raise PointError(f'the choice for \'{name}\' must be like {{"method": "svd", "rank": 64}}, but got {_short(entry)}')
+            _refuse_unknown(entry, ("method", "rank"))
+            choices[tensor.name] = _choice(entry)
+        return cls.of(choices)
+
+    @classmethod
+    def _from_compact(cls, data: Mapping[str, Any], topology: Topology) -> DesignPoint:
+        _refuse_unknown(data, _COMPACT_KEYS)
+        if not data:
+            return cls.dense()
+        layers, roles = data.get("layers", "all"), data.get("roles", "all")
+        if not isinstance(layers, str) and not _is_list_of(layers, int):
+            raise PointError(f"`layers` must be 'all' or a list of layer indices, but got {_short(layers)}")
+        if not isinstance(roles, str) and not _is_list_of(roles, str):
+            raise PointError(f"`roles` must be 'all' or a list of roles, but got {_short(roles)}")
+        choice = _choice(data)
+        return cls.uniform(topology, choice.method, choice.rank, layers, roles)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorChoice]:
+        """Tensor name to choice."""
+        return dict(self.choices)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is decomposed."""
+        return not self.choices
+
+    @cached_property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that depend on the choices alone."""
+        return hashlib.sha256(self.canonical_json.encode()).hexdigest()[:12]
+
+    @cached_property
+    def canonical_json(self) -> str:
+        """The expanded form on one line, keys sorted."""
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+
+    def to_json(self) -> dict[str, Any]:
+        """The expanded form: `{"tensors": {name: {"method", "rank"}}}`."""
+        return {"tensors": {name: {"method": c.method, "rank": c.rank} for name, c in self.choices}}
+
+    def compact(self, topology: Topology) -> dict[str, Any] | None:
+        """The compact form, or None where the point is not uniform over layers x roles."""
+        methods = {choice for _, choice in self.choices}
+        if len(methods) != 1 or any(topology[name].layer is None for name, _ in self.choices):
+            return None
+        choice = next(iter(methods))
+        layers = sorted({layer for name, _ in self.choices if (layer := topology[name].layer) is not None})
+        roles = [role for role in topology.roles if any(topology[name].role == role for name, _ in self.choices)]
+        if set(topology.select(layers, roles)) != set(self.by_name):
+            return None
+        all_roles = roles == list(topology.roles)
+        return {"method": choice.method, "rank": choice.rank, "layers": layers, "roles": "all" if all_roles else roles}
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def __iter__(self) -> Iterator[tuple[str, TensorChoice]]:
+        return iter(self.choices)
+
+
+def _choice(entry: Mapping[str, Any]) -> TensorChoice:
+    for key in ("method", "rank"):
+        if key not in entry:
+            raise PointError(f"a point needs '{key}', but got {_short(dict(entry))}; write it, or use the expanded form")
+    if not isinstance(entry["method"], str):
+        raise PointError(f"`method` must be a name, but got {_short(entry['method'])}")
+    return TensorChoice(entry["method"], entry["rank"])
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PointError(f"a design point must be valid JSON, but got {_short(text)} ({error})") from error
+
+
+def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in known:
+            raise PointError(
+                f"the keys of a point are {', '.join(known)}, but got '{_short(key)}'{did_you_mean(str(key), known)}"
+            )
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,284 @@
+"""What an evaluation found: one record per task, with the outcome of every document."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dse.errors import StudyError, TaskError
+from dse.evaluation.statistics import (
+    Interval,
+    PairedDrop,
+    PairedRatio,
+    mean_interval,
+    paired_drop,
+    paired_perplexity_ratio,
+    perplexity_interval,
+)
+from dse.files import write_bytes
+
+__all__ = ["PERPLEXITY_METRICS", "EvaluationResult", "TaskResult", "choose_metric", "kind_of", "read_outcomes"]
+
+PERPLEXITY_METRICS = ("word_perplexity", "perplexity", "byte_perplexity")
+"""Metrics that are exp(-log-likelihood per unit); their outcomes are (log-likelihood, units) pairs."""
+
+Kind = Literal["accuracy", "perplexity", "other"]
+
+_PREFERRED_METRICS = ("acc", "acc_norm", "exact_match", "f1", *PERPLEXITY_METRICS)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """Result of one task.
+
+    Attributes:
+        task: The task's own name.
+        metric: The metric that stands for it.
+        value: Of that metric.
+        stderr: Its standard error, unpaired, as lm-eval reports it; None where there is none.
+        documents: Documents evaluated.
+        higher_is_better: Of that metric.
+        outcomes: float64, one row per document in the order of the data set: shape (documents,) for a metric that
+            is a mean, (documents, 2) for (log-likelihood, words) and other pairs; NaN for a document without one.
+        all_metrics: Every metric of the task: name to (value, standard error), None where there is none.
+        weight: Share of the task in the means of `EvaluationResult`.
+        kind: `accuracy` (mean over documents of values in [0, 1], higher being better), `perplexity`, or `other`,
+            which takes part in no mean.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int
+    higher_is_better: bool
+    outcomes: NDArray[np.float64]
+    all_metrics: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    weight: float = 1.0
+    kind: Kind = "other"
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """Results of all tasks for one design point.
+
+    Attributes:
+        tasks: In the order asked for.
+        seconds: Wall time of the evaluation.
+    """
+
+    tasks: tuple[TaskResult, ...]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float | None:
+        """Weighted mean over the tasks measured by an accuracy; None without one."""
+        return _weighted_mean(self._accuracy_tasks, lambda task: task.value)
+
+    @property
+    def accuracy_stderr(self) -> float | None:
+        """Standard error of `accuracy`, the tasks being independent; None where one of them has none."""
+        tasks = self._accuracy_tasks
+        if not tasks or any(task.stderr is None for task in tasks):
+            return None
+        total = sum(task.weight for task in tasks)
+        return math.sqrt(sum((task.weight / total * (task.stderr or 0.0)) ** 2 for task in tasks))
+
+    @property
+    def perplexity(self) -> float | None:
+        """Weighted geometric mean over the tasks measured by a perplexity; None without one."""
+        mean = _weighted_mean(self._perplexity_tasks, lambda task: math.log(task.value))
+        return None if mean is None else math.exp(mean)
+
+    def accuracy_interval(self, confidence: float = 0.95) -> Interval | None:
+        """`accuracy` with its confidence interval; None without an accuracy task."""
+        tasks = self._accuracy_tasks
+        return mean_interval([t.outcomes for t in tasks], [t.weight for t in tasks], confidence) if tasks else None
+
+    def perplexity_interval(self, confidence: float = 0.95) -> Interval | None:
+        """`perplexity` with its confidence interval; None without a perplexity task."""
+        tasks = self._perplexity_tasks
+        return (
+            perplexity_interval([t.outcomes for t in tasks], [t.weight for t in tasks], confidence) if tasks else None
+        )
+
+    def accuracy_drop(self, dense: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
+        """Dense minus this accuracy, paired by document; None without an accuracy task.
+
+        Raises:
+            TaskError: `dense` was evaluated on other tasks or documents.
+        """
+        ours, theirs = _aligned(self._accuracy_tasks, dense._accuracy_tasks)
+        if not ours:
+            return None
+        weights = [task.weight for task in ours]
+        return paired_drop([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+
+    def perplexity_ratio(self, dense: EvaluationResult, confidence: float = 0.95) -> PairedRatio | None:
+        """This perplexity over dense, paired by document; None without a perplexity task.
+
+        Raises:
+            TaskError: `dense` was evaluated on other tasks or documents.
+        """
+        ours, theirs = _aligned(self._perplexity_tasks, dense._perplexity_tasks)
+        if not ours:
+            return None
+        weights = [task.weight for task in ours]
+        return paired_perplexity_ratio([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the outcomes (see `write_outcomes`), as JSON values."""
+        return {
+            "seconds": self.seconds,
+            "tasks": [
+                {
+                    "task": task.task,
+                    "metric": task.metric,
+                    "value": task.value,
+                    "stderr": task.stderr,
+                    "documents": task.documents,
+                    "higher_is_better": task.higher_is_better,
+                    "weight": task.weight,
+                    "kind": task.kind,
+                    "all_metrics": {name: list(pair) for name, pair in task.all_metrics.items()},
+                }
+                for task in self.tasks
+            ],
+        }
+
+    @classmethod
+    def from_json(
+        cls, data: Mapping[str, Any], outcomes: Mapping[str, NDArray[np.float64]] | None = None
+    ) -> EvaluationResult:
+        """Inverse of `to_json`.
+
+        Args:
+            data: What `to_json` returned.
+            outcomes: What `read_outcomes` returned; without it, tasks have no outcomes and no intervals.
+
+        Raises:
+            StudyError: `data` lacks a key or holds the wrong kind of value.
+        """
+        try:
+            tasks = tuple(_task_of_json(task, outcomes or {}) for task in data["tasks"])
+            return cls(tasks, float(data["seconds"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StudyError(f"a stored evaluation must hold every field, but: {error!r}; evaluate it again") from error
+
+    def write_outcomes(self, path: Path) -> None:
+        """Write the outcomes of every task to a compressed .npz file, atomically and without pickle.
+
+        Raises:
+            StorageFullError: The disk is full or the folder cannot be written.
+        """
+        arrays = {f"outcomes_{index}": task.outcomes for index, task in enumerate(self.tasks)}
+        names = np.asarray([task.task for task in self.tasks], dtype=np.str_)
+        stream = io.BytesIO()
+        np.savez_compressed(stream, allow_pickle=False, tasks=names, **arrays)
+        write_bytes(path, stream.getvalue())
+
+    @property
+    def _accuracy_tasks(self) -> list[TaskResult]:
+        return [task for task in self.tasks if task.kind == "accuracy"]
+
+    @property
+    def _perplexity_tasks(self) -> list[TaskResult]:
+        return [task for task in self.tasks if task.kind == "perplexity"]
+
+
+def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Read what `EvaluationResult.write_outcomes` wrote: task name to outcomes.
+
+    Raises:
+        StudyError: The file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = [str(name) for name in archive["tasks"]]
+            return {name: archive[f"outcomes_{i}"].astype(np.float64, copy=False) for i, name in enumerate(names)}
+    except FileNotFoundError:
+        raise StudyError(f"the outcomes of a trial must be kept, but '{path}' does not exist") from None
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise StudyError(
+            f"stored outcomes must be readable, but '{path}' is damaged; evaluate the trial again"
+        ) from error
+
+
+def kind_of(metric: str, outcomes: NDArray[np.float64], *, is_mean: bool, higher_is_better: bool) -> Kind:
+    """What a metric measures, told from its name, its outcomes and how they are put together."""
+    if outcomes.ndim == 2:
+        return "perplexity" if metric.partition(",")[0] in PERPLEXITY_METRICS else "other"
+    present = outcomes[~np.isnan(outcomes)]
+    is_share = bool(present.size) and bool(((present >= 0.0) & (present <= 1.0)).all())
+    return "accuracy" if is_mean and higher_is_better and is_share else "other"
+
+
+def choose_metric(task: str, available: Sequence[str], asked: str | None = None) -> str:
+    """The metric that stands for a task.
+
+    Args:
+        task: For the message.
+        available: The task's metrics, `name` or `name,filter`, in its own order.
+        asked: The user's choice; a bare name takes its first filter.
+
+    Raises:
+        TaskError: The task has no metric, or not the one asked for.
+    """
+    if not available:
+        raise TaskError(f"a task must have a metric, but '{task}' has none; give it a `metric_list`")
+    if asked is None:
+        found = (_with_name(name, available) for name in _PREFERRED_METRICS)
+        return next((metric for metric in found if metric is not None), available[0])
+    metric = asked if asked in available else _with_name(asked, available)
+    if metric is None:
+        raise TaskError(f"the metric of task '{task}' must be one of {', '.join(available)}, but got '{asked}'")
+    return metric
+
+
+def _with_name(name: str, available: Sequence[str]) -> str | None:
+    return next((metric for metric in available if metric.partition(",")[0] == name), None)
+
+
+def _kind(value: object) -> Kind:
+    if value == "accuracy" or value == "perplexity" or value == "other":  # noqa: PLR1714 - mypy narrows this form
+        return value
+    raise ValueError(f"unknown kind {value!r}")
+
+
+def _weighted_mean(tasks: Sequence[TaskResult], value: Callable[[TaskResult], float]) -> float | None:
+    total = sum(task.weight for task in tasks)
+    return sum(task.weight * value(task) for task in tasks) / total if tasks else None
+
+
+def _aligned(
+    ours: Sequence[TaskResult], theirs: Sequence[TaskResult]
+) -> tuple[Sequence[TaskResult], Sequence[TaskResult]]:
+    """Both lists, checked to hold the same tasks by the same metrics."""
+    names = [(t.task, t.metric) for t in ours], [(t.task, t.metric) for t in theirs]
+    if names[0] != names[1]:
+        raise TaskError(f"paired results must be of the same tasks, but got {names[0]} and {names[1]}")
+    return ours, theirs
+
+
+def _task_of_json(data: Mapping[str, Any], outcomes: Mapping[str, NDArray[np.float64]]) -> TaskResult:
+    stderr = data["stderr"]
+    return TaskResult(
+        task=str(data["task"]),
+        metric=str(data["metric"]),
+        value=float(data["value"]),
+        stderr=None if stderr is None else float(stderr),
+        documents=int(data["documents"]),
+        higher_is_better=bool(data["higher_is_better"]),
+        outcomes=outcomes.get(str(data["task"]), np.empty(0, dtype=np.float64)),
+        all_metrics={str(name): (value, error) for name, (value, error) in data["all_metrics"].items()},
+        weight=float(data["weight"]),
+        kind=_kind(data["kind"]),
+    )

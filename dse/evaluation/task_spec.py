@@ -1,0 +1,262 @@
+"""Which tasks to evaluate, and what a task file says: data only, nothing here runs code from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dse.errors import TaskError, did_you_mean
+
+__all__ = ["LOCAL_DATASETS", "TaskSource", "TaskSpec", "builtin_tasks", "read_task_file", "resolve_task"]
+
+LOCAL_DATASETS = ("json", "csv", "text", "parquet", "arrow")
+"""Values of `dataset_path` that read local files; every other value names a dataset of the Hugging Face hub."""
+
+# Readers of `datasets` that unpickle, open databases or run code; a task file must not reach them.
+_UNSAFE_DATASETS = ("pandas", "sql", "spark", "generator", "webdataset", "eval")
+_TASK_FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One evaluation task as the user asks for it.
+
+    Attributes:
+        task: A name lm-eval knows, a builtin name (`dse_grammar`, `dse_facts`, `dse_text`), or the path of an
+            lm-eval YAML file (ends with .yaml or .yml).
+        metric: The metric that stands for the task; None takes the first it has of acc, acc_norm, exact_match,
+            f1, word_perplexity, perplexity, byte_perplexity, else the first of all.
+        weight: Share of this task in the mean accuracy and the mean perplexity, positive.
+        limit: Documents drawn by seed, for a group over all its members together; None means all.
+        num_fewshot: Examples before each document; None keeps what the task says, else 0.
+    """
+
+    task: str
+    metric: str | None = None
+    weight: float = 1.0
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.task.strip():
+            raise TaskError("a task must have a name or the path of a YAML file, but got an empty text")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise TaskError(f"`weight > 0` must hold for task '{self.task}', but got weight={self.weight}")
+        if self.limit is not None and self.limit < 1:
+            raise TaskError(
+                f"`limit >= 1` must hold for task '{self.task}', but got limit={self.limit}; omit it for all"
+            )
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise TaskError(f"`num_fewshot >= 0` must hold for task '{self.task}', but got {self.num_fewshot}")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `task` is the path of a YAML file."""
+        return self.task.lower().endswith((".yaml", ".yml"))
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where a task comes from.
+
+    Attributes:
+        name: The task's own name.
+        config: lm-eval's task configuration with absolute paths; None where lm-eval's registry holds the task.
+        path: The YAML file; None for the registry.
+    """
+
+    name: str
+    config: dict[str, Any] | None = None
+    path: Path | None = None
+
+
+def builtin_tasks() -> Mapping[str, Path]:
+    """Names and files of the tasks shipped with the package."""
+    return {path.stem: path for path in sorted(_TASK_FOLDER.glob("*.yaml"))}
+
+
+def resolve_task(spec: TaskSpec) -> TaskSource:
+    """Find a task and read its file; cheap, needs neither lm-eval nor a model.
+
+    A name that is neither a file nor builtin is left to lm-eval's registry, which the evaluator asks later.
+
+    Raises:
+        TaskError: The file or its data is missing or malformed, or a name like `dse_...` is unknown.
+    """
+    if spec.is_file:
+        return _source_of_file(Path(spec.task).expanduser())
+    builtin = builtin_tasks()
+    if spec.task in builtin:
+        return _source_of_file(builtin[spec.task])
+    if spec.task.startswith("dse_"):
+        raise TaskError(
+            f"a builtin task must be one of {', '.join(builtin) or '(none installed)'}, but got '{spec.task}'"
+            f"{did_you_mean(spec.task, builtin)}"
+        )
+    return TaskSource(spec.task)
+
+
+def read_task_file(path: Path) -> dict[str, Any]:
+    """Read an lm-eval task file safely, its `include`s merged in and its data files made absolute.
+
+    Relative paths are relative to the file that names them, so an included file keeps its own data.
+
+    Raises:
+        TaskError: The file is missing, is not YAML, holds a `!function` tag, or names data that is not there.
+    """
+    return _read(path, ())
+
+
+def _source_of_file(path: Path) -> TaskSource:
+    config = read_task_file(path)
+    if "group" in config or "task_list" in config or isinstance(config.get("task"), list):
+        raise TaskError(
+            f"a task file must describe one task, but '{path}' describes a group; name its tasks one by one"
+        )
+    if "class" in config:
+        raise TaskError(f"a task file must be data, but '{path}' names a Python class, which would run code")
+    for key in ("task", "dataset_path"):
+        if not (isinstance(config.get(key), str) and config[key].strip()):
+            raise TaskError(f"a task file must set `{key}` to a text, but '{path}' has {key}={config.get(key)!r}")
+    dataset = config["dataset_path"]
+    if dataset in _UNSAFE_DATASETS:
+        raise TaskError(
+            f"`dataset_path` must be one of {', '.join(LOCAL_DATASETS)} or a hub dataset, but '{path}' has '{dataset}', "
+            f"which can run code"
+        )
+    keywords = config.get("dataset_kwargs") or {}
+    if dataset in LOCAL_DATASETS and not (keywords.get("data_files") or keywords.get("data_dir")):
+        raise TaskError(
+            f"`dataset_kwargs.data_files` must name the data of a '{dataset}' dataset, but '{path}' has none"
+        )
+    return TaskSource(config["task"], config, path.resolve())
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in including:
+        raise TaskError(f"task files must not include each other in a circle, but '{path}' includes itself")
+    config = _parse(path)
+    _resolve_data(config, path)
+    includes = config.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for include in [includes] if isinstance(includes, str) else _texts(includes, "include", path):
+        included = _read(path.parent / Path(include).expanduser(), (*including, path))
+        included.pop("task_list", None)
+        merged.update(included)
+    return merged | config
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TaskError(f"a task file must exist, but '{path}' does not") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name no file can have
+        raise TaskError(
+            f"a task file must be readable UTF-8 text, but '{path}' is not: {_first_line(error)}"
+        ) from error
+    try:
+        config = yaml.load(text, Loader=_TaskLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise TaskError(f"a task file must be YAML, but '{path}' is not: {_yaml_reason(error)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        # What PyYAML's own constructors let through: impossible dates, unhashable keys, nesting without end.
+        raise TaskError(f"a task file must be YAML, but '{path}' is not: {_first_line(error)}") from error
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        kind = type(config).__name__
+        raise TaskError(f"a task file must be a mapping from names to values, but '{path}' holds a {kind}")
+    return config
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """SafeLoader that says why it refuses lm-eval's `!function`."""
+
+
+def _refuse_function(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    raise yaml.constructor.ConstructorError(
+        None, None, f"`!function {node.value}` would run code; write the task as data, or install it as an lm-eval task"
+    )
+
+
+_TaskLoader.add_constructor("!function", _refuse_function)
+
+
+def _resolve_data(config: dict[str, Any], path: Path) -> None:
+    """Make `dataset_kwargs.data_files`, `data_dir` and a local `dataset_path` absolute, in place."""
+    dataset = config.get("dataset_path")
+    if isinstance(dataset, str) and "/" in dataset and (path.parent / dataset).is_dir():
+        config["dataset_path"] = str((path.parent / dataset).resolve())
+    keywords = config.get("dataset_kwargs")
+    if keywords is None:
+        return
+    if not isinstance(keywords, dict) or not all(isinstance(key, str) for key in keywords):
+        raise TaskError(f"`dataset_kwargs` must be a mapping, but '{path}' has {keywords!r:.80}")
+    resolved = dict(keywords)
+    if keywords.get("data_dir") is not None:
+        resolved["data_dir"] = _absolute(keywords["data_dir"], path, is_file=False)
+    files = keywords.get("data_files")
+    if isinstance(files, dict):
+        resolved["data_files"] = {split: _absolute_all(value, path) for split, value in files.items()}
+    elif files is not None:
+        resolved["data_files"] = _absolute_all(files, path)
+    config["dataset_kwargs"] = resolved
+
+
+def _absolute_all(files: Any, path: Path) -> str | list[str]:
+    if isinstance(files, str):
+        return _absolute(files, path)
+    return [_absolute(file, path) for file in _texts(files, "dataset_kwargs.data_files", path)]
+
+
+def _absolute(file: Any, path: Path, *, is_file: bool = True) -> str:
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise TaskError(f"data files must be named by texts, but '{path}' has {file!r:.80}")
+    if "://" in file:
+        return file
+    whole = path.parent / Path(file).expanduser()
+    if _GLOB_CHARACTERS & set(file):
+        return str(whole.absolute())  # a pattern; `datasets` says if nothing matches
+    try:
+        found = whole.is_file() if is_file else whole.is_dir()
+    except OSError:  # a name longer than the file system takes
+        found = False
+    if not found:
+        raise TaskError(f"a data file must exist, but '{whole}' does not; '{path.name}' names it relative to itself")
+    return str(whole.resolve())
+
+
+def _texts(values: Any, key: str, path: Path) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) and "\0" not in value for value in values):
+        raise TaskError(f"`{key}` must be a text or a list of texts, but '{path}' has {values!r:.80}")
+    return list(values)
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    """One line of what PyYAML says, with the place."""
+    problem = getattr(error, "problem", None) or _first_line(error)
+    mark = getattr(error, "problem_mark", None)
+    return f"{_first_line(problem)} (line {mark.line + 1})" if mark is not None else _first_line(problem)
+
+
+def _first_line(message: object) -> str:
+    return next(iter(str(message).splitlines()), "") or type(message).__name__
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Refuse two tasks of one name, since results are kept by name.
+
+    Raises:
+        TaskError: A name appears twice.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise TaskError(f"task names must differ, but '{name}' is named twice; drop one or rename it in its file")
+        seen.add(name)

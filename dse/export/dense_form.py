@@ -1,0 +1,65 @@
+"""The dense form of an export: factors multiplied out, for runtimes that know no low-rank layers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from dse.decomposition import LowRankLinear
+from dse.design_point import DesignPoint
+from dse.export.weights import MAX_SHARD_SIZE, writing_errors
+from dse.topology import Topology
+
+__all__ = ["merged_state", "write_dense_form"]
+
+
+def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> dict[str, Tensor]:
+    """Weights of `model` by name, with the low-rank modules of `point` multiplied out.
+
+    Args:
+        model: Holds the low-rank modules now; it is not changed.
+        topology: Names the modules of the point.
+        point: What is applied.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, _ in point:
+        tensor = topology[name]
+        module = model.get_submodule(tensor.module)
+        assert isinstance(module, LowRankLinear)  # noqa: S101 - surgery has put it there
+        for part in ("left", "right", "core"):
+            state.pop(f"{tensor.module}.{part}", None)
+        # Double precision, so that each entry is rounded once, to the weight's own dtype.
+        left, right = module.left.detach().cpu().double(), module.right.detach().cpu().double()
+        product = (left if module.core is None else left @ module.core.detach().cpu().double()) @ right
+        weight = product.to(module.left.dtype)
+        state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
+    return state
+
+
+def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Write config.json and weights as the architecture's own `save_pretrained` does, shards of the hub's own names.
+
+    Args:
+        model: The model whose architecture it is; it is not changed.
+        state: Its dense weights by name, from `merged_state`.
+        folder: An existing folder.
+
+    Raises:
+        StorageFullError: The disk is full or the folder cannot be written.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain floats, wherever they came from
+    # A shell without memory takes the tensors over. The resident model itself will not do: `save_pretrained` writes to
+    # its config, and would undo the conversions of the file that it came from, down to the names of a GGUF.
+    with torch.device("meta"):
+        shell = type(model)(config)
+    shell.load_state_dict(state, strict=True, assign=True)
+    if shell.can_generate():
+        shell.generation_config = GenerationConfig()  # the model's own is written apart, unvalidated
+    with writing_errors(folder):
+        shell.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

@@ -1,0 +1,115 @@
+"""What an export must give back when it is read from disk: outputs, weights and tokens of the model that was written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dse.errors import ExportError
+from dse.export.reload_check import EXPECTED_FACTS, EXPECTED_TENSORS, main_output, tensor_digests, token_ids
+from dse.models import LoadedModel
+
+__all__ = ["FLOAT32_TOLERANCE", "Expectation", "probe_batches", "write_expectation"]
+
+FLOAT32_TOLERANCE = 1e-4
+"""Largest absolute difference of a logit that float32 may show."""
+
+_HALF_STEPS = 4
+_LONGEST_PROBE_TOKENS = 24
+_PADDED_TOKENS = 3
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog; 3.14 + 1 = 4.14.",
+    "def area(radius):\n\treturn 3 * radius  ** 2\n\n\n",
+    "naïve café, 東京, Ελλάδα, 😀",
+)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A folder that holds what the reload is compared with.
+
+    Attributes:
+        folder: Holds the probe, the outputs, a digest of every weight, and how the tokenizer reads a few texts.
+        tolerance: Largest absolute difference of an output that counts as equal.
+    """
+
+    folder: Path
+    tolerance: float
+
+
+def probe_batches(model: PreTrainedModel, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Seeded random tokens: one sequence alone, and a batch of two of which the second is padded.
+
+    Returns:
+        (input_ids, attention_mask) pairs, int64, on the CPU.
+    """
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or 2 * _LONGEST_PROBE_TOKENS
+    length = max(1, min(_LONGEST_PROBE_TOKENS, longest // 2))
+    generator = torch.Generator().manual_seed(seed)
+    alone = torch.randint(config.vocab_size, (1, length), generator=generator)
+    pair = torch.randint(config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(pair)
+    padding = getattr(config, "pad_token_id", None)
+    if length > _PADDED_TOKENS:
+        mask[1, -_PADDED_TOKENS:] = 0
+        pair[1, -_PADDED_TOKENS:] = padding or 0
+    batches = [(alone, torch.ones_like(alone)), (pair, mask)]
+    # A decoder that classifies reads the last token before the padding, and refuses a batch if it knows no padding.
+    reads_last = padding is None and type(model).__name__.endswith("ForSequenceClassification")
+    return batches[:1] if reads_last else batches
+
+
+def write_expectation(
+    loaded: LoadedModel, state: Mapping[str, Tensor], auto_class: str, folder: Path, *, is_plain: bool
+) -> Expectation:
+    """Ask the resident model, with the point applied, and write its answers to `folder`.
+
+    Args:
+        loaded: The model as it computes now.
+        state: Every weight that the reloaded model must hold, by name; shared ones under each of their names.
+        auto_class: The transformers class that will load the export, for example `AutoModelForCausalLM`.
+        folder: An existing, empty folder.
+        is_plain: Whether the export must load without remote code.
+
+    Raises:
+        ExportError: The decomposed model's outputs are not finite, so that nothing can be compared with them.
+    """
+    batches = probe_batches(loaded.model)
+    tensors: dict[str, Tensor] = {}
+    for i, (input_ids, attention_mask) in enumerate(batches):
+        output = main_output(loaded.model, input_ids, attention_mask)
+        if not bool(torch.isfinite(output).all()):
+            raise ExportError(
+                "the decomposed model must compute finite outputs to be exported, but some are NaN or infinite; choose"
+                " another point, or load the model in float32 or bfloat16"
+            )
+        tensors |= {f"input_ids.{i}": input_ids, f"attention_mask.{i}": attention_mask, f"output.{i}": output.contiguous()}
+    save_file(tensors, folder / EXPECTED_TENSORS)
+    facts = {
+        "auto_class": auto_class,
+        "is_plain": is_plain,
+        "batches": len(batches),
+        "device": str(loaded.device),
+        "digests": tensor_digests(state.items()),
+        "texts": _TEXTS,
+        "token_ids": token_ids(loaded.tokenizer, _TEXTS),
+    }
+    (folder / EXPECTED_FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    largest = max(float(tensors[f"output.{i}"].abs().max()) for i in range(len(batches)))
+    return Expectation(folder, _tolerance(loaded.model.dtype, largest))
+
+
+def _tolerance(dtype: torch.dtype, largest: float) -> float:
+    """1e-4 for float32; in half precision a few steps of the dtype at the size of the largest output."""
+    if dtype in (torch.float32, torch.float64):
+        return FLOAT32_TOLERANCE
+    return _HALF_STEPS * torch.finfo(dtype).eps * 2.0 ** math.ceil(math.log2(max(1.0, largest)))

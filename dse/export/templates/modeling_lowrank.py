@@ -1,0 +1,97 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
+"""A Llama model in which some weight matrices are products of low-rank factors; written by lowrank-dse.
+
+It needs torch and transformers alone. Load it with
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+`config.low_rank` names every module that is replaced, with its rank and whether it keeps a core and a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+
+class LowRankLlamaConfig(LlamaConfig):
+    """The base architecture's config, with the low-rank modules by path.
+
+    The model type is its own, so that a loader which does not run this file refuses the folder: as a plain model it
+    would miss the factorised weights, and such a loader would put random ones in their place.
+    """
+
+    model_type = "lowrank-llama"
+
+    # The base's plans split dense matrices over devices; they do not fit factors.
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    low_rank: dict[str, Any] | None = None
+
+
+class LowRankLinear(nn.Module):
+    """Linear layer with a factorised weight: `y = ((x R^T) C^T) L^T + b`, C absent unless a core is kept.
+
+    `left` has shape (out_features, rank), `core` (rank, rank), `right` (rank, in_features), `bias` (out_features,).
+    """
+
+    def __init__(self, out_features: int, in_features: int, rank: int, *, core: bool, bias: bool) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(out_features, rank))
+        self.right = nn.Parameter(torch.empty(rank, in_features))
+        self.core = nn.Parameter(torch.empty(rank, rank)) if core else None
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        for factor in (self.left, self.right, self.core):
+            if factor is not None:
+                nn.init.normal_(factor, std=factor.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        hidden = functional.linear(x, self.right)
+        if self.core is not None:
+            hidden = functional.linear(hidden, self.core)
+        return functional.linear(hidden, self.left, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shapes for `print(model)`."""
+        core = ", core" if self.core is not None else ""
+        return f"in_features={self.right.shape[1]}, out_features={self.left.shape[0]}, rank={self.left.shape[1]}{core}"
+
+
+class LowRankLlamaForCausalLM(LlamaForCausalLM):
+    """The base model with the modules of `config.low_rank` replaced by `LowRankLinear`."""
+
+    config_class = LowRankLlamaConfig
+
+    def __init__(self, config: LowRankLlamaConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        for path, form in (config.low_rank or {}).items():
+            parent_path, _, name = path.rpartition(".")
+            dense = self.get_submodule(path)
+            # GPT-2's Conv1D stores its weight as (in_features, out_features).
+            out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
+            low_rank = LowRankLinear(out_features, in_features, form["rank"], core=form["core"], bias=form["bias"])
+            setattr(self.get_submodule(parent_path), name, low_rank)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but a weight that is missing from the files is an error and never made up."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"the files must hold every weight of {cls.__name__}, but {len(missing)} are missing (first:"
+                f" {missing[0]}): the folder is damaged, or this version of transformers reads it differently"
+            )
+        return (model, info) if output_loading_info else model

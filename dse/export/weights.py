@@ -1,0 +1,99 @@
+"""Weights to safetensors: shared ones once, large models in shards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dse.errors import StorageFullError
+from dse.files import disk_errors
+
+__all__ = ["MAX_SHARD_SIZE", "model_bytes", "stored_names", "write_weights", "writing_errors"]
+
+MAX_SHARD_SIZE = "2GB"
+"""Small enough that a shard of a model on a GPU passes through a laptop's memory."""
+
+
+def stored_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names under which the model's weights are stored, a shared weight under the one name that loading expects."""
+    persistent = set(model.state_dict())
+    names_of: dict[int, list[str]] = {}
+    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in source:
+            if name in persistent:
+                names_of.setdefault(id(tensor), []).append(name)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    derived = set(model.all_tied_weights_keys)
+    kept: set[str] = set()
+    for names in names_of.values():
+        # Names that share a weight undeclared are all kept: loading would not tie them again.
+        kept.update([name for name in names if name not in derived] or names[:1])
+    return tuple(name for name in model.state_dict() if name in kept and name not in ignored)
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the model's stored weights, without a file's header."""
+    state = model.state_dict()
+    return sum(state[name].numel() * state[name].element_size() for name in stored_names(model))
+
+
+def write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    """Write the weights of `model` as it is now to `model.safetensors`, or to shards with an index.
+
+    Names are those of the modules, whatever the file that the model came from called them.
+
+    Raises:
+        StorageFullError: The disk is full or the folder cannot be written.
+    """
+    state = model.state_dict()
+    stored = {name: state[name] for name in stored_names(model)}
+    split = split_torch_state_dict_into_shards(
+        stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    storages = Counter(_storage(tensor) for tensor in stored.values())
+    shared = {storage for storage, count in storages.items() if count > 1}
+    with writing_errors(folder):
+        for file_name, names in split.filename_to_tensors.items():
+            shard = {name: _own_memory(stored[name], shared) for name in names}
+            save_file(shard, folder / file_name, metadata={"format": "pt"})
+        if split.is_sharded:
+            total = sum(tensor.numel() for tensor in stored.values())
+            index = {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing_errors(folder: Path) -> Iterator[None]:
+    """As `dse.files.disk_errors`, also for safetensors, which wraps the system's error in one of its own.
+
+    Raises:
+        StorageFullError: The disk is full or the folder cannot be written.
+    """
+    try:
+        with disk_errors(folder):
+            yield
+    except SafetensorError as error:
+        text = str(error)
+        if "os error 28" in text or "os error 122" in text or "No space left" in text:
+            raise StorageFullError(f"there must be room on the disk that holds {folder}, but it is full; free some") from error
+        raise
+
+
+def _storage(tensor: Tensor) -> tuple[str, int]:
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
+
+
+def _own_memory(tensor: Tensor, shared: set[tuple[str, int]]) -> Tensor:
+    """On the CPU and contiguous; copied only where it must be, since safetensors refuses tensors that share memory."""
+    own = tensor.detach().cpu().contiguous()
+    return own.clone() if _storage(own) in shared else own

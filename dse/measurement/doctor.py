@@ -1,0 +1,105 @@
+"""What is here, what is missing, and what to do about it: the checks of `dse doctor`. None uses the network."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dse.errors import StorageFullError
+from dse.files import cache_dir, disk_errors
+from dse.measurement.energy import find_meters
+from dse.measurement.energy_window import NoMeterError
+from dse.measurement.environment import package_versions
+from dse.measurement.nvml import describe_gpus
+
+__all__ = ["Check", "run_checks"]
+
+_ROOMY_BYTES = 4 * 2**30  # demo model, its float32 factor bank, and air
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: "ok", "missing" (something will not work) or "note" (worth knowing, nothing broken)."""
+
+    name: str
+    status: Literal["ok", "missing", "note"]
+    detail: str
+    remedy: str = ""
+
+
+def run_checks() -> list[Check]:
+    """Run every check, cheap and without network; never raises for what it finds."""
+    return [_torch_build(), *_gpus(), *_meters(), _cache(), *_versions()]
+
+
+def _torch_build() -> Check:
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    detail = f"torch {torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    return Check("torch", "ok", detail)
+
+
+def _gpus() -> Iterator[Check]:
+    try:
+        gpus = describe_gpus()
+    except NoMeterError as error:
+        yield Check("GPU driver", "note", error.reason, error.remedy)
+        gpus = []
+    if gpus:
+        yield Check("GPU driver", "ok", f"NVIDIA driver {gpus[0].driver_version}, {len(gpus)} GPUs")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        yield Check("GPU", "ok", ", ".join(names))
+    elif gpus:
+        remedy = "install a CUDA build of torch (pytorch.org/get-started), or check CUDA_VISIBLE_DEVICES"
+        yield Check("GPU", "missing", f"{gpus[0].name} is here, but this torch cannot use it", remedy)
+    else:
+        yield Check("GPU", "note", "none: models run on the CPU")
+
+
+def _meters() -> Iterator[Check]:
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        for meter in find_meters(device):
+            name = f"energy meter of {device}"
+            if meter.available:
+                yield Check(name, "ok", f"{meter.name}: {meter.source}")
+            else:
+                yield Check(name, "missing", f"{meter.name}: {meter.reason}", meter.remedy)
+
+
+def _cache() -> Check:
+    folder = cache_dir()
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as stream:
+                stream.write(b"dse")
+            free_bytes = shutil.disk_usage(folder).free
+    except (StorageFullError, OSError) as error:
+        return Check("cache folder", "missing", str(error), "set DSE_CACHE to a folder that can be written")
+    detail = f"{_short(folder)}, writable, {free_bytes / 2**30:.1f} GiB ({free_bytes} bytes) free"
+    if free_bytes < _ROOMY_BYTES:
+        return Check("cache folder", "note", detail, "free some room, or set DSE_CACHE to another disk")
+    return Check("cache folder", "ok", detail)
+
+
+def _versions() -> Iterator[Check]:
+    for name, version in package_versions().items():
+        if name == "torch":
+            continue  # its own check says more
+        if version is None:
+            yield Check(name, "missing", "not installed", f"`pip install {'lowrank-dse' if name == 'dse' else name}`")
+        else:
+            yield Check(name, "ok", version)
+
+
+def _short(folder: Path) -> str:
+    home = Path.home()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)

@@ -1,0 +1,118 @@
+"""What a measurement ran on: hardware, driver, versions, commit. Plain JSON, never an error."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from dse.measurement.energy_window import NoMeterError
+from dse.measurement.nvml import describe_gpus
+
+__all__ = ["Json", "describe_environment", "package_versions"]
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+_DISTRIBUTIONS = {
+    "dse": "lowrank-dse",
+    "torch": "torch",
+    "transformers": "transformers",
+    "tensorly": "tensorly",
+    "optuna": "optuna",
+    "lm_eval": "lm_eval",
+    "pandas": "pandas",
+    "nvidia-ml-py": "nvidia-ml-py",
+}
+
+
+def describe_environment() -> dict[str, Json]:
+    """Everything about the machine and the software that a record of figures must carry; null where not known."""
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": {
+            "model": _cpu_model(),
+            "logical_cores": os.cpu_count(),
+            "usable_cores": _usable_cores(),
+            "memory_bytes": _memory_bytes(),
+        },
+        "torch": {
+            "version": str(torch.__version__),
+            "cuda_build": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpus": _gpus(),
+        "packages": dict(package_versions()),
+        "git": _git(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of `dse` and of the libraries its figures depend on; None where one is not installed."""
+    return {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> Json:
+    """All GPUs of the driver with its version; without a driver, those that torch sees."""
+    try:
+        return [{"name": gpu.name, "uuid": gpu.uuid, "driver_version": gpu.driver_version} for gpu in describe_gpus()]
+    except NoMeterError:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [{"name": torch.cuda.get_device_name(index)} for index in range(count)]
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int | None:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _git() -> dict[str, Json] | None:
+    """Commit of the checkout that this package runs from; None when it was installed otherwise."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit = _run_git(root, "rev-parse", "HEAD")
+    changes = _run_git(root, "status", "--porcelain")
+    return None if commit is None else {"commit": commit, "has_changes": None if changes is None else bool(changes)}
+
+
+def _run_git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,19 @@
+"""Load a model and find out what of it can be decomposed."""
+
+from __future__ import annotations
+
+from dse.models.demo import DEMO_MODELS, demo_model_file
+from dse.models.fingerprint import model_fingerprint
+from dse.models.load import DTYPES, LoadedModel, load_model, load_topology
+from dse.models.topology import topology_of
+
+__all__ = [
+    "DEMO_MODELS",
+    "DTYPES",
+    "LoadedModel",
+    "demo_model_file",
+    "load_model",
+    "load_topology",
+    "model_fingerprint",
+    "topology_of",
+]

@@ -1,0 +1,82 @@
+"""A fingerprint of what a model computes: its config and every byte of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+__all__ = ["model_fingerprint"]
+
+_CHUNK_BYTES = 8 * 2**20
+
+# Where the model came from, which program wrote it, and how it is run do not change what its weights compute.
+_CONFIG_KEYS_LEFT_OUT = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "quantization_config",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+    }
+)
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Sixteen hexadecimal digits that change when a weight, a buffer that is saved, or the architecture changes.
+
+    Independent of the device, of the file format and of the number of threads; tied weights are read once. Tensors
+    travel to the CPU one chunk at a time, so a model on a GPU needs no second copy.
+
+    Args:
+        model: Any Hugging Face model with its weights (not on the meta device).
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _CONFIG_KEYS_LEFT_OUT}
+    whole = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    tensors = list(_named_tensors(model))
+    # sha256 lets go of the interpreter lock on large inputs, so threads share the work between cores.
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        chunks = [chunk for _, tensor in tensors for chunk in _chunks(tensor)]
+        digests = pool.map(_digest, chunks)
+        for name, tensor in tensors:
+            whole.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+            for _ in _chunks(tensor):
+                whole.update(next(digests))
+    return whole.hexdigest()[:16]
+
+
+def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()  # torch names a shared parameter once
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
+
+
+def _chunks(tensor: torch.Tensor) -> list[torch.Tensor]:
+    flat, size = tensor.detach().reshape(-1), max(1, _CHUNK_BYTES // tensor.element_size())
+    return [flat[start : start + size] for start in range(0, flat.numel(), size)]
+
+
+def _digest(chunk: torch.Tensor) -> bytes:
+    bytes_view: Any = chunk.cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(bytes_view).digest()

@@ -1,0 +1,336 @@
+"""Load a Hugging Face model, or only the shape of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from dse.errors import ModelError, did_you_mean
+from dse.models.fingerprint import model_fingerprint
+from dse.models.gguf_file import dense_weights_keywords, drop_quantization, shared_gguf_reader
+from dse.models.quiet import quiet_transformers
+from dse.models.reference import ModelSource, resolve
+from dse.models.topology import topology_of
+from dse.topology import Topology
+
+__all__ = ["DTYPES", "LoadedModel", "load_model", "load_topology"]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""The dtypes a model may be held in; "auto" is none, since a trial must not depend on how a checkpoint was saved."""
+
+# What transformers, safetensors and gguf raise on files that are missing, damaged or not meant for them.
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model ready for decomposition: evaluation mode, no gradients.
+
+    Attributes:
+        ref: The text that named it.
+        revision: Of the hub, if one was asked for.
+        model: The Hugging Face model.
+        tokenizer: Its tokenizer.
+        topology: Its decomposable tensors.
+        device: Where its weights lie.
+        dtype: Of its weights.
+    """
+
+    ref: str
+    revision: str | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    topology: Topology
+    device: torch.device
+    dtype: torch.dtype
+    _versions: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._versions = _in_place_changes(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the dense model: config and every byte of its weights.
+
+        Raises:
+            ModelError: It is asked for the first time while a point is applied or after weights were changed.
+        """
+        for tensor in self.topology.tensors:
+            if type(self.model.get_submodule(tensor.module)).__name__ not in ("Linear", "Conv1D"):
+                raise ModelError(
+                    f"the fingerprint must be taken of the dense model, but '{tensor.name}' is decomposed; undo the"
+                    f" point first, or read `.fingerprint` before applying it"
+                )
+        if _in_place_changes(self.model) != self._versions:
+            raise ModelError("the fingerprint must be taken of the model as loaded, but its weights were changed")
+        return model_fingerprint(self.model)
+
+
+def load_model(
+    ref: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    role_names: Mapping[str, str] | None = None,
+) -> LoadedModel:
+    """Load a model with its tokenizer and topology.
+
+    Args:
+        ref: Hub id, local folder, `.gguf` file, or `demo:smollm2-135m-instruct`.
+        revision: Branch, tag or commit of the hub.
+        dtype: float32, float16 or bfloat16.
+        device: `cpu`, `cuda`, `cuda:1`, ...
+        trust_remote_code: Whether Python code that comes with the model may run.
+        role_names: Module-path suffix to role, for architectures that no rule names.
+
+    Raises:
+        ModelError: Nothing can be loaded from `ref`, or not in this dtype or onto this device.
+        UnknownArchitectureError: No rule names the model's matrices.
+    """
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    source = resolve(ref, revision)
+    if not source.has_weights:
+        raise _missing_weights(source)
+    with quiet_transformers(), shared_gguf_reader():
+        config = _config(ref, source, trust_remote_code)
+        _refuse_quantized(ref, source, config)
+        model = _weights(ref, source, config, torch_dtype, trust_remote_code)
+        tokenizer = _tokenizer(ref, source, trust_remote_code)
+        topology = topology_of(model, role_names)
+        model = _to_device(model, torch_device, ref)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    return LoadedModel(ref, revision, model, tokenizer, topology, torch_device, torch_dtype)
+
+
+def load_topology(
+    ref: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    role_names: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+) -> Topology:
+    """The topology of a model from its config alone: no weights are read or downloaded.
+
+    Args:
+        ref: As in `load_model`; a folder that holds nothing but a config.json will do.
+        revision: Branch, tag or commit of the hub.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        role_names: Module-path suffix to role, for architectures that no rule names.
+        dtype: In which the weights are counted; None for the one that the config names (float32 if none).
+
+    Raises:
+        ModelError: Nothing can be read from `ref`.
+        UnknownArchitectureError: No rule names the model's matrices.
+    """
+    wanted = None if dtype is None else _dtype(dtype)
+    source = resolve(ref, revision)
+    with quiet_transformers(), shared_gguf_reader():
+        config = _config(ref, source, trust_remote_code)
+        counted = wanted or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+        factory = _factory(config, trust_remote_code)
+        try:
+            with torch.device("meta"):
+                if issubclass(factory, PreTrainedModel):
+                    model = factory._from_config(config, dtype=counted)
+                else:
+                    model = factory.from_config(config, dtype=counted, trust_remote_code=trust_remote_code)
+        except _LOAD_ERRORS as error:
+            raise _load_error(ref, error) from error
+        return topology_of(model, role_names)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ModelError(
+            f"`dtype` must be one of {', '.join(DTYPES)}, but got '{name}'{did_you_mean(str(name), DTYPES)}"
+        )
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"`device` must be like 'cpu' or 'cuda:0', but got '{name}'") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError(
+                f"`device` must exist, but got '{name}' and this machine's torch ({torch.__version__}) sees no CUDA"
+                f" device; use device='cpu', or install a CUDA build of torch and a driver"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ModelError(f"`device` must exist, but got '{name}' of {torch.cuda.device_count()} CUDA devices")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ModelError(f"`device` must exist, but got '{name}' and this machine has no Metal device; use 'cpu'")
+    elif device.type != "cpu":
+        raise ModelError(f"`device` must be 'cpu', 'cuda', 'cuda:<index>' or 'mps', but got '{name}'")
+    return device
+
+
+def _config(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source.location, **_where(source, trust_remote_code))
+    except _LOAD_ERRORS as error:
+        raise _load_error(ref, error) from error
+    if not isinstance(config, PreTrainedConfig):
+        raise ModelError(f"the config of '{ref}' must describe a model, but is a {type(config).__name__}")
+    return config
+
+
+def _where(source: ModelSource, trust_remote_code: bool) -> dict[str, Any]:
+    keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local_files_only}
+    if source.revision is not None:
+        keywords["revision"] = source.revision
+    if source.gguf_file is not None:
+        keywords["gguf_file"] = source.gguf_file
+    return keywords
+
+
+def _factory(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """The class to build: the one the config names where transformers has it, else an auto class that fits."""
+    custom = getattr(config, "auto_map", None) or {}
+    if trust_remote_code:
+        for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel):
+            if auto.__name__ in custom:
+                return auto
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (config.is_encoder_decoder or _says_decoder(config)):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+
+
+def _says_decoder(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "is_decoder", False))
+
+
+def _weights(
+    ref: str, source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    factory = _factory(config, trust_remote_code)
+    keywords = _where(source, trust_remote_code)
+    keywords |= {"config": config, "dtype": dtype, "output_loading_info": True}
+    keywords |= {"use_safetensors": True} if source.gguf_file is None else dense_weights_keywords()
+    model: PreTrainedModel
+    try:
+        model, info = factory.from_pretrained(source.location, **keywords)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise _load_error(ref, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the files of '{ref}' must hold every weight of {type(model).__name__}, but {len(missing)} are missing"
+            f" (first: {missing[0]}); they would be random, so the model is not used"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"'{ref}' is an adapter; merge it into its base model first (`merge_and_unload()` in peft)")
+    if source.gguf_file is not None:
+        drop_quantization(model)
+    return model
+
+
+def _tokenizer(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.location, **_where(source, trust_remote_code)
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"a tokenizer must lie beside the weights of '{ref}', but none can be loaded ({_first_line(error)}); save"
+            f" it there with `tokenizer.save_pretrained(folder)`"
+        ) from error
+    return tokenizer
+
+
+def _to_device(model: PreTrainedModel, device: torch.device, ref: str) -> PreTrainedModel:
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(f"the device {device} must have room for '{ref}', but is full; use a smaller dtype") from error
+    return model
+
+
+def _missing_weights(source: ModelSource) -> ModelError:
+    return ModelError(
+        f"the weights must lie beside the config as .safetensors, but '{source.location}' has none: it is good for"
+        f" `cost` and `space` only. PyTorch .bin files are never opened (they can run code); convert them once with"
+        f" `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)`"
+    )
+
+
+def _refuse_quantized(ref: str, source: ModelSource, config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and source.gguf_file is None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ModelError(
+            f"the weights must be plain floating point to be decomposed, but '{ref}' is quantised ({method}); name the"
+            f" unquantised model"
+        )
+
+
+def _load_error(ref: str, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"'{ref}' needs Python code of its own, which is not run unless you allow it; read that code, then set"
+            f" `trust_remote_code: true` in the study file (or pass trust_remote_code=True)"
+        )
+    if "use_safetensors" in text or ("safetensors" in text and "does not appear to have" in text):
+        return ModelError(
+            f"the weights of '{ref}' must be .safetensors, but it has none (PyTorch .bin files are never opened, they"
+            f" can run code); look for a revision with safetensors, or convert them once"
+        )
+    return ModelError(f"'{ref}' cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (KeyError, IndexError, TypeError, AttributeError)):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _in_place_changes(model: PreTrainedModel) -> int:
+    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())

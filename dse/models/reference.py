@@ -1,0 +1,112 @@
+"""From the text that names a model to the files it stands for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dse.errors import ModelError, did_you_mean
+from dse.models.demo import DEMO_MODELS, demo_model_file
+from dse.models.hub import hub_source
+
+__all__ = ["ModelSource", "resolve"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_FORMS = "a hub id like 'HuggingFaceTB/SmolLM2-135M', a local folder, a .gguf file, or 'demo:smollm2-135m-instruct'"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where `from_pretrained` finds a model.
+
+    Attributes:
+        location: Local folder or hub id.
+        gguf_file: Name of a GGUF file in that folder; None for safetensors.
+        revision: Branch, tag or commit of the hub.
+        local_files_only: Whether the hub cannot be reached, so that only its cache may be used.
+        has_weights: Whether safetensors (or the GGUF file) are there; a config-only folder has none.
+    """
+
+    location: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+    has_weights: bool = True
+
+
+def resolve(ref: str, revision: str | None = None) -> ModelSource:
+    """Find the files behind `ref`.
+
+    Args:
+        ref: A hub id, a local folder, a `.gguf` file, or `demo:<name>` (fetched if it is not in the cache).
+        revision: Branch, tag or commit; for hub ids alone.
+
+    Raises:
+        ModelError: `ref` is none of these, nothing is there, or the hub knows no such model.
+    """
+    text = ref.strip() if isinstance(ref, str) else ""
+    if not text:
+        raise ModelError(f"a model must be {_FORMS}, but got {ref!r}")
+    if text.startswith("demo:"):
+        _refuse_revision(text, revision)
+        file = demo_model_file(text.removeprefix("demo:"))
+        return ModelSource(str(file.parent), gguf_file=file.name)
+    path = Path(text).expanduser()
+    if _exists(path):
+        _refuse_revision(text, revision)
+        return _local_source(path)
+    if _HUB_ID.fullmatch(text) and not text.endswith(".gguf") and ".." not in text and "--" not in text:
+        location, local_only = hub_source(text, revision)
+        return ModelSource(location, revision=revision, local_files_only=local_only)
+    demos = [f"demo:{name}" for name in DEMO_MODELS]
+    hint = did_you_mean(text, demos) or did_you_mean(path.name, _siblings(path))
+    raise ModelError(f"a model must be {_FORMS}, but nothing is at '{_short(text)}'{hint}")
+
+
+def _local_source(path: Path) -> ModelSource:
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"a model file must be a .gguf file, but got '{path}'; for safetensors name the folder that holds it"
+            )
+        return ModelSource(str(path.parent), gguf_file=path.name)
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"a model must hold its own weights, but '{path}' is an adapter; merge it into its base model first, for"
+            f" example with peft's `merge_and_unload()`"
+        )
+    safetensors = sorted(path.glob("*.safetensors"))
+    gguf = sorted(path.glob("*.gguf"))
+    has_config = (path / "config.json").is_file()
+    if gguf and not (has_config and safetensors):
+        if len(gguf) > 1:
+            names = ", ".join(file.name for file in gguf[:5])
+            raise ModelError(f"a folder must hold one GGUF file, but '{path}' holds {names}; name the file itself")
+        return ModelSource(str(path), gguf_file=gguf[0].name)
+    if not has_config:
+        raise ModelError(f"a model folder must hold a config.json or one .gguf file, but '{path}' has neither")
+    return ModelSource(str(path), has_weights=bool(safetensors))
+
+
+def _refuse_revision(ref: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(f"a revision is for models of the hub, but '{ref}' is local; leave out revision='{revision}'")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or one with a null byte, is no path
+        return False
+
+
+def _siblings(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return []
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

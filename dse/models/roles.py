@@ -1,0 +1,113 @@
+"""What a module inside a layer is for, told from its path: one table of suffixes serves every family.
+
+Families name the same matrix in different ways, but within a layer the end of the path is enough: `self_attn.q_proj`,
+`attention.self.query` and `attention.q_lin` are all the query. The longest suffix that fits wins, so that
+`attention.output.dense` is not taken for BERT's `output.dense`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from dse.errors import ModelError
+
+__all__ = ["ROLE_ORDER", "ROLE_SUFFIXES", "check_role_names", "role_of", "suffix_match"]
+
+ROLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "query": ("q_proj", "q_lin", "self.query", "attn.wq", "attention.wq"),
+    "key": ("k_proj", "k_lin", "self.key", "attn.wk", "attention.wk"),
+    "value": ("v_proj", "v_lin", "self.value", "attn.wv", "attention.wv"),
+    "query_key_value": ("qkv_proj", "query_key_value", "attn.c_attn", "attn.Wqkv"),
+    "attention_output": (
+        "o_proj",
+        "out_lin",
+        "self_attn.out_proj",
+        "attn.out_proj",
+        "attention.out_proj",
+        "attention.output.dense",
+        "attention.dense",
+        "self_attention.dense",
+        "self_attn.dense",
+        "attn.c_proj",
+        "attn.Wo",
+        "attn.wo",
+        "attention.wo",
+    ),
+    "gate": ("gate_proj",),
+    "up": ("up_proj", "mlp.c_fc", "mlp.fc_in", "fc1", "dense_h_to_4h"),
+    "gate_up": ("gate_up_proj", "mlp.Wi"),
+    "down": ("down_proj", "mlp.c_proj", "mlp.fc_out", "fc2", "dense_4h_to_h", "mlp.Wo"),
+    "intermediate": ("intermediate.dense", "ffn.lin1"),
+    "output": ("output.dense", "ffn.lin2"),
+}
+"""Role to the path suffixes that carry it, for every family that `dse` knows."""
+
+_SHARED_EXPERT_ROLES = ("shared_gate", "shared_up", "shared_down")
+
+ROLE_ORDER: tuple[str, ...] = (
+    "query",
+    "key",
+    "value",
+    "query_key_value",
+    "attention_output",
+    "gate",
+    "up",
+    "gate_up",
+    "down",
+    "intermediate",
+    "output",
+    *_SHARED_EXPERT_ROLES,
+)
+"""The roles in the order of a forward pass through one layer."""
+
+_ROLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SHARED_EXPERT = re.compile(r"(^|\.)shared_experts?\.")
+_ROUTED_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
+
+
+def suffix_match(path: str, suffixes: Iterable[str]) -> str | None:
+    """The longest of `suffixes` that ends `path` at a dot, or None."""
+    fitting = [suffix for suffix in suffixes if path == suffix or path.endswith("." + suffix)]
+    return max(fitting, key=len, default=None)
+
+
+def role_of(path: str, role_names: Mapping[str, str]) -> str | None:
+    """The role of the module at `path`, or None where neither the caller nor the table names one.
+
+    Args:
+        path: Path below the layer, for example `self_attn.q_proj`.
+        role_names: The caller's path suffix to role; it is asked first.
+    """
+    named = suffix_match(path, role_names)
+    if named is not None:
+        return role_names[named]
+    if _ROUTED_EXPERT.search(path):
+        # Each token passes through a few experts only: one role for all of them would not be one tensor.
+        return None
+    known = {suffix: role for role, suffixes in ROLE_SUFFIXES.items() for suffix in suffixes}
+    suffix = suffix_match(path, known)
+    if suffix is None:
+        return None
+    role = known[suffix]
+    if _SHARED_EXPERT.search(path):
+        return f"shared_{role}" if f"shared_{role}" in _SHARED_EXPERT_ROLES else None
+    return role
+
+
+def check_role_names(role_names: Mapping[str, str]) -> None:
+    """Refuse `role_names` whose keys are no path suffixes or whose values are no role names.
+
+    Raises:
+        ModelError: With the entry that is wrong.
+    """
+    for suffix, role in role_names.items():
+        if not isinstance(suffix, str) or not suffix.strip(".") or suffix != suffix.strip(". "):
+            raise ModelError(
+                f"a key of `role_names` must be the end of a module path, like 'mixer.in_proj', but got {suffix!r}"
+            )
+        if not isinstance(role, str) or not _ROLE_NAME.fullmatch(role) or role == "layers":
+            raise ModelError(
+                f"a role must be a word of lower-case letters, digits and underscores, like 'input', but"
+                f" `role_names` gives {role!r} for '{suffix}'"
+            )

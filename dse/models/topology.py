@@ -1,0 +1,315 @@
+"""The topology of a Hugging Face model: its repeated block, the matrices in it by role, and the sizes cost needs.
+
+Only modules of exactly `torch.nn.Linear` or transformers' `Conv1D` are decomposable: a subclass may compute something
+else, and replacing it would change the model. Everything else that multiplies is counted, so that FLOPs stay right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
+from dse.models.roles import ROLE_ORDER, check_role_names, role_of, suffix_match
+from dse.topology import DecomposableTensor, Topology
+
+__all__ = ["topology_of"]
+
+_LISTED = 8  # modules named in an error message
+_EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
+_EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ONCE_PER_SEQUENCE = re.compile(r"(^|\.)(pooler|seq_relationship|classifier|pre_classifier)(\.|$)")
+
+
+def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = None) -> Topology:
+    """Find the decomposable tensors of `model`.
+
+    Args:
+        model: Any Hugging Face text model, on any device; the meta device does (shapes are enough).
+        role_names: Module-path suffix to role, for modules that no rule names, for example
+            `{"mixer.in_proj": "input"}`, or outside the layers `{"lm_head": "head"}`.
+
+    Returns:
+        The topology, tensors in order of layers, then of the forward pass, then those outside the layers.
+
+    Raises:
+        UnknownArchitectureError: No repeated block was found, or no role names its linear modules, or one role fits
+            two modules of a layer.
+        ModelError: `role_names` names nothing of this model, or a tied weight, or no matrix.
+    """
+    names = dict(role_names or {})
+    check_role_names(names)
+    block_path, blocks = _repeated_block(model)
+    modules = dict(model.named_modules())
+    tied = _tied_parameters(model)
+    _refuse_role_names_without_effect(modules, names)
+    inside = [t for i, block in enumerate(blocks) for t in _layer_tensors(i, f"{block_path}.{i}", block, names, tied)]
+    outside = list(_outside_tensors(modules, names, tied))
+    if not inside and not outside:
+        raise _unknown_architecture(model, block_path, blocks)
+    other, unmapped = _other_in_layers(model, block_path, blocks, {t.module for t in inside})
+    head = _output_head(model)
+    parameters = list(model.parameters())
+    parameter_count = sum(p.numel() for p in parameters)
+    attention_width, key_value_width = _attention_widths(model, inside, len(blocks))
+    return Topology(
+        architecture=type(model).__name__,
+        model_type=str(model.config.model_type),
+        layer_count=len(blocks),
+        tensors=(*inside, *outside),
+        parameters_dense=parameter_count,
+        buffers_bytes=_persistent_buffer_bytes(model),
+        bytes_per_parameter=sum(p.numel() * p.element_size() for p in parameters) / parameter_count,
+        head_parameters=head.weight.numel() if isinstance(head, nn.Linear) else 0,
+        attention_width=attention_width,
+        key_value_width=key_value_width,
+        is_decoder=_is_causal(model, blocks[0]),
+        other_matmul_parameters=other + _other_outside_layers(model, modules, head),
+        unmapped=unmapped,
+    )
+
+
+def _repeated_block(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of layers: the module list with most parameters whose members all hold linear modules."""
+    found = [
+        (sum(p.numel() for p in module.parameters()), path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_linear_modules(child) for child in module)
+    ]
+    if not found:
+        raise UnknownArchitectureError(
+            f"a model must repeat one block of layers (a torch ModuleList with linear modules), but"
+            f" {type(model).__name__} has none; it cannot be decomposed layer by layer"
+        )
+    _, path, blocks = max(found, key=lambda entry: entry[0])
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", len(blocks))
+    if len({id(block) for block in blocks}) < len(blocks) or expected != len(blocks):
+        raise UnknownArchitectureError(
+            f"every layer must have weights of its own, but {type(model).__name__} runs {expected} layers over"
+            f" {len({id(block) for block in blocks})} blocks at '{path}'; models that share layers are not supported"
+        )
+    return path, blocks
+
+
+def _repeated_paths(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """What paths inside any repeated block begin with: the layers, and other stacks such as an image encoder's."""
+    return tuple(f"{path}." for path, module in modules.items() if isinstance(module, nn.ModuleList))
+
+
+def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    return {path: m for path, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that carry more than one name."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def _is_replaceable(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _tensor(name: str, path: str, layer: int | None, role: str, module: nn.Linear | Conv1D) -> DecomposableTensor:
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        return DecomposableTensor(name, path, layer, role, out_features, in_features, True, "conv1d")
+    out_features, in_features = module.weight.shape
+    return DecomposableTensor(name, path, layer, role, out_features, in_features, module.bias is not None, "linear")
+
+
+def _layer_tensors(
+    layer: int, layer_path: str, block: nn.Module, names: Mapping[str, str], tied: set[int]
+) -> list[DecomposableTensor]:
+    """The decomposable tensors of one layer, in order of the forward pass."""
+    by_role: dict[str, DecomposableTensor] = {}
+    for path, module in block.named_modules():
+        if not _is_replaceable(module) or (role := role_of(path, names)) is None:
+            continue
+        if id(module.weight) in tied:
+            if suffix_match(path, names) is not None:
+                raise _tied_error(f"{layer_path}.{path}", role)
+            continue
+        if role in by_role:
+            raise UnknownArchitectureError(
+                f"a role must name one matrix of a layer, but '{role}' fits both '{by_role[role].module}' and"
+                f" '{layer_path}.{path}'; tell them apart in the search-space file, for example `role_names:"
+                f" {{{path}: {path.replace('.', '_').lower()}}}`"
+            )
+        by_role[role] = _tensor(f"layers.{layer}.{role}", f"{layer_path}.{path}", layer, role, module)
+    # Roles of the caller's own come last, in the order in which the model registers them.
+    ordered = [*(role for role in ROLE_ORDER if role in by_role), *(role for role in by_role if role not in ROLE_ORDER)]
+    return [by_role[role] for role in ordered]
+
+
+def _outside_tensors(
+    modules: Mapping[str, nn.Module], names: Mapping[str, str], tied: set[int]
+) -> Iterator[DecomposableTensor]:
+    """Tensors outside the layers, which are decomposable only where the caller names them."""
+    repeated, taken = _repeated_paths(modules), dict[str, str]()
+    for path, module in modules.items():
+        suffix = None if path.startswith(repeated) else suffix_match(path, names)
+        if suffix is None or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        role = names[suffix]
+        if not _is_replaceable(module):
+            raise ModelError(
+                f"a role must name a linear module, but `role_names` gives '{role}' to '{path}', which is of type"
+                f" {type(module).__name__}; leave it out"
+            )
+        if id(module.weight) in tied:
+            raise _tied_error(path, role)
+        if role in taken:
+            raise ModelError(
+                f"a role must name one matrix outside the layers, but '{role}' fits both '{taken[role]}' and"
+                f" '{path}'; write a longer end of the path in `role_names`"
+            )
+        taken[role] = path
+        yield _tensor(role, path, None, role, module)
+
+
+def _tied_error(path: str, role: str) -> ModelError:
+    return ModelError(
+        f"a tied weight cannot be decomposed, but `role_names` gives the role '{role}' to '{path}', which shares its"
+        f" matrix with another module (usually the embedding): factors would untie them and add parameters instead of"
+        f" saving any; leave it out"
+    )
+
+
+def _refuse_role_names_without_effect(modules: Mapping[str, nn.Module], names: Mapping[str, str]) -> None:
+    linear = [path for path, module in modules.items() if _is_replaceable(module)]
+    for suffix in names:
+        if not any(path == suffix or path.endswith("." + suffix) for path in modules):
+            ends = {".".join(path.split(".")[-n:]) for path in linear for n in (1, 2, 3)}
+            raise ModelError(
+                f"a key of `role_names` must be the end of a module path of this model, but no path ends in"
+                f" '{suffix}'{did_you_mean(suffix, sorted(ends))}"
+            )
+
+
+def _unknown_architecture(model: nn.Module, block_path: str, blocks: nn.ModuleList) -> UnknownArchitectureError:
+    found: dict[str, str] = {}
+    for block in blocks:
+        for path, module in _linear_modules(block).items():
+            pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
+            found.setdefault(pattern, " x ".join(str(size) for size in module.weight.shape))
+    listed = ", ".join(f"{path} ({shape})" for path, shape in list(found.items())[:_LISTED])
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    example = next(iter(found))
+    return UnknownArchitectureError(
+        f"the linear modules of a layer must have roles, but no rule names those of {type(model).__name__}: each of"
+        f" its {len(blocks)} layers ('{block_path}') holds {listed}{more}; name them in the search-space file, for"
+        f" example `role_names: {{{example}: {re.sub('[^a-z0-9]+', '_', example.split('.')[-1].lower())}}}`"
+    )
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Which share of the routed experts' entries multiplies one token."""
+
+    share: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Experts:
+        config = model.config.get_text_config()
+        used = next((v for key in _EXPERTS_PER_TOKEN_KEYS if isinstance(v := getattr(config, key, None), int)), None)
+        total = next((v for key in _EXPERT_COUNT_KEYS if isinstance(v := getattr(config, key, None), int)), None)
+        return cls(used / total if used and total else 1.0)
+
+    def entries(self, path: str, entries: int) -> int:
+        return round(entries * self.share) if re.search(r"(^|\.)experts(\.|$)", path) else entries
+
+
+def _other_in_layers(
+    model: PreTrainedModel, block_path: str, blocks: nn.ModuleList, mapped: set[str]
+) -> tuple[int, tuple[str, ...]]:
+    """Entries per token of the layers' matrices that are not decomposable, and the paths of their modules."""
+    experts = _Experts.of(model)
+    entries, unmapped = 0, []
+    for i, block in enumerate(blocks):
+        for path, module in block.named_modules(prefix=f"{block_path}.{i}"):
+            if path in mapped or isinstance(module, nn.Embedding):
+                continue
+            # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
+            matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+            if matrices:
+                entries += experts.entries(path, sum(p.numel() for p in matrices))
+                unmapped.append(path)
+    return entries, tuple(unmapped)
+
+
+def _other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:
+    """Entries per token of matrices outside every repeated block: projections, transforms before the head."""
+    repeated = _repeated_paths(modules)
+    per_sequence = any(
+        task in type(model).__name__ for task in ("SequenceClassification", "MultipleChoice", "NextSent")
+    )
+    entries = 0
+    for path, module in modules.items():
+        if not isinstance(module, (nn.Linear, Conv1D)) or module is head or path.startswith(repeated):
+            continue
+        once = _ONCE_PER_SEQUENCE.search(path)
+        if once and (per_sequence or once[2] in ("pooler", "seq_relationship")):
+            continue
+        entries += module.weight.numel()
+    return entries
+
+
+def _output_head(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _attention_widths(model: PreTrainedModel, tensors: list[DecomposableTensor], layers: int) -> tuple[int, int]:
+    """Width of all query heads and of all key/value heads together, averaged over the layers.
+
+    Read off the matrices, which hold where a config leaves the head size to a default: the attention output takes what
+    the query heads give, and a fused projection gives queries, keys and values side by side.
+    """
+    by_layer: dict[tuple[int | None, str], DecomposableTensor] = {(t.layer, t.role): t for t in tensors}
+    attention = [t.in_features for t in tensors if t.role == "attention_output"]
+    key_value = []
+    for (layer, role), tensor in by_layer.items():
+        output = by_layer.get((layer, "attention_output"))
+        if role == "key":
+            key_value.append(tensor.out_features)
+        elif role == "query_key_value" and output is not None:
+            key_value.append((tensor.out_features - output.in_features) // 2)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    return (
+        round(sum(attention) / layers) if attention else heads * head_size,
+        round(sum(key_value) / layers) if key_value else key_value_heads * head_size,
+    )
+
+
+def _is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
+    """Whether a token sees only those before it: attention says so itself; without attention, generation does."""
+    flags = [
+        bool(module.is_causal) for module in block.modules() if isinstance(getattr(module, "is_causal", None), bool)
+    ]
+    return any(flags) if flags else bool(model.can_generate())
+
+
+def _persistent_buffer_bytes(model: nn.Module) -> int:
+    buffers = {
+        id(buffer): buffer.numel() * buffer.element_size()
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return sum(buffers.values())

@@ -1,0 +1,51 @@
+"""The Pareto front: dominance, hypervolume, knee, recommendation, tables, plots and the report page."""
+
+from __future__ import annotations
+
+from dse.pareto.dominance import dominates, non_dominated, non_dominated_rank
+from dse.pareto.front import front_hypervolume, front_table, mark_front, objective_values
+from dse.pareto.hypervolume import hypervolume, normalised_hypervolume
+from dse.pareto.knee import knee_distances, knee_index
+from dse.pareto.objective import (
+    OBJECTIVES,
+    Objective,
+    directions_of,
+    objective_named,
+    objectives_named,
+    reference_point,
+    reference_value,
+)
+from dse.pareto.plots import plot_front
+from dse.pareto.png import front_png
+from dse.pareto.recommend import Recommendation, recommend
+from dse.pareto.report import front_html
+from dse.pareto.table import format_front, front_text, to_records
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "Recommendation",
+    "directions_of",
+    "dominates",
+    "format_front",
+    "front_html",
+    "front_hypervolume",
+    "front_png",
+    "front_table",
+    "front_text",
+    "hypervolume",
+    "knee_distances",
+    "knee_index",
+    "mark_front",
+    "non_dominated",
+    "non_dominated_rank",
+    "normalised_hypervolume",
+    "objective_named",
+    "objective_values",
+    "objectives_named",
+    "plot_front",
+    "recommend",
+    "reference_point",
+    "reference_value",
+    "to_records",
+]

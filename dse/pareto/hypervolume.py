@@ -1,0 +1,111 @@
+"""Exact hypervolume: how much of the space between the reference and the ideal a set of points dominates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dse.errors import ConfigError
+from dse.pareto.dominance import minimised, non_dominated
+from dse.pareto.objective import signs
+
+__all__ = ["hypervolume", "normalised_hypervolume"]
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, directions: Sequence[str]) -> float:
+    """Volume dominated by `values` and bounded by `reference`, in the product of the columns' units.
+
+    Args:
+        values: Shape (n, k), any k >= 1. Rows with a NaN, and rows not better than the reference in every column, add
+            nothing.
+        reference: Shape (k,), finite.
+        directions: "minimize" or "maximize" for each column.
+
+    Returns:
+        The exact volume, 0.0 for no points.
+
+    Raises:
+        ConfigError: Shapes do not agree, the reference is not finite, or a point is infinitely good.
+
+    Source: While, Bradstreet and Barone (2012), WFG; a sweep for k <= 2.
+    """
+    costs = minimised(values, directions)
+    corner = _vector(reference, len(directions), "reference") * signs(directions)
+    gains = corner - costs
+    if np.isposinf(gains).any():
+        raise ConfigError(
+            "a point must be finite to have a hypervolume, but one is infinitely better than the reference"
+        )
+    return _volume(_inside(gains))
+
+
+def normalised_hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, ideal: npt.ArrayLike) -> float:
+    """Share of the box from `reference` to `ideal` that `values` dominate.
+
+    The direction of each column follows from which side of the reference the ideal lies on. Points outside the
+    reference add nothing; what lies beyond the ideal is clipped to it.
+
+    Args:
+        values: Shape (n, k); rows with a NaN add nothing.
+        reference: Shape (k,), finite.
+        ideal: Shape (k,), finite, different from the reference in every column.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ConfigError: Shapes do not agree, or reference and ideal are not finite or coincide in a column.
+    """
+    points = np.asarray(values, dtype=np.float64)
+    corner = np.asarray(reference, dtype=np.float64)
+    corner = _vector(corner, corner.size, "reference")
+    best = _vector(ideal, corner.size, "ideal")
+    if np.any(best == corner):
+        raise ConfigError(f"reference and ideal must differ in every objective, but got {corner} and {best}")
+    if points.ndim != 2 or points.shape[1] != corner.size:
+        raise ConfigError(f"values must have shape (n, {corner.size}), one column an objective, but got {points.shape}")
+    gains = np.minimum((corner - points) / (corner - best), 1.0)  # minimum keeps a NaN a NaN
+    return min(1.0, max(0.0, _volume(_inside(gains))))
+
+
+def _vector(values: npt.ArrayLike, length: int, what: str) -> FloatArray:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.shape != (length,) or not np.isfinite(vector).all():
+        raise ConfigError(f"the {what} must be {length} finite numbers, one an objective, but got {vector}")
+    return vector
+
+
+def _inside(gains: FloatArray) -> FloatArray:
+    """Rows that gain something in every column; a NaN gains nothing."""
+    return gains[np.all(gains > 0, axis=1)]
+
+
+def _volume(gains: FloatArray) -> float:
+    """Union of the boxes [0, gain] over the rows of `gains`, shape (n, k), all positive."""
+    if len(gains) == 0:
+        return 0.0
+    if gains.shape[1] == 1:
+        return float(gains.max())
+    if gains.shape[1] == 2:
+        return _area(gains)
+    # WFG: each point adds its own box less what the points after it cover of that box. In ascending order of the last
+    # gain the later points reach through the whole box along that column, so the rest is a problem of k - 1 columns.
+    front = np.unique(gains[non_dominated(gains, ["maximize"] * gains.shape[1])], axis=0)
+    ordered = front[np.argsort(front[:, -1], kind="stable")]
+    heights, bases = ordered[:, -1], ordered[:, :-1]
+    total = 0.0
+    for index, base in enumerate(bases):
+        covered = _volume(np.minimum(bases[index + 1 :], base))
+        total += float(heights[index] * (np.prod(base) - covered))
+    return total
+
+
+def _area(gains: FloatArray) -> float:
+    """Two columns: a staircase, as wide as the first gain and as high as the best second gain from there on."""
+    ordered = gains[np.argsort(gains[:, 0])]
+    heights = np.maximum.accumulate(ordered[::-1, 1])[::-1]
+    return float(np.sum(np.diff(ordered[:, 0], prepend=0.0) * heights))

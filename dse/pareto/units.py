@@ -1,0 +1,115 @@
+"""SI values as people read them: one prefix and one number of decimals for a whole column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dse.pareto.objective import Objective
+
+__all__ = ["Scale", "change_text", "percent", "points", "scale_for"]
+
+# From large to small; the last is the floor. Bytes are decimal (1 MB = 10^6 B), as disks and model cards count them.
+_STEPS: dict[str, tuple[tuple[float, str], ...]] = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "J": ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")),
+    "B": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
+    "percent": ((1e-2, "%"),),
+    "count": ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How one quantity is shown.
+
+    Attributes:
+        symbol: Unit behind the number, "" for a pure number.
+        factor: Shown number = SI value x factor.
+        decimals: Digits after the point.
+    """
+
+    symbol: str
+    factor: float
+    decimals: int
+
+    def number(self, value: float | None) -> str:
+        """The number alone, `n/a` where there is none."""
+        if value is None or not math.isfinite(value):
+            return "n/a"
+        return _fixed(value * self.factor, self.decimals)
+
+    def text(self, value: float | None) -> str:
+        """Number and unit: `41.2 ms`."""
+        shown = self.number(value)
+        return f"{shown} {self.symbol}" if self.symbol and shown != "n/a" else shown
+
+    def uncertainty(self, value: float | None, ends: tuple[float, float] | None) -> str:
+        """The 95 % interval beside its value: `±1.1`, or `-0.4/+1.9` where the sides differ; "" where unknown."""
+        if value is None or ends is None or not math.isfinite(value):
+            return ""
+        below, above = (value - ends[0]) * self.factor, (ends[1] - value) * self.factor
+        low, high = (self._spread(side) for side in (below, above))
+        # Sides that differ by less than a quarter are told as one: the interval's own ends are not surer than that.
+        if low == high or (min(below, above) > 0 and max(below, above) < 1.25 * min(below, above)):
+            return f"±{self._spread((below + above) / 2)}"
+        return f"-{low}/+{high}"
+
+    def _spread(self, width: float) -> str:
+        shown = _fixed(width, self.decimals)
+        # A spread below the last digit shown is small, not zero.
+        return f"{width:.1g}" if width > 0 and float(shown) == 0 else shown
+
+
+def scale_for(objective: Objective, values: Iterable[float | None]) -> Scale:
+    """The scale that shows the middle of `values` (SI) with three figures or more; the unit itself without a value."""
+    sizes = sorted(abs(value) for value in values if value is not None and math.isfinite(value) and value != 0)
+    if objective.is_fraction:
+        return Scale("", 1.0, 3)
+    if not sizes:
+        size, symbol = next((step for step in _STEPS.get(objective.unit, ()) if step[0] <= 1.0), (1.0, objective.unit))
+        return Scale(symbol, 1.0 / size, 1)
+    middle = sizes[len(sizes) // 2]
+    steps = _STEPS.get(objective.unit, ((1.0, objective.unit),))
+    # A little early, so that 0.9996 s is told as 1.00 s and not as 999.6 ms.
+    size, symbol = next((step for step in steps if middle >= step[0] * 0.9995), steps[-1])
+    decimals = min(4, max(1, 2 - math.floor(math.log10(middle / size))))
+    return Scale(symbol, 1.0 / size, decimals)
+
+
+def percent(fraction: float | None, decimals: int = 1) -> str:
+    """`12.3 %`, or `n/a`."""
+    return "n/a" if fraction is None or not math.isfinite(fraction) else f"{_fixed(100 * fraction, decimals)} %"
+
+
+def points(difference: float | None, decimals: int = 1) -> str:
+    """A difference of fractions in percentage points: `-3.1 pts`, or `n/a`."""
+    if difference is None or not math.isfinite(difference):
+        return "n/a"
+    shown = _fixed(100 * difference, decimals)
+    return f"{'+' if float(shown) > 0 else ''}{shown} pts"
+
+
+def change_text(
+    objective: Objective, change: tuple[float, tuple[float, float] | None] | None, with_interval: bool = False
+) -> str:
+    """Change against dense: `-3.1 pts` or `x0.93`, with its 95 % interval `[0.91, 0.95]` on request; `n/a`."""
+    if change is None:
+        return "n/a"
+    amount, ends = change
+    text = points(amount) if objective.is_fraction else f"x{_fixed(amount, _ratio_decimals(amount))}"
+    if not with_interval or ends is None:
+        return text
+    if objective.is_fraction:
+        return f"{text} [{', '.join(points(end).removesuffix(' pts') for end in ends)}]"
+    return f"{text} [{', '.join(_fixed(end, _ratio_decimals(amount)) for end in ends)}]"
+
+
+def _ratio_decimals(ratio: float) -> int:
+    return 2 if abs(ratio) < 100 else 0
+
+
+def _fixed(value: float, decimals: int) -> str:
+    text = f"{value:.{decimals}f}"
+    return text.removeprefix("-") if float(text) == 0 else text

@@ -1,0 +1,127 @@
+"""What is known of one trial: a frozen record, and the flat row it becomes in `trials.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from dse.cost import Cost
+
+__all__ = ["Interval", "TrialRecord", "TrialState", "to_row"]
+
+TrialState = str
+"""complete, failed (reason given), duplicate (values of an earlier trial reused), infeasible, or interrupted."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; None where it is not known."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """Everything about one trial that is kept; JSON-safe throughout.
+
+    Attributes:
+        trial: Number of the trial in the study's storage.
+        state: See `TrialState`.
+        origin: Who proposed it: dense, enqueued, spread, sampler, repaired or retried.
+        point: The design point, expanded JSON.
+        point_id: Its id.
+        point_text: Its shortest JSON text, compact where the point is uniform.
+        reason: Why it failed or is infeasible; "" otherwise.
+        duplicate_of: The trial whose values were reused.
+        feasible: Whether the point keeps the space's limits.
+        cost: Exact arithmetic of the point.
+        quantities: Measured quantity to its value and interval, in SI units (accuracy, decode_latency_s, ...).
+        ratios: Quantity to its ratio to dense, with interval.
+        accuracy_drop: Dense minus point, paired over the same documents; positive is worse.
+        tasks: Task to its metrics, standard errors and number of documents.
+        latency: The latency measurement in full: distributions, device, clock, validity.
+        energy: The energy measurement in full.
+        memory: The memory measurement in full.
+        seconds: Phase to its duration.
+        started_at: UTC, ISO 8601.
+    """
+
+    trial: int
+    state: TrialState
+    origin: str
+    point: Mapping[str, Any]
+    point_id: str
+    point_text: str
+    reason: str = ""
+    duplicate_of: int | None = None
+    feasible: bool = True
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    quantities: Mapping[str, Interval] = field(default_factory=dict)
+    ratios: Mapping[str, Interval] = field(default_factory=dict)
+    accuracy_drop: Interval | None = None
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    latency: Mapping[str, Any] | None = None
+    energy: Mapping[str, Any] | None = None
+    memory: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    started_at: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrialRecord:
+        """Read `to_json`'s mapping; keys of a later version are passed over."""
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        for key in ("quantities", "ratios"):
+            values[key] = {name: Interval(**entry) for name, entry in values.get(key, {}).items()}
+        if values.get("accuracy_drop") is not None:
+            values["accuracy_drop"] = Interval(**values["accuracy_drop"])
+        return cls(**values)
+
+
+def to_row(record: TrialRecord) -> dict[str, Any]:
+    """One flat row of `trials.csv`; what is not known is absent."""
+    row: dict[str, Any] = {
+        "trial": record.trial,
+        "state": record.state,
+        "reason": record.reason,
+        "origin": record.origin,
+        "duplicate_of": record.duplicate_of,
+        "feasible": record.feasible,
+        "point_id": record.point_id,
+        "point": record.point_text,
+        "decomposed_tensors": len(record.point.get("tensors", {})),
+    }
+    cost_columns = (f.name for f in fields(Cost) if f.name in record.cost)
+    row |= {name: record.cost[name] for name in cost_columns}
+    for name, interval in record.quantities.items():
+        row |= _interval_columns(name, interval)
+    for name, interval in record.ratios.items():
+        row |= _interval_columns(f"{name}_ratio", interval)
+    if record.accuracy_drop is not None:
+        row |= _interval_columns("accuracy_drop", record.accuracy_drop)
+    for task, result in record.tasks.items():
+        for metric, (value, stderr) in result["metrics"].items():
+            row[f"task.{task}.{metric}"] = value
+            row[f"task.{task}.{metric}_stderr"] = stderr
+        row[f"task.{task}.documents"] = result["documents"]
+    for phase, seconds in record.seconds.items():
+        row[f"seconds_{phase}_s"] = seconds
+    for name, entry in (("latency", record.latency), ("energy", record.energy), ("memory", record.memory)):
+        if entry is not None and "is_valid" in entry:
+            row[f"{name}_is_valid"], row[f"{name}_reason"] = entry["is_valid"], entry.get("reason", "")
+    row["started_at"] = record.started_at
+    return row
+
+
+def _interval_columns(name: str, interval: Interval) -> dict[str, float | None]:
+    columns = {name: interval.value}
+    if interval.low is not None and interval.high is not None:
+        columns |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return columns

@@ -1,0 +1,11 @@
+"""Search spaces: which points a study may propose, how many there are, and how far they reduce a model."""
+
+from collections.abc import Mapping
+
+from dse.study.space._base import KNOWN_ROLES as KNOWN_ROLES
+from dse.study.space._base import SearchSpace as SearchSpace
+from dse.study.space.levels import LevelSpace as LevelSpace
+from dse.study.space.subset import SubsetSpace as SubsetSpace
+
+SPACES: Mapping[str, type[SearchSpace]] = {"levels": LevelSpace, "subset": SubsetSpace}
+"""The `kind` of a search-space file to its class."""

@@ -1,0 +1,259 @@
+"""What every search space offers; the two kinds of `dse.config.SearchSpaceConfig` implement it."""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dse.config import LayerRange, SearchSpaceConfig, load_search_space
+from dse.cost import cost, factor_parameters
+from dse.design_point import DesignPoint
+from dse.errors import ConfigError, PointError, did_you_mean
+from dse.topology import Topology
+
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["KNOWN_ROLES", "SearchSpace"]
+
+KNOWN_ROLES = (
+    "query", "key", "value", "query_key_value", "attention_output",
+    "gate", "up", "gate_up", "down", "intermediate", "output",
+)  # fmt: skip
+"""Roles of all architectures; a space may name ones that the model at hand does not have."""
+
+_ATTEMPTS = 300
+
+
+class SearchSpace(ABC):
+    """The points that a study may propose for one model.
+
+    A point is written as levels: dimension name to an integer from 0 (dense, or the first choice) upwards, where higher
+    levels keep less. Integers with an order serve every sampler, model-based ones above all.
+    """
+
+    def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        self.layers = _layers(config, topology)
+        self.roles = _roles(config, topology)
+
+    @staticmethod
+    def from_config(config: SearchSpaceConfig, topology: Topology) -> SearchSpace:
+        """Build the space of `config` on a model.
+
+        Raises:
+            ConfigError: The space names what the model does not have, or no point lies within its limits.
+        """
+        from dse.study.space import SPACES
+
+        space = SPACES[config.kind](config, topology)
+        space.check_limits()
+        return space
+
+    @staticmethod
+    def from_file(path: str | Path, topology: Topology) -> SearchSpace:
+        """Read a search-space file for a model; see `from_config`."""
+        return SearchSpace.from_config(load_search_space(Path(path)), topology)
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> Mapping[str, int]:
+        """Dimension name to its number of levels."""
+
+    @abstractmethod
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
+        """The design point of these levels (all dimensions given)."""
+
+    @abstractmethod
+    def levels_of(self, point: DesignPoint) -> dict[str, int]:
+        """Levels of a point of this space.
+
+        Raises:
+            PointError: The point does not lie in the space.
+        """
+
+    @abstractmethod
+    def number_of_points(self) -> int:
+        """Distinct design points, dense included, before limits."""
+
+    @abstractmethod
+    def number_of_configurations(self) -> int:
+        """Combinations of levels as the source of the space counts them (several may be one point)."""
+
+    @abstractmethod
+    def reduction_range(self) -> tuple[float, float]:
+        """Smallest reduction of a point that is not dense, and the largest reduction."""
+
+    @abstractmethod
+    def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
+        """A random point that aims at a reduction between `low` and `high`; it may miss."""
+
+    @abstractmethod
+    def largest_ranks(self) -> dict[str, dict[str, int]]:
+        """Method to tensor name to the largest rank that any point asks for."""
+
+    @property
+    def dense_levels(self) -> dict[str, int]:
+        """The levels of the dense model."""
+        return dict.fromkeys(self.dimensions, 0)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Reduction limits, open ends filled in."""
+        limit = self.config.limits.reduction
+        return (-math.inf if limit.min is None else limit.min, math.inf if limit.max is None else limit.max)
+
+    def violations(self, point: DesignPoint) -> dict[str, float]:
+        """Constraint name to its value; <= 0 is feasible (Optuna's convention). From the point alone."""
+        reduction = cost(self.topology, point).reduction
+        low, high = self.limits
+        values = {}
+        if math.isfinite(low):
+            values["reduction_min"] = low - reduction
+        if math.isfinite(high):
+            values["reduction_max"] = reduction - high
+        return values
+
+    def is_feasible(self, point: DesignPoint) -> bool:
+        """Whether the point keeps the limits."""
+        return all(value <= 0 for value in self.violations(point).values())
+
+    def draw_feasible(self, generator: random.Random, low: float | None = None, high: float | None = None) -> dict[str, int] | None:
+        """Levels of a random feasible point, aiming at reductions between `low` and `high`; None if none was found."""
+        smallest, largest = self.reduction_range()
+        floor, ceiling = max(self.limits[0], smallest), min(self.limits[1], largest)
+        low, high = max(floor, floor if low is None else low), min(ceiling, ceiling if high is None else high)
+        for _ in range(_ATTEMPTS):
+            levels = self._draw(generator, low, max(low, high))
+            point = self.point(levels)
+            if not point.is_dense and self.is_feasible(point):
+                return levels
+        return None
+
+    def check_limits(self) -> None:
+        """Refuse a space without a feasible point.
+
+        Raises:
+            ConfigError: No point lies within the limits.
+        """
+        smallest, largest = self.reduction_range()
+        low, high = self.limits
+        reach = f"space '{self.config.name}' on {self.topology.architecture} reaches reductions of {smallest:.4g} to {largest:.4g}"
+        if low > largest or high < smallest:
+            raise ConfigError(
+                f"some point must lie within `limits.reduction`, but {reach} and the limits are"
+                f" {self.config.limits.reduction.min} to {self.config.limits.reduction.max}; widen one of them"
+            )
+        if low > 0 and self.draw_feasible(random.Random(0)) is None:
+            raise ConfigError(
+                f"some point must lie within `limits.reduction`, but none was found between"
+                f" {self.config.limits.reduction.min} and {self.config.limits.reduction.max} ({reach}); widen the limits"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What `dse space` prints."""
+        count, (smallest, largest) = self.number_of_points(), self.reduction_range()
+        limit = self.config.limits.reduction
+        return {
+            "name": self.config.name,
+            "kind": self.config.kind,
+            "architecture": self.topology.architecture,
+            "methods": list(self.config.methods),
+            "layers": list(self.layers),
+            "roles": list(self.roles),
+            "tensors": len(self.tensor_names()),
+            "dimensions": len(self.dimensions),
+            "ranks": self._rank_listing(),
+            "number_of_points": count,
+            "number_of_points_log2": math.log2(count),
+            "number_of_configurations": self.number_of_configurations(),
+            "number_of_configurations_log2": math.log2(self.number_of_configurations()),
+            "smallest_reduction": smallest,
+            "largest_reduction": largest,
+            "limits": {"reduction": {"min": limit.min, "max": limit.max}},
+        }
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Tensors that some point decomposes."""
+        return tuple(name for name in self.topology.by_name if any(name in r for r in self.largest_ranks().values()))
+
+    def _rank_listing(self) -> dict[str, list[int]]:
+        """Role (or tensor outside the layers) to the ranks it may take, over methods and layers."""
+        from dse.study.space.rank_grid import level_count, rank_at
+
+        listing: dict[str, set[int]] = {}
+        for name in self.tensor_names():
+            tensor = self.topology[name]
+            for method in self.config.methods:
+                grid = self.config.ranks
+                listing.setdefault(tensor.role, set()).update(
+                    rank_at(grid, index, tensor, method) for index in range(level_count(grid))
+                )
+        return {role: sorted(ranks) for role, ranks in listing.items()}
+
+    def _saving(self, point: DesignPoint) -> float:
+        saved = sum(self.topology[n].parameters - factor_parameters(self.topology[n], c) for n, c in point)
+        return saved / self.topology.parameters_dense
+
+
+def _layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
+    everything = range(topology.layer_count)
+    if config.layers == "all":
+        return tuple(everything)
+    if isinstance(config.layers, LayerRange):
+        chosen = everything[config.layers.skip_first : topology.layer_count - config.layers.skip_last]
+        if not chosen:
+            raise ConfigError(
+                f"`layers` of space '{config.name}' must leave at least one of {topology.layer_count} layers, but skips"
+                f" the first {config.layers.skip_first} and the last {config.layers.skip_last}"
+            )
+        return tuple(chosen)
+    for layer in config.layers:
+        if layer not in everything:
+            raise ConfigError(
+                f"`0 <= layer < {topology.layer_count}` must hold for {topology.architecture}, but space"
+                f" '{config.name}' names layer {layer}"
+            )
+    if not config.layers:
+        raise ConfigError(f"`layers` of space '{config.name}' must name at least one layer, but is empty")
+    return tuple(sorted(set(config.layers)))
+
+
+def _roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
+    outside = tuple(tensor.role for tensor in topology.tensors if tensor.layer is None)
+    if config.roles == "all":
+        return topology.roles + outside
+    present = check_roles(config.roles, config.name, topology)
+    if not present:
+        raise ConfigError(
+            f"`roles` of space '{config.name}' must name a role of {topology.architecture}"
+            f" ({', '.join(topology.roles)}), but got {config.roles}"
+        )
+    return present
+
+
+def check_roles(roles: Sequence[str], space_name: str, topology: Topology) -> tuple[str, ...]:
+    """The roles of this list that the model has; ones that no architecture has are refused.
+
+    Raises:
+        ConfigError: A role is unknown.
+    """
+    known = set(KNOWN_ROLES) | {tensor.role for tensor in topology.tensors}
+    for role in roles:
+        if role not in known:
+            raise ConfigError(
+                f"a role must be one of {', '.join(sorted(known))}, but space '{space_name}' names '{role}'"
+                f"{did_you_mean(role, known)}"
+            )
+    have = {tensor.role for tensor in topology.tensors}
+    return tuple(role for role in dict.fromkeys(roles) if role in have)
+
+
+def outside_space(point: DesignPoint, space: SearchSpace, why: str) -> PointError:
+    """The error of `levels_of`."""
+    return PointError(f"point {point.id} must lie in search space '{space.config.name}', but {why}")

@@ -1,0 +1,124 @@
+"""`kind: subset`: a set of layers x a set of tensors x one rank, the space of Moar et al. (2024)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping
+from functools import cached_property
+
+from dse.config import SearchSpaceConfig
+from dse.design_point import DesignPoint, TensorChoice
+from dse.study.space._base import SearchSpace, outside_space
+from dse.study.space.rank_grid import level_count, rank_at, saved_parameters
+from dse.topology import DecomposableTensor, Topology
+
+__all__ = ["SubsetSpace"]
+
+_METHOD, _RANK = "method", "rank"
+
+
+class SubsetSpace(SearchSpace):
+    """Every chosen role of every chosen layer is decomposed at one rank; everything else stays dense.
+
+    With L layers, K tensors a layer and R ranks the paper counts 2^L x 2^K x R configurations: 2^39 for the 32 layers
+    and 7 tensors of Llama-2-7B at rank 1. Those with an empty set of layers or of tensors are all the dense model.
+    """
+
+    def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
+        super().__init__(config, topology)
+        self.roles = tuple(role for role in self.roles if role in topology.roles)
+        self._level_count = level_count(config.ranks)
+
+    @cached_property
+    def dimensions(self) -> Mapping[str, int]:
+        """A switch per layer and role, the rank, and the method where there are several."""
+        sizes = {f"layers.{layer}": 2 for layer in self.layers} | {f"roles.{role}": 2 for role in self.roles}
+        if self._level_count > 1:
+            sizes[_RANK] = self._level_count
+        if len(self.config.methods) > 1:
+            sizes[_METHOD] = len(self.config.methods)
+        return sizes
+
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
+        """The design point of these levels."""
+        layers = {layer for layer in self.layers if levels[f"layers.{layer}"]}
+        roles = {role for role in self.roles if levels[f"roles.{role}"]}
+        method = self.config.methods[levels.get(_METHOD, 0)]
+        chosen = self._tensors(layers, roles)
+        return DesignPoint.of({t.name: self._choice(t, method, levels.get(_RANK, 0)) for t in chosen})
+
+    def levels_of(self, point: DesignPoint) -> dict[str, int]:
+        """Levels of a point of this space."""
+        levels = self.dense_levels
+        if point.is_dense:
+            return levels
+        tensors = [self.topology[name] for name, _ in point]
+        levels.update({f"layers.{t.layer}": 1 for t in tensors if f"layers.{t.layer}" in levels})
+        levels.update({f"roles.{t.role}": 1 for t in tensors if f"roles.{t.role}" in levels})
+        for index, method in enumerate(self.config.methods):
+            for rank in range(self._level_count):
+                candidate = levels | ({_METHOD: index} if _METHOD in levels else {}) | ({_RANK: rank} if _RANK in levels else {})
+                if self.point(candidate) == point:
+                    return candidate
+        raise outside_space(point, self, "it is not one method and rank over a set of layers times a set of roles of the space")
+
+    def number_of_points(self) -> int:
+        """Non-empty layer sets x non-empty role sets x ranks that differ there x methods, and the dense model."""
+        layer_sets = 2 ** len(self.layers) - 1
+        total = 1
+        for method in self.config.methods:
+            for count in range(1, len(self.roles) + 1):
+                for roles in itertools.combinations(self.roles, count):
+                    tensors = self._tensors(set(self.layers), set(roles))
+                    # Ranks above break-even are capped, so two levels may be one point for a set of small tensors.
+                    levels = {tuple(self._choice(t, method, i).rank for t in tensors) for i in range(self._level_count)}
+                    total += layer_sets * len(levels)
+        return total
+
+    def number_of_configurations(self) -> int:
+        """2^layers x 2^roles x ranks x methods, as the paper counts."""
+        return 2 ** (len(self.layers) + len(self.roles)) * self._level_count * len(self.config.methods)
+
+    def reduction_range(self) -> tuple[float, float]:
+        """One tensor at the highest rank, and all of them at the lowest."""
+        everything = self._tensors(set(self.layers), set(self.roles))
+        last = self._level_count - 1
+        single = min(
+            saved_parameters([t], [self._choice(t, method, level)])
+            for t in everything
+            for method in self.config.methods
+            for level in range(self._level_count)
+        )
+        most = max(
+            saved_parameters(everything, [self._choice(t, method, last) for t in everything]) for method in self.config.methods
+        )
+        return single / self.topology.parameters_dense, most / self.topology.parameters_dense
+
+    def largest_ranks(self) -> dict[str, dict[str, int]]:
+        """The highest rank on every tensor."""
+        everything = self._tensors(set(self.layers), set(self.roles))
+        return {method: {t.name: self._choice(t, method, 0).rank for t in everything} for method in self.config.methods}
+
+    def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
+        """A random set of roles and a rank; then layers in random order until a target is met."""
+        levels = self.dense_levels
+        for name in (_METHOD, _RANK):
+            if name in levels:
+                levels[name] = generator.randrange(self.dimensions[name])
+        roles = [role for role in self.roles if generator.random() < 0.5] or list(self.roles)
+        levels.update({f"roles.{role}": 1 for role in roles})
+        target, saved = generator.uniform(low, high), 0.0
+        for layer in generator.sample(self.layers, len(self.layers)):
+            step = self._saving(self.point(dict(self.dense_levels) | {k: v for k, v in levels.items() if not k.startswith("layers.")} | {f"layers.{layer}": 1}))
+            if saved and (saved >= target or saved + step > high):
+                break
+            levels[f"layers.{layer}"] = 1
+            saved += step
+        return levels
+
+    def _tensors(self, layers: set[int], roles: set[str]) -> list[DecomposableTensor]:
+        return [t for t in self.topology.tensors if t.layer in layers and t.role in roles]
+
+    def _choice(self, tensor: DecomposableTensor, method: str, level: int) -> TensorChoice:
+        return TensorChoice(method, rank_at(self.config.ranks, level, tensor, method))

@@ -1,0 +1,147 @@
+/* A library with the NVML symbols that pynvml calls, whose devices follow a script in environment variables.
+ *
+ * Time runs on CLOCK_MONOTONIC from FAKE_NVML_EPOCH_NS. All variables are read at every call, so one process can play
+ * several scripts.
+ *   FAKE_NVML_POWER      steps of power of device 0: "0:100,0.8:250" is 100 W from 0 s, 250 W from 0.8 s; device k
+ *                        draws (k + 1) times as much
+ *   FAKE_NVML_PERIOD_MS  period at which counter and power refresh (20)
+ *   FAKE_NVML_DEVICES    number of devices (1)
+ *   FAKE_NVML_NO_COUNTER, FAKE_NVML_NO_POWER, FAKE_NVML_MIG   set: that is so
+ *   FAKE_NVML_INIT_ERROR code that nvmlInit returns
+ *   FAKE_NVML_LOST_AT_S  from then on every reading says that the GPU is lost
+ *   FAKE_NVML_RESET_AT_S from then on the counter starts again at zero
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, GPU_IS_LOST = 15, MAX_DEVICES = 8 };
+
+static int ids[MAX_DEVICES] = {0, 1, 2, 3, 4, 5, 6, 7};
+
+static double number(const char *name, double otherwise) {
+    const char *text = getenv(name);
+    return text && *text ? atof(text) : otherwise;
+}
+
+static int is_set(const char *name) {
+    const char *text = getenv(name);
+    return text && *text;
+}
+
+static int device_count(void) { return (int)number("FAKE_NVML_DEVICES", 1); }
+
+static double now_s(void) {
+    struct timespec stamp;
+    clock_gettime(CLOCK_MONOTONIC, &stamp);
+    const char *epoch = getenv("FAKE_NVML_EPOCH_NS");
+    long long epoch_ns = epoch ? atoll(epoch) : 0;
+    return (double)(stamp.tv_sec * 1000000000LL + stamp.tv_nsec - epoch_ns) * 1e-9;
+}
+
+/* Power at time_s, and the energy from 0 to time_s, of device 0. */
+static void follow(double time_s, double *power_w, double *energy_j) {
+    const char *text = getenv("FAKE_NVML_POWER");
+    double begin_s = 0, watts = 0, next_s, next_w;
+    int used;
+    *energy_j = 0;
+    *power_w = 0;
+    while (text && sscanf(text, "%lf:%lf%n", &next_s, &next_w, &used) == 2 && next_s <= time_s) {
+        *energy_j += watts * (next_s - begin_s);
+        begin_s = next_s;
+        watts = next_w;
+        text += used;
+        if (*text == ',') text++;
+    }
+    *energy_j += watts * (time_s - begin_s);
+    *power_w = watts;
+}
+
+static double refreshed_s(void) {
+    double period_s = number("FAKE_NVML_PERIOD_MS", 20) * 1e-3;
+    return (double)(long long)(now_s() / period_s) * period_s;
+}
+
+static int is_lost(void) { return is_set("FAKE_NVML_LOST_AT_S") && now_s() >= number("FAKE_NVML_LOST_AT_S", 0); }
+
+int nvmlInitWithFlags(unsigned flags) {
+    (void)flags;
+    return (int)number("FAKE_NVML_INIT_ERROR", OK);
+}
+
+int nvmlShutdown(void) { return OK; }
+
+const char *nvmlErrorString(int code) {
+    switch (code) {
+        case NOT_SUPPORTED: return "Not Supported";
+        case NOT_FOUND: return "Not Found";
+        case GPU_IS_LOST: return "GPU is lost";
+        default: return "scripted error";
+    }
+}
+
+int nvmlSystemGetDriverVersion(char *text, unsigned length) {
+    snprintf(text, length, "555.42.fake");
+    return OK;
+}
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    *count = (unsigned)device_count();
+    return OK;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
+    if ((int)index >= device_count()) return INVALID_ARGUMENT;
+    *device = &ids[index];
+    return OK;
+}
+
+int nvmlDeviceGetUUID(void *device, char *text, unsigned length) {
+    snprintf(text, length, "GPU-%08x-fake", *(int *)device + 10);
+    return OK;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    char known[64];
+    for (int index = 0; index < device_count(); index++) {
+        nvmlDeviceGetUUID(&ids[index], known, sizeof known);
+        if (strcmp(known, uuid) == 0) {
+            *device = &ids[index];
+            return OK;
+        }
+    }
+    return NOT_FOUND;
+}
+
+int nvmlDeviceGetName(void *device, char *text, unsigned length) {
+    snprintf(text, length, "Fake GPU %d", *(int *)device);
+    return OK;
+}
+
+int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
+    (void)device;
+    if (!is_set("FAKE_NVML_MIG")) return NOT_SUPPORTED;
+    *current = *pending = 1;
+    return OK;
+}
+
+int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy_mj) {
+    double power_w, energy_j, before_j = 0, time_s = refreshed_s();
+    if (is_set("FAKE_NVML_NO_COUNTER")) return NOT_SUPPORTED;
+    if (is_lost()) return GPU_IS_LOST;
+    follow(time_s, &power_w, &energy_j);
+    if (is_set("FAKE_NVML_RESET_AT_S") && time_s >= number("FAKE_NVML_RESET_AT_S", 0))
+        follow(number("FAKE_NVML_RESET_AT_S", 0), &power_w, &before_j);
+    *energy_mj = (unsigned long long)((energy_j - before_j) * 1e3 * (*(int *)device + 1));
+    return OK;
+}
+
+int nvmlDeviceGetPowerUsage(void *device, unsigned *power_mw) {
+    double power_w, energy_j;
+    if (is_set("FAKE_NVML_NO_POWER")) return NOT_SUPPORTED;
+    if (is_lost()) return GPU_IS_LOST;
+    follow(refreshed_s(), &power_w, &energy_j);
+    *power_mw = (unsigned)(power_w * 1e3 * (*(int *)device + 1));
+    return OK;
+}

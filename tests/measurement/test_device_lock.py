@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dse.errors import StorageFullError
+from dse.measurement import device_lock
+from dse.measurement.device_lock import lock_file
+
+CPU = torch.device("cpu")
+
+HOLDER = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_waits_for_another_process_and_says_so_once(caplog):
+    path = lock_file(CPU)
+    path.parent.mkdir()
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        released_s: list[float] = []
+
+        def release() -> None:
+            time.sleep(0.4)
+            released_s.append(time.perf_counter())
+            holder.stdin.write("\n")
+            holder.stdin.flush()
+
+        thread = threading.Thread(target=release)
+        thread.start()
+        with caplog.at_level(logging.INFO, "dse"), device_lock(CPU):
+            entered_s = time.perf_counter()
+        thread.join()
+    assert entered_s > released_s[0]
+    assert [record.message for record in caplog.records if record.name.startswith("dse")] == [
+        f"waiting for cpu: another measurement holds {path}"
+    ]
+
+
+def test_same_thread_enters_again_and_others_wait():
+    inside = threading.Event()
+    with device_lock(CPU):
+        with device_lock(torch.device("cpu", 0)):
+            pass
+
+        def other() -> None:
+            with device_lock(CPU):
+                inside.set()
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not inside.wait(0.3)  # still held, though the inner block was left
+    assert inside.wait(5)
+    thread.join()
+
+
+def test_released_after_an_error():
+    with pytest.raises(KeyError), device_lock(CPU):
+        raise KeyError
+    with device_lock(CPU):
+        pass
+
+
+def test_devices_have_their_own_locks(cache):
+    names = {lock_file(torch.device(name)).name for name in ("cpu", "mps", "cuda:0", "cuda:1")}
+    assert len(names) == 4
+    assert all(lock_file(torch.device(name)).parent == cache / "locks" for name in ("cpu", "cuda:0"))
+
+
+def test_a_cache_that_cannot_be_written(cache, monkeypatch):
+    blocked = cache / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("DSE_CACHE", str(Path(blocked)))
+    with pytest.raises(StorageFullError, match="must be writable"), device_lock(CPU):
+        pass

@@ -1,0 +1,180 @@
+"""The NVML meter: the absent driver for real, and the real pynvml against a library compiled here."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dse.errors import MeterUnavailableError
+from dse.measurement import NoMeterError, find_meters, open_meter
+from dse.measurement.nvml import visible_device
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+GPU_0, GPU_1 = "GPU-0000000a-fake", "GPU-0000000b-fake"
+STEPS = ((0.0, 100.0), (0.5, 300.0), (0.8, 50.0), (1.1, 200.0), (1e9, 0.0))  # as in nvml_scenarios.py
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+def test_without_a_driver_the_error_names_the_remedy():
+    with pytest.raises(MeterUnavailableError, match=r"no NVIDIA driver.*install the NVIDIA driver"):
+        open_meter(torch.device("cuda", 0))
+    (status,) = find_meters(torch.device("cuda"))
+    assert (status.name, status.available) == ("nvml", False)
+    assert status.reason.startswith("no NVIDIA driver")
+    assert "install the NVIDIA driver" in status.remedy
+
+
+@pytest.mark.parametrize(
+    ("index", "visible", "expected"),
+    [(3, None, 3), (0, "2,0", 2), (1, "2,0", 0), (1, "0, GPU-ab", "GPU-ab"), (0, "MIG-12", "MIG-12")],
+)
+def test_visible_device(index, visible, expected):
+    assert visible_device(index, visible) == expected
+
+
+@pytest.mark.parametrize(("index", "visible"), [(0, ""), (0, "-1"), (1, "0"), (1, "0,-1,1"), (0, "none")])
+def test_hidden_device(index, visible):
+    with pytest.raises(NoMeterError, match=f"cuda:{index} does not exist"):
+        visible_device(index, visible)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if COMPILER is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler on Linux to build the scripted NVML library")
+    if torch.cuda.is_available():
+        pytest.skip("the scripted library would stand in for the driver of this machine's GPUs under torch too")
+    folder = tmp_path_factory.mktemp("nvml")
+    target = folder / "libnvidia-ml.so.1"
+    build = [COMPILER, "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(HERE / "fake_nvml.c")]
+    subprocess.run(build, check=True)
+    return folder
+
+
+def play(library: Path, *scenarios: str) -> dict:
+    hidden = ("CUDA_VISIBLE_DEVICES",)
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    paths = [str(library), environment.get("LD_LIBRARY_PATH", "")]
+    environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
+    environment["PYTHONPATH"] = str(HERE.parents[1])
+    command = [sys.executable, "-W", "error", str(HERE / "nvml_scenarios.py"), *scenarios]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def seen(library):
+    return play(library)
+
+
+def integral_j(begin_s: float, end_s: float) -> float:
+    """Energy that the script's steps say was drawn by device 0."""
+    total = 0.0
+    for (from_s, power_w), (to_s, _) in itertools.pairwise(STEPS):
+        total += power_w * max(0.0, min(end_s, to_s) - max(begin_s, from_s))
+    return total
+
+
+def relative_error(played: dict, device: str) -> float:
+    scale = {GPU_0: 1, GPU_1: 2}[device]
+    return played["per_device_j"][device] / (scale * integral_j(played["begin_s"], played["end_s"])) - 1
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("counter", 0.01), ("polled", 0.03)])
+def test_window_agrees_with_the_script(library, seen, name, tolerance):
+    played = seen[name]
+    for _ in range(2):
+        # A busy machine may stall the watching thread at an edge; an error of the method would stay.
+        if played["is_valid"] and abs(relative_error(played, GPU_0)) <= tolerance:
+            break
+        played = play(library, name)[name]
+    assert played["is_valid"], played["reason"]
+    for device in played["per_device_j"]:
+        assert abs(relative_error(played, device)) <= tolerance
+    assert played["updates"] >= 20
+    assert played["energy_j"] == pytest.approx(sum(played["per_device_j"].values()))
+
+
+def test_source_devices_and_driver_are_in_the_record(seen):
+    assert seen["counter"]["source"] == "NVML total-energy counter"
+    assert seen["polled"]["source"] == "NVML power, integrated"
+    assert list(seen["counter"]["per_device_j"]) == [GPU_0, GPU_1]
+    assert seen["counter"]["details"]["driver_version"] == "555.42.fake"
+    assert seen["gpus"][1] == {"name": "Fake GPU 1", "uuid": GPU_1, "driver_version": "555.42.fake"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("short", "is too short: the meter refreshed"),
+        ("lost", "could not be read: GPU is lost"),
+        ("reset", "the counter went backwards"),
+    ],
+)
+def test_faults_give_no_figure(seen, name, reason):
+    played = seen[name]
+    assert not played["is_valid"]
+    assert reason in played["reason"]
+    assert "read_j" not in played
+    assert played["reason"] in played["error"]
+
+
+def test_generation_through_the_meter(seen):
+    played = seen["generation"]
+    assert played["is_valid"]
+    assert min(played["updates"]) >= 20
+    # 200 W all the time: energy is power times time, whatever the time was.
+    assert played["prefill_power_w"] == pytest.approx(200, rel=0.05)
+    assert played["prefill_energy_j"] == pytest.approx(200 * played["prefill_s_per_prompt"], rel=0.05)
+    assert played["energy_per_token_j"] == pytest.approx(200 * played["decode_s_per_token"], rel=0.05)
+
+
+def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
+    played = seen["lost_at_once"]
+    assert "read" not in played
+    assert not played["is_valid"]
+    assert "prefill: " in played["reason"]
+    assert "GPU is lost" in played["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "remedy"),
+    [
+        ("mig", "split by MIG", "nvidia-smi -mig 0"),
+        ("neither", "has no energy counter, and its power cannot be read: Not Supported", "another GPU"),
+        ("driver_not_loaded", "driver is not loaded", "modprobe nvidia"),
+        ("no_permission", "may not be asked", "/dev/nvidia"),
+        ("mismatch", "different versions", "reboot"),
+        ("hidden", "shows 0 GPUs", "CUDA_VISIBLE_DEVICES"),
+        ("not_listed", "is GPU 5, but the driver lists 1 GPUs", "CUDA_VISIBLE_DEVICES"),
+        ("mig_instance", "MIG instance MIG-1234", "another GPU"),
+    ],
+)
+def test_refusals_name_reason_and_remedy(seen, name, message, remedy):
+    assert message in seen[name]["message"]
+    assert remedy in seen[name]["message"]
+    assert remedy in seen[name]["remedy"]
+    assert seen[name]["available"] is False
+
+
+def test_device_is_chosen_as_cuda_would(seen):
+    assert (seen["plain"], seen["by_index"], seen["by_uuid"]) == ("Fake GPU 0", "Fake GPU 2", "Fake GPU 1")

@@ -1,0 +1,190 @@
+"""The RAPL meter on a folder shaped like the kernel's, advanced by a thread at a known power."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dse.errors import InvalidMeasurementError, MeterUnavailableError
+from dse.measurement import LatencySpec, RaplMeter, find_meters, measure_energy, open_meter
+
+CPU = torch.device("cpu")
+RANGE_UJ = 40_000_000
+
+
+def add_domain(root: Path, folder: str, name: str, energy_uj: int = 0, range_uj: int = RANGE_UJ) -> Path:
+    path = root / folder
+    path.mkdir(parents=True)
+    (path / "name").write_text(name + "\n")
+    (path / "energy_uj").write_text(f"{energy_uj}\n")
+    (path / "max_energy_range_uj").write_text(f"{range_uj}\n")
+    return path / "energy_uj"
+
+
+@contextlib.contextmanager
+def drawing(powers_w: dict[Path, float], begin_uj: int):
+    """Advance each counter file at its power from `begin_uj` on, wrapping at RANGE_UJ, about every millisecond."""
+    stop = threading.Event()
+
+    def advance() -> None:
+        begin_s = time.perf_counter()
+        while not stop.is_set():
+            for path, power_w in powers_w.items():
+                total_uj = begin_uj + int(power_w * 1e6 * (time.perf_counter() - begin_s))
+                new = path.with_suffix(".new")  # a reader of the kernel's file never sees half a number
+                new.write_text(f"{total_uj % RANGE_UJ}\n")
+                new.replace(path)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=advance)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def powercap(tmp_path):
+    """Two packages, with the parts and doubles that must not be counted."""
+    files = [add_domain(tmp_path, "intel-rapl:0", "package-0"), add_domain(tmp_path, "intel-rapl:1", "package-1")]
+    for folder, name in [
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:0:1", "dram"),
+        ("intel-rapl:2", "psys"),
+        ("intel-rapl-mmio:0", "package-0"),
+    ]:
+        add_domain(tmp_path, folder, name, energy_uj=777)
+    (tmp_path / "intel-rapl").mkdir()
+    return tmp_path, files
+
+
+def test_two_packages_through_a_wrap(powercap):
+    root, files = powercap
+    meter = RaplMeter(root)
+    assert sorted(meter.details) == ["package-0", "package-1"]
+    # 60 W from 2 J below the end of the range: the first package wraps 33 ms after it starts.
+    with drawing({files[0]: 60.0, files[1]: 25.0}, RANGE_UJ - 2_000_000), meter.window() as window:
+        time.sleep(0.8)
+    assert window.is_valid, window.reason
+    assert window.per_device_j["package-0"] == pytest.approx(60 * window.duration_s, rel=0.04)
+    assert window.per_device_j["package-1"] == pytest.approx(25 * window.duration_s, rel=0.04)
+    assert window.energy_j == pytest.approx(sum(window.per_device_j.values()))
+
+
+def test_measure_energy_of_a_generation(powercap, llama):
+    root, files = powercap
+    spec = LatencySpec(prompt_tokens=8, new_tokens=4, batch_size=2)
+    with drawing({files[0]: 60.0, files[1]: 40.0}, 0):
+        result = measure_energy(llama, spec, open_meter(CPU, powercap_root=root), min_window_s=0.4)
+    assert (result.meter, result.source, result.is_valid) == ("rapl", "RAPL package counters", True)
+    assert result.decode is not None
+    for phase in (result.prefill, result.decode):
+        assert phase.duration_s >= 0.4
+        assert phase.updates >= 20
+        assert phase.repeats >= 2
+        assert phase.gross_j == pytest.approx(100 * phase.duration_s, rel=0.05)
+    # Per prompt and per token of one sequence: the batch of two and the four steps are divided out.
+    prompts, tokens = result.prefill.repeats * 2, result.decode.repeats * 2 * 4
+    assert result.prefill_energy_j == pytest.approx(100 * result.prefill.duration_s / prompts, rel=0.05)
+    assert result.energy_per_token_j == pytest.approx(100 * result.decode.duration_s / tokens, rel=0.05)
+
+
+def test_measure_energy_of_an_encoder(powercap, bert):
+    root, files = powercap
+    with drawing({files[0]: 60.0, files[1]: 40.0}, 0):
+        result = measure_energy(bert, LatencySpec(prompt_tokens=8), RaplMeter(root), min_window_s=0.2)
+    assert result.decode is None
+    assert result.energy_per_token_j is None
+    assert result.prefill_energy_j > 0
+
+
+def test_a_counter_that_stands_still_gives_no_figure(powercap, llama):
+    root, _ = powercap
+    spec = LatencySpec(prompt_tokens=4, new_tokens=1)
+    result = measure_energy(llama, spec, RaplMeter(root), min_window_s=0.05, max_window_s=0.1)
+    assert not result.is_valid
+    assert "prefill: the window of" in result.reason
+    assert "decode: the window of" in result.reason
+    assert result.prefill.gross_j is None
+    with pytest.raises(InvalidMeasurementError, match="refreshed 0 times"):
+        _ = result.prefill_energy_j
+    with pytest.raises(InvalidMeasurementError, match="refreshed 0 times"):
+        _ = result.energy_per_token_j
+
+
+def test_a_counter_removed_in_the_window(powercap):
+    root, files = powercap
+    with RaplMeter(root).window() as window:
+        files[0].unlink()
+        time.sleep(0.1)
+    assert "energy_uj could not be read" in window.reason
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Run as an ordinary user also where tests run as root, whom no file mode stops."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes as of POSIX")
+def test_unreadable_counter_names_the_remedy():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        energy_file = add_domain(root, "intel-rapl:0", "package-0")
+        energy_file.chmod(0o000)
+        with unprivileged():
+            with pytest.raises(MeterUnavailableError) as refusal:
+                open_meter(CPU, powercap_root=root)
+            (status,) = find_meters(CPU, powercap_root=root)
+    assert f"{energy_file} is not readable" in str(refusal.value)
+    assert f"sudo chmod a+r {energy_file}" in str(refusal.value)
+    assert (status.name, status.available) == ("rapl", False)
+    assert status.remedy.startswith("run `sudo chmod a+r")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: None, "is not there: not Linux, or a virtual machine"),
+        (lambda root: root.mkdir(), "holds no package domain.*modprobe intel_rapl_msr"),
+        (lambda root: add_domain(root, "intel-rapl:0", "psys"), "holds no package domain"),
+        (lambda root: add_domain(root, "intel-rapl:0", "package-0").write_text("many"), "cannot be read"),
+    ],
+)
+def test_missing_meter_says_what_was_tried(tmp_path, prepare, message):
+    root = tmp_path / "powercap"
+    prepare(root)
+    with pytest.raises(MeterUnavailableError, match=rf"energy on 'cpu' must have a meter.*rapl: .*{message}"):
+        open_meter(CPU, powercap_root=root)
+    (status,) = find_meters(CPU, powercap_root=root)
+    assert not status.available
+    assert status.reason
+    assert status.remedy
+
+
+def test_found_meter(powercap):
+    (status,) = find_meters(CPU, powercap_root=powercap[0])
+    assert (status.name, status.available, status.source) == ("rapl", True, "RAPL package counters")
+
+
+def test_a_device_without_any_meter():
+    assert find_meters(torch.device("mps")) == []
+    with pytest.raises(MeterUnavailableError, match="got the device 'mps'"):
+        open_meter(torch.device("mps"))

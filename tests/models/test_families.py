@@ -1,0 +1,269 @@
+"""Every family's topology, checked on tiny random models against the modules themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dse.models import load_topology, topology_of
+
+HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 32, 48, 3, 4, 64
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+GATED = {
+    "query": ("self_attn.q_proj", 32, 32),
+    "key": ("self_attn.k_proj", 16, 32),
+    "value": ("self_attn.v_proj", 16, 32),
+    "attention_output": ("self_attn.o_proj", 32, 32),
+    "gate": ("mlp.gate_proj", 48, 32),
+    "up": ("mlp.up_proj", 48, 32),
+    "down": ("mlp.down_proj", 32, 48),
+}
+# A head size that is not hidden / heads: the topology must read it off the matrices.
+WIDE_HEADS = GATED | {
+    "query": ("self_attn.q_proj", 64, 32),
+    "key": ("self_attn.k_proj", 32, 32),
+    "value": ("self_attn.v_proj", 32, 32),
+    "attention_output": ("self_attn.o_proj", 32, 64),
+}
+BERT = {
+    "query": ("attention.self.query", 32, 32),
+    "key": ("attention.self.key", 32, 32),
+    "value": ("attention.self.value", 32, 32),
+    "attention_output": ("attention.output.dense", 32, 32),
+    "intermediate": ("intermediate.dense", 48, 32),
+    "output": ("output.dense", 32, 48),
+}
+
+
+def wide(name: str) -> Callable[[], hf.PreTrainedModel]:
+    return lambda: build(name, {**GROUPED, "head_dim": 16})
+
+
+def build(name: str, keywords: Mapping[str, object], suffix: str = "ForCausalLM") -> hf.PreTrainedModel:
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    return getattr(hf, name + suffix)(getattr(hf, config_name)(**keywords))
+
+
+Expected = tuple[Callable[[], hf.PreTrainedModel], str, dict[str, tuple[str, int, int]]]
+FAMILIES: dict[str, Expected] = {
+    "Llama": (lambda: build("Llama", GROUPED), "model.layers", GATED),
+    "Mistral": (wide("Mistral"), "model.layers", WIDE_HEADS),
+    "Qwen2": (lambda: build("Qwen2", GROUPED), "model.layers", GATED),
+    "Qwen3": (wide("Qwen3"), "model.layers", WIDE_HEADS),
+    "SmolLM3": (lambda: build("SmolLM3", GROUPED), "model.layers", GATED),
+    "Gemma": (wide("Gemma"), "model.layers", WIDE_HEADS),
+    "Gemma2": (wide("Gemma2"), "model.layers", WIDE_HEADS),
+    "Gemma3": (wide("Gemma3"), "model.layers", WIDE_HEADS),
+    "Olmo": (lambda: build("Olmo", GROUPED), "model.layers", GATED),
+    "Olmo2": (lambda: build("Olmo2", GROUPED), "model.layers", GATED),
+    "Phi3": (
+        lambda: build("Phi3", GROUPED),
+        "model.layers",
+        {
+            "query_key_value": ("self_attn.qkv_proj", 64, 32),
+            "attention_output": ("self_attn.o_proj", 32, 32),
+            "gate_up": ("mlp.gate_up_proj", 96, 32),
+            "down": ("mlp.down_proj", 32, 48),
+        },
+    ),
+    "GPTNeoX": (
+        lambda: build("GPTNeoX", COMMON),
+        "gpt_neox.layers",
+        {
+            "query_key_value": ("attention.query_key_value", 96, 32),
+            "attention_output": ("attention.dense", 32, 32),
+            "up": ("mlp.dense_h_to_4h", 48, 32),
+            "down": ("mlp.dense_4h_to_h", 32, 48),
+        },
+    ),
+    "GPT2": (
+        lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(
+                vocab_size=64,
+                n_embd=32,
+                n_inner=48,
+                n_layer=3,
+                n_head=4,
+                n_positions=64,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+        "transformer.h",
+        {
+            "query_key_value": ("attn.c_attn", 96, 32),
+            "attention_output": ("attn.c_proj", 32, 32),
+            "up": ("mlp.c_fc", 48, 32),
+            "down": ("mlp.c_proj", 32, 48),
+        },
+    ),
+    "OPT": (
+        lambda: hf.OPTForCausalLM(
+            hf.OPTConfig(
+                vocab_size=64,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                word_embed_proj_dim=24,
+            )
+        ),
+        "model.decoder.layers",
+        {
+            "query": ("self_attn.q_proj", 32, 32),
+            "key": ("self_attn.k_proj", 32, 32),
+            "value": ("self_attn.v_proj", 32, 32),
+            "attention_output": ("self_attn.out_proj", 32, 32),
+            "up": ("fc1", 48, 32),
+            "down": ("fc2", 32, 48),
+        },
+    ),
+    "BertMaskedLM": (lambda: build("Bert", COMMON, "ForMaskedLM"), "bert.encoder.layer", BERT),
+    "BertClassifier": (
+        lambda: build("Bert", COMMON, "ForSequenceClassification"),
+        "bert.encoder.layer",
+        BERT,
+    ),
+    "Roberta": (lambda: build("Roberta", COMMON, "ForMaskedLM"), "roberta.encoder.layer", BERT),
+    "DistilBert": (
+        lambda: hf.DistilBertForMaskedLM(
+            hf.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64)
+        ),
+        "distilbert.transformer.layer",
+        {
+            "query": ("attention.q_lin", 32, 32),
+            "key": ("attention.k_lin", 32, 32),
+            "value": ("attention.v_lin", 32, 32),
+            "attention_output": ("attention.out_lin", 32, 32),
+            "intermediate": ("ffn.lin1", 48, 32),
+            "output": ("ffn.lin2", 32, 48),
+        },
+    ),
+}
+ENCODERS = {"BertMaskedLM", "BertClassifier", "Roberta", "DistilBert"}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_tensors_are_the_expected_ones_in_forward_order(family: str) -> None:
+    make, block, expected = FAMILIES[family]
+    topology = topology_of(make())
+    assert topology.layer_count == LAYERS
+    assert topology.roles == tuple(expected)
+    assert [(t.name, t.module, t.shape) for t in topology.tensors] == [
+        (f"layers.{layer}.{role}", f"{block}.{layer}.{path}", (out_features, in_features))
+        for layer in range(LAYERS)
+        for role, (path, out_features, in_features) in expected.items()
+    ]
+    assert topology.unmapped == ()
+    assert topology.is_decoder == (family not in ENCODERS)
+
+
+def test_tensors_agree_with_the_modules_they_name(family: str) -> None:
+    model = FAMILIES[family][0]()
+    for tensor in topology_of(model).tensors:
+        module = model.get_submodule(tensor.module)
+        x = torch.zeros(1, tensor.in_features)
+        assert module(x).shape == (1, tensor.out_features)
+        if tensor.kind == "conv1d":
+            assert type(module) is Conv1D
+            assert tuple(module.weight.shape) == (tensor.in_features, tensor.out_features)
+        else:
+            assert type(module) is nn.Linear
+            assert tuple(module.weight.shape) == tensor.shape
+        assert tensor.has_bias == (module.bias is not None)
+
+
+def test_parameters_are_counted_once_by_storage(family: str) -> None:
+    model = FAMILIES[family][0]()
+    topology = topology_of(model)
+    # Another way of counting: by the memory that the saved tensors point to, tied ones sharing theirs.
+    by_pointer = {p.data_ptr(): p.numel() for _, p in model.named_parameters(remove_duplicate=False)}
+    assert topology.parameters_dense == sum(by_pointer.values())
+    assert topology.bytes_per_parameter == 4.0
+    saved = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [t for name, t in model.state_dict().items() if name not in saved]
+    assert topology.buffers_bytes == sum(t.numel() * t.element_size() for t in buffers)
+
+
+def test_matrices_add_up_to_the_flops_of_a_forward_pass(family: str) -> None:
+    """2 x (layers + other + head) must be what torch's own counter sees beside attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = FAMILIES[family][0]().eval()
+    topology, tokens = topology_of(model), 8
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(1, tokens, dtype=torch.long))
+    matmul = sum(
+        count
+        for operator, count in counter.get_flop_counts()["Global"].items()
+        if str(operator) in ("aten.mm", "aten.addmm")
+    )
+    entries = sum(t.parameters for t in topology.tensors) + topology.other_matmul_parameters + topology.head_parameters
+    expected = 2 * tokens * entries
+    if family == "BertClassifier":  # pooler and classifier see one token of the sequence
+        expected += 2 * (HIDDEN * HIDDEN + 2 * HIDDEN)
+    assert matmul == expected
+
+
+def test_attention_widths_come_from_the_matrices(family: str) -> None:
+    topology = topology_of(FAMILIES[family][0]())
+    expected = FAMILIES[family][2]
+    assert topology.attention_width == expected["attention_output"][2]
+    key_value = {"Phi3": 16, "GPTNeoX": 32, "GPT2": 32}.get(family) or expected["key"][1]
+    assert topology.key_value_width == key_value
+
+
+def test_a_config_alone_gives_the_same_topology(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family][0]()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert load_topology(str(tmp_path)) == topology_of(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
+def test_tied_heads_count_once_but_still_multiply(name: str, tied: bool, tmp_path: Path) -> None:
+    model = build(name, {**COMMON, "tie_word_embeddings": tied})
+    topology = topology_of(model)
+    embedding = VOCABULARY * HIDDEN
+    assert topology.head_parameters == embedding
+    other = topology_of(build(name, {**COMMON, "tie_word_embeddings": not tied}))
+    assert topology.parameters_dense - other.parameters_dense == (-embedding if tied else embedding)
+    model.config.save_pretrained(tmp_path)
+    assert load_topology(str(tmp_path)).parameters_dense == topology.parameters_dense
+
+
+def test_config_without_architectures_still_finds_the_class(tmp_path: Path) -> None:
+    for name, keywords, expected in (
+        ("Llama", GROUPED, "LlamaForCausalLM"),
+        ("Bert", COMMON, "BertForMaskedLM"),
+        ("Bert", {**COMMON, "is_decoder": True}, "BertLMHeadModel"),
+    ):
+        data = getattr(hf, f"{name}Config")(**keywords).to_dict()
+        data.pop("architectures", None)
+        (tmp_path / "config.json").write_text(json.dumps(data))
+        assert load_topology(str(tmp_path)).architecture == expected

@@ -1,0 +1,207 @@
+"""Architectures that the rules do not know, mixtures of experts, and roles that the user names."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dse.errors import ModelError, UnknownArchitectureError
+from dse.models import topology_of
+from dse.models.roles import ROLE_SUFFIXES, role_of
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def mamba() -> hf.PreTrainedModel:
+    return hf.MambaForCausalLM(
+        hf.MambaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=3,
+            state_size=4,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def llama(**keywords: object) -> hf.PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, **keywords}))
+
+
+def test_unknown_architecture_lists_what_was_found_and_how_to_name_it() -> None:
+    with pytest.raises(UnknownArchitectureError) as caught:
+        topology_of(mamba())
+    message = str(caught.value)
+    for found in ("MambaForCausalLM", "'backbone.layers'", "mixer.in_proj (128 x 32)", "mixer.out_proj (32 x 64)"):
+        assert found in message
+    assert "`role_names: {mixer.in_proj: in_proj}`" in message
+    assert "\n" not in message
+
+
+def test_the_remedy_of_the_error_works() -> None:
+    model = mamba()
+    with pytest.raises(UnknownArchitectureError) as caught:
+        topology_of(model)
+    suffix, role = re.search(r"role_names: \{(\S+): (\S+)\}", str(caught.value)).groups()  # type: ignore[union-attr]
+    topology = topology_of(model, {suffix: role})
+    assert topology.roles == (role,)
+    assert [t.module for t in topology.tensors] == [f"backbone.layers.{i}.mixer.in_proj" for i in range(3)]
+
+
+def test_named_roles_follow_the_known_ones_and_leave_the_rest_unmapped() -> None:
+    topology = topology_of(mamba(), {"mixer.out_proj": "output", "mixer.in_proj": "input", "x_proj": "selection"})
+    assert topology.roles == ("output", "input", "selection")  # `output` is a known role; the others as registered
+    assert topology.tensors[0].module == "backbone.layers.0.mixer.out_proj"
+    assert set(topology.unmapped) == {
+        f"backbone.layers.{i}.mixer{module}" for i in range(3) for module in ("", ".conv1d", ".dt_proj")
+    }
+
+
+def test_a_head_of_its_own_can_be_named() -> None:
+    topology = topology_of(llama(tie_word_embeddings=False), {"lm_head": "head"})
+    head = topology["head"]
+    assert (head.module, head.layer, head.shape) == ("lm_head", None, (64, 32))
+    assert "head" not in topology.roles
+    assert topology.head_parameters == 64 * 32
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tied_weights_are_never_untied(inside: bool) -> None:
+    if not inside:
+        with pytest.raises(ModelError, match="tied weight cannot be decomposed.*'lm_head'.*untie"):
+            topology_of(llama(tie_word_embeddings=True), {"lm_head": "head"})
+        return
+    model = llama()
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    topology = topology_of(model)
+    assert "layers.0.up" not in topology.by_name
+    assert "layers.1.up" not in topology.by_name
+    assert "layers.2.up" in topology.by_name
+    assert "model.layers.0.mlp.up_proj" in topology.unmapped
+    assert topology.parameters_dense == topology_of(llama()).parameters_dense - 48 * 32
+    with pytest.raises(ModelError, match="tied weight"):
+        topology_of(model, {"mlp.up_proj": "up"})
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"mixer.in_proj": "input"}, "no path ends in 'mixer.in_proj'"),
+        ({"mlp.up_prj": "up"}, "did you mean 'mlp.up_proj'"),
+        ({"embed_tokens": "embedding"}, "which is of type Embedding"),
+        ({"q_proj": "Query"}, "lower-case"),
+        ({"q_proj": "layers"}, "lower-case"),
+        ({"": "query"}, "end of a module path"),
+        ({"q_proj.": "query"}, "end of a module path"),
+        ({"q_proj": 3}, "lower-case"),
+        ({3: "query"}, "end of a module path"),
+        ({"mlp.up_proj": "gate"}, "'gate' fits both.*tell them apart"),
+    ],
+)
+def test_role_names_that_cannot_hold_are_refused(names: dict[str, str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        topology_of(llama(), names)
+
+
+def test_one_role_for_two_modules_outside_the_layers_is_refused() -> None:
+    model = hf.RobertaForMaskedLM(hf.RobertaConfig(**SMALL))
+    assert topology_of(model, {"lm_head.dense": "transform"})["transform"].module == "lm_head.dense"
+    model.lm_head.extra = nn.Module()
+    model.lm_head.extra.dense = nn.Linear(8, 8)
+    with pytest.raises(ModelError, match="'transform' fits both 'lm_head.dense' and 'lm_head.extra.dense'"):
+        topology_of(model, {"lm_head.dense": "transform", "extra.dense": "transform"})
+
+
+def test_encoder_decoders_are_ambiguous_until_named() -> None:
+    config = hf.T5Config(
+        vocab_size=64, d_model=32, d_ff=48, num_layers=3, num_heads=4, d_kv=8, decoder_start_token_id=0
+    )
+    model = hf.T5ForConditionalGeneration(config)
+    with pytest.raises(UnknownArchitectureError, match=r"SelfAttention\.q \(32 x 32\)"):
+        topology_of(model)
+    topology = topology_of(model, {"EncDecAttention.q": "cross_query", "SelfAttention.q": "query"})
+    assert topology.roles == ("query", "cross_query")
+
+
+def test_layers_that_share_weights_are_refused() -> None:
+    config = hf.AlbertConfig(
+        vocab_size=64,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    with pytest.raises(UnknownArchitectureError, match="runs 3 layers over 1 blocks"):
+        topology_of(hf.AlbertForMaskedLM(config))
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    model = llama()
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(UnknownArchitectureError, match="must repeat one block"):
+        topology_of(model)
+
+
+def test_subclasses_of_linear_are_left_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    model = llama()
+    model.model.layers[1].self_attn.q_proj = Scaled(32, 32, bias=False)
+    topology = topology_of(model)
+    assert "layers.1.query" not in topology.by_name
+    assert topology.unmapped == ("model.layers.1.self_attn.q_proj",)
+    assert topology.other_matmul_parameters == 32 * 32
+
+
+def test_experts_and_routers_are_left_alone_but_counted() -> None:
+    config = hf.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    topology = topology_of(hf.MixtralForCausalLM(config))
+    assert topology.roles == ("query", "key", "value", "attention_output")
+    assert set(topology.unmapped) == {f"model.layers.{i}.mlp.{part}" for i in range(3) for part in ("gate", "experts")}
+    # A token meets the router (4 x 32) and two of the four experts, each of three 48 x 32 matrices.
+    assert topology.other_matmul_parameters == 3 * (4 * 32 + 2 * 3 * 48 * 32)
+
+
+def test_shared_experts_have_roles_of_their_own() -> None:
+    config = hf.Qwen2MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
+    )
+    topology = topology_of(hf.Qwen2MoeForCausalLM(config))
+    assert topology.roles[-3:] == ("shared_gate", "shared_up", "shared_down")
+    assert topology["layers.2.shared_up"].shape == (40, 32)
+
+
+@given(st.text(alphabet="abq_.proj", max_size=20))
+def test_longest_suffix_wins_whatever_comes_before(prefix: str) -> None:
+    assert role_of(f"{prefix}.attention.output.dense", {}) == "attention_output"
+    assert role_of(f"{prefix}.output.dense", {}) == "output"
+    assert role_of(f"{prefix}.output.dense", {"output.dense": "other"}) == "other"
+    assert role_of(f"{prefix}xq_proj", {}) != "query"  # a suffix ends at a dot, not inside a word
+
+
+def test_no_suffix_means_two_roles() -> None:
+    suffixes = [suffix for known in ROLE_SUFFIXES.values() for suffix in known]
+    assert len(suffixes) == len(set(suffixes))
