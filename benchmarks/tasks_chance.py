@@ -105,9 +105,8 @@ def main() -> int:
         if options.show_wrong:
             for sample in dense["samples"]:
                 if not sample["acc"]:
-                    scores = [round(float(response[0][0]), 1) for response in sample["resps"]]
-                    print("   wrong:", sample["arguments"]["gen_args_0"]["arg_0"], sample["doc"]["choices"],
-                          sample["doc"]["gold"], scores)  # fmt: skip
+                    scores = [round(float(score), 1) for score, _ in sample["filtered_resps"]]
+                    print("   wrong:", {key: value for key, value in sample["doc"].items() if key != "bad"}, scores)
     for by_task in results.values():
         for result in by_task.values():
             del result["samples"]

@@ -112,7 +112,8 @@ class SearchSpaceConfig(_Section):
 
     name: str = Field(min_length=1)
     kind: Literal["levels", "subset"] = Field(
-        "levels", description="levels: each group picks dense or a rank; subset: layers x roles x one rank (the paper's)"
+        "levels",
+        description="levels: each group picks dense or a rank; subset: layers x roles x one rank (the paper's)",
     )
     methods: list[str] = Field(["whitened_svd"], min_length=1)
     layers: Literal["all"] | list[int] | LayerRange = "all"
@@ -128,7 +129,8 @@ class SearchSpaceConfig(_Section):
         for method in methods:
             if method not in METHOD_NAMES:
                 raise ValueError(
-                    f"a method must be one of {', '.join(METHOD_NAMES)}, but got '{method}'{did_you_mean(method, METHOD_NAMES)}"
+                    f"a method must be one of {', '.join(METHOD_NAMES)}, but got '{method}'"
+                    f"{did_you_mean(method, METHOD_NAMES)}"
                 )
         if len(set(methods)) != len(methods):
             raise ValueError(f"a method may be named once, but got {methods}")
@@ -177,7 +179,9 @@ class ObjectiveConfig(_Section):
     """One objective of the study."""
 
     name: str
-    optional: bool = Field(False, description="drop it with a notice where it cannot be measured (energy without a meter)")
+    optional: bool = Field(
+        False, description="drop it with a notice where it cannot be measured (energy without a meter)"
+    )
 
 
 class TaskConfig(_Section):
@@ -206,7 +210,7 @@ class MeasurementConfig(_Section):
     prompt_tokens: int = Field(128, ge=1)
     new_tokens: int = Field(8, ge=1)
     batch_size: int = Field(1, ge=1)
-    blocks: int = Field(2, ge=1, description="ABBA blocks: point, dense, dense, point")
+    blocks: int = Field(2, ge=2, description="ABBA blocks: point, dense, dense, point")
     warmup_blocks: int = Field(1, ge=0)
 
 
@@ -341,7 +345,8 @@ def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
         return str((folder / Path(text).expanduser()).resolve())
 
     tasks = [
-        t.model_copy(update={"task": absolute(t.task)}) if t.task.endswith((".yaml", ".yml")) else t for t in study.tasks
+        t.model_copy(update={"task": absolute(t.task)}) if t.task.endswith((".yaml", ".yml")) else t
+        for t in study.tasks
     ]
     sources = [
         s.model_copy(update={"file": absolute(s.file)}) if s.file is not None else s for s in study.calibration.sources

@@ -125,7 +125,9 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
     check_point(topology, point)
     saved = sum(topology[name].parameters - factor_parameters(topology[name], choice) for name, choice in point)
     parameters = topology.parameters_dense - saved
-    layer_matrices = sum(t.parameters for t in topology.tensors if t.layer is not None) + topology.other_matmul_parameters
+    layer_matrices = (
+        sum(t.parameters for t in topology.tensors if t.layer is not None) + topology.other_matmul_parameters
+    )
     outside = sum(
         t.parameters - factor_parameters(t, point.by_name[t.name])
         for t in topology.tensors

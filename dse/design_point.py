@@ -130,7 +130,9 @@ class DesignPoint:
         for name, entry in tensors.items():
             tensor = topology[str(name)]
             if not isinstance(entry, Mapping):
-                raise PointError(f'the choice for \'{name}\' must be like {{"method": "svd", "rank": 64}}, but got {_short(entry)}')
+                raise PointError(
+                    f'the choice for \'{name}\' must be like {{"method": "svd", "rank": 64}}, but got {_short(entry)}'
+                )
             _refuse_unknown(entry, ("method", "rank"))
             choices[tensor.name] = _choice(entry)
         return cls.of(choices)
@@ -195,7 +197,9 @@ class DesignPoint:
 def _choice(entry: Mapping[str, Any]) -> TensorChoice:
     for key in ("method", "rank"):
         if key not in entry:
-            raise PointError(f"a point needs '{key}', but got {_short(dict(entry))}; write it, or use the expanded form")
+            raise PointError(
+                f"a point needs '{key}', but got {_short(dict(entry))}; write it, or use the expanded form"
+            )
     if not isinstance(entry["method"], str):
         raise PointError(f"`method` must be a name, but got {_short(entry['method'])}")
     return TensorChoice(entry["method"], entry["rank"])

@@ -31,7 +31,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError(f"there must be room on the disk that holds {path}, but it is full; free some") from error
+            raise StorageFullError(
+                f"there must be room on the disk that holds {path}, but it is full; free some"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise StorageFullError(f"{path} must be writable, but: {error.strerror}; choose another folder") from error
         raise

@@ -110,7 +110,9 @@ def _read(source: CalibrationSource) -> str:
             return Path(source.file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise CalibrationError(f"calibration file {source.file} must be readable UTF-8 text, but: {reason}") from error
+            raise CalibrationError(
+                f"calibration file {source.file} must be readable UTF-8 text, but: {reason}"
+            ) from error
     return _read_dataset(source)
 
 
@@ -121,7 +123,7 @@ def _read_dataset(source: CalibrationSource) -> str:
     try:
         rows = datasets.load_dataset(source.dataset, source.config, split=source.split)
         return "\n\n".join(text for text in rows[source.column] if text.strip())
-    except Exception as error:  # noqa: BLE001 - the library raises a zoo of its own; each means the text is not to be had
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CalibrationError(
             f"calibration dataset '{source.dataset}' must be loadable, but: {reason}; without a hub, name a `file` or a"

@@ -127,7 +127,9 @@ def _store(root: Path, loaded: LoadedModel, method: str, calibration: Calibratio
     identity = {"model": loaded.fingerprint, "method": method, "calibration": ""}
     if METHODS[method].is_calibrated:
         if calibration is None:
-            raise CalibrationError(f"method '{method}' needs calibration text, but none was given; name `calibration.sources`")
+            raise CalibrationError(
+                f"method '{method}' needs calibration text, but none was given; name `calibration.sources`"
+            )
         identity["calibration"] = calibration.fingerprint
     key = hashlib.sha256("|".join((str(SCHEMA_VERSION), *identity.values())).encode()).hexdigest()[:16]
     return FactorStore(root / f"{method}-{key}", identity)

@@ -91,7 +91,9 @@ class FactorStore:
     def _read_manifest(self) -> dict[str, dict[str, Any]]:
         try:
             manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-            if manifest["schema"] != SCHEMA_VERSION or any(manifest[key] != self.identity[key] for key in self.identity):
+            if manifest["schema"] != SCHEMA_VERSION or any(
+                manifest[key] != self.identity[key] for key in self.identity
+            ):
                 return {}
             entries = manifest["tensors"]
             return {
@@ -110,6 +112,6 @@ class FactorStore:
             if path.stat().st_size != entry["bytes"]:
                 return False
             with path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
+                return hashlib.file_digest(stream, "sha256").hexdigest() == str(entry["sha256"])
         except OSError:
             return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +75,15 @@ def iterate_grams(
         for shared in group:
             gram = grams.pop(shared.names[0])
             if not bool(torch.isfinite(gram).all()):
-                raise NonFiniteError(f"calibration activations must be finite, but the input of '{shared.names[0]}' is not")
+                raise NonFiniteError(
+                    f"calibration activations must be finite, but the input of '{shared.names[0]}' is not"
+                )
             yield shared.names, gram / windows.tokens
 
 
-def _find_shared_inputs(model: nn.Module, topology: Topology, names: tuple[str, ...], probe: Tensor) -> list[_SharedInput]:
+def _find_shared_inputs(
+    model: nn.Module, topology: Topology, names: tuple[str, ...], probe: Tensor
+) -> list[_SharedInput]:
     """Run a few tokens and see which tensors are handed the same tensor object."""
     readers: list[tuple[Tensor, list[str]]] = []  # inputs are kept alive, so `is` cannot be fooled by reused memory
 
@@ -89,7 +94,7 @@ def _find_shared_inputs(model: nn.Module, topology: Topology, names: tuple[str, 
                 return
         readers.append((value, [name]))
 
-    handles = [_hook(model, topology[name].module, lambda x, name=name: remember(name, x)) for name in names]
+    handles = [_hook(model, topology[name].module, partial(remember, name)) for name in names]
     try:
         _forward(model, probe)
     finally:
@@ -136,8 +141,8 @@ def _accumulate(
         if name == last:
             raise _StopForward
 
-    handles = [_hook(model, topology[name].module, lambda x, name=name: add(name, x)) for name in grams]
-    batches = windows.token_ids.split(max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
+    handles = [_hook(model, topology[name].module, partial(add, name)) for name in grams]
+    batches = torch.split(windows.token_ids, max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
     done, total = part[0] * windows.tokens, part[1] * windows.tokens
     try:
         for batch in batches:

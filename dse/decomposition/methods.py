@@ -56,5 +56,7 @@ def factorise(weight: Tensor, method: str, rank: int, gram: Tensor | None = None
     if not entry.is_calibrated:
         return entry.function(weight, rank)
     if gram is None:
-        raise CalibrationError(f"method '{method}' needs calibration activations, but none were given; name calibration text")
+        raise CalibrationError(
+            f"method '{method}' needs calibration activations, but none were given; name calibration text"
+        )
     return entry.function(weight, rank, gram)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dse.cost import point_problems
-from dse.design_point import DesignPoint, TensorChoice
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
+from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
 from dse.topology import DecomposableTensor, Topology
@@ -110,14 +110,26 @@ def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[Point
     try:
         module = model.get_submodule(tensor.module)
     except AttributeError:
-        return [PointError(f"the model must have the module '{tensor.module}' ('{tensor.name}'), but it has none: another model?")]
+        return [
+            PointError(
+                f"the model must have the module '{tensor.module}' ('{tensor.name}'), but it has none: another model?"
+            )
+        ]
     if isinstance(module, LowRankLinear):
-        return [PointError(f"'{tensor.name}' must be dense before a point is applied, but it is decomposed already; undo first")]
+        return [
+            PointError(
+                f"'{tensor.name}' must be dense before a point is applied, but it is decomposed already; undo first"
+            )
+        ]
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
     expected = tensor.shape if tensor.kind == "linear" else tensor.shape[::-1]
     if shape != expected:
-        return [PointError(f"'{tensor.name}' must have a weight of shape {expected}, but the model's is {shape}: another model?")]
+        return [
+            PointError(
+                f"'{tensor.name}' must have a weight of shape {expected}, but the model's is {shape}: another model?"
+            )
+        ]
     return []
 
 

@@ -79,6 +79,7 @@ def cholesky_with_damping(gram: Tensor) -> Tensor:
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     damping = 0.0
     while True:
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(gram + (damping * scale) * identity)
         if int(info) == 0 and float(factor.diagonal().min()) > 1e-7 * scale**0.5:
             return factor
@@ -108,5 +109,5 @@ def _say_damping(damping: float) -> None:
 
 def _leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the `rank` largest eigenvalues, largest first, as columns."""
-    _, vectors = torch.linalg.eigh(symmetric)
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
     return vectors[:, -rank:].flip(-1)

@@ -248,7 +248,7 @@ def _with_name(name: str, available: Sequence[str]) -> str | None:
 
 
 def _kind(value: object) -> Kind:
-    if value == "accuracy" or value == "perplexity" or value == "other":  # noqa: PLR1714 - mypy narrows this form
+    if value == "accuracy" or value == "perplexity" or value == "other":
         return value
     raise ValueError(f"unknown kind {value!r}")
 

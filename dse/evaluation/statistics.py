@@ -23,6 +23,7 @@ __all__ = [
     "Interval",
     "PairedDrop",
     "PairedRatio",
+    "log_ratio_error",
     "mean_interval",
     "paired_drop",
     "paired_perplexity_ratio",
@@ -182,6 +183,18 @@ def wilson(successes: float, documents: int, confidence: float = 0.95) -> tuple[
     return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
+def log_ratio_error(log_likelihoods: Outcomes, words: Outcomes) -> float:
+    """Standard error of sum(log_likelihoods) / sum(words) over documents (delta method), for at least two.
+
+    Args:
+        log_likelihoods: Shape (documents,), nats.
+        words: Shape (documents,), what the log-likelihoods are divided by.
+    """
+    documents, total = log_likelihoods.size, float(words.sum())
+    residual = log_likelihoods - float(log_likelihoods.sum()) / total * words
+    return math.sqrt(documents / (documents - 1) * float(residual @ residual)) / total
+
+
 @functools.lru_cache(maxsize=256)
 def student_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t for 0.5 <= probability < 1, exact to about 1e-9.
@@ -223,13 +236,10 @@ def _student_mean(values: Outcomes, confidence: float) -> tuple[float, float | N
 
 def _log_ratio(gain: Outcomes, words: Outcomes, confidence: float) -> tuple[float, float | None, float | None]:
     """-sum(gain) / sum(words) with the delta-method interval of a ratio estimator."""
-    documents, total = gain.size, float(words.sum())
-    ratio = -float(gain.sum()) / total
-    if documents < 2:
+    ratio = -float(gain.sum()) / float(words.sum())
+    if gain.size < 2:
         return ratio, None, None
-    residual = -gain - ratio * words
-    error = math.sqrt(documents / (documents - 1) * float(residual @ residual)) / total
-    half = student_quantile((1 + confidence) / 2, documents - 1) * error
+    half = student_quantile((1 + confidence) / 2, gain.size - 1) * log_ratio_error(gain, words)
     return ratio, ratio - half, ratio + half
 
 

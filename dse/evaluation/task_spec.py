@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class TaskSpec:
     def __post_init__(self) -> None:
         if not self.task.strip():
             raise TaskError("a task must have a name or the path of a YAML file, but got an empty text")
+        if not self.task.isprintable():
+            raise TaskError(f"a task's name must be printable text, but got {self.task!r:.80}")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise TaskError(f"`weight > 0` must hold for task '{self.task}', but got weight={self.weight}")
         if self.limit is not None and self.limit < 1:
@@ -90,7 +93,7 @@ def resolve_task(spec: TaskSpec) -> TaskSource:
         TaskError: The file or its data is missing or malformed, or a name like `dse_...` is unknown.
     """
     if spec.is_file:
-        return _source_of_file(Path(spec.task).expanduser())
+        return _source_of_file(_join(Path(), spec.task))
     builtin = builtin_tasks()
     if spec.task in builtin:
         return _source_of_file(builtin[spec.task])
@@ -127,8 +130,8 @@ def _source_of_file(path: Path) -> TaskSource:
     dataset = config["dataset_path"]
     if dataset in _UNSAFE_DATASETS:
         raise TaskError(
-            f"`dataset_path` must be one of {', '.join(LOCAL_DATASETS)} or a hub dataset, but '{path}' has '{dataset}', "
-            f"which can run code"
+            f"`dataset_path` must be one of {', '.join(LOCAL_DATASETS)} or a hub dataset, but '{path}' has "
+            f"'{dataset}', which can run code"
         )
     keywords = config.get("dataset_kwargs") or {}
     if dataset in LOCAL_DATASETS and not (keywords.get("data_files") or keywords.get("data_dir")):
@@ -147,7 +150,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     includes = config.pop("include", None) or []
     merged: dict[str, Any] = {}
     for include in [includes] if isinstance(includes, str) else _texts(includes, "include", path):
-        included = _read(path.parent / Path(include).expanduser(), (*including, path))
+        included = _read(_join(path.parent, include), (*including, path))
         included.pop("task_list", None)
         merged.update(included)
     return merged | config
@@ -163,7 +166,8 @@ def _parse(path: Path) -> dict[str, Any]:
             f"a task file must be readable UTF-8 text, but '{path}' is not: {_first_line(error)}"
         ) from error
     try:
-        config = yaml.load(text, Loader=_TaskLoader)  # noqa: S506 - a SafeLoader
+        config = yaml.load(text, Loader=_TaskLoader)
+        json.dumps(config, ensure_ascii=False, default=str).encode()  # no circles, no half characters
     except yaml.YAMLError as error:
         raise TaskError(f"a task file must be YAML, but '{path}' is not: {_yaml_reason(error)}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -216,24 +220,31 @@ def _absolute_all(files: Any, path: Path) -> str | list[str]:
 
 
 def _absolute(file: Any, path: Path, *, is_file: bool = True) -> str:
-    if not isinstance(file, str) or not file or "\0" in file:
+    if not isinstance(file, str) or not file.isprintable() or not file:
         raise TaskError(f"data files must be named by texts, but '{path}' has {file!r:.80}")
     if "://" in file:
         return file
-    whole = path.parent / Path(file).expanduser()
+    whole = _join(path.parent, file)
     if _GLOB_CHARACTERS & set(file):
         return str(whole.absolute())  # a pattern; `datasets` says if nothing matches
     try:
         found = whole.is_file() if is_file else whole.is_dir()
-    except OSError:  # a name longer than the file system takes
+    except (OSError, ValueError):  # a name that no file system takes
         found = False
     if not found:
         raise TaskError(f"a data file must exist, but '{whole}' does not; '{path.name}' names it relative to itself")
     return str(whole.resolve())
 
 
+def _join(folder: Path, text: str) -> Path:
+    try:
+        return folder / Path(text).expanduser()
+    except RuntimeError as error:  # `~somebody` who has no home
+        raise TaskError(f"a path must exist, but '{text}' does not: {_first_line(error)}") from error
+
+
 def _texts(values: Any, key: str, path: Path) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(value, str) and "\0" not in value for value in values):
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.isprintable() for value in values):
         raise TaskError(f"`{key}` must be a text or a list of texts, but '{path}' has {values!r:.80}")
     return list(values)
 

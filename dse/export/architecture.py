@@ -31,8 +31,8 @@ def auto_classes(model: PreTrainedModel) -> tuple[str, ...]:
                 found.append(name)
     if not found:
         raise ExportError(
-            f"an auto class of transformers must load {model_class.__name__}, but none does; load the model by the class"
-            f" that its task needs, for example AutoModelForCausalLM"
+            f"an auto class of transformers must load {model_class.__name__}, but none does; load the model by the"
+            f" class that its task needs, for example AutoModelForCausalLM"
         )
     # A class may stand in several tables: its task says more than pretraining, and that more than the bare body.
     return tuple(sorted(found, key=lambda name: (name == "AutoModel", name == "AutoModelForPreTraining", name)))

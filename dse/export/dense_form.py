@@ -60,6 +60,6 @@ def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: P
         shell = type(model)(config)
     shell.load_state_dict(state, strict=True, assign=True)
     if shell.can_generate():
-        shell.generation_config = GenerationConfig()  # the model's own is written apart, unvalidated
+        shell.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the model's own is written apart, unvalidated
     with writing_errors(folder):
         shell.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

@@ -1,4 +1,4 @@
-"""What an export must give back when it is read from disk: outputs, weights and tokens of the model that was written."""
+"""What an export must give back when it is read from disk: outputs, weights, tokens."""
 
 from __future__ import annotations
 
@@ -92,7 +92,11 @@ def write_expectation(
                 "the decomposed model must compute finite outputs to be exported, but some are NaN or infinite; choose"
                 " another point, or load the model in float32 or bfloat16"
             )
-        tensors |= {f"input_ids.{i}": input_ids, f"attention_mask.{i}": attention_mask, f"output.{i}": output.contiguous()}
+        tensors |= {
+            f"input_ids.{i}": input_ids,
+            f"attention_mask.{i}": attention_mask,
+            f"output.{i}": output.contiguous(),
+        }
     save_file(tensors, folder / EXPECTED_TENSORS)
     facts = {
         "auto_class": auto_class,

@@ -22,7 +22,9 @@ MODEL_TYPE_PREFIX = "lowrank-"
 _MODULE = "modeling_lowrank"
 
 
-def write_low_rank_form(model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...], folder: Path) -> None:
+def write_low_rank_form(
+    model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...], folder: Path
+) -> None:
     """Write weights, config.json and the modelling file of `model`, in which `point` is applied.
 
     Args:
@@ -42,7 +44,9 @@ def write_low_rank_form(model: PreTrainedModel, topology: Topology, point: Desig
     write_weights(model, folder)
 
 
-def low_rank_config(model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...]) -> dict[str, Any]:
+def low_rank_config(
+    model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...]
+) -> dict[str, Any]:
     """config.json: the architecture's own, under a model type of its own, with the form of every low-rank module."""
     low_rank = {}
     for name, _ in point:
@@ -57,7 +61,7 @@ def low_rank_config(model: PreTrainedModel, topology: Topology, point: DesignPoi
         "model_type": MODEL_TYPE_PREFIX + type(model.config).model_type,
         "architectures": [f"LowRank{model_class}"],
         "auto_map": {"AutoConfig": f"{_MODULE}.LowRank{config_class}"}
-        | {name: f"{_MODULE}.LowRank{model_class}" for name in auto},
+        | dict.fromkeys(auto, f"{_MODULE}.LowRank{model_class}"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "low_rank": low_rank,
     }

@@ -1,7 +1,7 @@
 """Reload exported folders in a process of its own and compare them with what was written.
 
-`verification` runs this file as a script, in a fresh interpreter in which `dse` cannot be imported: what loads here loads
-on a machine that has torch and transformers alone. For the same reason it imports nothing of the package, while
+`verification` runs this file as a script, in a fresh interpreter in which `dse` cannot be imported: what loads here
+loads on a machine that has torch and transformers alone. For the same reason it imports nothing of the package, while
 `expectation` imports from it, so that both sides ask a model and hash a weight by the same lines.
 """
 
@@ -89,7 +89,9 @@ def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
     differing = sorted(name for name in digests.keys() | wanted.keys() if digests.get(name) != wanted.get(name))
     device = _place(model, facts["device"])
     differences = [
-        _difference(main_output(model, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"]), tensors[f"output.{i}"])
+        _difference(
+            main_output(model, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"]), tensors[f"output.{i}"]
+        )
         for i in range(facts["batches"])
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **remote)
@@ -97,13 +99,15 @@ def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
     return {
         "max_difference": max(differences),
         "differing_weights": differing,
-        "differing_texts": [t for t, now, then in zip(facts["texts"], read, facts["token_ids"], strict=True) if now != then],
+        "differing_texts": [
+            t for t, now, then in zip(facts["texts"], read, facts["token_ids"], strict=True) if now != then
+        ],
         "device": device,
     }
 
 
 def _place(model: Any, device: str) -> str:
-    """Move the model where the original computed, so that the same kernels answer; a full device leaves it on the CPU."""
+    """Move the model where the original computed, so that the same kernels answer; the CPU serves a full one."""
     if device != "cpu":
         try:
             model.to(device)

@@ -63,7 +63,12 @@ def verify_folders(checks: Sequence[tuple[Path, Expectation]]) -> tuple[ReloadRe
         # for themselves or put on PYTHONPATH; the script forbids `import dse` on its own.
         command = [sys.executable, "-P", str(Path(reload_check.__file__)), str(request), str(result)]
         process = subprocess.run(
-            command, env=_environment(Path(temporary)), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+            command,
+            env=_environment(Path(temporary)),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
         if process.returncode != 0 or not result.is_file():
             lines = process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"]
@@ -88,7 +93,10 @@ def _report(folder: Path, expectation: Expectation, outcome: Mapping[str, Any]) 
         problems.append(
             f"the reloaded outputs must differ by at most {expectation.tolerance:g}, but differ by {difference:g}"
         )
-    for key, what in (("differing_weights", "weights that changed"), ("differing_texts", "texts that tokenise otherwise")):
+    for key, what in (
+        ("differing_weights", "weights that changed"),
+        ("differing_texts", "texts that tokenise otherwise"),
+    ):
         if outcome[key]:
             problems.append(f"there must be no {what}, but there are {len(outcome[key])} (first: {outcome[key][0]!r})")
     return ReloadReport(folder, difference, expectation.tolerance, "; ".join(problems))

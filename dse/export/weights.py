@@ -85,7 +85,9 @@ def writing_errors(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         text = str(error)
         if "os error 28" in text or "os error 122" in text or "No space left" in text:
-            raise StorageFullError(f"there must be room on the disk that holds {folder}, but it is full; free some") from error
+            raise StorageFullError(
+                f"there must be room on the disk that holds {folder}, but it is full; free some"
+            ) from error
         raise
 
 

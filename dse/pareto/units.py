@@ -51,9 +51,9 @@ class Scale:
             return ""
         below, above = (value - ends[0]) * self.factor, (ends[1] - value) * self.factor
         low, high = (self._spread(side) for side in (below, above))
-        # Sides that differ by less than a quarter are told as one: the interval's own ends are not surer than that.
+        # Sides that differ by less than a quarter are told as one, the larger: the ends are not surer than that.
         if low == high or (min(below, above) > 0 and max(below, above) < 1.25 * min(below, above)):
-            return f"±{self._spread((below + above) / 2)}"
+            return f"±{self._spread(max(below, above))}"
         return f"-{low}/+{high}"
 
     def _spread(self, width: float) -> str:
@@ -74,7 +74,7 @@ def scale_for(objective: Objective, values: Iterable[float | None]) -> Scale:
     steps = _STEPS.get(objective.unit, ((1.0, objective.unit),))
     # A little early, so that 0.9996 s is told as 1.00 s and not as 999.6 ms.
     size, symbol = next((step for step in steps if middle >= step[0] * 0.9995), steps[-1])
-    decimals = min(4, max(1, 2 - math.floor(math.log10(middle / size))))
+    decimals = min(4, max(1, 2 - math.floor(math.log10(middle / size) + 1e-3)))
     return Scale(symbol, 1.0 / size, decimals)
 
 

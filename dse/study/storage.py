@@ -58,9 +58,8 @@ class StudyStorage:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with _storage_errors(path):
             storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-            study = optuna.create_study(
-                storage=storage, study_name="dse", directions=list(directions), load_if_exists=True
-            )
+            directed = [optuna.study.StudyDirection[direction.upper()] for direction in directions]
+            study = optuna.create_study(storage=storage, study_name="dse", directions=directed, load_if_exists=True)
         return cls(study, path, sampler, seed, trials)
 
     @classmethod
@@ -112,9 +111,7 @@ class StudyStorage:
             levels = {name: trial.suggest_int(name, 0, size - 1) for name, size in dimensions.items()}
         return Proposal(trial.number, levels, str(trial.user_attrs.get(_ORIGIN, "sampler")))
 
-    def tell(
-        self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]
-    ) -> None:
+    def tell(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
         """Keep the record of a trial, then finish it; a kill in between leaves it unfinished, to be tried again.
 
         Args:

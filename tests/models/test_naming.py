@@ -87,7 +87,7 @@ def test_a_head_of_its_own_can_be_named() -> None:
 @pytest.mark.parametrize("inside", [False, True])
 def test_tied_weights_are_never_untied(inside: bool) -> None:
     if not inside:
-        with pytest.raises(ModelError, match="tied weight cannot be decomposed.*'lm_head'.*untie"):
+        with pytest.raises(ModelError, match=r"tied weight cannot be decomposed.*'lm_head'.*untie"):
             topology_of(llama(tie_word_embeddings=True), {"lm_head": "head"})
         return
     model = llama()
@@ -128,7 +128,7 @@ def test_one_role_for_two_modules_outside_the_layers_is_refused() -> None:
     assert topology_of(model, {"lm_head.dense": "transform"})["transform"].module == "lm_head.dense"
     model.lm_head.extra = nn.Module()
     model.lm_head.extra.dense = nn.Linear(8, 8)
-    with pytest.raises(ModelError, match="'transform' fits both 'lm_head.dense' and 'lm_head.extra.dense'"):
+    with pytest.raises(ModelError, match=r"'transform' fits both 'lm_head.dense' and 'lm_head.extra.dense'"):
         topology_of(model, {"lm_head.dense": "transform", "extra.dense": "transform"})
 
 

@@ -1,8 +1,10 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
+#
+# mypy: ignore-errors
 """A Llama model in which some weight matrices are products of low-rank factors; written by lowrank-dse.
 
 It needs torch and transformers alone. Load it with
@@ -74,7 +76,12 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
     config_class = LowRankLlamaConfig
 
     def __init__(self, config: LowRankLlamaConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        # The base may look its parts up by the type of the config (AutoModel.from_config), so it is shown its own.
+        config.__class__ = LlamaConfig
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.__class__ = LowRankLlamaConfig
         for path, form in (config.low_rank or {}).items():
             parent_path, _, name = path.rpartition(".")
             dense = self.get_submodule(path)

@@ -123,7 +123,9 @@ class SearchSpace(ABC):
         """Whether the point keeps the limits."""
         return all(value <= 0 for value in self.violations(point).values())
 
-    def draw_feasible(self, generator: random.Random, low: float | None = None, high: float | None = None) -> dict[str, int] | None:
+    def draw_feasible(
+        self, generator: random.Random, low: float | None = None, high: float | None = None
+    ) -> dict[str, int] | None:
         """Levels of a random feasible point, aiming at reductions between `low` and `high`; None if none was found."""
         smallest, largest = self.reduction_range()
         floor, ceiling = max(self.limits[0], smallest), min(self.limits[1], largest)
@@ -135,6 +137,24 @@ class SearchSpace(ABC):
                 return levels
         return None
 
+    def repair(self, levels: Mapping[str, int], generator: random.Random) -> dict[str, int] | None:
+        """A feasible neighbour of infeasible levels: random dimensions are moved a level at a time towards the limits.
+
+        It keeps most of what a sampler proposed, where a fresh draw would keep nothing.
+        """
+        moved = dict(levels)
+        order = [name for name, size in self.dimensions.items() if size > 1]
+        for _ in range(_ATTEMPTS):
+            point = self.point(moved)
+            if not point.is_dense and self.is_feasible(point):
+                return moved
+            step = -1 if cost(self.topology, point).reduction > self.limits[1] else 1
+            movable = [name for name in order if 0 <= moved[name] + step < self.dimensions[name]]
+            if not movable:
+                return None
+            moved[generator.choice(movable)] += step
+        return None
+
     def check_limits(self) -> None:
         """Refuse a space without a feasible point.
 
@@ -143,7 +163,8 @@ class SearchSpace(ABC):
         """
         smallest, largest = self.reduction_range()
         low, high = self.limits
-        reach = f"space '{self.config.name}' on {self.topology.architecture} reaches reductions of {smallest:.4g} to {largest:.4g}"
+        name = f"space '{self.config.name}' on {self.topology.architecture}"
+        reach = f"{name} reaches reductions of {smallest:.4g} to {largest:.4g}"
         if low > largest or high < smallest:
             raise ConfigError(
                 f"some point must lie within `limits.reduction`, but {reach} and the limits are"
@@ -152,7 +173,7 @@ class SearchSpace(ABC):
         if low > 0 and self.draw_feasible(random.Random(0)) is None:
             raise ConfigError(
                 f"some point must lie within `limits.reduction`, but none was found between"
-                f" {self.config.limits.reduction.min} and {self.config.limits.reduction.max} ({reach}); widen the limits"
+                f" {self.config.limits.reduction.min} and {self.config.limits.reduction.max} ({reach}); widen them"
             )
 
     def describe(self) -> dict[str, Any]:

@@ -55,7 +55,9 @@ class LevelSpace(SearchSpace):
         super().__init__(config, topology)
         self.groups = tuple(self._make_groups())
         if not self.groups:
-            raise ConfigError(f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none")
+            raise ConfigError(
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+            )
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
@@ -118,7 +120,8 @@ class LevelSpace(SearchSpace):
     def reduction_range(self) -> tuple[float, float]:
         """Smallest reduction of one group at one level, and every group at its lowest rank."""
         savings = [
-            [[g.saved(m, level) for level in range(1, 1 + len(g.ranks[m]))] for g in self.groups] for m in self.config.methods
+            [[g.saved(m, level) for level in range(1, 1 + len(g.ranks[m]))] for g in self.groups]
+            for m in self.config.methods
         ]
         smallest = min(saved for of_method in savings for of_group in of_method for saved in of_group)
         largest = max(sum(max(of_group) for of_group in of_method) for of_method in savings)
@@ -150,8 +153,10 @@ class LevelSpace(SearchSpace):
                 current = levels[group.name]
                 count = len(group.ranks[method])
                 # The second sweep lowers ranks further where every group raised once was not enough.
-                options = [level for level in range(current + 1, count + 1)] if sweep == 0 or current else []
-                fitting = [v for v in options if saved - group.saved(method, current) + group.saved(method, v) <= high * dense]
+                options = list(range(current + 1, count + 1)) if sweep == 0 or current else []
+                fitting = [
+                    v for v in options if saved - group.saved(method, current) + group.saved(method, v) <= high * dense
+                ]
                 if saved >= target or not fitting:
                     continue
                 chosen = generator.choice(fitting) if sweep == 0 else fitting[-1]
@@ -185,7 +190,9 @@ class LevelSpace(SearchSpace):
         everything = [role for _, roles in named for role in roles]
         twice = sorted({role for role in everything if everything.count(role) > 1})
         if twice:
-            raise ConfigError(f"a role may be in one group of space '{self.config.name}', but '{twice[0]}' is in several")
+            raise ConfigError(
+                f"a role may be in one group of space '{self.config.name}', but '{twice[0]}' is in several"
+            )
         return [(label, tuple(role for role in roles if role in self.roles)) for label, roles in named]
 
     def _group(self, name: str, tensors: tuple[DecomposableTensor, ...]) -> _Group:

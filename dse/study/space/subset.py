@@ -56,12 +56,18 @@ class SubsetSpace(SearchSpace):
         tensors = [self.topology[name] for name, _ in point]
         levels.update({f"layers.{t.layer}": 1 for t in tensors if f"layers.{t.layer}" in levels})
         levels.update({f"roles.{t.role}": 1 for t in tensors if f"roles.{t.role}" in levels})
-        for index, method in enumerate(self.config.methods):
+        for index in range(len(self.config.methods)):
             for rank in range(self._level_count):
-                candidate = levels | ({_METHOD: index} if _METHOD in levels else {}) | ({_RANK: rank} if _RANK in levels else {})
+                candidate = (
+                    levels
+                    | ({_METHOD: index} if _METHOD in levels else {})
+                    | ({_RANK: rank} if _RANK in levels else {})
+                )
                 if self.point(candidate) == point:
                     return candidate
-        raise outside_space(point, self, "it is not one method and rank over a set of layers times a set of roles of the space")
+        raise outside_space(
+            point, self, "it is not one method and rank over a set of layers times a set of roles of the space"
+        )
 
     def number_of_points(self) -> int:
         """Non-empty layer sets x non-empty role sets x ranks that differ there x methods, and the dense model."""
@@ -78,7 +84,8 @@ class SubsetSpace(SearchSpace):
 
     def number_of_configurations(self) -> int:
         """2^layers x 2^roles x ranks x methods, as the paper counts."""
-        return 2 ** (len(self.layers) + len(self.roles)) * self._level_count * len(self.config.methods)
+        subsets: int = 2 ** (len(self.layers) + len(self.roles))
+        return subsets * self._level_count * len(self.config.methods)
 
     def reduction_range(self) -> tuple[float, float]:
         """One tensor at the highest rank, and all of them at the lowest."""
@@ -91,7 +98,8 @@ class SubsetSpace(SearchSpace):
             for level in range(self._level_count)
         )
         most = max(
-            saved_parameters(everything, [self._choice(t, method, last) for t in everything]) for method in self.config.methods
+            saved_parameters(everything, [self._choice(t, method, last) for t in everything])
+            for method in self.config.methods
         )
         return single / self.topology.parameters_dense, most / self.topology.parameters_dense
 
@@ -110,7 +118,13 @@ class SubsetSpace(SearchSpace):
         levels.update({f"roles.{role}": 1 for role in roles})
         target, saved = generator.uniform(low, high), 0.0
         for layer in generator.sample(self.layers, len(self.layers)):
-            step = self._saving(self.point(dict(self.dense_levels) | {k: v for k, v in levels.items() if not k.startswith("layers.")} | {f"layers.{layer}": 1}))
+            step = self._saving(
+                self.point(
+                    dict(self.dense_levels)
+                    | {k: v for k, v in levels.items() if not k.startswith("layers.")}
+                    | {f"layers.{layer}": 1}
+                )
+            )
             if saved and (saved >= target or saved + step > high):
                 break
             levels[f"layers.{layer}"] = 1

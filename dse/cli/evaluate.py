@@ -1,0 +1,77 @@
+"""`dse evaluate`: a model, dense or at a point, on tasks; no study needed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dse.config import CalibrationConfig, CalibrationSource
+from dse.cost import cost
+from dse.decomposition import BUILTIN_TEXTS, METHODS, FactorBank, calibration_windows, decompose
+from dse.design_point import DesignPoint
+from dse.errors import ConfigError
+from dse.evaluation import Evaluator, TaskSpec
+from dse.models import LoadedModel, load_model
+from dse.study import StudyListener, resolve_device
+
+__all__ = ["evaluate_command"]
+
+
+def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> dict[str, Any]:
+    """Evaluate; with a point, the dense model too, so that the drop is paired over the same documents.
+
+    Raises:
+        UserError: Model, point, task or calibration text cannot be had.
+    """
+    if options.seed < 0:
+        raise ConfigError(f"`--seed >= 0` must hold, but got {options.seed}")
+    listener.on_message(f"loading {options.model}")
+    loaded = load_model(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=str(resolve_device(options.device)),
+        trust_remote_code=options.trust_remote_code,
+    )
+    point = DesignPoint.read(options.point, loaded.topology)
+    arithmetic = cost(loaded.topology, point)
+    tasks = [TaskSpec(task, limit=options.limit) for task in options.task]
+    evaluator = Evaluator(loaded, tasks, seed=options.seed, batch_size=options.batch_size)
+    dense = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate dense", done, total))
+    result, drop = dense, None
+    if not point.is_dense:
+        bank = _bank(loaded, point, options, listener)
+        with decompose(loaded, point, bank):
+            result = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate point", done, total))
+        drop = result.accuracy_drop(dense)
+    return {
+        "model": options.model,
+        "point_id": point.id,
+        "point": point.to_json(),
+        "reduction": arithmetic.reduction,
+        "parameters": arithmetic.parameters,
+        **result.to_json(),
+        "accuracy": result.accuracy,
+        "perplexity": result.perplexity,
+        "dense": None
+        if point.is_dense
+        else {"accuracy": dense.accuracy, "perplexity": dense.perplexity, **dense.to_json()},
+        "accuracy_drop": None
+        if drop is None
+        else {"estimate": drop.estimate, "low": drop.low, "high": drop.high, "documents": drop.documents},
+    }
+
+
+def _bank(loaded: LoadedModel, point: DesignPoint, options: argparse.Namespace, listener: StudyListener) -> FactorBank:
+    calibration = None
+    if any(METHODS[choice.method].is_calibrated for _, choice in point):
+        source = (
+            CalibrationSource(builtin=options.calibration)
+            if options.calibration in BUILTIN_TEXTS
+            else CalibrationSource(file=options.calibration)
+        )
+        config = CalibrationConfig(sources=[source], tokens=max(64, options.calibration_tokens))
+        longest = getattr(loaded.model.config, "max_position_embeddings", None)
+        calibration = calibration_windows(loaded.tokenizer, config, longest_window=longest)
+        listener.on_message(f"calibration text: {calibration.description}")
+    return FactorBank.build(loaded, [point], calibration, progress=listener.on_phase)

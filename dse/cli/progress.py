@@ -1,0 +1,130 @@
+"""Progress of a study on a terminal, or as plain lines where stderr is a file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from dse.pareto.units import percent, points
+from dse.study import StudyListener, StudyProgress, TrialRecord
+
+__all__ = ["TerminalListener", "describe_trial", "duration"]
+
+_PLAIN_PERIOD_S = 15.0
+
+
+class TerminalListener(StudyListener):
+    """Draws on stderr, so that stdout stays for results: a bar for trials, one for the work within the trial."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._trials: TaskID | None = None
+        self._phase: TaskID | None = None
+        self._phase_name = ""
+        self._last_plain_s = 0.0
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._progress.stop()
+
+    def on_message(self, message: str) -> None:
+        """Print a sentence above the bars."""
+        self.console.print(escape(message), soft_wrap=True)
+
+    def on_phase(self, phase: str, done: int, total: int) -> None:
+        """Move the lower bar; without a terminal, a line now and then."""
+        if not self.console.is_terminal:
+            now = time.monotonic()
+            if phase != self._phase_name:
+                self._phase_name, self._last_plain_s = phase, now
+            elif now - self._last_plain_s >= _PLAIN_PERIOD_S:
+                self._last_plain_s = now
+                self.console.print(f"  {escape(phase)} {done}/{total}")
+            return
+        if self._phase is None or phase != self._phase_name:
+            if self._phase is not None:
+                self._progress.remove_task(self._phase)
+            self._phase_name = phase
+            self._phase = self._progress.add_task(f"  {phase}", total=max(total, 1), note="")
+        self._progress.update(self._phase, completed=done, total=max(total, 1))
+
+    def on_trial_start(self, progress: StudyProgress, record: TrialRecord) -> None:
+        """Show which trial of how many is under way."""
+        if not self.console.is_terminal:
+            return
+        if self._trials is None:
+            self._trials = self._progress.add_task("trials", total=progress.total, note="")
+        self._progress.update(
+            self._trials,
+            completed=progress.finished,
+            total=progress.total,
+            description=f"trial {progress.finished + 1} of {progress.total}",
+        )
+
+    def on_trial_end(self, progress: StudyProgress, record: TrialRecord) -> None:
+        """Print one line for the trial and move the upper bar."""
+        note = _note(progress)
+        self.console.print(
+            f"[{progress.finished:>3}/{progress.total}] "
+            + escape(describe_trial(record))
+            + ("" if self.console.is_terminal else f" | {note}"),
+            soft_wrap=True,
+        )
+        if self._trials is not None:
+            self._progress.update(self._trials, completed=progress.finished, note=note)
+
+
+def describe_trial(record: TrialRecord) -> str:
+    """One line: what the trial was and what came out."""
+    head = f"trial {record.trial:<4}"
+    if record.state == "failed":
+        return f"{head} failed: {record.reason}"
+    parts = ["dense" if not record.point["tensors"] else f"-{percent(record.cost['reduction'])} parameters"]
+    accuracy = record.quantities.get("accuracy")
+    if accuracy is not None and accuracy.value is not None:
+        drop = record.accuracy_drop.value if record.accuracy_drop and record.point["tensors"] else None
+        parts.append(f"accuracy {percent(accuracy.value)}" + (f" ({points(-drop)})" if drop is not None else ""))
+    for name in ("perplexity", "decode_latency_s", "prefill_latency_s", "energy_per_token_j", "prefill_energy_j"):
+        value, ratio = record.quantities.get(name), record.ratios.get(name)
+        if ratio is not None and ratio.value is not None and record.point["tensors"]:
+            parts.append(f"{name} x{ratio.value:.3f}")
+        elif value is not None and value.value is not None:
+            parts.append(f"{name} {value.value:.4g}")
+    return f"{head} " + ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`3:07` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _note(progress: StudyProgress) -> str:
+    parts = [f"front {progress.front_size}"]
+    if progress.hypervolume is not None:
+        parts.append(f"hypervolume {progress.hypervolume:.4f}")
+    if progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left")
+    return ", ".join(parts)

@@ -1,0 +1,47 @@
+"""How good a model is: lm-eval tasks on a fixed set of documents, and honest intervals for what they say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dse.evaluation.result import EvaluationResult, TaskResult, read_outcomes
+from dse.evaluation.statistics import (
+    Interval,
+    PairedDrop,
+    PairedRatio,
+    mean_interval,
+    paired_drop,
+    paired_perplexity_ratio,
+    perplexity_interval,
+)
+from dse.evaluation.task_spec import TaskSource, TaskSpec, builtin_tasks, resolve_task
+
+if TYPE_CHECKING:
+    from dse.evaluation.lm_eval_runner import Evaluator
+
+__all__ = [
+    "EvaluationResult",
+    "Evaluator",
+    "Interval",
+    "PairedDrop",
+    "PairedRatio",
+    "TaskResult",
+    "TaskSource",
+    "TaskSpec",
+    "builtin_tasks",
+    "mean_interval",
+    "paired_drop",
+    "paired_perplexity_ratio",
+    "perplexity_interval",
+    "read_outcomes",
+    "resolve_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import lm-eval (several seconds) only when an evaluator is asked for; reading results needs none of it."""
+    if name == "Evaluator":
+        from dse.evaluation.lm_eval_runner import Evaluator
+
+        return Evaluator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

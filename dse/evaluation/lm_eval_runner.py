@@ -1,0 +1,210 @@
+"""Evaluate a model with lm-eval's tasks: built once for a study, then called for every design point."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dse.errors import ConfigError, ModelError, OutOfMemoryError, TaskError
+from dse.evaluation.lm_eval_model import ScoringLM
+from dse.evaluation.lm_eval_quiet import quiet_lm_eval, swallowed_output
+from dse.evaluation.lm_eval_results import task_result
+from dse.evaluation.lm_eval_tasks import LeafTask, build_leaves, reported_metrics
+from dse.evaluation.result import EvaluationResult, choose_metric
+from dse.evaluation.task_spec import TaskSpec, check_unique, resolve_task
+from dse.models import LoadedModel
+
+__all__ = ["Evaluator", "Progress"]
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(requests done, requests in all)`."""
+
+_log = logging.getLogger(__name__)
+_AUTO_ROWS = {"cuda": 64}
+_AUTO_ROWS_ELSEWHERE = 16
+# The CPU allocator raises a plain RuntimeError, known only by its words.
+_OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory")
+
+
+@dataclass(frozen=True, eq=False)
+class _PreparedTask:
+    spec: TaskSpec
+    name: str
+    metric: str
+    leaves: tuple[LeafTask, ...]
+
+
+class Evaluator:
+    """lm-eval over a fixed set of tasks and documents, for a model that changes between calls.
+
+    Tasks are loaded, documents drawn and requests built when it is made, so every call scores exactly the same
+    requests, few-shot examples included. Nothing of a call is kept for the next.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tasks: Sequence[TaskSpec],
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        batch_size: int | str = 16,
+        max_length: int | None = None,
+        apply_chat_template: bool = False,
+    ) -> None:
+        """Load the tasks and find every defect they have.
+
+        Args:
+            loaded: The model; make the evaluator while it is dense, then evaluate it in any state.
+            tasks: What to evaluate, by different names.
+            limit: Documents for each task without a limit of its own, drawn by `seed`; None means all.
+            seed: Draws documents and few-shot examples.
+            batch_size: Most rows in a batch; "auto" starts at 64 on a GPU (16 elsewhere) and halves where memory is
+                full.
+            max_length: Tokens of context, None for the model's own; longer requests lose their beginning, longer
+                texts of a perplexity are scored window by window.
+            apply_chat_template: Wrap each prompt in the tokenizer's chat template.
+
+        Raises:
+            TaskError: A task cannot be found, read or scored, or lacks the metric asked for.
+            ConfigError: `limit`, `batch_size` or `max_length` is below 1.
+            ModelError: The model does not generate left to right, or has no chat template though one was asked for.
+        """
+        self._is_auto = batch_size == "auto"
+        rows = _AUTO_ROWS.get(loaded.device.type, _AUTO_ROWS_ELSEWHERE) if self._is_auto else batch_size
+        for name, value in (("limit", limit), ("batch_size", rows), ("max_length", max_length)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"`{name} >= 1` must hold for an evaluation, but got {name}={value!r}")
+        _check_model(loaded, tasks, needs_template=apply_chat_template)
+        sources = [resolve_task(spec) for spec in tasks]
+        check_unique(source.name for source in sources)
+        self._max_length = max_length
+        with quiet_lm_eval(), swallowed_output():
+            self._lm = ScoringLM(loaded, batch_size=int(rows), max_length=max_length)
+            template = self._lm.apply_chat_template if apply_chat_template else None
+            self._tasks = [
+                _prepare(
+                    spec,
+                    source.name,
+                    build_leaves(spec, source, limit=spec.limit or limit, seed=seed, chat_template=template),
+                )
+                for spec, source in zip(tasks, sources, strict=True)
+            ]
+            cut = self._lm.prepare(list(self._instances()))
+        if cut:
+            _log.warning("%d requests are longer than the context and lose their beginning", cut)
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def documents(self) -> dict[str, list[int]]:
+        """Indices of the documents evaluated, ascending, by lm-eval task (a group has several)."""
+        return {leaf.name: list(leaf.documents) for task in self._tasks for leaf in task.leaves}
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """The metric that stands for each task."""
+        return {task.name: task.metric for task in self._tasks}
+
+    def evaluate(self, progress: Progress | None = None) -> EvaluationResult:
+        """Evaluate the model as it is now.
+
+        Args:
+            progress: Called as requests finish.
+
+        Raises:
+            NonFiniteError: A log-likelihood or a metric is NaN or infinite.
+            OutOfMemoryError: The device has no room for a batch.
+        """
+        start = time.perf_counter()
+        while True:
+            try:
+                self._score(progress)
+                break
+            except OutOfMemoryError:
+                if not self._is_auto or self._lm.rows == 1:
+                    raise
+                self._lm.rows //= 2
+        with quiet_lm_eval():
+            results = tuple(task_result(t.name, t.metric, t.spec.weight, t.leaves) for t in self._tasks)
+        return EvaluationResult(results, time.perf_counter() - start)
+
+    def _instances(self) -> Iterator[Any]:
+        for task in self._tasks:
+            for leaf in task.leaves:
+                yield from leaf.task.instances
+
+    def _score(self, progress: Progress | None) -> None:
+        """Ask the model every request; the answers are left in the requests."""
+        by_type: dict[str, list[Any]] = {}
+        for instance in self._instances():
+            instance.resps, instance.filtered_resps = [], {}
+            by_type.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
+        total, done = sum(map(len, by_type.values())), 0
+
+        def tick(finished: int) -> None:
+            nonlocal done
+            done += finished
+            if progress is not None:
+                progress(done, total)
+
+        self._lm.tick = tick
+        with quiet_lm_eval(), _out_of_memory_named(self._lm.rows):
+            for kind, requests in by_type.items():
+                for request, answer in zip(requests, getattr(self._lm, kind)(requests), strict=True):
+                    request.resps.append(answer)
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        digest.update(f"lm_eval {importlib.metadata.version('lm_eval')} max_length {self._max_length}".encode())
+        for task in self._tasks:
+            digest.update(f"{task.name} {task.metric} {task.spec.weight}".encode())
+            for leaf in task.leaves:
+                for part in leaf.fingerprint_parts():
+                    digest.update(part)
+        return digest.hexdigest()[:16]
+
+
+def _check_model(loaded: LoadedModel, tasks: Sequence[TaskSpec], *, needs_template: bool) -> None:
+    if not tasks:
+        raise TaskError("an evaluation must have at least one task, but got none")
+    if not loaded.topology.is_decoder or getattr(loaded.model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"lm-eval tasks need a model that generates left to right, but '{loaded.ref}' is "
+            f"{loaded.topology.architecture}"
+        )
+    if needs_template and not loaded.tokenizer.chat_template:
+        raise ModelError(
+            f"`apply_chat_template` needs a tokenizer with a chat template, but that of '{loaded.ref}' has none; "
+            f"set it to false"
+        )
+
+
+def _prepare(spec: TaskSpec, name: str, leaves: Sequence[LeafTask]) -> _PreparedTask:
+    common = reported_metrics(spec, leaves[0])
+    for leaf in leaves[1:]:
+        others = reported_metrics(spec, leaf)
+        common = [metric for metric in common if metric in others]
+    return _PreparedTask(spec, name, choose_metric(name, common, spec.metric), tuple(leaves))
+
+
+@contextmanager
+def _out_of_memory_named(rows: int) -> Iterator[None]:
+    """Raise `OutOfMemoryError` for the several ways in which torch runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is a plain one
+        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_full and not any(words in str(error) for words in _OUT_OF_MEMORY_WORDS):
+            raise
+        raise OutOfMemoryError(
+            f"the device must have room for a batch of the evaluation, but {rows} rows do not fit; "
+            f"lower `batch_size` or `max_length`"
+        ) from error

@@ -1,0 +1,275 @@
+"""lm-eval's tasks, loaded once: their documents, requests and metrics, with every defect found before a trial."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import huggingface_hub
+from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.task import TaskConfig
+from lm_eval.tasks import TaskManager
+
+from dse.errors import DseError, TaskError, did_you_mean
+from dse.evaluation.task_spec import LOCAL_DATASETS, TaskSource, TaskSpec, builtin_tasks
+from dse.files import disk_errors
+
+__all__ = ["LeafTask", "build_leaves", "collect_outcomes", "reported_metrics"]
+
+_HUB_TIMEOUT_S = 5.0
+_DUMMY_ANSWERS: Mapping[str, Any] = {
+    "loglikelihood": (-1.0, False),
+    "loglikelihood_rolling": -1.0,
+    "generate_until": "",
+}
+_FIELDS = {f.name for f in fields(TaskConfig)}
+
+
+@dataclass(eq=False)
+class LeafTask:
+    """One lm-eval task and the documents drawn from it; a group has several.
+
+    Attributes:
+        task: lm-eval's task, its requests built.
+        documents: Indices drawn, ascending.
+        rows: The documents themselves, in that order.
+    """
+
+    task: Any
+    documents: list[int]
+    rows: list[Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """lm-eval's name of the task."""
+        return str(self.task.config.task)
+
+    def fingerprint_parts(self) -> Iterator[bytes]:
+        """What its scores depend on beside the model: definition, documents, and every request as it is asked."""
+        config = {
+            # Paths say where data lie, not what they are; the few-shot settings show in the requests.
+            key: value
+            for key, value in self.task.dump_config().items()
+            if key not in ("dataset_kwargs", "metadata", "fewshot_config")
+        }
+        yield _stable([self.name, self.task.VERSION, config, self.documents])
+        for instance in self.task.instances:
+            yield _stable([instance.request_type, instance.args, instance.repeats])
+        for row in self.rows:
+            yield _stable(row)
+
+
+def build_leaves(
+    spec: TaskSpec, source: TaskSource, *, limit: int | None, seed: int, chat_template: Callable[..., str] | None
+) -> list[LeafTask]:
+    """Load a task (or the members of a group), draw its documents by seed, and build its requests.
+
+    Raises:
+        TaskError: The task is unknown, malformed, needs a hub that cannot be reached, or has no document.
+    """
+    with _as_task_error(spec.task), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
+        tasks = _load(source)
+        for task in tasks:
+            _refuse_unsupported(spec.task, task)
+            shots = spec.num_fewshot if spec.num_fewshot is not None else task.get_config("num_fewshot") or 0
+            task.set_config("num_fewshot", shots)
+            task.set_fewshot_seed(seed)
+        rows = [task.eval_docs for task in tasks]
+        chosen = _draw(source.name, [len(row) for row in rows], limit, seed)
+        leaves = [
+            LeafTask(task, drawn, [row[index] for index in drawn])
+            for task, row, drawn in zip(tasks, rows, chosen, strict=True)
+            if drawn
+        ]
+        if not leaves:
+            raise TaskError(f"a task must have at least one document, but '{spec.task}' has none")
+        for leaf in leaves:
+            leaf.task.build_all_requests(
+                samples=leaf.documents if len(leaf.documents) < len(leaf.task.eval_docs) else None,
+                apply_chat_template=chat_template is not None,
+                fewshot_as_multiturn=chat_template is not None,
+                chat_template=chat_template,
+            )
+            for instance in leaf.task.instances:  # lm-eval numbers the drawn documents from 0
+                instance.doc_id = leaf.documents[instance.doc_id]
+        return leaves
+
+
+def reported_metrics(spec: TaskSpec, leaf: LeafTask) -> list[str]:
+    """Names of the metrics that scoring this task will yield, found by a dry run on made-up answers.
+
+    The dry run goes through every document, so one that cannot be scored is found before the first trial.
+
+    Raises:
+        TaskError: A document cannot be scored.
+    """
+    task = leaf.task
+    is_plain = isinstance(task, ConfigurableTask) and not callable(task.config.process_results)
+    if is_plain and task.OUTPUT_TYPE != "generate_until":
+        for instance in task.instances:
+            instance.resps = [_DUMMY_ANSWERS[instance.request_type]] * instance.repeats
+        with _as_task_error(spec.task):
+            return list(collect_outcomes(leaf))
+    filters = [ensemble.name for ensemble in task._filters]
+    return [_metric_key(name, ensemble, filters) for ensemble in filters for name in task.aggregation()]
+
+
+def collect_outcomes(leaf: LeafTask) -> dict[str, dict[int, Any]]:
+    """Turn the answers in the task's requests into metric -> {position of the document: outcome}.
+
+    Source: the second half of `lm_eval.evaluator.evaluate`; one process, no logging of samples.
+    """
+    task = leaf.task
+    task.apply_filters()
+    by_document: dict[int, list[Any]] = {}
+    for instance in task.instances:
+        by_document.setdefault(instance.doc_id, []).append(instance)
+    filters = list(task.instances[0].filtered_resps)
+    outcomes: dict[str, dict[int, Any]] = {}
+    for position, (document, row) in enumerate(zip(leaf.documents, leaf.rows, strict=True)):
+        instances = sorted(by_document[document], key=lambda instance: instance.idx)
+        for ensemble in filters:
+            metrics = task.process_results(row, [instance.filtered_resps[ensemble] for instance in instances])
+            for name, outcome in metrics.items():
+                outcomes.setdefault(_metric_key(name, ensemble, filters), {})[position] = outcome
+    return outcomes
+
+
+def _metric_key(name: str, ensemble: str, filters: Sequence[str]) -> str:
+    return name if len(filters) == 1 else f"{name},{ensemble}"
+
+
+def _load(source: TaskSource) -> list[Any]:
+    if source.config is None:
+        manager = _task_manager()
+        if source.name not in manager.task_index:
+            known = [*builtin_tasks(), *manager.all_tasks]
+            raise TaskError(
+                f"a task must be a YAML file, a builtin task ({', '.join(builtin_tasks())}) or one of lm-eval's "
+                f"{len(manager.all_tasks)} tasks, but got '{source.name}'{did_you_mean(source.name, known)}"
+            )
+        with _hub(source.name, "its dataset"):
+            return list(manager.load([source.name])["tasks"].values())
+    _check_config(source.config, source.path or Path(source.name))
+    config = copy.deepcopy(source.config)  # lm-eval changes what it is given
+    for key in ("tag", "task_alias"):
+        config.pop(key, None)
+    dataset = config["dataset_path"]
+    if dataset in LOCAL_DATASETS or Path(dataset).is_dir():
+        return [ConfigurableTask(config=config)]
+    with _hub(source.name, f"the dataset '{dataset}'"):
+        return [ConfigurableTask(config=config)]
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse unknown keys and metrics; lm-eval would download an unknown metric from the hub and run it."""
+    for key in config:
+        if key not in _FIELDS:
+            raise TaskError(
+                f"a task file must have lm-eval's keys, but '{path}' has '{key}'{did_you_mean(key, _FIELDS)}"
+            )
+    metrics = config.get("metric_list")
+    if metrics is None:
+        return
+    if not isinstance(metrics, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("metric"), str) for m in metrics
+    ):
+        raise TaskError(f"`metric_list` must be a list of mappings with a `metric`, but '{path}' has {metrics!r:.80}")
+    for entry in metrics:
+        if entry["metric"] not in METRIC_REGISTRY or entry.get("hf_evaluate"):
+            raise TaskError(
+                f"a metric must be one of lm-eval's own, but '{path}' has '{entry['metric']}'"
+                f"{did_you_mean(entry['metric'], METRIC_REGISTRY)}"
+            )
+        aggregation = entry.get("aggregation", "mean")
+        if not isinstance(aggregation, str) or aggregation not in AGGREGATION_REGISTRY:
+            raise TaskError(f"an aggregation must be one of lm-eval's own, but '{path}' has {aggregation!r:.80}")
+
+
+def _refuse_unsupported(name: str, task: Task) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise TaskError(f"a task must not run code that a model writes, but '{name}' does; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise TaskError(f"a task must be text only, but '{name}' has images or sound; leave it out")
+
+
+def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int) -> list[list[int]]:
+    """Indices drawn from each member, ascending; a smaller limit draws a subset of what a larger one draws."""
+    places = [(member, index) for member, size in enumerate(sizes) for index in range(size)]
+    if limit is not None and limit < len(places):
+        random.Random(f"{seed}:{name}").shuffle(places)
+        places = places[:limit]
+    chosen: list[list[int]] = [[] for _ in sizes]
+    for member, index in sorted(places):
+        chosen[member].append(index)
+    return chosen
+
+
+@functools.lru_cache(maxsize=1)
+def _task_manager() -> TaskManager:
+    """lm-eval's registry; building it reads thousands of files, so it is built once, and only for a registry name."""
+    return TaskManager()
+
+
+@contextmanager
+def _hub(name: str, what: str) -> Iterator[None]:
+    """Load from the hub's cache alone when the hub cannot be reached, instead of retrying for minutes."""
+    is_reachable = _is_hub_reachable()
+    constants, config = huggingface_hub.constants, datasets.config
+    kept = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not is_reachable:
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if is_reachable:
+            raise
+        raise TaskError(
+            f"task '{name}' needs {what} from the Hugging Face hub, which cannot be reached and has no copy in the "
+            f"local cache; connect once, or use a local YAML task or a builtin one ({', '.join(builtin_tasks())})"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = kept
+
+
+@functools.lru_cache(maxsize=1)
+def _is_hub_reachable() -> bool:
+    if huggingface_hub.is_offline_mode():
+        return False
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+    except Exception:  # noqa: BLE001 - whatever the HTTP library raises, the hub is out of reach
+        return False
+    return True
+
+
+@contextmanager
+def _as_task_error(name: str) -> Iterator[None]:
+    """Whatever lm-eval, datasets or Jinja raise over a task's own definition or data is the task's error."""
+    try:
+        yield
+    except (DseError, MemoryError):
+        raise
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise TaskError(
+            f"task '{name}' must be one that lm-eval can load and score, but: {type(error).__name__}: {reason:.300}"
+        ) from error
+
+
+def _stable(value: object) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_stable_text).encode()).digest()
+
+
+def _stable_text(value: object) -> str:
+    return str(getattr(value, "__qualname__", None) or value)

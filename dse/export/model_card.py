@@ -1,0 +1,233 @@
+"""The README.md of an export: what it is, what it saves, how to load it, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from dse.design_point import DesignPoint
+from dse.export.markdown import code, table, text
+from dse.export.measured_figures import measured_figures
+from dse.measurement.environment import package_versions
+from dse.pareto.units import percent
+from dse.topology import Topology
+
+__all__ = ["CardContent", "model_card"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModel": "feature-extraction",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CardContent:
+    """What a card says.
+
+    Attributes:
+        base_model: Name of the dense model.
+        revision: Its revision on the hub, if one was named.
+        fingerprint: Of the dense model's config and weights.
+        topology: Of the dense model.
+        point: What is decomposed.
+        is_dense: Whether the factors are multiplied out.
+        auto_class: The transformers class that loads it.
+        dtype: Of the weights.
+        parameters: In this folder.
+        weight_file_bytes: Size of its safetensors.
+        dense_weight_bytes: What the dense model's take.
+        other_bytes: Size of its other files, this card left out.
+        max_difference: Largest difference found on reloading; None where it was not checked.
+        tolerance: What was allowed.
+        facts: `study`, `trial`, `row`, `dense_row`, `environment`, `versions`, `license`, all optional.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    topology: Topology
+    point: DesignPoint
+    is_dense: bool
+    auto_class: str
+    dtype: str
+    parameters: int
+    weight_file_bytes: int
+    dense_weight_bytes: int
+    other_bytes: int
+    max_difference: float | None
+    tolerance: float
+    facts: Mapping[str, Any]
+
+    @property
+    def reduction(self) -> float:
+        """Share of the dense model's parameters that this folder does without."""
+        return 1 - self.parameters / self.topology.parameters_dense
+
+
+def model_card(content: CardContent) -> str:
+    """The whole card as Markdown with a YAML head."""
+    sections = [
+        _front_matter(content),
+        _introduction(content),
+        _sizes(content),
+        _loading(content),
+        _point(content),
+        _measured(content),
+        _provenance(content),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(content: CardContent) -> str:
+    head: dict[str, Any] = {"library_name": "transformers"}
+    if content.auto_class in _PIPELINES:
+        head["pipeline_tag"] = _PIPELINES[content.auto_class]
+    if _HUB_ID.fullmatch(content.base_model):
+        head["base_model"] = content.base_model
+    if content.facts.get("license"):
+        head["license"] = str(content.facts["license"])
+    head["tags"] = ["low-rank", "compression", "lowrank-dse"]
+    return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _introduction(content: CardContent) -> str:
+    name, count, total = text(content.base_model), len(content.point), len(content.topology.tensors)
+    if not content.point.choices:
+        return f"# {name}\n\nThe dense model, as it was given to lowrank-dse: nothing is decomposed."
+    if content.is_dense:
+        return (
+            f"# {name}, low-rank factors multiplied out\n\n"
+            f"{name} with {count} of its {total} weight matrices replaced by low-rank approximations, multiplied out to"
+            " dense matrices again. It runs wherever the base model runs, and **saves nothing**: it has as many"
+            " parameters, takes as much disk and memory, and computes as much as the base model. Use the low-rank form"
+            " of the export where size and speed matter. It was not retrained."
+        )
+    return (
+        f"# {name} with {percent(content.reduction)} fewer parameters\n\n"
+        f"{name} with {count} of its {total} weight matrices replaced by products of low-rank factors. It was not"
+        " retrained."
+    )
+
+
+def _sizes(content: CardContent) -> str:
+    files = f"weights on disk ({text(content.dtype)})"
+    rows = [
+        ("parameters", f"{content.topology.parameters_dense:,}", f"{content.parameters:,}", percent(content.reduction)),
+        (
+            files,
+            _megabytes(content.dense_weight_bytes),
+            _megabytes(content.weight_file_bytes),
+            percent(1 - content.weight_file_bytes / content.dense_weight_bytes),
+        ),
+    ]
+    return (
+        "## Size\n\n"
+        + table(("", "dense model", "this folder", "saved"), rows)
+        + "\n\nParameters count embeddings in, and tied weights once. The other files (tokenizer, config, code) take"
+        + f" {_megabytes(content.other_bytes)}."
+    )
+
+
+def _loading(content: CardContent) -> str:
+    is_plain = content.is_dense
+    remote = "" if is_plain else ", trust_remote_code=True"
+    lines = [
+        "## How to load it",
+        "",
+        "```python",
+        f"from transformers import {', '.join(sorted((content.auto_class, 'AutoTokenizer')))}",
+        "",
+        'folder = "path/to/this/folder"',
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
+        f"model = {content.auto_class}.from_pretrained(folder{remote})",
+        "```",
+    ]
+    if not is_plain:
+        lines += [
+            "",
+            "`trust_remote_code=True` runs `modeling_lowrank.py` of this folder, a short file to read first; it needs"
+            " torch and transformers (5 or later) alone. Without it, the folder refuses to load. Do not load it by the"
+            " base architecture's own class, which knows no factors and would put random weights in their place.",
+        ]
+    return "\n".join(lines)
+
+
+def _point(content: CardContent) -> str:
+    if not content.point.choices:
+        return ""
+    compact = content.point.compact(content.topology)
+    body = (
+        json.dumps(compact)
+        if compact is not None
+        else '{"tensors": {\n'
+        + ",\n".join(
+            f"  {json.dumps(name)}: {json.dumps({'method': choice.method, 'rank': choice.rank})}"
+            for name, choice in content.point
+        )
+        + "\n}}"
+    )
+    return f"## Design point {content.point.id}\n\n```json\n{body}\n```"
+
+
+def _measured(content: CardContent) -> str:
+    facts = content.facts
+    figures = measured_figures(facts.get("row") or {}, facts.get("dense_row") or {})
+    if not figures:
+        return "## Measured\n\nNothing was measured of this point, or the figures were not handed on."
+    hardware = _hardware(facts.get("environment"))
+    form = " The figures are those of the low-rank form, before it was multiplied out." if content.is_dense else ""
+    note = f"Measured on {hardware}." if hardware else "The machine was not recorded."
+    return f"## Measured\n\n{figures}\n\n{note}{form} ± and brackets are 95 % intervals unless said otherwise."
+
+
+def _hardware(environment: object) -> str:
+    """The machine in words, from `dse.measurement.describe_environment`; "" where it says nothing."""
+    if not isinstance(environment, Mapping):
+        return ""
+    parts = []
+    for gpu in environment.get("gpus") or ():
+        if isinstance(gpu, Mapping) and gpu.get("name"):
+            driver = f" (driver {text(gpu['driver_version'])})" if gpu.get("driver_version") else ""
+            parts.append(text(gpu["name"]) + driver)
+    cpu = environment.get("cpu")
+    if isinstance(cpu, Mapping) and cpu.get("model"):
+        cores = f", {text(cpu['usable_cores'])} cores" if cpu.get("usable_cores") else ""
+        parts.append(text(cpu["model"]) + cores)
+    return "; ".join(parts)
+
+
+def _provenance(content: CardContent) -> str:
+    facts = content.facts
+    revision = f", revision {code(content.revision)}" if content.revision else ""
+    lines = [f"- Base model: {code(content.base_model)}{revision}, fingerprint {code(content.fingerprint)}"]
+    if facts.get("study") is not None:
+        trial = f", trial {text(facts['trial'])}" if facts.get("trial") is not None else ""
+        lines.append(f"- Study: {text(facts['study'])}{trial}")
+    if content.max_difference is None:
+        lines.append("- Not checked by reloading")
+    else:
+        lines.append(
+            "- Checked: reloaded from disk in a process without lowrank-dse; every weight the same, largest difference"
+            f" of a logit {content.max_difference:.2g} (allowed {content.tolerance:.2g})"
+        )
+    versions = facts.get("versions") or package_versions()
+    known = [f"{text(name)} {text(version)}" for name, version in versions.items() if version]
+    lines.append(f"- Written by lowrank-dse with {', '.join(known)}")
+    return "## Where it comes from\n\n" + "\n".join(lines)
+
+
+def _megabytes(size_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:,.1f} {unit}"
+    return f"{size_bytes} B"

@@ -1,0 +1,144 @@
+"""A study's folder: what lies where, whose it is, and one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from dse.config import StudyConfig, parse_study, read_yaml
+from dse.errors import StudyError
+from dse.evaluation import EvaluationResult, read_outcomes
+from dse.files import disk_errors, write_json, write_text
+
+__all__ = ["StudyFolder"]
+
+
+class StudyFolder:
+    """`study.yaml`, `study.db`, `trials.csv`, `front.csv`, `front.html`, `front.png`, `run.log`, `outcomes/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.study_yaml = path / "study.yaml"
+        self.storage = path / "study.db"
+        self.trials_csv = path / "trials.csv"
+        self.front_csv = path / "front.csv"
+        self.front_html = path / "front.html"
+        self.front_png = path / "front.png"
+        self.log = path / "run.log"
+
+    def outcomes(self, trial: int) -> Path:
+        """Per-document outcomes of one trial."""
+        return self.path / "outcomes" / f"trial-{trial:05d}.npz"
+
+    def check(self, config: StudyConfig) -> None:
+        """Refuse a folder that is not free and not this study's. Nothing is written.
+
+        The number of trials may change between runs: a study is made longer by asking for more.
+
+        Raises:
+            StudyError: The folder holds another study, or something that is none.
+        """
+        if self.study_yaml.exists():
+            self._refuse_another_study(config)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise StudyError(
+                f"a study needs a folder of its own, but {self.path} exists and is no study; choose another `--out`"
+            )
+
+    def prepare(self, config: StudyConfig) -> None:
+        """Make the folder and write the resolved study into it.
+
+        Raises:
+            StorageFullError: The folder cannot be written.
+        """
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.study_yaml, config.to_yaml())
+
+    def write_evaluation(self, trial: int, evaluation: EvaluationResult) -> None:
+        """Keep an evaluation with its per-document outcomes."""
+        evaluation.write_outcomes(self.outcomes(trial))
+        write_json(self.outcomes(trial).with_suffix(".json"), evaluation.to_json())
+
+    def read_evaluation(self, trial: int) -> EvaluationResult:
+        """An evaluation of this study.
+
+        Raises:
+            StudyError: It is missing or damaged.
+        """
+        path = self.outcomes(trial).with_suffix(".json")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StudyError(f"{path} must hold the evaluation of trial {trial}, but is missing or damaged") from error
+        return EvaluationResult.from_json(data, read_outcomes(self.outcomes(trial)))
+
+    @contextlib.contextmanager
+    def logging_to_file(self) -> Iterator[None]:
+        """Have what `dse` logs written to `run.log`, too."""
+        logger = logging.getLogger("dse")
+        with disk_errors(self.log):
+            handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            handler.close()
+
+    def read_config(self) -> StudyConfig:
+        """The resolved study of this folder.
+
+        Raises:
+            StudyError: There is none.
+        """
+        if not self.study_yaml.is_file():
+            raise StudyError(
+                f"{self.path} must be the folder of a study, but has no study.yaml; give the one that `dse run` printed"
+            )
+        return parse_study(read_yaml(self.study_yaml), base=self.path, origin=str(self.study_yaml))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second process; the operating system lets go of it when this one dies.
+
+        Raises:
+            StudyError: Another process runs this study.
+        """
+        lock = filelock.FileLock(self.path / ".lock", blocking=False)
+        with disk_errors(self.path):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise StudyError(
+                    f"one process at a time may run a study, but another one runs {self.path}; wait for it"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _refuse_another_study(self, config: StudyConfig) -> None:
+        before, now = _identity(self.read_config()), _identity(config)
+        different = [key for key in now if before[key] != now[key]]
+        if different:
+            raise StudyError(
+                f"{self.path} holds another study (different: {', '.join(different)}); choose another `--out`, or"
+                " give this study another name"
+            )
+
+
+def _identity(config: StudyConfig) -> dict[str, Any]:
+    data = config.model_dump(mode="json")
+    del data["budget"]
+    return data

@@ -1,0 +1,168 @@
+"""From a study file to everything that evaluating a point needs; whatever the user got wrong is found here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dse.config import StudyConfig
+from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows
+from dse.design_point import DesignPoint
+from dse.errors import ConfigError, MeterUnavailableError, PointError
+from dse.evaluation import Evaluator, TaskSpec
+from dse.measurement import EnergyMeter, LatencySpec, open_meter
+from dse.models import LoadedModel, load_model
+from dse.pareto import Objective
+from dse.study.evaluate_point import PointEvaluator
+from dse.study.events import StudyListener
+from dse.study.objectives import needs_of, resolve_objectives
+from dse.study.space import SearchSpace
+
+__all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStudy:
+    """A study that is ready to run."""
+
+    config: StudyConfig
+    loaded: LoadedModel
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    evaluator: PointEvaluator
+    enqueued: tuple[DesignPoint, ...]
+    calibration: CalibrationWindows | None
+
+
+def prepare_study(config: StudyConfig, listener: StudyListener) -> PreparedStudy:
+    """Load the model, check the whole study against it, and build or open the factor bank.
+
+    Cheap checks come first: a misspelt objective must not cost a download.
+
+    Raises:
+        UserError: Anything in the study that cannot be: model, space, task, objective, meter, calibration text.
+    """
+    device = resolve_device(config.model.device)
+    meter, meter_problem = _try_meter(device) if _wants_energy(config) else (None, None)
+    objectives, dropped = resolve_objectives(config, meter_problem)
+    for name in dropped:
+        listener.on_message(f"objective {name} is left out: {meter_problem}")
+    if not objectives:
+        raise ConfigError("a study needs an objective that can be measured here, but all of them were left out")
+    spec = LatencySpec(
+        prompt_tokens=config.measurement.prompt_tokens,
+        new_tokens=config.measurement.new_tokens,
+        batch_size=config.measurement.batch_size,
+        blocks=config.measurement.blocks,
+        warmup_blocks=config.measurement.warmup_blocks,
+    )
+    listener.on_message(f"loading {config.model.ref}")
+    loaded = load_study_model(config)
+    _check_phases(objectives, loaded)
+    space = SearchSpace.from_config(config.space, loaded.topology)
+    enqueued = _enqueued_points(config, loaded, space)
+    tasks = [TaskSpec(t.task, t.metric, t.weight, t.limit, t.num_fewshot) for t in config.tasks]
+    settings = config.evaluation
+    evaluator = None
+    if tasks:
+        evaluator = Evaluator(
+            loaded,
+            tasks,
+            limit=settings.limit,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            apply_chat_template=settings.apply_chat_template,
+        )
+    bank, calibration = study_bank(config, loaded, space, listener)
+    point_evaluator = PointEvaluator(
+        loaded, bank, needs_of(objectives, bool(tasks)), evaluator, spec, meter, listener.on_phase
+    )
+    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration)
+
+
+def load_study_model(config: StudyConfig) -> LoadedModel:
+    """The study's model, dense, on its device.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    return load_model(
+        config.model.ref,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        device=str(resolve_device(config.model.device)),
+        trust_remote_code=config.model.trust_remote_code,
+        role_names=config.space.role_names,
+    )
+
+
+def study_bank(
+    config: StudyConfig, loaded: LoadedModel, space: SearchSpace, listener: StudyListener
+) -> tuple[FactorBank, CalibrationWindows | None]:
+    """The factor bank up to the largest ranks of the space, and the calibration text it was made with.
+
+    Raises:
+        CalibrationError: The calibration text is missing or too short.
+        StorageFullError: The disk has no room for it.
+    """
+    requests = space.largest_ranks()
+    calibration = None
+    if any(METHODS[method].is_calibrated for method in requests):
+        longest = getattr(loaded.model.config, "max_position_embeddings", None)
+        calibration = calibration_windows(loaded.tokenizer, config.calibration, longest_window=longest)
+        listener.on_message(f"calibration text: {calibration.description}")
+    bank = FactorBank.build(loaded, requests, calibration, progress=listener.on_phase)
+    return bank, calibration
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a study file's `device`; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: It is not a device.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
+
+
+def _wants_energy(config: StudyConfig) -> bool:
+    return any("energy" in entry.name for entry in config.objectives)
+
+
+def _try_meter(device: torch.device) -> tuple[EnergyMeter | None, str | None]:
+    try:
+        return open_meter(device), None
+    except MeterUnavailableError as error:
+        return None, str(error)
+
+
+def _check_phases(objectives: tuple[Objective, ...], loaded: LoadedModel) -> None:
+    decode = [entry.name for entry in objectives if entry.name in ("decode_latency_s", "energy_per_token_j")]
+    if decode and not loaded.topology.is_decoder:
+        raise ConfigError(
+            f"objective '{decode[0]}' needs a model that generates, but {loaded.topology.architecture} does not;"
+            " use prefill_latency_s or prefill_energy_j"
+        )
+
+
+def _enqueued_points(config: StudyConfig, loaded: LoadedModel, space: SearchSpace) -> tuple[DesignPoint, ...]:
+    points = []
+    for index, entry in enumerate(config.enqueue):
+        try:
+            point = DesignPoint.from_json(entry, loaded.topology)
+            space.levels_of(point)
+        except PointError as error:
+            raise ConfigError(f"`enqueue.{index}`: {error}") from error
+        if not space.is_feasible(point) and not point.is_dense:
+            raise ConfigError(
+                f"`enqueue.{index}`: point {point.id} must keep the space's limits, but exceeds them by"
+                f" {space.violations(point)}"
+            )
+        points.append(point)
+    return tuple(points)

@@ -1,0 +1,200 @@
+"""A study that lies on the disk, finished or not: its trials, its front, and what it recommends."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dse.config import StudyConfig
+from dse.errors import StudyError
+from dse.files import write_bytes, write_text
+from dse.pareto import (
+    Objective,
+    Recommendation,
+    front_html,
+    front_hypervolume,
+    front_png,
+    front_table,
+    mark_front,
+    objectives_named,
+    plot_front,
+    recommend,
+)
+from dse.study.folder import StudyFolder
+from dse.study.record import TrialRecord, to_row
+from dse.study.storage import StudyStorage
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["DEFAULT_MAX_ACCURACY_DROP", "Study", "open_study", "write_reports"]
+
+DEFAULT_MAX_ACCURACY_DROP = 0.02
+
+
+def open_study(directory: str | Path) -> Study:
+    """Open the folder of a study.
+
+    Raises:
+        StudyError: It holds none.
+    """
+    return Study(Path(directory))
+
+
+class Study:
+    """A study as it stands on the disk now; open it again to see trials that were added since.
+
+    Raises:
+        StudyError: The folder holds no study, or a damaged one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.folder = StudyFolder(directory)
+        self.config: StudyConfig = self.folder.read_config()
+        self._storage = StudyStorage.open_existing(self.folder.storage)
+        self.attributes: dict[str, Any] = self._storage.attributes
+        if "objectives" not in self.attributes:
+            raise StudyError(f"{directory} holds a study that never started; run `dse run` again")
+
+    @cached_property
+    def records(self) -> list[TrialRecord]:
+        """Full records of all finished trials."""
+        return self._storage.records()
+
+    @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What was traded off."""
+        return objectives_named(self.attributes["objectives"])
+
+    @property
+    def evaluated_trials(self) -> int:
+        """Trials that count against the budget: complete or failed."""
+        return sum(record.state in ("complete", "failed") for record in self.records)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the space had no further point within its limits."""
+        return bool(self.attributes.get("exhausted", False))
+
+    def trials(self) -> pd.DataFrame:
+        """One row a trial, flat; see docs/trials.md for the columns."""
+        rows = [to_row(record) for record in self.records]
+        table = pd.DataFrame(rows) if rows else pd.DataFrame({"trial": [], "state": [], "feasible": []})
+        for entry in self.objectives:
+            if entry.name not in table.columns:
+                table[entry.name] = float("nan")
+        if not rows:
+            return table.assign(on_front=False, reduction=float("nan"), decomposed_tensors=0)
+        table["duplicate_of"] = table["duplicate_of"].astype("Int64")
+        return mark_front(table, self.objectives)
+
+    def front(self) -> pd.DataFrame:
+        """The Pareto front, sorted by reduction, with the dense model as its reference."""
+        return front_table(self.trials(), self.objectives)
+
+    def plot_front(self, x: str | None = None, y: str | None = None) -> Figure:
+        """The front as a Plotly figure; `x` and `y` are objectives (or reduction), all costs by default."""
+        return plot_front(self.trials(), self.objectives, x=x, y=y)
+
+    def recommend(
+        self, max_accuracy_drop: float = DEFAULT_MAX_ACCURACY_DROP, min_reduction: float | None = None
+    ) -> Recommendation:
+        """The cheapest point whose accuracy drop against dense is within tolerance.
+
+        Raises:
+            ConfigError: A limit lies outside its interval, or accuracy was not measured.
+            StudyError: The dense model has not been measured.
+        """
+        return recommend(
+            self.trials(), self.objectives, max_accuracy_drop=max_accuracy_drop, min_reduction=min_reduction
+        )
+
+    def record(self, trial: int) -> TrialRecord:
+        """The record of a complete trial.
+
+        Raises:
+            StudyError: There is no such trial, or it is not complete.
+        """
+        found = next((record for record in self.records if record.trial == trial), None)
+        if found is None:
+            numbers = ", ".join(str(r.trial) for r in self.records if r.state == "complete")
+            raise StudyError(f"a trial must be one of this study's ({numbers}), but got {trial}")
+        if found.state not in ("complete", "duplicate"):
+            raise StudyError(f"trial {trial} must be complete, but is {found.state}: {found.reason}")
+        return found
+
+    @property
+    def hypervolume(self) -> float | None:
+        """Normalised hypervolume against the reference fixed at the start; None before the dense model is measured."""
+        reference = self.attributes.get("reference")
+        return None if reference is None else front_hypervolume(self.trials(), self.objectives, reference)
+
+    @property
+    def front_size(self) -> int:
+        """Trials on the front."""
+        return int(self.trials()["on_front"].sum())
+
+    def write_tables(self) -> None:
+        """Write `trials.csv` and `front.csv`."""
+        write_text(self.folder.trials_csv, self.trials().to_csv(index=False))
+        write_text(self.folder.front_csv, self.front().to_csv(index=False))
+
+    def next_commands(self) -> list[str]:
+        """What to type next."""
+        folder = self.folder.path
+        commands = [f"dse front {folder}"]
+        if self.has_accuracy:
+            commands.append(f"dse recommend {folder} --max-accuracy-drop {DEFAULT_MAX_ACCURACY_DROP:g}")
+        trial = self._trial_to_export()
+        if trial is not None:
+            commands.append(f"dse export {folder} --trial {trial} --out exports/{self.config.name}-{trial}")
+        return commands
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether the dense model's accuracy is known, so that a drop can be told."""
+        table = self.trials()
+        return "accuracy" in table.columns and bool(table["accuracy"].notna().any())
+
+    def _trial_to_export(self) -> int | None:
+        if self.has_accuracy:
+            advice = self.recommend()
+            return next((t for t in (advice.trial, advice.knee_trial) if t is not None), None)
+        front = self.front()
+        candidates = front[~front["is_dense"]]
+        return None if candidates.empty else int(candidates["trial"].iloc[0])
+
+    def facts(self) -> dict[str, str]:
+        """What the report says about the study."""
+        facts = self.attributes.get("facts", {})
+        environment = facts.get("environment", {})
+        hypervolume, reference = self.hypervolume, self.attributes.get("reference") or {}
+        shown = {
+            "Model": facts.get("model_ref"),
+            "Model fingerprint": facts.get("model_fingerprint"),
+            "Search space": f"{self.config.space.name} ({facts.get('number_of_points', '?')} points)",
+            "Device and dtype": f"{facts.get('device')}, {facts.get('dtype')}",
+            "Calibration text": facts.get("calibration"),
+            "Energy meter": facts.get("energy_meter") or "none",
+            "Hypervolume": None if hypervolume is None else f"{hypervolume:.4f} (share of the box to the ideal point)",
+            "Reference point": ", ".join(f"{name} = {value:.6g}" for name, value in reference.items()),
+            "Processor": environment.get("cpu", {}).get("model"),
+            "Platform": environment.get("platform"),
+            "Versions": ", ".join(f"{k} {v}" for k, v in environment.get("packages", {}).items() if v),
+        }
+        return {key: str(value) for key, value in shown.items() if value}
+
+
+def write_reports(study: Study) -> None:
+    """Write the tables, the page and the picture of the front."""
+    study.write_tables()
+    trials = study.trials()
+    title = f"dse study {study.config.name}"
+    page = front_html(
+        trials, study.objectives, title=title, study_facts=study.facts(), next_commands=study.next_commands()
+    )
+    write_text(study.folder.front_html, page)
+    write_bytes(study.folder.front_png, front_png(trials, study.objectives, title=title))

@@ -1,0 +1,132 @@
+"""A tiny random Llama with a byte tokenizer, and task files that need no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dse.models import LoadedModel, topology_of
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "dog", "ran", "fast", "over", "hill", "moon", "is", "red", "blue")
+END = "<|end|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and one that ends a text."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary[END] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    vocabulary = {word: index for index, word in enumerate((END, "<unk>", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token="<unk>")
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, context: int = 64, tied: bool = False) -> LoadedModel:
+    """A random two-layer Llama; its weights are large enough that its answers are far from uniform."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LoadedModel("tiny", None, model, tokenizer, topology_of(model), torch.device("cpu"), torch.float32)
+
+
+def sentence(seed: int, length: int) -> str:
+    return " ".join(WORDS[(seed * 7 + i * (seed % 5 + 3)) % len(WORDS)] for i in range(length))
+
+
+TaskWriter = Callable[..., Path]
+
+
+def task_writer(folder: Path) -> TaskWriter:
+    """A function that writes a task file and its data: `(kind, rows=..., name=..., **overrides)` to the YAML's path."""
+
+    def write(kind: str, rows: int = 12, name: str | None = None, **overrides: Any) -> Path:
+        name = name or f"local_{kind}"
+        documents = [
+            {
+                "question": sentence(i, 3 + i % 4),
+                "choices": [sentence(i + j, 1 + (i + j) % 3) for j in range(4)],
+                "gold": (i * 3) % 4,
+                "text": sentence(i, 4 + 9 * (i % 3)),
+            }
+            for i in range(rows)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+        config: dict[str, Any] = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+            "test_split": "test",
+            "metadata": {"version": 1.0},
+            **KINDS[kind],
+            **overrides,
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+        return path
+
+    return write
+
+
+def _metric(name: str, aggregation: str, higher: bool) -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher}
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
+    },
+    "cloze": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{' ' + choices[0]}}",
+        "metric_list": [_metric("perplexity", "perplexity", False), _metric("acc", "mean", True)],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            _metric("word_perplexity", "weighted_perplexity", False),
+            _metric("byte_perplexity", "weighted_perplexity", False),
+            _metric("bits_per_byte", "bits_per_byte", False),
+        ],
+    },
+    "generate": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [_metric("exact_match", "mean", True)],
+    },
+}

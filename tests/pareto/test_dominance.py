@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dse.errors import ConfigError
+from dse.pareto import dominates, non_dominated, non_dominated_rank
+
+# Few different values, so that ties and repeats are common; NaN is one of them.
+CELLS = st.sampled_from([0.0, -0.0, 1.0, 2.0, 3.0, np.inf, np.nan])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[np.ndarray, list[str]]:
+    columns = draw(st.integers(1, 4))
+    values = draw(hnp.arrays(np.float64, (draw(st.integers(0, 12)), columns), elements=CELLS))
+    directions = draw(st.lists(st.sampled_from(["minimize", "maximize"]), min_size=columns, max_size=columns))
+    return values, directions
+
+
+def _beats(a: np.ndarray, b: np.ndarray, directions: list[str]) -> bool:
+    """The definition, cell by cell."""
+    better = [x < y if d == "minimize" else x > y for x, y, d in zip(a, b, directions, strict=True)]
+    worse = [x > y if d == "minimize" else x < y for x, y, d in zip(a, b, directions, strict=True)]
+    return any(better) and not any(worse)
+
+
+@given(tables())
+def test_the_front_agrees_with_the_definition(table: tuple[np.ndarray, list[str]]) -> None:
+    values, directions = table
+    measured = ~np.isnan(values).any(axis=1)
+    expected = [
+        bool(measured[i]) and not any(_beats(values[j], values[i], directions) for j in np.flatnonzero(measured))
+        for i in range(len(values))
+    ]
+    assert non_dominated(values, directions).tolist() == expected
+
+
+@given(tables())
+def test_pairs_agree_with_the_definition(table: tuple[np.ndarray, list[str]]) -> None:
+    values, directions = table
+    rows = values[~np.isnan(values).any(axis=1)]
+    for a, b in itertools.permutations(rows, 2):
+        assert dominates(a, b, directions) == _beats(a, b, directions)
+
+
+@given(tables())
+@settings(max_examples=50)
+def test_ranks_peel_the_fronts(table: tuple[np.ndarray, list[str]]) -> None:
+    values, directions = table
+    ranks = non_dominated_rank(values, directions)
+    assert ((ranks == -1) == np.isnan(values).any(axis=1)).all()
+    assert ((ranks == 0) == non_dominated(values, directions)).all()
+    for index, rank in enumerate(ranks):
+        # The longest chain of points that beat one another down to this one is its rank.
+        above = [r for r, row in zip(ranks, values, strict=True) if r >= 0 and _beats(row, values[index], directions)]
+        assert rank == (-1 if rank < 0 else max(above, default=-1) + 1)
+
+
+def test_a_worked_example() -> None:
+    values = [[0.7, 10], [0.6, 8], [0.6, 9], [0.7, 10], [0.5, 8], [np.nan, 1]]
+    assert non_dominated(values, ["maximize", "minimize"]).tolist() == [True, True, False, True, False, False]
+    assert non_dominated_rank(values, ["maximize", "minimize"]).tolist() == [0, 0, 1, 0, 1, -1]
+
+
+def test_a_point_does_not_dominate_itself_or_what_was_not_measured() -> None:
+    assert not dominates([1.0, 2.0], [1.0, 2.0], ["minimize", "minimize"])
+    assert dominates([1.0, 2.0], [1.0, 3.0], ["minimize", "minimize"])
+    assert not dominates([1.0, 2.0], [1.0, np.nan], ["minimize", "minimize"])
+
+
+def test_shapes_must_fit() -> None:
+    with pytest.raises(ConfigError, match=r"shape \(n, 2\)"):
+        non_dominated([[1.0, 2.0, 3.0]], ["minimize", "minimize"])

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dse.errors import ConfigError, StudyError
+from dse.pareto import Objective, front_table, objectives_named, recommend
+
+THREE = objectives_named(["accuracy", "decode_latency_s", "parameters"])
+MakeTrials = Callable[..., pd.DataFrame]
+
+
+def _row(drop: float, latency: float, parameters: float, half: float | None = 0.01, **other: Any) -> dict[str, Any]:
+    """A trial of a study whose dense model has accuracy 0.7, 0.040 s and 100 parameters."""
+    row = {
+        "accuracy": 0.7 - drop,
+        "accuracy_drop": drop,
+        "accuracy_drop_low": math.nan if half is None else drop - half,
+        "accuracy_drop_high": math.nan if half is None else drop + half,
+        "decode_latency_s": 0.04 * latency,
+        "parameters": 100.0 * parameters,
+        "reduction": 1 - parameters,
+    }
+    return row | other
+
+
+@pytest.fixture
+def trials(make_trials: MakeTrials) -> pd.DataFrame:
+    return make_trials(
+        [
+            _row(0.0, 1.0, 1.0, 0.0),
+            _row(0.005, 0.95, 0.9),  # within 2 points, bound too
+            _row(0.015, 0.8, 0.8),  # within 2 points, bound at 2.5
+            _row(0.04, 0.6, 0.7),
+            _row(0.001, 0.7, 0.6, state="failed"),
+            _row(0.001, 0.7, 0.6, feasible=False),
+        ]
+    )
+
+
+def test_the_cheapest_within_tolerance_is_taken_and_its_bound_told(trials: pd.DataFrame) -> None:
+    found = recommend(trials, THREE, max_accuracy_drop=0.02)
+    assert (found.trial, found.point_id, found.meets_bound, found.bound_trial) == (2, "point0000002", False, 1)
+    assert found.cost_ratio == pytest.approx(0.8)
+    assert (found.accuracy_drop, found.accuracy_drop_low, found.accuracy_drop_high) == pytest.approx(
+        (0.015, 0.005, 0.025)
+    )
+    assert found.reason == (
+        "Trial 2 is the cheapest within an accuracy drop of 2 pts (x0.80 of dense in the geometric mean: decode latency"
+        " x0.80 and parameters x0.80); it removes 20.0 % of the parameters and loses 1.50 pts of accuracy"
+        " (95 % interval of the drop +0.50 to +2.50 pts), so the upper bound is outside the tolerance;"
+        " the cheapest whose bound is within is trial 1."
+    )
+    json.dumps(asdict(found), allow_nan=False)
+
+
+def test_a_tolerance_that_the_bound_meets_too(trials: pd.DataFrame) -> None:
+    found = recommend(trials, THREE, max_accuracy_drop=0.025)
+    assert (found.trial, found.meets_bound, found.bound_trial) == (2, True, 2)
+    assert found.reason.endswith("so the upper bound is within the tolerance too.")
+
+
+def test_the_tolerance_is_met_at_its_very_edge(make_trials: MakeTrials) -> None:
+    drop = 0.61 - 0.59  # 0.020000000000000018
+    assert drop > 0.02
+    trials = make_trials([_row(0.0, 1.0, 1.0), _row(drop, 0.9, 0.9)])
+    assert recommend(trials, THREE, max_accuracy_drop=0.02).trial == 1
+
+
+def test_the_geometric_mean_weighs_costs_alike(make_trials: MakeTrials) -> None:
+    trials = make_trials([_row(0.0, 1.0, 1.0), _row(0.01, 0.5, 0.98), _row(0.01, 0.7, 0.72)])
+    found = recommend(trials, THREE, max_accuracy_drop=0.02)
+    assert found.trial == 1
+    assert found.cost_ratio == pytest.approx(math.sqrt(0.5 * 0.98))
+
+
+def test_the_paired_ratio_is_taken_before_the_quotient(make_trials: MakeTrials) -> None:
+    trials = make_trials([_row(0.0, 1.0, 1.0), _row(0.01, 0.5, 0.9, decode_latency_s_ratio=0.9), _row(0.01, 0.8, 0.9)])
+    assert recommend(trials, THREE, max_accuracy_drop=0.02).trial == 2
+
+
+def test_a_least_reduction_narrows_the_choice(trials: pd.DataFrame) -> None:
+    found = recommend(trials, THREE, max_accuracy_drop=0.02, min_reduction=0.3)
+    assert found.trial is None
+    assert found.nearest_miss_trial == 3
+    assert found.nearest_miss_reason == (
+        "it loses 4.00 pts of accuracy (95 % interval of the drop +3.00 to +5.00 pts), +2.00 pts over the tolerance"
+    )
+    assert "a reduction of at least 30.0 %" in found.reason
+
+
+def test_the_nearest_miss_may_lack_reduction(trials: pd.DataFrame) -> None:
+    found = recommend(trials, THREE, max_accuracy_drop=0.02, min_reduction=0.21)
+    assert found.nearest_miss_trial == 2
+    assert found.nearest_miss_reason == "it removes only 20.0 % of the parameters"
+
+
+def test_the_dense_model_is_no_recommendation(make_trials: MakeTrials) -> None:
+    found = recommend(make_trials([_row(0.0, 1.0, 1.0)]), THREE, max_accuracy_drop=0.5)
+    assert found.trial is None
+    assert found.nearest_miss_trial is None
+    assert found.knee_trial is None
+    assert "no decomposed trial" in found.reason
+
+
+def test_a_point_that_saves_nothing_is_no_recommendation(make_trials: MakeTrials) -> None:
+    found = recommend(make_trials([_row(0.0, 1.0, 1.0), _row(-0.01, 1.1, 1.0)]), THREE, max_accuracy_drop=0.5)
+    assert found.trial is None
+    assert found.nearest_miss_reason == "it saves nothing (decode latency x1.10 and parameters x1.00 of dense)"
+
+
+def test_a_gain_in_accuracy_is_told_as_one_and_a_missing_interval_too(make_trials: MakeTrials) -> None:
+    found = recommend(make_trials([_row(0.0, 1.0, 1.0), _row(-0.01, 0.9, 0.9, None)]), THREE, max_accuracy_drop=0.0)
+    assert found.trial == 1
+    assert found.meets_bound is False
+    assert found.reason.endswith("gains 1.00 pts of accuracy, and no confidence interval is known.")
+
+
+def test_the_drop_is_computed_where_the_table_lacks_it(trials: pd.DataFrame) -> None:
+    bare = trials.drop(columns=["accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"])
+    found = recommend(bare, THREE, max_accuracy_drop=0.02)
+    assert found.trial == 2
+    assert found.accuracy_drop == pytest.approx(0.015)
+    assert found.accuracy_drop_high is None
+
+
+def test_a_study_without_cost_objectives_is_judged_by_its_parameters(trials: pd.DataFrame) -> None:
+    quality = objectives_named(["accuracy"])
+    found = recommend(trials, quality, max_accuracy_drop=0.05)
+    assert found.trial == 3
+    assert found.cost_ratio == pytest.approx(0.7)
+
+
+def test_a_trial_whose_cost_was_not_measured_is_no_candidate(trials: pd.DataFrame) -> None:
+    trials.loc[2, "decode_latency_s"] = math.nan
+    assert recommend(trials, THREE, max_accuracy_drop=0.02).trial == 1
+
+
+def test_the_knee_is_told_whatever_the_tolerance(trials: pd.DataFrame) -> None:
+    assert recommend(trials, THREE, max_accuracy_drop=0.0).knee_trial in (1, 2, 3)
+
+
+@pytest.mark.parametrize("drop", [-0.01, math.nan, math.inf])
+def test_a_tolerance_must_be_a_number(trials: pd.DataFrame, drop: float) -> None:
+    with pytest.raises(ConfigError, match="must be a number >= 0"):
+        recommend(trials, THREE, max_accuracy_drop=drop)
+
+
+@pytest.mark.parametrize("reduction", [-0.1, 1.0, math.nan])
+def test_a_least_reduction_must_lie_in_its_interval(trials: pd.DataFrame, reduction: float) -> None:
+    with pytest.raises(ConfigError, match=r"\[0, 1\)"):
+        recommend(trials, THREE, max_accuracy_drop=0.02, min_reduction=reduction)
+
+
+def test_without_accuracy_or_a_dense_model_there_is_no_recommendation(trials: pd.DataFrame) -> None:
+    costs = objectives_named(["decode_latency_s", "parameters"])
+    with pytest.raises(ConfigError, match="needs accuracy"):
+        recommend(trials.drop(columns=["accuracy", "accuracy_drop"]), costs, max_accuracy_drop=0.02)
+    trials.loc[0, "state"] = "failed"
+    with pytest.raises(StudyError, match="dense model"):
+        recommend(trials, THREE, max_accuracy_drop=0.02)
+
+
+ROWS = st.lists(
+    st.tuples(st.floats(-0.05, 0.3), st.floats(0.4, 1.3), st.floats(0.5, 0.99), st.floats(0.0, 0.05)), max_size=8
+)
+
+
+@given(rows=ROWS, tolerance=st.floats(0, 0.2), least=st.none() | st.floats(0, 0.6))
+@settings(max_examples=80, deadline=None)
+def test_what_is_recommended_fits_and_nothing_that_fits_is_cheaper(
+    make_trials: MakeTrials, rows: list[tuple[float, float, float, float]], tolerance: float, least: float | None
+) -> None:
+    trials = make_trials([_row(0.0, 1.0, 1.0, 0.0), *(_row(*row) for row in rows)])
+    found = recommend(trials, THREE, max_accuracy_drop=tolerance, min_reduction=least)
+    costs = {
+        index: math.sqrt(latency * parameters)
+        for index, (drop, latency, parameters, _) in enumerate(rows, start=1)
+        if drop <= tolerance + 1e-9 and 1 - parameters >= (least or 0) - 1e-9
+    }
+    assert (found.trial is None) == (not costs)
+    if found.trial is None:
+        assert (found.nearest_miss_trial is None) == (not rows)
+        assert bool(found.nearest_miss_reason) == bool(rows)
+    else:
+        assert costs[found.trial] == pytest.approx(min(costs.values()))
+        assert found.meets_bound == (rows[found.trial - 1][0] + rows[found.trial - 1][3] <= tolerance + 1e-9)
+        assert found.nearest_miss_trial is None
+    if found.knee_trial is not None:
+        front = front_table(trials, THREE)
+        assert found.knee_trial in front.loc[~front["is_dense"], "trial"].tolist()
+
+
+def test_a_whole_study(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+    found = recommend(study_trials, three, max_accuracy_drop=0.03, min_reduction=0.1)
+    row = study_trials.set_index("trial").loc[found.trial]
+    assert row["accuracy_drop"] <= 0.03
+    assert row["reduction"] >= 0.1
+    assert row["state"] == "complete"
