@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -89,22 +90,17 @@ def cholesky_with_damping(gram: Tensor) -> Tensor:
                 "the Gram matrix of the calibration activations must become positive definite with damping, but it"
                 f" does not at {_LARGEST_DAMPING:g} of its mean eigenvalue; use more calibration tokens"
             )
-        _say_damping(damping)
+        say_damping_once()
 
 
-_damping_said = False
-
-
-def _say_damping(damping: float) -> None:
+@functools.cache
+def say_damping_once() -> None:
     """Log the first damping of a process only: hundreds of tensors would say the same."""
-    global _damping_said
-    if not _damping_said:
-        _damping_said = True
-        logger.warning(
-            "a Gram matrix of the calibration activations is not positive definite (fewer independent tokens than"
-            " features?); damping it by %g of its mean eigenvalue (said once)",
-            damping,
-        )
+    logger.warning(
+        "a Gram matrix of the calibration activations is not positive definite (fewer independent tokens than features,"
+        " or dead channels); damping it by %g of its mean eigenvalue or more (said once)",
+        _FIRST_DAMPING,
+    )
 
 
 def _leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:

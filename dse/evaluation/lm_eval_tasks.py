@@ -16,7 +16,7 @@ from typing import Any
 import datasets.config
 import huggingface_hub
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
-from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 
@@ -116,9 +116,9 @@ def reported_metrics(spec: TaskSpec, leaf: LeafTask) -> list[str]:
     task = leaf.task
     is_plain = isinstance(task, ConfigurableTask) and not callable(task.config.process_results)
     if is_plain and task.OUTPUT_TYPE != "generate_until":
-        for instance in task.instances:
-            instance.resps = [_DUMMY_ANSWERS[instance.request_type]] * instance.repeats
         with _as_task_error(spec.task):
+            for instance in task.instances:
+                instance.resps = [_DUMMY_ANSWERS[instance.request_type]] * instance.repeats
             return list(collect_outcomes(leaf))
     filters = [ensemble.name for ensemble in task._filters]
     return [_metric_key(name, ensemble, filters) for ensemble in filters for name in task.aggregation()]
@@ -196,9 +196,12 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             raise TaskError(f"an aggregation must be one of lm-eval's own, but '{path}' has {aggregation!r:.80}")
 
 
-def _refuse_unsupported(name: str, task: Task) -> None:
+def _refuse_unsupported(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise TaskError(f"a task must not run code that a model writes, but '{name}' does; leave it out")
+    repeats = task.get_config("repeats")
+    if not isinstance(repeats, int) or repeats < 1:
+        raise TaskError(f"`repeats >= 1` must hold for task '{name}', but got repeats={repeats!r}")
     if getattr(task, "MULTIMODAL", False):
         raise TaskError(f"a task must be text only, but '{name}' has images or sound; leave it out")
 

@@ -201,7 +201,7 @@ def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
         StudyError: The file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             names = [str(name) for name in archive["tasks"]]
             return {name: archive[f"outcomes_{i}"].astype(np.float64, copy=False) for i, name in enumerate(names)}
     except FileNotFoundError:

@@ -15,9 +15,9 @@ from dse.errors import ModelError
 __all__ = ["ROLE_ORDER", "ROLE_SUFFIXES", "check_role_names", "role_of", "suffix_match"]
 
 ROLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    "query": ("q_proj", "q_lin", "self.query", "attn.wq", "attention.wq"),
-    "key": ("k_proj", "k_lin", "self.key", "attn.wk", "attention.wk"),
-    "value": ("v_proj", "v_lin", "self.value", "attn.wv", "attention.wv"),
+    "query": ("q_proj", "query_proj", "q_lin", "self.query", "attn.q", "attn.wq", "attention.wq"),
+    "key": ("k_proj", "key_proj", "k_lin", "self.key", "attn.k", "attn.wk", "attention.wk"),
+    "value": ("v_proj", "value_proj", "v_lin", "self.value", "attn.v", "attn.wv", "attention.wv"),
     "query_key_value": ("qkv_proj", "query_key_value", "attn.c_attn", "attn.Wqkv"),
     "attention_output": (
         "o_proj",
@@ -30,14 +30,15 @@ ROLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
         "self_attention.dense",
         "self_attn.dense",
         "attn.c_proj",
+        "attn.o",
         "attn.Wo",
         "attn.wo",
         "attention.wo",
     ),
-    "gate": ("gate_proj",),
-    "up": ("up_proj", "mlp.c_fc", "mlp.fc_in", "fc1", "dense_h_to_4h"),
+    "gate": ("gate_proj", "feed_forward.w1"),
+    "up": ("up_proj", "feed_forward.w3", "mlp.c_fc", "mlp.fc_in", "fc1", "dense_h_to_4h"),
     "gate_up": ("gate_up_proj", "mlp.Wi"),
-    "down": ("down_proj", "mlp.c_proj", "mlp.fc_out", "fc2", "dense_4h_to_h", "mlp.Wo"),
+    "down": ("down_proj", "feed_forward.w2", "mlp.c_proj", "mlp.fc_out", "fc2", "dense_4h_to_h", "mlp.Wo"),
     "intermediate": ("intermediate.dense", "ffn.lin1"),
     "output": ("output.dense", "ffn.lin2"),
 }

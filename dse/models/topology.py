@@ -200,8 +200,17 @@ def _unknown_architecture(model: nn.Module, block_path: str, blocks: nn.ModuleLi
     found: dict[str, str] = {}
     for block in blocks:
         for path, module in _linear_modules(block).items():
+            if not _is_replaceable(module):
+                continue
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
             found.setdefault(pattern, " x ".join(str(size) for size in module.weight.shape))
+    if not found:
+        kinds = sorted({type(module).__name__ for module in _linear_modules(blocks).values()})
+        return UnknownArchitectureError(
+            f"a decomposable module must be a torch Linear or transformers' Conv1D itself, but the layers of"
+            f" {type(model).__name__} ('{block_path}') hold {', '.join(kinds)} only, whose own way of computing would"
+            f" be lost; this architecture is not supported"
+        )
     listed = ", ".join(f"{path} ({shape})" for path, shape in list(found.items())[:_LISTED])
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     example = next(iter(found))
@@ -240,7 +249,9 @@ def _other_in_layers(
             if path in mapped or isinstance(module, nn.Embedding):
                 continue
             # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
-            matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+            matrices = [
+                p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and not name.endswith("bias")
+            ]
             if matrices:
                 entries += experts.entries(path, sum(p.numel() for p in matrices))
                 unmapped.append(path)

@@ -30,7 +30,7 @@ def minimised(values: npt.ArrayLike, directions: Sequence[str]) -> FloatArray:
         raise ConfigError(
             f"values must have shape (n, {len(directions)}), one column a direction, but got {array.shape}"
         )
-    return array * signs(directions) + 0.0  # + 0.0 makes -0.0 and 0.0 one value
+    return array * signs(directions)
 
 
 def dominates(first: npt.ArrayLike, second: npt.ArrayLike, directions: Sequence[str]) -> bool:

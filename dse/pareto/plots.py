@@ -61,8 +61,8 @@ def plot_front(
 
 
 def figure_json(figure: go.Figure) -> str:
-    """The figure as JSON that may stand inside an HTML `<script>` element: it holds no `<`."""
-    return str(figure.to_json(engine="json")).replace("<", "\\u003c")
+    """The figure as JSON that may stand inside an HTML `<script>` element: plotly writes `<` as an escape."""
+    return str(figure.to_json(engine="json"))
 
 
 def plotly_source() -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich import box
 from rich.table import Table
@@ -180,8 +179,6 @@ def to_records(front: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _json_safe(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from evaluation_support import END, TaskWriter, byte_tokenizer, tiny_llama, word_tokenizer
+from evaluation_support import TaskWriter, byte_tokenizer, tiny_llama, word_tokenizer
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
@@ -35,21 +35,23 @@ def lines(path: Path) -> list[str]:
     return path.with_suffix(".jsonl").read_text().splitlines()
 
 
-def straight_from_lm_eval(loaded: LoadedModel, path: Path, documents: list[int], **keywords: Any) -> dict[str, Any]:
-    """The same task by `lm_eval.simple_evaluate`, its data path made absolute by hand."""
-    config = yaml.safe_load(path.read_text())
-    config["dataset_kwargs"]["data_files"]["test"] = str(path.parent / config["dataset_kwargs"]["data_files"]["test"])
+def straight_from_lm_eval(
+    loaded: LoadedModel, paths: Sequence[Path], documents: dict[str, list[int]], **keywords: Any
+) -> dict[str, Any]:
+    """The same tasks by `lm_eval.simple_evaluate`, their data paths made absolute by hand."""
+    configs = [yaml.safe_load(path.read_text()) for path in paths]
+    for config, path in zip(configs, paths, strict=True):
+        config["dataset_kwargs"]["data_files"]["test"] = str(path.with_suffix(".jsonl"))
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        found = lm_eval.simple_evaluate(
+        return lm_eval.simple_evaluate(
             HFLM(pretrained=loaded.model, tokenizer=byte_tokenizer(), batch_size=4),
-            tasks=[config],
-            samples={config["task"]: documents},
+            tasks=configs,
+            samples=documents,
             bootstrap_iters=0,
             task_manager=TaskManager(include_defaults=False),
             **keywords,
         )
-    return {**found["results"][config["task"]], "samples": found["samples"][config["task"]]}
 
 
 @contextlib.contextmanager
@@ -63,39 +65,40 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
         setattr(model.get_submodule(parent), attribute, before)
 
 
-@pytest.mark.parametrize("kind", ["choice", "cloze", "rolling", "generate"])
-def test_metrics_equal_those_of_lm_eval(loaded: LoadedModel, write_task: TaskWriter, kind: str) -> None:
-    path = write_task(kind)
-    evaluator = Evaluator(loaded, specs(path, limit=7), seed=3, batch_size=5)
-    documents = evaluator.documents[f"local_{kind}"]
-    (result,) = evaluator.evaluate().tasks
-    expected = straight_from_lm_eval(loaded, path, documents)
-
-    names = {key.removesuffix(",none") for key in expected if key.endswith(",none") and "_stderr" not in key}
-    assert set(result.all_metrics) == names
-    for name in names:
-        assert result.all_metrics[name][0] == pytest.approx(expected[f"{name},none"], rel=1e-5), name
-    assert result.documents == 7
-    assert len(documents) == 7
-    assert [sample["doc_id"] for sample in expected["samples"]] == documents
-    if kind == "choice":
-        assert result.outcomes.tolist() == [sample["acc"] for sample in expected["samples"]]
+def test_metrics_equal_those_of_lm_eval(loaded: LoadedModel, write_task: TaskWriter) -> None:
+    paths = [write_task(kind) for kind in ("choice", "cloze", "rolling", "generate")]
+    evaluator = Evaluator(loaded, specs(*paths, limit=7), seed=3, batch_size=5)
+    expected = straight_from_lm_eval(loaded, paths, evaluator.documents)
+    for result in evaluator.evaluate().tasks:
+        theirs, documents = expected["results"][result.task], evaluator.documents[result.task]
+        names = {key.removesuffix(",none") for key in theirs if key.endswith(",none") and "_stderr" not in key}
+        assert set(result.all_metrics) == names
+        for name in names:
+            assert result.all_metrics[name][0] == pytest.approx(theirs[f"{name},none"], rel=1e-5), name
+        samples = expected["samples"][result.task]
+        assert result.documents == len(documents) == 7
+        assert [sample["doc_id"] for sample in samples] == documents
+        if result.kind == "accuracy":
+            assert result.outcomes.tolist() == [sample[result.metric] for sample in samples]
 
 
 def test_few_shot_prompts_equal_those_of_lm_eval_at_every_call(loaded: LoadedModel, write_task: TaskWriter) -> None:
     path = write_task("choice", fewshot_split="test", num_fewshot=2)
     evaluator = Evaluator(loaded, specs(path, limit=5), seed=11)
-    documents = evaluator.documents["local_choice"]
-    expected = straight_from_lm_eval(loaded, path, documents, fewshot_random_seed=11)
+    expected = straight_from_lm_eval(loaded, [path], evaluator.documents, fewshot_random_seed=11)
     first, second = evaluator.evaluate().tasks[0], evaluator.evaluate().tasks[0]
-    assert first.outcomes.tolist() == [sample["acc"] for sample in expected["samples"]]
+    assert first.outcomes.tolist() == [sample["acc"] for sample in expected["samples"]["local_choice"]]
     assert second.outcomes.tolist() == first.outcomes.tolist()
 
 
 def log_likelihood(model: nn.Module, tokenizer: Any, context: str, continuation: str) -> float:
     """Token by token, one forward pass each, no padding, no batch."""
     context_ids = tokenizer(context)["input_ids"] if context else [tokenizer.eos_token_id]
-    whole = (tokenizer(context + continuation)["input_ids"]) if context else context_ids + tokenizer(continuation)["input_ids"]
+    whole = (
+        (tokenizer(context + continuation)["input_ids"])
+        if context
+        else context_ids + tokenizer(continuation)["input_ids"]
+    )
     total = 0.0
     for end in range(len(context_ids), len(whole)):
         logits = model(torch.tensor([whole[:end]])).logits[0, -1].double()
@@ -120,13 +123,15 @@ def test_log_likelihoods_equal_a_computation_token_by_token(write_task: TaskWrit
         assert outcome == pytest.approx([expected, len(text.split(" "))], abs=1e-4)
 
 
-def test_perplexity_and_its_standard_error_follow_from_the_outcomes(loaded: LoadedModel, write_task: TaskWriter) -> None:
+def test_perplexity_and_its_standard_error_follow_from_the_outcomes(
+    loaded: LoadedModel, write_task: TaskWriter
+) -> None:
     (result,) = Evaluator(loaded, specs(write_task("rolling"))).evaluate().tasks
     score, words = result.outcomes.T
     assert result.value == pytest.approx(math.exp(-score.sum() / words.sum()))
     draws = np.random.default_rng(0).integers(0, 12, (4000, 12))
-    bootstrap = np.exp(-score[draws].sum(1) / words[draws].sum(1)).std()
-    assert result.stderr == pytest.approx(bootstrap, rel=0.2)
+    bootstrap = (score[draws].sum(1) / words[draws].sum(1)).std()  # of the logarithm: the tiny model's spread is huge
+    assert result.stderr / result.value == pytest.approx(bootstrap, rel=0.1)
 
 
 def test_standard_error_of_an_accuracy_is_that_of_a_mean(loaded: LoadedModel, write_task: TaskWriter) -> None:
@@ -310,21 +315,19 @@ def test_requests_that_are_cut_are_said(
     assert "requests are longer than the context" in caplog.text
 
 
-def test_chat_template_equals_that_of_lm_eval(loaded: LoadedModel, write_task: TaskWriter) -> None:
+def test_chat_template_wraps_every_prompt(loaded: LoadedModel, write_task: TaskWriter) -> None:
     path = write_task("choice", rows=8)
     with pytest.raises(ModelError, match="has none; set it to false"):
         Evaluator(loaded, specs(path), apply_chat_template=True)
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
     loaded.tokenizer.chat_template = template
     (result,) = Evaluator(loaded, specs(path), apply_chat_template=True).evaluate().tasks
-    config = yaml.safe_load(path.read_text())
     scores = []
     for line in lines(path):
         document = json.loads(line)
         prompt = f"<user>Q: {document['question']}\nA:<assistant>"
         answers = [log_likelihood(loaded.model, loaded.tokenizer, prompt, choice) for choice in document["choices"]]
         scores.append(float(np.argmax(answers) == document["gold"]))
-    assert config["output_type"] == "multiple_choice"
     assert result.outcomes.tolist() == scores
 
 
@@ -358,7 +361,9 @@ def test_a_bad_task_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", '{"question": "a"', '{"question": "a", "choices": ["x"], "gold": 0}\n' * 2 + "[]\n"])
+@pytest.mark.parametrize(
+    "content", ["", '{"question": "a"', '{"question": "a", "choices": ["x"], "gold": 0}\n' * 2 + "[]\n"]
+)
 def test_bad_data_is_refused_in_one_line(loaded: LoadedModel, write_task: TaskWriter, content: str) -> None:
     path = write_task("choice")
     (path.parent / "local_choice.jsonl").write_text(content)
@@ -372,7 +377,7 @@ def test_a_document_that_cannot_be_scored_is_found_at_once(loaded: LoadedModel, 
     with pytest.raises(TaskError, match="must be one that lm-eval can load and score"):
         Evaluator(loaded, specs(path))
     path = write_task("cloze", doc_to_target="{{ ' x' if gold != 1 else '' }}", rows=20)
-    with pytest.raises(TaskError, match="document (3|7|11|15|19) of task 'local_cloze' has none"):
+    with pytest.raises(TaskError, match=r"document (3|7|11|15|19) of task 'local_cloze' has none"):
         Evaluator(loaded, specs(path, limit=18))
 
 
@@ -395,4 +400,3 @@ def test_a_model_without_an_end_of_text_is_refused(write_task: TaskWriter) -> No
     loaded.tokenizer.eos_token = None
     with pytest.raises(ModelError, match="beginning- or end-of-text"):
         Evaluator(loaded, specs(write_task("choice")))
-    assert END

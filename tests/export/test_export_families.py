@@ -123,7 +123,7 @@ def test_a_fresh_process_without_dse_reads_back_the_decomposed_model(
 
     assert report.problem == ""
     assert report.max_difference is not None
-    assert report.max_difference <= report.tolerance == 1e-4
+    assert report.max_difference <= 1e-4 <= report.tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,6 +95,12 @@ def test_a_folder_with_one_gguf_file_is_that_file(gguf_file: Path) -> None:
     assert load_topology(str(gguf_file.parent)) == by_file.topology
 
 
+def test_dtype_is_what_was_asked_for(gguf_file: Path) -> None:
+    loaded = load_model(str(gguf_file), dtype="bfloat16")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.topology == load_topology(str(gguf_file), dtype="bfloat16")
+
+
 def test_it_can_be_saved_as_safetensors_afterwards(gguf_file: Path, tmp_path: Path) -> None:
     loaded = load_model(str(gguf_file))
     assert not hasattr(loaded.model.config, "quantization_config")

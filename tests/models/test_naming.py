@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -163,6 +163,12 @@ def test_a_model_without_layers_is_refused() -> None:
         topology_of(model)
 
 
+def test_layers_of_linear_subclasses_alone_are_refused_without_a_false_remedy() -> None:
+    config = hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    with pytest.raises(UnknownArchitectureError, match=r"hold FalconLinear only.*not supported"):
+        topology_of(hf.FalconForCausalLM(config))
+
+
 def test_subclasses_of_linear_are_left_alone() -> None:
     class Scaled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -194,6 +200,7 @@ def test_shared_experts_have_roles_of_their_own() -> None:
     assert topology["layers.2.shared_up"].shape == (40, 32)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abq_.proj", max_size=20))
 def test_longest_suffix_wins_whatever_comes_before(prefix: str) -> None:
     assert role_of(f"{prefix}.attention.output.dense", {}) == "attention_output"

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from dse.pareto import OBJECTIVES, Objective, format_front, front_table, front_text, objectives_named, to_records
+from dse.pareto.table import front_rows
 from dse.pareto.units import Scale, change_text, percent, points, scale_for
 
 MakeTrials = Callable[..., pd.DataFrame]
@@ -84,8 +85,21 @@ def front(make_trials: MakeTrials, three: tuple[Objective, ...]) -> pd.DataFrame
         "decode_latency_s_low": 0.0362,
         "decode_latency_s_high": 0.0382,
     }
-    other = {"accuracy": 0.66, "accuracy_drop": 0.04, "decode_latency_s": 0.0372, "parameters": 80e6, "reduction": 0.2}
+    other = {
+        "accuracy": 0.66,
+        "accuracy_drop": 0.04,
+        "accuracy_drop_low": 0.01,
+        "accuracy_drop_high": 0.06,
+        "decode_latency_s": 0.0372,
+        "parameters": 80e6,
+        "reduction": 0.2,
+    }
     return front_table(make_trials([dense, interval | other]), three)
+
+
+def test_the_interval_of_a_change_is_the_drop_s_turned_round(front: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+    cell = front_rows(front, three)[1].cells[0]
+    assert (cell.change, cell.change_interval, cell.si) == ("-4.0 pts", "-4.0 pts [-6.0, -1.0]", 0.66)
 
 
 def test_plain_text_is_aligned_and_complete(front: pd.DataFrame, three: tuple[Objective, ...]) -> None:

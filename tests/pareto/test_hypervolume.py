@@ -102,6 +102,7 @@ def test_units_do_not_matter_once_normalised(points: np.ndarray, scale: float, s
 def test_what_is_outside_adds_nothing_and_what_is_beyond_the_ideal_is_clipped() -> None:
     assert normalised_hypervolume([[0.5, 1.0], [2.0, 0.0], [np.nan, 0.0]], [1.0, 1.0], [0.0, 0.0]) == 0.0
     assert normalised_hypervolume([[-3.0, -3.0]], [1.0, 1.0], [0.0, 0.0]) == 1.0
+    assert normalised_hypervolume([[-3.0, 0.5]], [1.0, 1.0], [0.0, 0.0]) == pytest.approx(0.5)
     assert normalised_hypervolume(np.empty((0, 2)), [1.0, 1.0], [0.0, 0.0]) == 0.0
     assert normalised_hypervolume([[np.inf, 0.5], [0.5, 0.5]], [1.0, 1.0], [0.0, 0.0]) == pytest.approx(0.25)
 

@@ -41,6 +41,18 @@ def test_three_objectives_use_the_plane_through_the_extremes() -> None:
     assert knee_index(values, ["minimize"] * 3) == 3
 
 
+def test_of_points_equally_good_in_an_objective_the_best_in_the_others_is_its_extreme() -> None:
+    # Points 0 and 1 are both best in the first objective; 1 has the smaller sum, so the plane goes through points 1,
+    # 2 and 3. Its normal by Cramer's rule.
+    values = np.array([[0, 1, 0.9], [0, 0.2, 1], [1, 0, 1], [1, 1, 0], [0.4, 0.3, 0.5]], dtype=float)
+    extremes = values[1:4]
+    volume = np.linalg.det(extremes)
+    normal = np.array([np.linalg.det(np.where(np.arange(3) == j, 1.0, extremes)) / volume for j in range(3)])
+    assert (normal > 0).all()
+    expected = (1 - values @ normal) / np.linalg.norm(normal)
+    assert knee_distances(values, ["minimize"] * 3) == pytest.approx(expected)
+
+
 def test_extremes_that_coincide_fall_back_to_equal_weights() -> None:
     # The first point is best in two of the three objectives, so that three extremes span no plane.
     values = np.array([[0, 0, 1], [0.4, 0.3, 0.2], [1, 1, 0]], dtype=float)
