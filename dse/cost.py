@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dse.design_point import DesignPoint, TensorChoice
-from dse.errors import PointError, RankError
+from dse.errors import ConfigError, PointError, RankError
 from dse.topology import DecomposableTensor, Topology
 
 __all__ = ["Cost", "break_even_rank", "check_point", "cost", "factor_parameters", "has_core", "point_problems"]
@@ -91,8 +91,10 @@ class Cost:
         flops_prefill_per_token: FLOPs per prompt token when a prompt of `prompt_tokens` is processed in one pass: every
             matrix, causal attention (half the square), and the output head on the last position alone, as generation
             needs it.
-        flops_decode_per_token: FLOPs to generate one token behind `prompt_tokens` cached ones, output head included.
-        kv_cache_bytes_per_token: Bytes a token adds to the KV cache; decomposition does not change it.
+        flops_decode_per_token: FLOPs to generate one token behind `prompt_tokens` cached ones, output head included;
+            None for encoders, which generate nothing.
+        kv_cache_bytes_per_token: Bytes a token adds to the KV cache (decomposition does not change it); None for
+            encoders.
         prompt_tokens: The prompt length that the attention terms assume.
     """
 
@@ -101,8 +103,8 @@ class Cost:
     reduction: float
     weight_bytes: int
     flops_prefill_per_token: int
-    flops_decode_per_token: int
-    kv_cache_bytes_per_token: int
+    flops_decode_per_token: int | None
+    kv_cache_bytes_per_token: int | None
     prompt_tokens: int
 
     def to_json(self) -> dict[str, Any]:
@@ -121,7 +123,10 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
     Raises:
         PointError: The point cannot be applied to this model.
         RankError: A rank lies above its break-even.
+        ConfigError: `prompt_tokens` is below 1.
     """
+    if prompt_tokens < 1:
+        raise ConfigError(f"`prompt_tokens >= 1` must hold, but got {prompt_tokens}")
     check_point(topology, point)
     saved = sum(topology[name].parameters - factor_parameters(topology[name], choice) for name, choice in point)
     parameters = topology.parameters_dense - saved
@@ -144,9 +149,13 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
         reduction=1 - parameters / topology.parameters_dense,
         weight_bytes=round(parameters * topology.bytes_per_parameter) + topology.buffers_bytes,
         flops_prefill_per_token=round(2 * (matmul + head_share) + attention * seen_in_prefill),
-        flops_decode_per_token=round(2 * (matmul + head) + attention * (prompt_tokens + 1)),
-        kv_cache_bytes_per_token=round(
-            2 * topology.layer_count * topology.key_value_width * topology.bytes_per_parameter
+        flops_decode_per_token=(
+            round(2 * (matmul + head) + attention * (prompt_tokens + 1)) if topology.is_decoder else None
+        ),
+        kv_cache_bytes_per_token=(
+            round(2 * topology.layer_count * topology.key_value_width * topology.bytes_per_parameter)
+            if topology.is_decoder
+            else None
         ),
         prompt_tokens=prompt_tokens,
     )

@@ -138,8 +138,8 @@ def print_cost(model: str, topology: Topology, point: DesignPoint, result: Cost)
         ("reduction", percent(result.reduction, 2)),
         ("weight bytes", f"{result.weight_bytes:,} ({result.weight_bytes / 1e9:.2f} GB)"),
         (f"FLOPs per token, prefill of {result.prompt_tokens}", f"{result.flops_prefill_per_token:,}"),
-        (f"FLOPs per token, decode behind {result.prompt_tokens}", f"{result.flops_decode_per_token:,}"),
-        ("KV-cache bytes per token", f"{result.kv_cache_bytes_per_token:,}"),
+        (f"FLOPs per token, decode behind {result.prompt_tokens}", _count(result.flops_decode_per_token)),
+        ("KV-cache bytes per token", _count(result.kv_cache_bytes_per_token)),
     )
     for name, value in rows:
         table.add_row(name, value)
@@ -233,6 +233,10 @@ def print_checks(checks: Sequence[Check]) -> None:
         console.print(f"{marks[check.status]:<22} {escape(check.name)}: {escape(check.detail)}")
         if check.remedy:
             console.print(f"        remedy: {escape(check.remedy)}")
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -65,14 +65,16 @@ def _may_share_a_question(group: Sequence[tuple[str, str]], apart: Sequence[froz
 def deal(category: Category) -> list[list[tuple[str, str]]]:
     """Deal the test facts of a category into groups of four (subject, answer).
 
-    Facts are taken in a scattered order; each group opens with the first fact left and takes the next ones that may join
-    it. An order that leads to a dead end is given up for another.
+    Facts are taken in a scattered order; each group opens with the first fact left and takes the next ones that may
+    join it. An order that leads to a dead end is given up for another.
 
     Raises:
         ValueError: The number of facts is no multiple of four, or no order that was tried leads to the end.
     """
     if len(category.test) % CHOICES:
-        raise ValueError(f"the number of test facts of {category.name} must be a multiple of 4, got {len(category.test)}")
+        raise ValueError(
+            f"the number of test facts of {category.name} must be a multiple of 4, got {len(category.test)}"
+        )
     for attempt in range(_ATTEMPTS):
         left = scattered(category.test.items(), f"{category.name}|{attempt}")
         groups = []

@@ -3,8 +3,8 @@
     python -m dse.data.make_grammar            # writes both files
     python -m dse.data.make_grammar --check    # exit 1 if they differ from what would be written
 
-A frame such as ``the [{animal.one}|{animal.many}] {place.it} the tree => is|are => very old`` gives, for each filling of
-its slots, a pair of documents: "The cat near the tree" with the answer "is" and "The cats near the tree" with "are".
+A frame such as ``the [{animal.one}|{animal.many}] {place.it} the tree => is|are => very old`` gives, for each filling
+of its slots, a pair of documents: "The cat near the tree" with the answer "is", "The cats near the tree" with "are".
 Each document offers both answers, so whatever prefers one answer regardless of the prefix gets exactly one document of
 each pair right: knowing how frequent words are is worth 50 %, not more. Where a frame allows it, the last word before
 the answer is the same in both sentences, so that knowing which word follows which is worth no more either.
@@ -92,9 +92,7 @@ def _pair(phenomenon: str, frame: str, filling: Mapping[str, Row]) -> tuple[Sent
     ending = rest[0] if rest else ""
     first, second = answers.split("|")
     prefix = prefix[0].upper() + prefix[1:]
-    left, right = (
-        tuple(_DIFFERENCE.sub(rf"\{side}", part).strip() for part in (prefix, ending)) for side in (1, 2)
-    )
+    left, right = (tuple(_DIFFERENCE.sub(rf"\{side}", part).strip() for part in (prefix, ending)) for side in (1, 2))
     return (
         Sentence(phenomenon, left[0][0].upper() + left[0][1:], first, second, left[1]),
         Sentence(phenomenon, right[0][0].upper() + right[0][1:], second, first, right[1]),
@@ -108,17 +106,20 @@ def make_sentences(split: Split, lexicon: Lexicon) -> list[Sentence]:
     """
     by_phenomenon = []
     for phenomenon, frames in lexicon.frames.items():
-        sources = [_fillings(frame, split, lexicon, phenomenon) for frame in frames]
-        pairs: dict[str, tuple[Sentence, Sentence]] = {}
+        sources = [(frame, _fillings(frame, split, lexicon, phenomenon)) for frame in frames]
+        pairs: list[tuple[Sentence, Sentence]] = []
+        prefixes: set[str] = set()
         # A slot's rows can come round to the same sentence again; the bound turns too small a lexicon into an error.
-        for frame, source in itertools.islice(itertools.cycle(zip(frames, sources, strict=True)), 1000):
+        for frame, source in itertools.islice(itertools.cycle(sources), 1000):
             pair = _pair(phenomenon, frame, next(source))
-            pairs.setdefault(pair[0].prefix + pair[0].good, pair)
+            if prefixes.isdisjoint(sentence.prefix for sentence in pair):
+                pairs.append(pair)
+                prefixes.update(sentence.prefix for sentence in pair)
             if len(pairs) == PAIRS_PER_PHENOMENON[split]:
                 break
         else:
             raise ValueError(f"the lexicon gives only {len(pairs)} pairs of {phenomenon} for {split}; add rows")
-        by_phenomenon.append(list(pairs.values()))
+        by_phenomenon.append(pairs)
     return [sentence for turn in zip(*by_phenomenon, strict=True) for pair in turn for sentence in pair]
 
 

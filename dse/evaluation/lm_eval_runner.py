@@ -17,7 +17,14 @@ from dse.errors import ConfigError, ModelError, OutOfMemoryError, TaskError
 from dse.evaluation.lm_eval_model import ScoringLM
 from dse.evaluation.lm_eval_quiet import quiet_lm_eval, swallowed_output
 from dse.evaluation.lm_eval_results import task_result
-from dse.evaluation.lm_eval_tasks import LeafTask, build_leaves, reported_metrics
+from dse.evaluation.lm_eval_tasks import (
+    LeafTask,
+    answer_with_dummies,
+    as_task_error,
+    build_leaves,
+    collect_outcomes,
+    declared_metrics,
+)
 from dse.evaluation.result import EvaluationResult, choose_metric
 from dse.evaluation.task_spec import TaskSpec, check_unique, resolve_task
 from dse.models import LoadedModel
@@ -188,11 +195,15 @@ def _check_model(loaded: LoadedModel, tasks: Sequence[TaskSpec], *, needs_templa
 
 
 def _prepare(spec: TaskSpec, name: str, leaves: Sequence[LeafTask]) -> _PreparedTask:
-    common = reported_metrics(spec, leaves[0])
-    for leaf in leaves[1:]:
-        others = reported_metrics(spec, leaf)
-        common = [metric for metric in common if metric in others]
-    return _PreparedTask(spec, name, choose_metric(name, common, spec.metric), tuple(leaves))
+    """Choose the metric, and score made-up answers where that can be: every defect shows before the first trial."""
+    with as_task_error(spec.task):
+        is_dry = all(answer_with_dummies(leaf) for leaf in leaves)
+        metrics = [list(collect_outcomes(leaf)) if is_dry else declared_metrics(leaf) for leaf in leaves]
+        common = [metric for metric in metrics[0] if all(metric in others for others in metrics)]
+        metric = choose_metric(name, common, spec.metric)
+        if is_dry:
+            task_result(name, metric, spec.weight, leaves)
+    return _PreparedTask(spec, name, metric, tuple(leaves))
 
 
 @contextmanager

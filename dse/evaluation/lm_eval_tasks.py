@@ -20,17 +20,23 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 
-from dse.errors import DseError, TaskError, did_you_mean
+from dse.errors import TaskError, UserError, did_you_mean
 from dse.evaluation.task_spec import LOCAL_DATASETS, TaskSource, TaskSpec, builtin_tasks
 from dse.files import disk_errors
 
-__all__ = ["LeafTask", "build_leaves", "collect_outcomes", "reported_metrics"]
+__all__ = [
+    "LeafTask",
+    "answer_with_dummies",
+    "as_task_error",
+    "build_leaves",
+    "collect_outcomes",
+    "declared_metrics",
+]
 
 _HUB_TIMEOUT_S = 5.0
 _DUMMY_ANSWERS: Mapping[str, Any] = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
-    "generate_until": "",
 }
 _FIELDS = {f.name for f in fields(TaskConfig)}
 
@@ -77,7 +83,7 @@ def build_leaves(
     Raises:
         TaskError: The task is unknown, malformed, needs a hub that cannot be reached, or has no document.
     """
-    with _as_task_error(spec.task), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
+    with as_task_error(spec.task), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
         tasks = _load(source)
         for task in tasks:
             _refuse_unsupported(spec.task, task)
@@ -105,23 +111,22 @@ def build_leaves(
         return leaves
 
 
-def reported_metrics(spec: TaskSpec, leaf: LeafTask) -> list[str]:
-    """Names of the metrics that scoring this task will yield, found by a dry run on made-up answers.
-
-    The dry run goes through every document, so one that cannot be scored is found before the first trial.
-
-    Raises:
-        TaskError: A document cannot be scored.
-    """
+def answer_with_dummies(leaf: LeafTask) -> bool:
+    """Put made-up answers into the requests, for a dry run; False where only a model's text will do."""
     task = leaf.task
-    is_plain = isinstance(task, ConfigurableTask) and not callable(task.config.process_results)
-    if is_plain and task.OUTPUT_TYPE != "generate_until":
-        with _as_task_error(spec.task):
-            for instance in task.instances:
-                instance.resps = [_DUMMY_ANSWERS[instance.request_type]] * instance.repeats
-            return list(collect_outcomes(leaf))
-    filters = [ensemble.name for ensemble in task._filters]
-    return [_metric_key(name, ensemble, filters) for ensemble in filters for name in task.aggregation()]
+    if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
+        return False
+    if any(instance.request_type not in _DUMMY_ANSWERS for instance in task.instances):
+        return False
+    for instance in task.instances:
+        instance.resps = [_DUMMY_ANSWERS[instance.request_type]] * instance.repeats
+    return True
+
+
+def declared_metrics(leaf: LeafTask) -> list[str]:
+    """Names of the metrics that the task says it has, which may be more than its documents yield."""
+    filters = [ensemble.name for ensemble in leaf.task._filters]
+    return [_metric_key(name, ensemble, filters) for ensemble in filters for name in leaf.task.aggregation()]
 
 
 def collect_outcomes(leaf: LeafTask) -> dict[str, dict[int, Any]]:
@@ -257,11 +262,11 @@ def _is_hub_reachable() -> bool:
 
 
 @contextmanager
-def _as_task_error(name: str) -> Iterator[None]:
+def as_task_error(name: str) -> Iterator[None]:
     """Whatever lm-eval, datasets or Jinja raise over a task's own definition or data is the task's error."""
     try:
         yield
-    except (DseError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

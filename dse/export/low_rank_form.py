@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dse.decomposition import LowRankLinear
 from dse.design_point import DesignPoint
-from dse.export.weights import write_weights, writing_errors
+from dse.export.weights import write_weights
 from dse.topology import Topology
 
 __all__ = ["MODEL_TYPE_PREFIX", "low_rank_config", "modelling_code", "write_low_rank_form"]
@@ -33,14 +33,10 @@ def write_low_rank_form(
         point: What is applied.
         auto: Names of the transformers auto classes that load this architecture.
         folder: An existing folder.
-
-    Raises:
-        StorageFullError: The disk is full or the folder cannot be written.
     """
     config = low_rank_config(model, topology, point, auto)
-    with writing_errors(folder):
-        (folder / f"{_MODULE}.py").write_text(modelling_code(type(model), type(model.config)), encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / f"{_MODULE}.py").write_text(modelling_code(type(model), type(model.config)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_weights(model, folder)
 
 

@@ -158,7 +158,7 @@ def _finish(loaded: LoadedModel, export: StagedExport, report: ReloadReport | No
     parameters = dense_parameters if request.is_dense else cost(loaded.topology, request.point).parameters
     tolerance = export.expectation.tolerance
     difference = None if report is None else report.max_difference
-    with writing_errors(export.folder):
+    with writing_errors(request.folder):
         point_text = json.dumps(request.point.to_json(), indent=2, sort_keys=True) + "\n"
         (export.folder / "design_point.json").write_text(point_text, encoding="utf-8")
         weight_bytes = sum(file.stat().st_size for file in export.folder.glob("*.safetensors"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class StagedExport:
         expectation: What it must give back when it is reloaded.
         auto_class: The transformers class that loads it.
         dense_weight_bytes: What the dense model's weights take.
+        created: Folders above it that were made for it, the innermost first.
     """
 
     request: ExportRequest
@@ -71,6 +73,7 @@ class StagedExport:
     expectation: Expectation
     auto_class: str
     dense_weight_bytes: int
+    created: tuple[Path, ...]
 
     def publish(self) -> None:
         """Move the folder into its place in one step.
@@ -89,7 +92,7 @@ class StagedExport:
 
     def discard(self) -> None:
         """Remove all that is left of it beside its place."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        _remove(self.folder.parent, self.created)
 
 
 def check_target(folder: Path) -> None:
@@ -99,11 +102,8 @@ def check_target(folder: Path) -> None:
         ExportError: It does, or it cannot be a folder.
     """
     try:
-        if folder.is_dir() and not folder.is_symlink():
-            taken = any(folder.iterdir())
-        else:
-            taken = folder.exists() or folder.is_symlink()
-        blocked = next((p for p in folder.absolute().parents if p.exists() and not p.is_dir()), None)
+        blocked = next((path for path in folder.absolute().parents if path.exists() and not path.is_dir()), None)
+        taken = blocked is None and _is_taken(folder)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ExportError(f"an export must go to a folder, but '{str(folder)[:80]}' cannot be one: {reason}") from error
@@ -115,6 +115,14 @@ def check_target(folder: Path) -> None:
         raise ExportError(
             f"an export must go to a folder, but '{blocked}' on the way to '{folder}' is a file; name another"
         )
+
+
+def _is_taken(folder: Path) -> bool:
+    try:
+        mode = folder.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISDIR(mode) or any(folder.iterdir())
 
 
 def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> StagedExport:
@@ -130,41 +138,57 @@ def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> St
     check_target(request.folder)
     auto = auto_classes(loaded.model)
     dense_bytes = model_bytes(loaded.model)
-    with _beside(request.folder, dense_bytes) as place:
+    with _beside(request.folder, dense_bytes) as (place, created):
         folder, expected = place / "export", place / "expected"
-        with decompose(loaded, request.point, bank), quiet_transformers():
+        with decompose(loaded, request.point, bank), quiet_transformers(), writing_errors(request.folder):
             if request.is_dense:
                 state = merged_state(loaded.model, loaded.topology, request.point)
                 write_dense_form(loaded.model, state, folder)
             else:
                 state = dict(loaded.model.state_dict())
                 write_low_rank_form(loaded.model, loaded.topology, request.point, auto, folder)
-            with writing_errors(folder):
-                _write_companions(loaded, folder)
-                expectation = write_expectation(loaded, state, auto[0], expected, is_plain=request.is_dense)
-    return StagedExport(request, folder, expectation, auto[0], dense_bytes)
+            _write_companions(loaded, folder)
+            expectation = write_expectation(loaded, state, auto[0], expected, is_plain=request.is_dense)
+    return StagedExport(request, folder, expectation, auto[0], dense_bytes, created)
 
 
 @contextlib.contextmanager
-def _beside(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """A hidden folder next to `target` with room for the export; removed if the block raises."""
+def _beside(target: Path, needed_bytes: int) -> Iterator[tuple[Path, tuple[Path, ...]]]:
+    """A hidden folder next to `target` with room for the export, and the folders made above it.
+
+    All of them are removed if the block raises.
+    """
     parent = target.absolute().parent
-    with writing_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed_bytes + _OTHER_FILES_BYTES:
-            raise StorageFullError(
-                f"the export needs up to {(needed_bytes + _OTHER_FILES_BYTES) / 1e6:.0f} MB in {parent}, but the disk"
-                f" has {free / 1e6:.0f} MB free; free some, or name a folder on another disk"
-            )
-        place = Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name[:100]}.", suffix=".partial"))
+    created = tuple(path for path in (parent, *parent.parents) if not path.exists())
+    place = None
     try:
-        (place / "export").mkdir()
-        (place / "expected").mkdir()
-        yield place
+        with writing_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            _check_room(parent, needed_bytes + _OTHER_FILES_BYTES)
+            place = Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name[:100]}.", suffix=".partial"))
+            (place / "export").mkdir()
+            (place / "expected").mkdir()
+        yield place, created
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        _remove(place, created)
         raise
+
+
+def _check_room(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise StorageFullError(
+            f"the export needs up to {needed_bytes / 1e6:.0f} MB in {folder}, but the disk has"
+            f" {free_bytes / 1e6:.0f} MB free; free some, or name a folder on another disk"
+        )
+
+
+def _remove(place: Path | None, created: tuple[Path, ...]) -> None:
+    if place is not None:
+        shutil.rmtree(place, ignore_errors=True)
+    for folder in created:
+        with contextlib.suppress(OSError):  # something lies in it by now, so it stays
+            folder.rmdir()
 
 
 def _write_companions(loaded: LoadedModel, folder: Path) -> None:

@@ -50,9 +50,6 @@ def write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | st
     """Write the weights of `model` as it is now to `model.safetensors`, or to shards with an index.
 
     Names are those of the modules, whatever the file that the model came from called them.
-
-    Raises:
-        StorageFullError: The disk is full or the folder cannot be written.
     """
     state = model.state_dict()
     stored = {name: state[name] for name in stored_names(model)}
@@ -61,15 +58,14 @@ def write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | st
     )
     storages = Counter(_storage(tensor) for tensor in stored.values())
     shared = {storage for storage, count in storages.items() if count > 1}
-    with writing_errors(folder):
-        for file_name, names in split.filename_to_tensors.items():
-            shard = {name: _own_memory(stored[name], shared) for name in names}
-            save_file(shard, folder / file_name, metadata={"format": "pt"})
-        if split.is_sharded:
-            total = sum(tensor.numel() for tensor in stored.values())
-            index = {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for file_name, names in split.filename_to_tensors.items():
+        shard = {name: _own_memory(stored[name], shared) for name in names}
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+    if split.is_sharded:
+        total = sum(tensor.numel() for tensor in stored.values())
+        index = {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """The topology of a Hugging Face model: its repeated block, the matrices in it by role, and the sizes cost needs.
 
 Only modules of exactly `torch.nn.Linear` or transformers' `Conv1D` are decomposable: a subclass may compute something
-else, and replacing it would change the model. Everything else that multiplies is counted, so that FLOPs stay right.
+else, and replacing it would change the model. Everything else that multiplies is counted (`dse.models.sizes`), so that
+FLOPs stay right.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import nn
@@ -17,14 +17,20 @@ from transformers.pytorch_utils import Conv1D
 
 from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
 from dse.models.roles import ROLE_ORDER, check_role_names, role_of, suffix_match
+from dse.models.sizes import (
+    attention_widths,
+    is_causal,
+    other_in_layers,
+    other_outside_layers,
+    output_head,
+    persistent_buffer_bytes,
+    repeated_paths,
+)
 from dse.topology import DecomposableTensor, Topology
 
 __all__ = ["topology_of"]
 
 _LISTED = 8  # modules named in an error message
-_EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
-_EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_ONCE_PER_SEQUENCE = re.compile(r"(^|\.)(pooler|seq_relationship|classifier|pre_classifier)(\.|$)")
 
 
 def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = None) -> Topology:
@@ -53,24 +59,24 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
     outside = list(_outside_tensors(modules, names, tied))
     if not inside and not outside:
         raise _unknown_architecture(model, block_path, blocks)
-    other, unmapped = _other_in_layers(model, block_path, blocks, {t.module for t in inside})
-    head = _output_head(model)
+    other, unmapped = other_in_layers(model, block_path, blocks, {t.module for t in inside})
+    head = output_head(model)
     parameters = list(model.parameters())
     parameter_count = sum(p.numel() for p in parameters)
-    attention_width, key_value_width = _attention_widths(model, inside, len(blocks))
+    attention_width, key_value_width = attention_widths(model, inside, len(blocks))
     return Topology(
         architecture=type(model).__name__,
         model_type=str(model.config.model_type),
         layer_count=len(blocks),
         tensors=(*inside, *outside),
         parameters_dense=parameter_count,
-        buffers_bytes=_persistent_buffer_bytes(model),
+        buffers_bytes=persistent_buffer_bytes(model),
         bytes_per_parameter=sum(p.numel() * p.element_size() for p in parameters) / parameter_count,
         head_parameters=head.weight.numel() if isinstance(head, nn.Linear) else 0,
         attention_width=attention_width,
         key_value_width=key_value_width,
-        is_decoder=_is_causal(model, blocks[0]),
-        other_matmul_parameters=other + _other_outside_layers(model, modules, head),
+        is_decoder=is_causal(model, blocks[0]),
+        other_matmul_parameters=other + other_outside_layers(model, modules, head),
         unmapped=unmapped,
     )
 
@@ -95,11 +101,6 @@ def _repeated_block(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f" {len({id(block) for block in blocks})} blocks at '{path}'; models that share layers are not supported"
         )
     return path, blocks
-
-
-def _repeated_paths(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """What paths inside any repeated block begin with: the layers, and other stacks such as an image encoder's."""
-    return tuple(f"{path}." for path, module in modules.items() if isinstance(module, nn.ModuleList))
 
 
 def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | Conv1D]:
@@ -155,7 +156,7 @@ def _outside_tensors(
     modules: Mapping[str, nn.Module], names: Mapping[str, str], tied: set[int]
 ) -> Iterator[DecomposableTensor]:
     """Tensors outside the layers, which are decomposable only where the caller names them."""
-    repeated, taken = _repeated_paths(modules), dict[str, str]()
+    repeated, taken = repeated_paths(modules), dict[str, str]()
     for path, module in modules.items():
         suffix = None if path.startswith(repeated) else suffix_match(path, names)
         if suffix is None or not any(True for _ in module.parameters(recurse=False)):
@@ -219,108 +220,3 @@ def _unknown_architecture(model: nn.Module, block_path: str, blocks: nn.ModuleLi
         f" its {len(blocks)} layers ('{block_path}') holds {listed}{more}; name them in the search-space file, for"
         f" example `role_names: {{{example}: {re.sub('[^a-z0-9]+', '_', example.split('.')[-1].lower())}}}`"
     )
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """Which share of the routed experts' entries multiplies one token."""
-
-    share: float
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Experts:
-        config = model.config.get_text_config()
-        used = next((v for key in _EXPERTS_PER_TOKEN_KEYS if isinstance(v := getattr(config, key, None), int)), None)
-        total = next((v for key in _EXPERT_COUNT_KEYS if isinstance(v := getattr(config, key, None), int)), None)
-        return cls(used / total if used and total else 1.0)
-
-    def entries(self, path: str, entries: int) -> int:
-        return round(entries * self.share) if re.search(r"(^|\.)experts(\.|$)", path) else entries
-
-
-def _other_in_layers(
-    model: PreTrainedModel, block_path: str, blocks: nn.ModuleList, mapped: set[str]
-) -> tuple[int, tuple[str, ...]]:
-    """Entries per token of the layers' matrices that are not decomposable, and the paths of their modules."""
-    experts = _Experts.of(model)
-    entries, unmapped = 0, []
-    for i, block in enumerate(blocks):
-        for path, module in block.named_modules(prefix=f"{block_path}.{i}"):
-            if path in mapped or isinstance(module, nn.Embedding):
-                continue
-            # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
-            matrices = [
-                p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and not name.endswith("bias")
-            ]
-            if matrices:
-                entries += experts.entries(path, sum(p.numel() for p in matrices))
-                unmapped.append(path)
-    return entries, tuple(unmapped)
-
-
-def _other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:
-    """Entries per token of matrices outside every repeated block: projections, transforms before the head."""
-    repeated = _repeated_paths(modules)
-    per_sequence = any(
-        task in type(model).__name__ for task in ("SequenceClassification", "MultipleChoice", "NextSent")
-    )
-    entries = 0
-    for path, module in modules.items():
-        if not isinstance(module, (nn.Linear, Conv1D)) or module is head or path.startswith(repeated):
-            continue
-        once = _ONCE_PER_SEQUENCE.search(path)
-        if once and (per_sequence or once[2] in ("pooler", "seq_relationship")):
-            continue
-        entries += module.weight.numel()
-    return entries
-
-
-def _output_head(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    except NotImplementedError:
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _attention_widths(model: PreTrainedModel, tensors: list[DecomposableTensor], layers: int) -> tuple[int, int]:
-    """Width of all query heads and of all key/value heads together, averaged over the layers.
-
-    Read off the matrices, which hold where a config leaves the head size to a default: the attention output takes what
-    the query heads give, and a fused projection gives queries, keys and values side by side.
-    """
-    by_layer: dict[tuple[int | None, str], DecomposableTensor] = {(t.layer, t.role): t for t in tensors}
-    attention = [t.in_features for t in tensors if t.role == "attention_output"]
-    key_value = []
-    for (layer, role), tensor in by_layer.items():
-        output = by_layer.get((layer, "attention_output"))
-        if role == "key":
-            key_value.append(tensor.out_features)
-        elif role == "query_key_value" and output is not None:
-            key_value.append((tensor.out_features - output.in_features) // 2)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    return (
-        round(sum(attention) / layers) if attention else heads * head_size,
-        round(sum(key_value) / layers) if key_value else key_value_heads * head_size,
-    )
-
-
-def _is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
-    """Whether a token sees only those before it: attention says so itself; without attention, generation does."""
-    flags = [
-        bool(module.is_causal) for module in block.modules() if isinstance(getattr(module, "is_causal", None), bool)
-    ]
-    return any(flags) if flags else bool(model.can_generate())
-
-
-def _persistent_buffer_bytes(model: nn.Module) -> int:
-    buffers = {
-        id(buffer): buffer.numel() * buffer.element_size()
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }
-    return sum(buffers.values())

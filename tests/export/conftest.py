@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,10 @@ class ExactFactors:
 
 
 def as_loaded(
-    model: hf.PreTrainedModel, ref: str = "tiny", role_names: dict[str, str] | None = None, dtype: torch.dtype = torch.float32
+    model: hf.PreTrainedModel,
+    ref: str = "tiny",
+    role_names: dict[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
     model.eval().requires_grad_(False).to(dtype)
     topology = topology_of(model, role_names)
@@ -103,7 +106,7 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keeps the modelling files that tests load out of the user's cache."""
     folder = tmp_path_factory.mktemp("modules")
     patch = pytest.MonkeyPatch()

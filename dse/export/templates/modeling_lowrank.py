@@ -34,10 +34,6 @@ class LowRankLlamaConfig(LlamaConfig):
 
     model_type = "lowrank-llama"
 
-    # The base's plans split dense matrices over devices; they do not fit factors.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
-
     low_rank: dict[str, Any] | None = None
 
 
@@ -90,6 +86,7 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
             low_rank = LowRankLinear(out_features, in_features, form["rank"], core=form["core"], bias=form["bias"])
             setattr(self.get_submodule(parent_path), name, low_rank)
         self.post_init()
+        self._tp_plan = {}  # the base's plan splits dense matrices over devices; it does not fit factors
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

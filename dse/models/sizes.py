@@ -1,0 +1,139 @@
+"""Sizes of a Hugging Face model that cost arithmetic needs beside its decomposable tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dse.topology import DecomposableTensor
+
+__all__ = [
+    "attention_widths",
+    "is_causal",
+    "other_in_layers",
+    "other_outside_layers",
+    "output_head",
+    "persistent_buffer_bytes",
+    "repeated_paths",
+]
+
+_EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
+_EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ONCE_PER_SEQUENCE = re.compile(r"(^|\.)(pooler|seq_relationship|classifier|pre_classifier)(\.|$)")
+
+
+def repeated_paths(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """What paths inside any repeated block begin with: the layers, and other stacks such as an image encoder's."""
+    return tuple(f"{path}." for path, module in modules.items() if isinstance(module, nn.ModuleList))
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Which share of the routed experts' entries multiplies one token."""
+
+    share: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Experts:
+        config = model.config.get_text_config()
+        used = next((v for key in _EXPERTS_PER_TOKEN_KEYS if isinstance(v := getattr(config, key, None), int)), None)
+        total = next((v for key in _EXPERT_COUNT_KEYS if isinstance(v := getattr(config, key, None), int)), None)
+        return cls(used / total if used and total else 1.0)
+
+    def entries(self, path: str, entries: int) -> int:
+        return round(entries * self.share) if re.search(r"(^|\.)experts(\.|$)", path) else entries
+
+
+def other_in_layers(
+    model: PreTrainedModel, block_path: str, blocks: nn.ModuleList, mapped: set[str]
+) -> tuple[int, tuple[str, ...]]:
+    """Entries per token of the layers' matrices that are not decomposable, and the paths of their modules."""
+    experts = _Experts.of(model)
+    entries, unmapped = 0, []
+    for i, block in enumerate(blocks):
+        for path, module in block.named_modules(prefix=f"{block_path}.{i}"):
+            if path in mapped or isinstance(module, nn.Embedding):
+                continue
+            # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
+            matrices = [
+                p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and not name.endswith("bias")
+            ]
+            if matrices:
+                entries += experts.entries(path, sum(p.numel() for p in matrices))
+                unmapped.append(path)
+    return entries, tuple(unmapped)
+
+
+def other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:
+    """Entries per token of matrices outside every repeated block: projections, transforms before the head."""
+    repeated = repeated_paths(modules)
+    per_sequence = any(
+        task in type(model).__name__ for task in ("SequenceClassification", "MultipleChoice", "NextSent")
+    )
+    entries = 0
+    for path, module in modules.items():
+        if not isinstance(module, (nn.Linear, Conv1D)) or module is head or path.startswith(repeated):
+            continue
+        once = _ONCE_PER_SEQUENCE.search(path)
+        if once and (per_sequence or once[2] in ("pooler", "seq_relationship")):
+            continue
+        entries += module.weight.numel()
+    return entries
+
+
+def output_head(model: PreTrainedModel) -> nn.Module | None:
+    """The module that turns hidden states into scores of tokens, or None where the model has none."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def attention_widths(model: PreTrainedModel, tensors: list[DecomposableTensor], layers: int) -> tuple[int, int]:
+    """Width of all query heads and of all key/value heads together, averaged over the layers.
+
+    Read off the matrices, which hold where a config leaves the head size to a default: the attention output takes what
+    the query heads give, and a fused projection gives queries, keys and values side by side.
+    """
+    by_layer: dict[tuple[int | None, str], DecomposableTensor] = {(t.layer, t.role): t for t in tensors}
+    attention = [t.in_features for t in tensors if t.role == "attention_output"]
+    key_value = []
+    for (layer, role), tensor in by_layer.items():
+        output = by_layer.get((layer, "attention_output"))
+        if role == "key":
+            key_value.append(tensor.out_features)
+        elif role == "query_key_value" and output is not None:
+            key_value.append((tensor.out_features - output.in_features) // 2)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    return (
+        round(sum(attention) / layers) if attention else heads * head_size,
+        round(sum(key_value) / layers) if key_value else key_value_heads * head_size,
+    )
+
+
+def is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
+    """Whether a token sees only those before it: attention says so itself; without attention, generation does."""
+    flags = [
+        bool(module.is_causal) for module in block.modules() if isinstance(getattr(module, "is_causal", None), bool)
+    ]
+    return any(flags) if flags else bool(model.can_generate())
+
+
+def persistent_buffer_bytes(model: nn.Module) -> int:
+    """Bytes of the buffers that are saved with the weights, shared ones once."""
+    buffers = {
+        id(buffer): buffer.numel() * buffer.element_size()
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return sum(buffers.values())
