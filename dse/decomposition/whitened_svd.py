@@ -16,16 +16,22 @@ __all__ = ["cholesky_with_damping", "whitened_svd"]
 
 logger = logging.getLogger("dse")
 
-_FIRST_DAMPING = 1e-8  # of the mean eigenvalue; times ten until the factorisation succeeds
+_FIRST_DAMPING = 1e-8  # of each channel's power; times ten until the factorisation succeeds
 _LARGEST_DAMPING = 1e-1
+_DEAD_CHANNEL = 1e-6  # of the mean power: what a channel counts for that was never active
 
 
 def whitened_svd(weight: Tensor, rank: int, gram: Tensor) -> LowRankFactors:
     """Best rank-`rank` approximation W' of W under calibration activations: it minimises ||(W - W')X||.
 
     With the Gram matrix G = X X^T = S S^T (Cholesky), ||(W - W')X||_F = ||(W - W')S||_F, so truncating the SVD
-    W S = U D V^T gives the optimum W' = (U_r D_r) (V_r^T S^-1). It is found from the eigenvectors of the smaller of
-    (WS)(WS)^T = W G W^T and (WS)^T(WS), in float64, which takes a third of the time of an SVD of the same matrix.
+    W S = U D V^T gives the optimum W' = (U_r D_r) (V_r^T S^-1) = U_r U_r^T W. It is found from eigenvectors in float64
+    on the smaller side of W, which is cheaper than an SVD of W S:
+
+    - out_features <= in_features: U from (WS)(WS)^T = W G W^T and the projection U_r U_r^T W. G is not inverted, so it
+      may be singular.
+    - otherwise: V from (WS)^T(WS), with S^-1 applied by a triangular solve. Here G must be positive definite; where it
+      is not, it is damped and that is said once.
 
     Args:
         weight: Shape (out_features, in_features), floating point.
@@ -43,52 +49,57 @@ def whitened_svd(weight: Tensor, rank: int, gram: Tensor) -> LowRankFactors:
     Source: SVD-LLM (Wang et al., arXiv 2403.07378), truncation-aware data whitening.
     """
     check_rank(weight, rank)
-    in_features = weight.shape[1]
-    if tuple(gram.shape) != (in_features, in_features):
-        raise CalibrationError(
-            f"a Gram matrix of {in_features} x {in_features} must go with this weight, but got {tuple(gram.shape)}"
-        )
-    wide = weight.to(torch.float64)
-    cholesky = cholesky_with_damping(gram.to(torch.float64))
-    whitened = wide @ cholesky
-    if weight.shape[0] <= in_features:
-        # W' = U_r U_r^T W is the same optimum written as a projection: no triangular solve, so no loss to damping.
-        left = _leading_eigenvectors(whitened @ whitened.T, rank)
+    _check_gram(gram, weight.shape[1])
+    wide, moments = weight.to(torch.float64), gram.to(torch.float64)
+    if weight.shape[0] <= weight.shape[1]:
+        left = _leading_eigenvectors(wide @ moments @ wide.T, rank)
         right = left.T @ wide
     else:
+        cholesky = cholesky_with_damping(moments)
+        whitened = wide @ cholesky
         directions = _leading_eigenvectors(whitened.T @ whitened, rank)
         left = whitened @ directions
         right = torch.linalg.solve_triangular(cholesky.T, directions, upper=True).T
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
 
 
-def cholesky_with_damping(gram: Tensor) -> Tensor:
-    """Lower Cholesky factor of `gram`, with just enough of the identity added to make it positive definite.
-
-    Args:
-        gram: Symmetric positive semi-definite, shape (n, n), float64.
-
-    Raises:
-        CalibrationError: The matrix is zero, or not positive definite even with a tenth of its mean eigenvalue added.
-        NonFiniteError: The matrix holds NaN or infinity.
-    """
+def _check_gram(gram: Tensor, in_features: int) -> None:
+    if tuple(gram.shape) != (in_features, in_features):
+        raise CalibrationError(
+            f"a Gram matrix of {in_features} x {in_features} must go with this weight, but got {tuple(gram.shape)}"
+        )
     if not bool(torch.isfinite(gram).all()):
         raise NonFiniteError("calibration activations must be finite, but their Gram matrix holds NaN or infinity")
-    scale = float(gram.diagonal().mean())
-    if scale <= 0:
+    if float(gram.diagonal().max()) <= 0:
         raise CalibrationError("calibration activations must not all be zero; use other calibration text")
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+
+
+def cholesky_with_damping(gram: Tensor) -> Tensor:
+    """Lower Cholesky factor of `gram`, its diagonal raised just enough to make it positive definite.
+
+    Each channel is raised in proportion to its own power: a few channels of language models carry activations
+    thousands of times larger than the rest, and a multiple of the mean would drown the others. Channels that were never
+    active get a share of the mean.
+
+    Args:
+        gram: Symmetric positive semi-definite, finite and not zero, shape (n, n), float64.
+
+    Raises:
+        CalibrationError: The matrix is not positive definite even with a tenth of its diagonal added.
+    """
+    power = gram.diagonal()
+    power = power.clamp_min(_DEAD_CHANNEL * float(power.mean()))
     damping = 0.0
     while True:
         factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(gram + (damping * scale) * identity)
-        if int(info) == 0 and float(factor.diagonal().min()) > 1e-7 * scale**0.5:
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag(damping * power))
+        if int(info) == 0 and bool((factor.diagonal() > 1e-7 * power.sqrt()).all()):
             return factor
         damping = _FIRST_DAMPING if damping == 0 else damping * 10
         if damping > _LARGEST_DAMPING:
             raise CalibrationError(
                 "the Gram matrix of the calibration activations must become positive definite with damping, but it"
-                f" does not at {_LARGEST_DAMPING:g} of its mean eigenvalue; use more calibration tokens"
+                f" does not at {_LARGEST_DAMPING:g} of its diagonal; use more calibration tokens"
             )
         say_damping_once()
 
@@ -98,7 +109,7 @@ def say_damping_once() -> None:
     """Log the first damping of a process only: hundreds of tensors would say the same."""
     logger.warning(
         "a Gram matrix of the calibration activations is not positive definite (fewer independent tokens than features,"
-        " or dead channels); damping it by %g of its mean eigenvalue or more (said once)",
+        " or dead channels); damping it by %g of its diagonal or more (said once)",
         _FIRST_DAMPING,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import lm_eval.utils
 from jinja2 import StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
 
 from dse.models.quiet import quiet_transformers
 
@@ -27,7 +27,7 @@ def quiet_lm_eval() -> Iterator[None]:
     """
     levels = {name: logging.getLogger(name).level for name in _LOUD_LOGGERS}
     environment = lm_eval.utils.env
-    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(environment.filters)
     try:
         for name in _LOUD_LOGGERS:

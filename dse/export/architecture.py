@@ -9,6 +9,9 @@ from dse.errors import ExportError
 
 __all__ = ["auto_classes"]
 
+# A class may stand in several tables: its task says more than these do.
+_GENERAL = ("AutoModelForPreTraining", "AutoModel", "AutoModelForTextEncoding")
+
 
 def auto_classes(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the auto classes whose table holds this model's class, the most telling first.
@@ -34,5 +37,4 @@ def auto_classes(model: PreTrainedModel) -> tuple[str, ...]:
             f"an auto class of transformers must load {model_class.__name__}, but none does; load the model by the"
             f" class that its task needs, for example AutoModelForCausalLM"
         )
-    # A class may stand in several tables: its task says more than pretraining, and that more than the bare body.
-    return tuple(sorted(found, key=lambda name: (name == "AutoModel", name == "AutoModelForPreTraining", name)))
+    return tuple(sorted(found, key=lambda name: (_GENERAL.index(name) if name in _GENERAL else -1, name)))

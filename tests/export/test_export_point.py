@@ -45,7 +45,6 @@ def point(loaded: LoadedModel, make_point: Callable) -> DesignPoint:
 # One verified call writes every kind of folder; what it left is looked at from all sides.
 @pytest.fixture(scope="module")
 def written(
-    self,
     tmp_path_factory: pytest.TempPathFactory,
     make_loaded: Callable,
     make_llama: Callable,
