@@ -76,7 +76,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'dse' has no attribute '{name}'; it offers {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    home = importlib.import_module(_HOME[name])
+    # `dse.cost` and `dse.export` are modules that can be called; see dse.callable_module.
+    return home if _HOME[name] == f"dse.{name}" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

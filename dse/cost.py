@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dse.callable_module import make_callable
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
 from dse.topology import DecomposableTensor, Topology
@@ -159,3 +160,6 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
         ),
         prompt_tokens=prompt_tokens,
     )
+
+
+make_callable(__name__)

@@ -1,5 +1,6 @@
 """Export design points as folders that load without `dse`, verified by reloading them in a fresh process."""
 
+from dse.callable_module import make_callable as _make_callable
 from dse.export.point_export import ExportResult as ExportResult
 from dse.export.point_export import export_point as export_point
 from dse.export.point_export import export_points as export_points
@@ -21,3 +22,5 @@ __all__ = [
     "stage",
     "verify_folders",
 ]
+
+_make_callable(__name__)

@@ -92,6 +92,7 @@ def _report(folder: Path, expectation: Expectation, outcome: Mapping[str, Any]) 
     if not difference <= expectation.tolerance:
         problems.append(
             f"the reloaded outputs must differ by at most {expectation.tolerance:g}, but differ by {difference:g}"
+            f" (computed on {outcome['device']})"
         )
     for key, what in (
         ("differing_weights", "weights that changed"),
