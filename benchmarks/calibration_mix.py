@@ -1,6 +1,6 @@
 """Which calibration text is best where no hub can be reached: the same points, whitened on different mixes.
 
-    python benchmarks/calibration_mix.py [--tokens 12288] [--limit 240] [--wikitext wikitext2_valid.txt]
+    python benchmarks/calibration_mix.py [--tokens 12288] [--limit 160] [--wikitext wikitext2_valid.txt]
 
 For every mix the factor bank is built anew, and the same design points are scored on the offline tasks and by
 perplexity on text that no mix contains. A table for people; one JSON document as the last line for machines.
@@ -28,7 +28,6 @@ MIXES: dict[str, dict[str, float]] = {
     "general": {"general": 1},
     "tasks (grammar + facts)": {"grammar": 1, "facts": 1},
     "python docs": {"python_docs": 1},
-    "general 1 : python docs 1": {"general": 1, "python_docs": 1},
     "general 1 : grammar 1 : facts 1": {"general": 1, "grammar": 1, "facts": 1},
     "general 2 : grammar 1 : facts 1": {"general": 2, "grammar": 1, "facts": 1},
     "general 6 : grammar 1 : facts 1": {"general": 6, "grammar": 1, "facts": 1},
@@ -46,12 +45,11 @@ def points_of(topology: Topology) -> dict[str, DesignPoint]:
     return {
         "uniform 88 %": kept(0.88, topology.roles, everywhere),
         "attention halved": kept(0.5, ATTENTION, everywhere),
-        "rank 1, layers 24-26": DesignPoint.uniform(topology, "whitened_svd", 1, [24, 25, 26]),
     }
 
 
 @torch.inference_mode()
-def perplexity(loaded: LoadedModel, text: str, tokens: int = 6144, window: int = 512) -> float:
+def perplexity(loaded: LoadedModel, text: str, tokens: int = 4096, window: int = 512) -> float:
     token_ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])[:tokens]
     total, count = 0.0, 0
     for row in token_ids[: len(token_ids) // window * window].reshape(-1, 1, window):
@@ -65,9 +63,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=12288)
-    parser.add_argument("--limit", type=int, default=240)
+    parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--wikitext", type=Path, help="a local WikiText file, for its perplexity and as a mix of its own")
+    parser.add_argument(
+        "--wikitext", type=Path, help="a local WikiText file, for its perplexity and as a mix of its own"
+    )
     arguments = parser.parse_args()
     loaded = load_model(arguments.model)
     evaluator = Evaluator(
@@ -88,7 +88,9 @@ def main() -> None:
         row |= {task.task: round(task.value, 4) for task in result.tasks}
         row |= {name: round(perplexity(loaded, text), 2) for name, text in texts.items()}
         rows.append(row)
-        print("  ".join(f"{value!s:<34}" if key == "mix" else f"{value!s:<21}" for key, value in row.items()), flush=True)
+        print(
+            "  ".join(f"{value!s:<34}" if key == "mix" else f"{value!s:<21}" for key, value in row.items()), flush=True
+        )
 
     score("-", "dense", 0.0)
     print("  ".join(rows[0]))

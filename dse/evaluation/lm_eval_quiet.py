@@ -6,9 +6,10 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import lm_eval.utils
-from jinja2 import StrictUndefined
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 from dse.models.quiet import quiet_transformers
@@ -16,6 +17,19 @@ from dse.models.quiet import quiet_transformers
 __all__ = ["quiet_lm_eval", "swallowed_output"]
 
 _LOUD_LOGGERS = ("lm_eval", "datasets", "evaluate", "fsspec", "httpx", "filelock")
+
+
+class _Sandbox(SandboxedEnvironment):
+    """Jinja's sandbox that compiles a template once; lm-eval asks for it anew for every document."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled: dict[str, Template] = {}
+
+    def from_string(self, source: str, *_: Any, **__: Any) -> Template:  # type: ignore[override]
+        if source not in self._compiled:
+            self._compiled[source] = super().from_string(source)
+        return self._compiled[source]
 
 
 @contextlib.contextmanager
@@ -27,7 +41,7 @@ def quiet_lm_eval() -> Iterator[None]:
     """
     levels = {name: logging.getLogger(name).level for name in _LOUD_LOGGERS}
     environment = lm_eval.utils.env
-    sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(environment.filters)
     try:
         for name in _LOUD_LOGGERS:

@@ -30,7 +30,7 @@ class TrialRecord:
     Attributes:
         trial: Number of the trial in the study's storage.
         state: See `TrialState`.
-        origin: Who proposed it: dense, enqueued, spread, sampler, repaired or retried.
+        origin: Who proposed it: dense, enqueued, ladder, spread, sampler, repaired or retried.
         point: The design point, expanded JSON.
         point_id: Its id.
         point_text: Its shortest JSON text, compact where the point is uniform.

@@ -221,7 +221,7 @@ def test_choices_of_one_token_share_a_row(write_task: TaskWriter) -> None:
     path = write_task("choice", rows=6, doc_to_choice=["red", "blue", "cat", "dog"])
     rows: list[int] = []
     hook = loaded.model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
-    Evaluator(loaded, specs(path)).evaluate()
+    Evaluator(loaded, specs(path), batch_size=2).evaluate()
     hook.remove()
     assert sum(rows) == 6
 

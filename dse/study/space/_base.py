@@ -97,6 +97,13 @@ class SearchSpace(ABC):
     def largest_ranks(self) -> dict[str, dict[str, int]]:
         """Method to tensor name to the largest rank that any point asks for."""
 
+    def ladder(self) -> list[dict[str, int]]:
+        """Levels of the plain points of the space, such as one role group at one level in every layer.
+
+        They are what a person would try first, and trace a first front; none by default.
+        """
+        return []
+
     @property
     def dense_levels(self) -> dict[str, int]:
         """The levels of the dense model."""

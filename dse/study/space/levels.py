@@ -25,11 +25,13 @@ class _Group:
 
     Attributes:
         name: Dimension name, for example `layers.4-7.attention`.
+        label: Name of its role group, "" where roles choose together.
         tensors: Its tensors.
         ranks: Method to level (0 is the first level above dense) to the rank of each tensor; as many levels per method.
     """
 
     name: str
+    label: str
     tensors: tuple[DecomposableTensor, ...]
     ranks: Mapping[str, tuple[tuple[int, ...], ...]]
 
@@ -138,6 +140,16 @@ class LevelSpace(SearchSpace):
             for method in self.config.methods
         }
 
+    def ladder(self) -> list[dict[str, int]]:
+        """Every role group on its own at each of its levels, in all layers; the mildest levels first."""
+        labels = dict.fromkeys(group.label for group in self.groups)
+        ladder = []
+        for level in range(1, max(group.level_count for group in self.groups)):
+            for label in labels:
+                own = {g.name: min(level, g.level_count - 1) for g in self.groups if g.label == label}
+                ladder.append({**self.dense_levels, **own})
+        return ladder
+
     def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
         """Raise groups in random order, each to a random level, until a target between `low` and `high` is met."""
         levels = self.dense_levels
@@ -173,10 +185,10 @@ class LevelSpace(SearchSpace):
             for label, roles in self._role_groups():
                 tensors = tuple(t for t in self.topology.tensors if t.layer in layers and t.role in roles)
                 if tensors:
-                    groups.append(self._group(f"layers.{span}" + (f".{label}" if label else ""), tensors))
+                    groups.append(self._group(f"layers.{span}" + (f".{label}" if label else ""), label, tensors))
         for tensor in self.topology.tensors:
             if tensor.layer is None and tensor.role in self.roles:
-                groups.append(self._group(tensor.name, (tensor,)))
+                groups.append(self._group(tensor.name, tensor.role, (tensor,)))
         return groups
 
     def _role_groups(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -195,10 +207,10 @@ class LevelSpace(SearchSpace):
             )
         return [(label, tuple(role for role in roles if role in self.roles)) for label, roles in named]
 
-    def _group(self, name: str, tensors: tuple[DecomposableTensor, ...]) -> _Group:
+    def _group(self, name: str, label: str, tensors: tuple[DecomposableTensor, ...]) -> _Group:
         grid = self.config.ranks
         ranks = {}
         for method in self.config.methods:
             levels = [tuple(rank_at(grid, i, t, method) for t in tensors) for i in range(level_count(grid))]
             ranks[method] = tuple(dict.fromkeys(levels))  # levels that snap to the same ranks are one
-        return _Group(name, tensors, ranks)
+        return _Group(name, label, tensors, ranks)
