@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dse.config import CalibrationConfig, CalibrationSource
 from dse.cost import cost
-from dse.decomposition import BUILTIN_TEXTS, METHODS, FactorBank, calibration_windows, decompose
+from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
 from dse.evaluation import Evaluator, TaskSpec
@@ -65,13 +64,11 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
 def _bank(loaded: LoadedModel, point: DesignPoint, options: argparse.Namespace, listener: StudyListener) -> FactorBank:
     calibration = None
     if any(METHODS[choice.method].is_calibrated for _, choice in point):
-        source = (
-            CalibrationSource(builtin=options.calibration)
-            if options.calibration in BUILTIN_TEXTS
-            else CalibrationSource(file=options.calibration)
+        calibration = named_calibration(
+            loaded.tokenizer,
+            options.calibration,
+            tokens=options.calibration_tokens,
+            longest_window=longest_window(loaded.model),
         )
-        config = CalibrationConfig(sources=[source], tokens=max(64, options.calibration_tokens))
-        longest = getattr(loaded.model.config, "max_position_embeddings", None)
-        calibration = calibration_windows(loaded.tokenizer, config, longest_window=longest)
         listener.on_message(f"calibration text: {calibration.description}")
     return FactorBank.build(loaded, [point], calibration, progress=listener.on_phase)

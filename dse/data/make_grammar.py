@@ -91,12 +91,11 @@ def _pair(phenomenon: str, frame: str, filling: Mapping[str, Row]) -> tuple[Sent
     prefix, answers, *rest = (part.strip() for part in text.split("=>"))
     ending = rest[0] if rest else ""
     first, second = answers.split("|")
-    prefix = prefix[0].upper() + prefix[1:]
-    left, right = (tuple(_DIFFERENCE.sub(rf"\{side}", part).strip() for part in (prefix, ending)) for side in (1, 2))
-    return (
-        Sentence(phenomenon, left[0][0].upper() + left[0][1:], first, second, left[1]),
-        Sentence(phenomenon, right[0][0].upper() + right[0][1:], second, first, right[1]),
-    )
+    sentences = []
+    for side, good, bad in ((1, first, second), (2, second, first)):
+        begin, end = (_DIFFERENCE.sub(rf"\{side}", part).strip() for part in (prefix, ending))
+        sentences.append(Sentence(phenomenon, begin[0].upper() + begin[1:], good, bad, end))
+    return sentences[0], sentences[1]
 
 
 def make_sentences(split: Split, lexicon: Lexicon) -> list[Sentence]:

@@ -15,7 +15,16 @@ from torch import Tensor
 from dse.config import CalibrationConfig, CalibrationSource
 from dse.errors import CalibrationError, did_you_mean
 
-__all__ = ["BUILTIN_TEXTS", "CalibrationWindows", "calibration_windows"]
+__all__ = [
+    "BUILTIN_TEXTS",
+    "DEFAULT_TOKENS",
+    "CalibrationWindows",
+    "calibration_windows",
+    "longest_window",
+    "named_calibration",
+]
+
+DEFAULT_TOKENS = 12288
 
 _DATA = Path(__file__).resolve().parent.parent / "data" / "calibration"
 
@@ -91,6 +100,25 @@ def calibration_windows(
     )
     digest = hashlib.sha256(f"{tuple(token_ids.shape)}".encode() + token_ids.numpy().tobytes())
     return CalibrationWindows(token_ids, digest.hexdigest()[:16], description)
+
+
+def named_calibration(
+    tokenizer: Any, text: str, *, tokens: int, longest_window: int | None = None
+) -> CalibrationWindows:
+    """Calibration windows of one text: the name of a builtin one, or a UTF-8 file.
+
+    Raises:
+        CalibrationError: The text cannot be read, or is shorter than the tokens asked for.
+    """
+    source = CalibrationSource(builtin=text) if text in BUILTIN_TEXTS else CalibrationSource(file=text)
+    config = CalibrationConfig(sources=[source], tokens=max(64, tokens))
+    return calibration_windows(tokenizer, config, longest_window=longest_window)
+
+
+def longest_window(model: Any) -> int | None:
+    """Longest sequence the model's position embeddings allow; None where its config does not say."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return int(longest) if isinstance(longest, int) else None
 
 
 def _name(source: CalibrationSource) -> str:

@@ -12,7 +12,12 @@ import filelock
 from torch import Tensor, nn
 
 from dse.cost import check_point, has_core
-from dse.decomposition.calibration_text import CalibrationWindows
+from dse.decomposition.calibration_text import (
+    DEFAULT_TOKENS,
+    CalibrationWindows,
+    longest_window,
+    named_calibration,
+)
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
 from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
@@ -48,7 +53,7 @@ class FactorBank:
         cls,
         loaded: LoadedModel,
         requests: RankRequests | Iterable[DesignPoint],
-        calibration: CalibrationWindows | None = None,
+        calibration: CalibrationWindows | str | None = None,
         *,
         folder: Path | None = None,
         gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
@@ -62,7 +67,8 @@ class FactorBank:
         Args:
             loaded: The dense model.
             requests: Largest rank per method and tensor, or the points that will be applied.
-            calibration: Needed by calibrated methods.
+            calibration: Needed by calibrated methods: windows from `calibration_windows`, or the name of a builtin text
+                (general, grammar, facts, python_docs) or of a text file.
             folder: Where banks live; the user's cache by default.
             gram_budget_bytes: Memory for Gram matrices; less means more passes over the calibration text.
             progress: Called as ("calibrate", tokens, tokens) and ("decompose", tensors, tensors).
@@ -72,6 +78,10 @@ class FactorBank:
             PointError: The model is not dense now.
             StorageFullError: The disk has no room for the bank.
         """
+        if isinstance(calibration, str):
+            calibration = named_calibration(
+                loaded.tokenizer, calibration, tokens=DEFAULT_TOKENS, longest_window=longest_window(loaded.model)
+            )
         wanted = requests if isinstance(requests, Mapping) else requests_of_points(requests)
         root = folder or cache_dir() / "factor_banks"
         bank = cls(loaded.topology, {method: _store(root, loaded, method, calibration) for method in wanted})

@@ -123,6 +123,16 @@ def test_model_and_calibration_text_tell_banks_apart(
     assert plain in folders
 
 
+def test_calibration_text_may_be_named(llama: LoadedModel, tmp_path: Path) -> None:
+    request = {"whitened_svd": {"layers.0.up": 2}}
+    (tmp_path / "mine.txt").write_text("the quick brown fox " * 2000)
+    folders = {
+        FactorBank.build(llama, request, text, folder=tmp_path / "banks").folders["whitened_svd"]
+        for text in ("general", "python_docs", str(tmp_path / "mine.txt"))
+    }
+    assert len(folders) == 3
+
+
 def test_what_cannot_be_built_is_refused(llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CalibrationError, match="needs calibration text"):
         FactorBank.build(llama, {"whitened_svd": {"layers.0.up": 2}}, folder=tmp_path)
@@ -214,5 +224,5 @@ class TestCalibrationWindows:
         with pytest.raises(CalibrationError, match="UTF-8"):
             windows(CalibrationSource(file=str(tmp_path / "latin.txt")))
         (tmp_path / "short.txt").write_text("abc" * 50)
-        with pytest.raises(CalibrationError, match="hold 128; lower `calibration.tokens`"):
+        with pytest.raises(CalibrationError, match=r"hold 128; lower `calibration\.tokens`"):
             windows(CalibrationSource(file=str(tmp_path / "short.txt")))
