@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dse.design_point import METHOD_NAMES
 from dse.errors import ConfigError, did_you_mean
+from dse.yaml_reading import read_yaml, validated
 
 __all__ = [
     "BudgetConfig",
@@ -32,10 +35,7 @@ __all__ = [
     "load_study",
     "parse_search_space",
     "parse_study",
-    "read_yaml",
 ]
-
-_SectionT = TypeVar("_SectionT", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -88,6 +88,13 @@ class GroupConfig(_Section):
         "together", description="together, separate, or named groups such as {attention: [query, key], mlp: [up]}"
     )
 
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles_have_a_form(cls, value: Any) -> Any:
+        if not (value in ("together", "separate") or isinstance(value, Mapping)):
+            raise ValueError("must be together, separate, or named groups such as {attention: [query, key], mlp: [up]}")
+        return value
+
 
 class RankConfig(_Section):
     """The rank levels of a group, beside leaving it dense."""
@@ -96,7 +103,7 @@ class RankConfig(_Section):
     kept_fractions: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, description="share of a tensor's parameters that its factors keep"
     )
-    multiple: int = Field(1, ge=1, description="ranks from kept_fractions are rounded down to a multiple of this")
+    multiple: int = Field(1, ge=1, description="ranks are rounded down to a multiple of this")
 
     @model_validator(mode="after")
     def _one_grid(self) -> Self:
@@ -104,6 +111,9 @@ class RankConfig(_Section):
             raise ValueError("give exactly one of `absolute` and `kept_fractions`")
         if not (self.absolute or self.kept_fractions):
             raise ValueError("a rank grid needs at least one level")
+        levels: list[Any] = [*(self.absolute or ()), *(self.kept_fractions or ())]
+        if len(set(levels)) != len(levels):
+            raise ValueError(f"a rank level may be listed once, but got {levels}")
         return self
 
 
@@ -136,11 +146,26 @@ class SearchSpaceConfig(_Section):
             raise ValueError(f"a method may be named once, but got {methods}")
         return methods
 
+    @model_validator(mode="after")
+    def _groups_are_used(self) -> Self:
+        if self.kind == "subset" and self.groups != GroupConfig():
+            raise ValueError("`groups` is for `kind: levels`; a subset chooses layers and roles each on their own")
+        return self
+
     @field_validator("layers", mode="before")
     @classmethod
-    def _layers_of_mapping(cls, value: Any) -> Any:
+    def _layers_have_a_form(cls, value: Any) -> Any:
+        if not (value == "all" or isinstance(value, (list, Mapping, LayerRange))):
+            raise ValueError("must be all, a list of layer indices, or {skip_first: 1, skip_last: 1}")
         if isinstance(value, list) and any(isinstance(layer, bool) for layer in value):
             raise ValueError(f"layers must be integers, but got {value}")
+        return value
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles_have_a_form(cls, value: Any) -> Any:
+        if not (value == "all" or isinstance(value, list)):
+            raise ValueError("must be all, or a list of roles such as [query, up]")
         return value
 
 
@@ -257,6 +282,17 @@ class StudyConfig(_Section):
     def _tasks_of_strings(cls, value: Any) -> Any:
         return [{"task": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
+    @field_validator("enqueue")
+    @classmethod
+    def _points_are_json(cls, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            is_json = json.loads(json.dumps(points, allow_nan=False)) == points
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"a design point must be made of JSON values, but: {error}") from error
+        if not is_json:
+            raise ValueError("a design point must be made of JSON values with texts as keys")
+        return points
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [objective.name for objective in self.objectives]
@@ -274,30 +310,6 @@ class StudyConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def read_yaml(path: Path) -> Any:
-    """Safe-load one YAML file.
-
-    Raises:
-        ConfigError: The file cannot be read or is not valid YAML.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} must be UTF-8 text, but {error.reason} at byte {error.start}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{path} must be a readable YAML file, but: {reason}") from error
-    return _parse_yaml(text, str(path))
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{origin} must be valid YAML, but: {detail}") from error
-
-
 def load_search_space(path: Path) -> SearchSpaceConfig:
     """Read a search-space file.
 
@@ -313,7 +325,7 @@ def parse_search_space(data: Any, origin: str = "search space") -> SearchSpaceCo
     Raises:
         ConfigError: The data break the schema.
     """
-    return _validate(SearchSpaceConfig, data, origin)
+    return validated(SearchSpaceConfig, data, origin)
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -335,79 +347,49 @@ def parse_study(data: Any, *, base: Path | None = None, origin: str = "study") -
     if isinstance(data, dict):
         data = dict(data)
         if isinstance(data.get("space"), str):
-            data["space"] = load_search_space(folder / data["space"]).model_dump()
-    study = _validate(StudyConfig, data, origin)
+            data["space"] = load_search_space(Path(_absolute(folder, data["space"]))).model_dump()
+    study = validated(StudyConfig, data, origin)
     return _with_absolute_paths(study, folder)
 
 
 def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
-    def absolute(text: str) -> str:
-        return str((folder / Path(text).expanduser()).resolve())
-
+    """Paths made absolute, so that the resolved study means the same wherever it is read again."""
     tasks = [
-        t.model_copy(update={"task": absolute(t.task)}) if t.task.endswith((".yaml", ".yml")) else t
+        t.model_copy(update={"task": _absolute(folder, t.task)}) if t.task.endswith((".yaml", ".yml")) else t
         for t in study.tasks
     ]
     sources = [
-        s.model_copy(update={"file": absolute(s.file)}) if s.file is not None else s for s in study.calibration.sources
+        s.model_copy(update={"file": _absolute(folder, s.file)}) if s.file is not None else s
+        for s in study.calibration.sources
     ]
-    ref = study.model.ref
-    if not ref.startswith("demo:") and ref.startswith((".", "~", "/")):
-        ref = absolute(ref)
     return study.model_copy(
         update={
             "tasks": tasks,
             "calibration": study.calibration.model_copy(update={"sources": sources}),
-            "model": study.model.model_copy(update={"ref": ref}),
+            "model": study.model.model_copy(update={"ref": _model_ref(folder, study.model.ref)}),
         }
     )
 
 
-def _validate(schema: type[_SectionT], data: Any, origin: str) -> _SectionT:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{origin} must be a mapping of keys to values, but got {type(data).__name__}")
+def _model_ref(folder: Path, ref: str) -> str:
+    """An absolute path where `ref` is a local model; a hub id and `demo:` stay as they are."""
+    if ref.startswith("demo:"):
+        return ref
+    if ref.startswith((".", "~", "/")) or ref.endswith(".gguf"):
+        return _absolute(folder, ref)
+    # `models/mine` may be a folder or a hub id: it is a folder where there is one, as for `from_pretrained`.
+    return next((str(place.resolve()) for place in (folder / ref, Path(ref)) if _is_folder(place)), ref)
+
+
+def _is_folder(path: Path) -> bool:
     try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(schema, entry) for entry in error.errors()[:5])) from error
-    except RecursionError as error:
-        raise ConfigError(f"{origin} is nested too deeply") from error
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
 
 
-def _explain(schema: type[BaseModel], entry: Any) -> str:
-    """One line for one pydantic error: where, what is wrong, what is known there."""
-    location = [str(part) for part in entry["loc"]]
-    where = ".".join(location) or "file"
-    if entry["type"] == "extra_forbidden":
-        known = _keys_at(schema, location[:-1])
-        hint = did_you_mean(location[-1], known) or (f"; known keys: {', '.join(known)}" if known else "")
-        return f"unknown key '{where}'{hint}"
-    message = entry["msg"].removeprefix("Value error, ")
-    if entry["type"] == "missing":
-        return f"`{where}` is missing; write it"
-    value = " ".join(repr(entry.get("input")).split())
-    shown = "" if entry["type"] == "value_error" else f", but got {value if len(value) <= 60 else value[:57] + '...'}"
-    return f"`{where}`: {message}{shown}"
-
-
-def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """Known keys of the section that `location` leads to."""
-    section: type[BaseModel] | None = schema
-    for part in location:
-        if section is None or part.isdigit():
-            continue
-        field = section.model_fields.get(part)
-        if field is None:
-            continue  # a member name of a union, not a key
-        section = _section_in(field.annotation)
-    return list(section.model_fields) if section is not None else []
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_in(argument)
-        if found is not None:
-            return found
-    return None
+def _absolute(folder: Path, text: str) -> str:
+    try:
+        return str((folder / Path(text).expanduser()).resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte; `~somebody` who has no home
+        raise ConfigError(f"a path must be one this machine knows, but got {text!r:.80}: {error}") from error

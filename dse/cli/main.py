@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,17 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_up_process()
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        return _fail(str(error), options)
+        return _fail(str(error))
     except DseError as error:
-        return _fail(f"{type(error).__name__}: {error}", options)
+        return _fail(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `dse front DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:  # a disk or a permission, not a defect of ours
+        return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -211,8 +218,10 @@ def _run(options: argparse.Namespace) -> int:
         with listener:
             study = run_study(options.study, out=options.out, trials=options.trials, listener=listener)
     except KeyboardInterrupt:
-        again = f"dse run {options.study}" + (f" --out {options.out}" if options.out else "")
-        print(f"stopped; every finished trial is kept. Go on with:\n  {again}", file=sys.stderr)
+        again = ["dse", "run", options.study]
+        again += ["--trials", str(options.trials)] if options.trials else []
+        again += ["--out", options.out] if options.out else []
+        print(f"stopped; every finished trial is kept. Go on with:\n  {shlex.join(again)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     if options.json:
         _print_json(study_json(study))
@@ -344,7 +353,7 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, allow_nan=False, default=str))
 
 
-def _fail(message: str, options: argparse.Namespace) -> int:
+def _fail(message: str) -> int:
     print(f"dse: error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USER_ERROR
 
@@ -353,18 +362,32 @@ def _set_up_process() -> None:
     """Settings of a process of ours, not of a library: quiet libraries, and SIGTERM as clean as Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "±" must not end a study
     logger = logging.getLogger("dse")
     logger.propagate = False
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setLevel(logging.WARNING)
-        handler.setFormatter(logging.Formatter("dse: %(levelname)s: %(message)s"))
-        logger.addHandler(handler)
+    for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_StderrHandler())
 
     def stop(_signal: int, _frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+class _StderrHandler(logging.Handler):
+    """Warnings as lines on whatever stderr is now: progress bars replace it while they are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(logging.Formatter("dse: %(levelname)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        print(self.format(record), file=sys.stderr)
 
 
 if __name__ == "__main__":

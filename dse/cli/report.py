@@ -16,7 +16,7 @@ from dse.export import ExportResult
 from dse.measurement import Check
 from dse.pareto import Recommendation, format_front, front_text, to_records
 from dse.pareto.units import percent, points
-from dse.study import Study
+from dse.study import DEFAULT_MAX_ACCURACY_DROP, Study
 from dse.topology import Topology
 
 __all__ = [
@@ -42,7 +42,8 @@ def print_front(study: Study) -> None:
     """The front as a table, and how far the study is."""
     front = study.front()
     if sys.stdout.isatty():
-        Console().print(format_front(front, study.objectives))
+        console = Console()
+        console.print(format_front(front, study.objectives, width=console.width))
     else:
         print(front_text(front, study.objectives))
     hypervolume = study.hypervolume
@@ -68,7 +69,7 @@ def print_study(study: Study) -> None:
     ):
         print(f"  {path.name:<12} {what}")
     if study.has_accuracy:
-        print()
+        print(f"\nwithin {percent(DEFAULT_MAX_ACCURACY_DROP, 0)} of accuracy:")
         print_recommendation(study, study.recommend())
     print("\nnext:")
     for command in study.next_commands():
@@ -86,11 +87,18 @@ def print_recommendation(study: Study, advice: Recommendation) -> None:
             drop += f", at most {points(advice.accuracy_drop_high)} with 95 % confidence"
         console.print(f"  {drop}")
     else:
-        console.print(f"no trial fits: {escape(advice.reason)}")
-        if advice.nearest_miss_trial is not None:
-            console.print(f"  nearest miss: trial {advice.nearest_miss_trial}: {escape(advice.nearest_miss_reason)}")
-    if advice.knee_trial is not None:
-        console.print(f"  knee of the front: trial {advice.knee_trial}")
+        console.print(escape(advice.reason))
+    if advice.knee_trial is not None and advice.knee_trial != advice.trial:
+        console.print(f"  knee of the front: {escape(_knee_words(study, advice.knee_trial))}")
+
+
+def _knee_words(study: Study, trial: int) -> str:
+    """The knee with its figures: what to take where no tolerance decides."""
+    record = study.record(trial)
+    words = f"trial {trial}, {percent(record.cost['reduction'])} of the parameters removed"
+    if record.accuracy_drop is not None and record.accuracy_drop.value is not None:
+        words += f", accuracy {points(-record.accuracy_drop.value)}"
+    return words + "; the best exchange of one objective for the others, whatever the tolerance"
 
 
 def study_json(study: Study) -> dict[str, Any]:

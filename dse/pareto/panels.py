@@ -124,6 +124,22 @@ class Panel:
             sides[index] = corners[best]
         return sides
 
+    def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Ends of both axes: from the points themselves, so that one wide interval does not squeeze all of them.
+
+        Intervals that reach further are cut off at the frame.
+        """
+        ends = []
+        for values in ([p.x for p in self._all()], [p.y for p in self._all()]):
+            joined = np.concatenate(values)
+            low, high = (float(joined.min()), float(joined.max())) if len(joined) else (0.0, 1.0)
+            margin = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
+            ends.append((low - margin, high + margin))
+        return ends[0], ends[1]
+
+    def _all(self) -> tuple[Points, ...]:
+        return (self.others, self.front, self.dense)
+
     @property
     def steps_after(self) -> bool:
         """Whether the staircase goes right, then to the next y (x minimised), or first to the next y (maximised)."""

@@ -76,6 +76,7 @@ def _draw(figure: go.Figure, panel: Panel, index: int, count: int, hover: list[s
     columns = domains(index, count, panel.colour is not None)
     across = {**_axis_style(panel.x), "domain": columns[0], "anchor": on["yaxis"]}
     upward = {**_axis_style(panel.y), "domain": columns[1], "anchor": on["xaxis"]}
+    across["range"], upward["range"] = panel.limits()
     if index % 2 == 1:
         # The panel to its left names the same axis, and here stands that panel's colour scale.
         upward["title"] = {"text": ""}

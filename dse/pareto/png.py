@@ -106,7 +106,9 @@ def _draw(figure: Any, axes: Any, panel: Panel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(Palette.MUTED)
     axes.tick_params(colors=Palette.TEXT, labelsize=10.5)
-    axes.margins(0.06)
+    across, upward = panel.limits()
+    axes.set_xlim(across)
+    axes.set_ylim(upward)
 
 
 def _front(figure: Any, axes: Any, panel: Panel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from typing import Any
 from dse.cost import cost
 from dse.decomposition import AppliedPoint, FactorBank, apply_point
 from dse.design_point import DesignPoint
-from dse.errors import InvalidMeasurementError, OutOfMemoryError, TrialError
+from dse.errors import DseError, InvalidMeasurementError, OutOfMemoryError, StudyError, TrialError
 from dse.evaluation import EvaluationResult, Evaluator
 from dse.measurement import (
     EnergyMeter,
     LatencySpec,
+    PairedLatency,
     PhaseLatency,
     device_lock,
     measure_energy,
@@ -32,6 +34,8 @@ from dse.study.record import Interval, TrialRecord
 from dse.topology import Topology
 
 __all__ = ["PointEvaluator", "Reference", "point_text"]
+
+logger = logging.getLogger("dse")
 
 PhaseListener = Callable[[str, int, int], None]
 
@@ -73,7 +77,7 @@ class PointEvaluator:
         started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run = _Run(dataclasses.replace(blank, started_at=started_at))
         try:
-            with _torch_failures():
+            with _failures_of_a_trial():
                 self._run(run, point, reference)
         except TrialError as error:
             reason = str(error) if type(error) is TrialError else f"{type(error).__name__}: {error}"
@@ -81,10 +85,11 @@ class PointEvaluator:
         return run.finished("complete"), run.evaluation
 
     def _run(self, run: _Run, point: DesignPoint, reference: Reference | None) -> None:
+        applied = None
         self.on_phase("decompose", 0, 1)
-        with run.timed("decompose"):
-            applied = apply_point(self.loaded.model, self.loaded.topology, point, self.bank)
         try:
+            with run.timed("decompose"):
+                applied = apply_point(self.loaded.model, self.loaded.topology, point, self.bank)
             if self.evaluator is not None:
                 with run.timed("evaluate"):
                     run.evaluation = self.evaluator.evaluate(lambda done, total: self.on_phase("evaluate", done, total))
@@ -93,21 +98,45 @@ class PointEvaluator:
             with lock:
                 self._measure(run, applied, reference)
         finally:
-            with run.timed("undo"):
-                applied.undo()
+            if applied is not None:
+                with run.timed("undo"):
+                    applied.undo()
+
+    def check_device(self) -> None:
+        """Ask the model's device for a sign of life, after a trial that failed.
+
+        Raises:
+            StudyError: It is lost, and with it every further trial of this process.
+        """
+        import torch
+
+        if self.loaded.device.type == "cpu":
+            return
+        try:
+            torch.ones(1, device=self.loaded.device).add(1).item()
+        except RuntimeError as error:
+            raise StudyError(
+                f"{self.loaded.device} must answer, but is lost ({' '.join(str(error).split())[:200]}); every finished"
+                " trial is kept, run the same command again to go on"
+            ) from error
+
+    def _latency(self, applied: AppliedPoint) -> PairedLatency:
+        return measure_latency(
+            self.loaded.model,
+            self.latency_spec,
+            use_subject=applied.use_point,
+            use_dense=applied.use_dense,
+            progress=lambda done, total: self.on_phase("latency", done, total),
+        )
 
     def _measure(self, run: _Run, applied: AppliedPoint, reference: Reference | None) -> None:
         """Latency, energy and memory; the point is in the model before and after."""
         model = self.loaded.model
         if self.needs.latency:
             with run.timed("latency"):
-                latency = measure_latency(
-                    model,
-                    self.latency_spec,
-                    use_subject=applied.use_point,
-                    use_dense=applied.use_dense,
-                    progress=lambda done, total: self.on_phase("latency", done, total),
-                )
+                latency = self._latency(applied)
+                if not latency.is_valid:  # the machine was disturbed: a second look is cheaper than a lost trial
+                    latency = self._latency(applied)
             run.record = dataclasses.replace(run.record, latency=_json_safe(latency))
             if not latency.is_valid:
                 raise InvalidMeasurementError(f"latency: {latency.reason}")
@@ -236,19 +265,20 @@ def _with_quantity(record: TrialRecord, name: str, value: float | None, referenc
 
 
 @contextmanager
-def _torch_failures() -> Iterator[None]:
-    """A lack of memory or a failed kernel ends this trial, not the study."""
+def _failures_of_a_trial() -> Iterator[None]:
+    """A lack of memory, a failed kernel or a damaged file ends this trial, not the study."""
     import torch
 
     try:
         yield
-    except TrialError:
+    except DseError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemoryError(
             f"the device must have room for this point, but: {' '.join(str(error).split())[:300]}"
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # a model's own code raises anything; where it did stands in the log
+        logger.info("a trial failed", exc_info=True)
         raise TrialError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import filelock
 
-from dse.config import StudyConfig, parse_study, read_yaml
+from dse.config import StudyConfig, parse_study
 from dse.errors import StudyError
 from dse.evaluation import EvaluationResult, read_outcomes
 from dse.files import disk_errors, write_json, write_text
+from dse.yaml_reading import read_yaml
 
 __all__ = ["StudyFolder"]
+
+_LOCK = ".lock"
 
 
 class StudyFolder:
@@ -44,21 +47,27 @@ class StudyFolder:
         Raises:
             StudyError: The folder holds another study, or something that is none.
         """
-        if self.study_yaml.exists():
+        try:
+            has_study = self.study_yaml.exists()
+            # A kill at the very start leaves a lock, and perhaps a half-written file.
+            is_free = not self.path.exists() or (self.path.is_dir() and all(map(_is_ours, self.path.iterdir())))
+        except OSError as error:
+            raise StudyError(
+                f"a study needs a folder it may use, but {self.path}: {error.strerror}; choose another `--out`"
+            ) from error
+        if has_study:
             self._refuse_another_study(config)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif not is_free:
             raise StudyError(
                 f"a study needs a folder of its own, but {self.path} exists and is no study; choose another `--out`"
             )
 
-    def prepare(self, config: StudyConfig) -> None:
-        """Make the folder and write the resolved study into it.
+    def write_config(self, config: StudyConfig) -> None:
+        """Write the resolved study.
 
         Raises:
             StorageFullError: The folder cannot be written.
         """
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.study_yaml, config.to_yaml())
 
     def write_evaluation(self, trial: int, evaluation: EvaluationResult) -> None:
@@ -84,7 +93,7 @@ class StudyFolder:
         """Have what `dse` logs written to `run.log`, too."""
         logger = logging.getLogger("dse")
         with disk_errors(self.log):
-            handler = logging.FileHandler(self.log, encoding="utf-8")
+            handler = _LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
         logger.addHandler(handler)
@@ -94,7 +103,8 @@ class StudyFolder:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
-            handler.close()
+            with contextlib.suppress(OSError):
+                handler.close()
 
     def read_config(self) -> StudyConfig:
         """The resolved study of this folder.
@@ -110,14 +120,19 @@ class StudyFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second process; the operating system lets go of it when this one dies.
+        """Hold the folder, made if need be, against a second process; it is free again when this one dies.
+
+        A new folder into which nothing was written is taken away again.
 
         Raises:
             StudyError: Another process runs this study.
+            StorageFullError: The folder cannot be made or written.
         """
-        lock = filelock.FileLock(self.path / ".lock", blocking=False)
+        lock = filelock.FileLock(self.path / _LOCK, blocking=False)
         with disk_errors(self.path):
+            is_new = not self.path.exists()
             try:
+                self.path.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except filelock.Timeout:
                 raise StudyError(
@@ -126,6 +141,10 @@ class StudyFolder:
         try:
             yield
         finally:
+            if is_new and not self.study_yaml.exists():
+                with contextlib.suppress(OSError):
+                    Path(lock.lock_file).unlink()
+                    self.path.rmdir()
             lock.release()
 
     def _refuse_another_study(self, config: StudyConfig) -> None:
@@ -136,6 +155,17 @@ class StudyFolder:
                 f"{self.path} holds another study (different: {', '.join(different)}); choose another `--out`, or"
                 " give this study another name"
             )
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written, on a full disk, must not keep what is worth more from being said."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Let it go."""
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name == _LOCK or path.name.startswith(".study.yaml.")
 
 
 def _identity(config: StudyConfig) -> dict[str, Any]:

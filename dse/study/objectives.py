@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dse.config import StudyConfig
-from dse.errors import InvalidMeasurementError, MeterUnavailableError
+from dse.errors import ConfigError, InvalidMeasurementError, MeterUnavailableError
+from dse.evaluation.result import PERPLEXITY_METRICS
 from dse.pareto import Objective, objective_named
 from dse.study.record import TrialRecord
 
-__all__ = ["Needs", "needs_of", "objective_values", "resolve_objectives"]
+__all__ = ["Needs", "check_tasks_serve", "needs_of", "objective_values", "resolve_objectives"]
 
 _ACCURACY = {"accuracy", "perplexity"}
 _LATENCY = {"prefill_latency_s", "decode_latency_s"}
@@ -39,48 +41,83 @@ def needs_of(objectives: Sequence[Objective], has_tasks: bool) -> Needs:
     )
 
 
-def resolve_objectives(config: StudyConfig, meter_problem: str | None) -> tuple[tuple[Objective, ...], list[str]]:
+def resolve_objectives(
+    config: StudyConfig, meter_problem: str | None, begun_with: Sequence[str] | None = None
+) -> tuple[tuple[Objective, ...], dict[str, str]]:
     """The study's objectives, optional ones that cannot be measured left out.
 
     Args:
         config: The study.
         meter_problem: Why energy cannot be measured here; None where it can.
+        begun_with: Objectives of the trials that are there already; a study keeps them.
 
     Returns:
-        Objectives and the names that were dropped.
+        Objectives, and the names that were dropped with the reason.
 
     Raises:
-        ConfigError: An objective is unknown.
+        ConfigError: An objective is unknown, or none is left.
         MeterUnavailableError: Energy is asked for (and not optional) where no meter exists.
     """
-    kept, dropped = [], []
+    kept: list[Objective] = []
+    dropped: dict[str, str] = {}
     for entry in config.objectives:
         chosen = objective_named(entry.name)
-        if entry.name in _ENERGY and meter_problem is not None:
+        if begun_with is not None and entry.name not in begun_with:
+            dropped[entry.name] = "this study was begun without it"
+        elif entry.name in _ENERGY and meter_problem is not None:
+            if begun_with is not None:
+                raise MeterUnavailableError(
+                    f"this study was begun with objective '{entry.name}' and needs its energy meter, but"
+                    f" {meter_problem}; or choose another `--out`"
+                )
             if not entry.optional:
                 raise MeterUnavailableError(
                     f"objective '{entry.name}' needs an energy meter, but {meter_problem}; or mark the objective"
                     " `optional: true`, or leave it out"
                 )
-            dropped.append(entry.name)
-            continue
-        kept.append(chosen)
+            dropped[entry.name] = meter_problem
+        else:
+            kept.append(chosen)
+    if not kept:
+        raise ConfigError("a study needs an objective that can be measured here, but all of them were left out")
     return tuple(kept), dropped
 
 
+def check_tasks_serve(objectives: Sequence[Objective], metrics: Mapping[str, str]) -> None:
+    """Refuse an accuracy or perplexity that none of the tasks measures, as far as the metrics' names tell.
+
+    Args:
+        objectives: Of the study.
+        metrics: Task to the metric that stands for it.
+
+    Raises:
+        ConfigError: No task serves the objective.
+    """
+    listed = ", ".join(f"{task} by {metric}" for task, metric in metrics.items())
+    kinds = {metric.partition(",")[0] in PERPLEXITY_METRICS for metric in metrics.values()}
+    for entry in objectives:
+        if entry.name in _ACCURACY and (entry.name == "perplexity") not in kinds:
+            raise ConfigError(
+                f"objective '{entry.name}' needs a task whose metric is of that kind, but the tasks are measured"
+                f" otherwise ({listed}); name another task, or give it a `metric`"
+            )
+
+
 def objective_values(objectives: Sequence[Objective], record: TrialRecord) -> list[float]:
-    """Values in the study's order.
+    """Values in the study's order, all finite.
 
     Raises:
         InvalidMeasurementError: One was not measured in this trial.
     """
     values = []
     for entry in objectives:
-        if entry.name in record.cost:
-            values.append(float(record.cost[entry.name]))
-            continue
         measured = record.quantities.get(entry.name)
-        if measured is None or measured.value is None:
-            raise InvalidMeasurementError(f"objective '{entry.name}' was not measured in trial {record.trial}")
-        values.append(measured.value)
+        value = record.cost.get(entry.name) if measured is None else measured.value
+        if value is None or not math.isfinite(value):
+            hint = "; none of the tasks is scored so" if entry.name in _ACCURACY else ""
+            raise InvalidMeasurementError(
+                f"objective '{entry.name}' must be measured in every trial, but trial {record.trial} has"
+                f" {'none' if value is None else value}{hint}"
+            )
+        values.append(float(value))
     return values

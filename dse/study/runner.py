@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dse.config import StudyConfig, load_study
+from dse.config import StudyConfig, load_study, parse_study
 from dse.design_point import DesignPoint
-from dse.errors import StudyError
-from dse.measurement import describe_environment
+from dse.errors import InvalidMeasurementError, StudyError, UserError
 from dse.pareto import directions_of, reference_point
 from dse.study.evaluate_point import Reference, blank_record
 from dse.study.events import StudyListener, StudyProgress
+from dse.study.facts import check_same_facts, study_facts
 from dse.study.folder import StudyFolder
 from dse.study.objectives import objective_values
-from dse.study.proposals import enqueue_first_points, unseen_feasible_levels
+from dse.study.proposals import first_points, unseen_feasible_levels
 from dse.study.record import TrialRecord
 from dse.study.setup import PreparedStudy, prepare_study
 from dse.study.storage import Proposal, StudyStorage
-from dse.study.study import Study, write_reports
+from dse.study.study import Study, begun_study, write_reports
 
 __all__ = ["run_study"]
 
@@ -33,7 +36,7 @@ _FREE_PROPOSALS = 3
 
 
 def run_study(
-    study: StudyConfig | str | Path,
+    study: StudyConfig | Mapping[str, Any] | str | Path,
     *,
     out: str | Path | None = None,
     trials: int | None = None,
@@ -42,7 +45,7 @@ def run_study(
     """Run a study, or go on with one, until its budget of trials is spent.
 
     Args:
-        study: A study file, or its parsed config.
+        study: A study file, or what it holds as a mapping or a parsed config.
         out: Folder of the study; `runs/<study name>` by default.
         trials: Evaluated points in all, the dense model included; overrides the file.
         listener: Told of progress.
@@ -54,33 +57,43 @@ def run_study(
         UserError: The study cannot be run as it stands; nothing was evaluated, and nothing measured before is lost.
         KeyboardInterrupt: Stopped by the user; all finished trials are kept and the same call goes on.
     """
-    config = study if isinstance(study, StudyConfig) else load_study(Path(study))
+    config = _config_of(study)
     if trials is not None:
-        budget = config.budget.model_copy(update={"trials": trials})
-        config = config.model_copy(update={"budget": budget})
+        config = config.model_copy(update={"budget": config.budget.model_copy(update={"trials": trials})})
     folder = StudyFolder(Path(out) if out is not None else Path("runs") / config.name)
-    folder.check(config)
     watcher = listener or StudyListener()
-    existing = _finished_study(folder, config)
-    if existing is not None:
-        watcher.on_message(f"complete: all {config.budget.trials} trials are there")
-        return existing
-    prepared = prepare_study(config, watcher)
-    folder.prepare(config)
-    with folder.locked(), folder.logging_to_file():
-        _Loop(prepared, folder, watcher).run()
+    folder.check(config)
+    with folder.locked():
+        begun = begun_study(folder.path)
+        if begun is not None and _is_finished(begun, config, watcher):
+            folder.write_config(config)
+            finished = Study(folder.path)
+            write_reports(finished)
+            return finished
+        prepared = prepare_study(config, watcher, None if begun is None else begun.attributes["objectives"])
+        folder.write_config(config)
+        with folder.logging_to_file():
+            _Loop(prepared, folder, watcher).run()
     return Study(folder.path)
 
 
-def _finished_study(folder: StudyFolder, config: StudyConfig) -> Study | None:
-    """The study of this folder if its budget is spent already: no model needs loading to say so."""
-    if not folder.storage.exists():
-        return None
-    study = Study(folder.path)
-    if study.evaluated_trials < config.budget.trials and not study.is_exhausted:
-        return None
-    write_reports(study)
-    return study
+def _config_of(study: StudyConfig | Mapping[str, Any] | str | Path) -> StudyConfig:
+    if isinstance(study, StudyConfig):
+        return study
+    return parse_study(dict(study)) if isinstance(study, Mapping) else load_study(Path(study))
+
+
+def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> bool:
+    """Whether nothing is left to do: no model needs loading to say so."""
+    if study.evaluated_trials >= config.budget.trials:
+        listener.on_message(f"complete: all {config.budget.trials} trials are there")
+        return True
+    if study.is_exhausted:
+        listener.on_message(
+            f"complete: {study.evaluated_trials} trials are there, and the space holds no further point"
+        )
+        return True
+    return False
 
 
 @dataclass
@@ -109,75 +122,66 @@ class _Loop:
 
     def run(self) -> None:
         """Propose and evaluate until the budget is spent or the space is exhausted."""
-        self._resume_or_start()
-        budget = self.prepared.config.budget.trials
-        free = 0
-        while self.evaluated < budget:
-            if free >= _FREE_PROPOSALS and self.storage.enqueued == 0:
-                if not self._enqueue_unseen():
-                    self.storage.set_attribute("exhausted", True)
-                    self.listener.on_message("no further point lies within the limits: the space is exhausted")
-                    break
-                free = 0
-            proposal = self.storage.ask(self.prepared.space.dimensions)
-            free = 0 if self._take(proposal) else free + 1
+        try:
+            free = self._resume_or_start()
+            while self.evaluated < self.prepared.config.budget.trials:
+                if free >= _FREE_PROPOSALS and self.storage.enqueued == 0:
+                    if not self._enqueue_unseen():
+                        self.storage.set_attribute("exhausted", True)
+                        self.listener.on_message("no further point lies within the limits: the space is exhausted")
+                        break
+                    free = 0
+                proposal = self.storage.ask(self.prepared.space.dimensions)
+                free = 0 if self._take(proposal) else free + 1
+        except BaseException:
+            self.storage.close()
+            with contextlib.suppress(UserError):  # what ended the run is worth more than its tables
+                Study(self.folder.path).write_tables()
+            raise
+        self.storage.close()
         write_reports(Study(self.folder.path))
 
-    def _resume_or_start(self) -> None:
-        space, config = self.prepared.space, self.prepared.config
-        self.storage.set_attribute("objectives", [entry.name for entry in self.prepared.objectives])
-        records = self.storage.records()
-        unfinished = self.storage.unfinished()
-        if not records and not unfinished and self.storage.enqueued == 0:
-            self.storage.set_attribute("facts", _facts(self.prepared))
-            enqueue_first_points(
-                self.storage,
-                space,
-                self.prepared.enqueued,
-                sampler=config.sampler.name,
-                seed=config.sampler.seed,
-                trials=config.budget.trials,
-            )
-        for proposal in unfinished:
-            self._give_up(proposal)
-        self._check_same_model()
+    def _resume_or_start(self) -> int:
+        """Bring the storage and this process to the same state; returns the free proposals in a row so far."""
+        facts = study_facts(self.prepared)
+        before = self.storage.attributes.get("facts")
+        if before is not None:
+            for notice in check_same_facts(self.folder.path, before, facts):
+                self.listener.on_message(notice)
+        records, unfinished = self.storage.records(), self.storage.unfinished()
+        with self.storage.at_once():
+            if before is None:
+                self.storage.set_attribute("facts", facts)
+                self.storage.set_attribute("objectives", [entry.name for entry in self.prepared.objectives])
+            for proposal in unfinished:
+                self._interrupt(proposal, "the process was stopped during this trial")
+            self._restore_reference(records)
+            if self.reference is None and self.storage.enqueued == 0:
+                self.storage.enqueue(self.prepared.space.dense_levels, "dense")
         for record in records:
             self._remember(record)
-        if records:
-            self.listener.on_message(f"going on with {self.evaluated} of {config.budget.trials} trials done")
-            self._restore_reference(records)
-
-    def _check_same_model(self) -> None:
-        before = self.storage.attributes.get("facts", {}).get("model_fingerprint")
-        now = self.prepared.loaded.fingerprint
-        if before is not None and before != now:
-            raise StudyError(
-                f"{self.folder.path} was begun with model {before}, but {self.prepared.loaded.ref} is {now} now;"
-                " choose another `--out`, or pin `model.revision`"
-            )
-
-    def _give_up(self, proposal: Proposal) -> None:
-        """A killed process left this trial running: mark it, and queue its point again."""
-        space = self.prepared.space
-        levels = {name: proposal.levels[name] for name in space.dimensions if name in proposal.levels}
-        whole = len(levels) == len(space.dimensions)
-        point = space.point(levels) if whole else DesignPoint.dense()
-        blank = blank_record(proposal.trial, point, self.prepared.loaded.topology, proposal.origin)
-        record = dataclasses.replace(blank, state="interrupted", reason="the process was stopped during this trial")
-        self.storage.tell(record, None, {})
-        if whole:
-            self.storage.enqueue(levels, "dense" if proposal.origin == "dense" else "retried")
-        elif proposal.origin == "dense":
-            self.storage.enqueue(space.dense_levels, "dense")
+        if records or unfinished:
+            budget = self.prepared.config.budget.trials
+            self.listener.on_message(f"going on with {self.evaluated} of {budget} trials done")
+        return _free_proposals(records)
 
     def _restore_reference(self, records: list[TrialRecord]) -> None:
         dense = next((r for r in records if r.state == "complete" and not r.point["tensors"]), None)
-        if dense is None:
-            return
-        evaluation = None
-        if dense.tasks:
-            evaluation = self.folder.read_evaluation(dense.trial)
-        self.reference = Reference(evaluation, dense)
+        if dense is not None:
+            evaluation = self.folder.read_evaluation(dense.trial) if dense.tasks else None
+            self.reference = Reference(evaluation, dense)
+
+    def _interrupt(self, proposal: Proposal, reason: str) -> None:
+        """Close a trial that did not come to its end, and queue its point again."""
+        space = self.prepared.space
+        blank = blank_record(
+            proposal.trial, space.point(proposal.levels), self.prepared.loaded.topology, proposal.origin
+        )
+        with self.storage.at_once():
+            self.storage.tell(dataclasses.replace(blank, state="interrupted", reason=reason), None, {})
+            # The dense model is queued when a run begins: it must come before every point that refers to it.
+            if proposal.origin != "dense":
+                self.storage.enqueue(proposal.levels, "retried")
 
     def _remember(self, record: TrialRecord) -> None:
         if record.state in ("complete", "failed"):
@@ -194,20 +198,21 @@ class _Loop:
         is_reference = point.is_dense and self.reference is None
         if not feasible and not is_reference:
             reason = ", ".join(f"{name} exceeded by {value:.4g}" for name, value in violations.items() if value > 0)
-            self.storage.tell(dataclasses.replace(blank, state="infeasible", reason=reason), None, violations)
-            repaired = space.repair(proposal.levels, random.Random(proposal.trial))
-            if repaired is not None and space.point(repaired).id not in self.by_point:
-                self.storage.enqueue(repaired, "repaired")
+            repaired = space.repair(proposal.levels, self._generator("repair", point.id))
+            with self.storage.at_once():
+                self.storage.tell(dataclasses.replace(blank, state="infeasible", reason=reason), None, violations)
+                if repaired is not None and space.point(repaired).id not in self.by_point:
+                    self.storage.enqueue(repaired, "repaired")
             return False
         if point.id in self.by_point:
             self._reuse(blank, self.by_point[point.id], violations)
             return False
-        self._evaluate(blank, point, violations)
+        self._evaluate(proposal, blank, point, violations)
         return True
 
     def _reuse(self, blank: TrialRecord, earlier: TrialRecord, violations: dict[str, float]) -> None:
         """A point that was evaluated before: its values are told again, marked as a duplicate."""
-        values = objective_values(self.prepared.objectives, earlier) if earlier.state == "complete" else None
+        failed = f", which failed: {earlier.reason}" if earlier.state == "failed" else ""
         record = dataclasses.replace(
             earlier,
             trial=blank.trial,
@@ -215,58 +220,73 @@ class _Loop:
             state="duplicate",
             duplicate_of=earlier.trial,
             seconds={},
-            reason=f"same point as trial {earlier.trial}",
+            reason=f"same point as trial {earlier.trial}{failed}",
         )
+        values = None if failed else objective_values(self.prepared.objectives, earlier)
         self.storage.tell(record, values, violations)
 
-    def _evaluate(self, blank: TrialRecord, point: DesignPoint, violations: dict[str, float]) -> None:
+    def _evaluate(
+        self, proposal: Proposal, blank: TrialRecord, point: DesignPoint, violations: dict[str, float]
+    ) -> None:
         self.listener.on_trial_start(self._progress(), blank)
         logger.info("trial %d: point %s (%s)", blank.trial, blank.point_id, blank.point_text)
         try:
             record, evaluation = self.prepared.evaluator.evaluate(blank, point, self.reference)
         except KeyboardInterrupt:
-            self._stop(blank)
+            self._interrupt(proposal, "stopped by the user")
             raise
-        if record.state == "failed":
-            logger.warning("trial %d failed: %s", record.trial, record.reason)
-        if point.is_dense and self.reference is None:
-            self._check_dense(record)
-            self.reference = Reference(evaluation, record)
+        values: list[float] | None = None
+        if record.state == "complete":
+            try:
+                values = objective_values(self.prepared.objectives, record)
+            except InvalidMeasurementError as error:
+                record = dataclasses.replace(record, state="failed", reason=str(error))
+        is_reference = point.is_dense and self.reference is None
+        if is_reference and values is None:
+            # Without the dense model there is nothing to compare with: say why it failed and end.
+            self._interrupt(proposal, record.reason)
+            raise StudyError(f"the dense model (trial {record.trial}) must be measurable, but: {record.reason}")
         if evaluation is not None:
             self.folder.write_evaluation(record.trial, evaluation)
-        values = objective_values(self.prepared.objectives, record) if record.state == "complete" else None
-        self.storage.tell(record, values, violations)
-        if values is not None and "reference" not in self.storage.attributes:
-            dense = dict(zip((o.name for o in self.prepared.objectives), values, strict=True))
-            self.storage.set_attribute("reference", reference_point(self.prepared.objectives, dense))
+        with self.storage.at_once():
+            self.storage.tell(record, values, violations)
+            if is_reference and values is not None:
+                self.reference = Reference(evaluation, record)
+                self._begin_search(values)
         self._remember(record)
         self.evaluated_here += 1
         study = Study(self.folder.path)
         study.write_tables()
-        logger.info("trial %d: %s %s", record.trial, record.state, record.quantities)
+        logger.info("trial %d: %s %s", record.trial, record.state, record.reason or record.quantities)
         self.listener.on_trial_end(self._progress(study), record)
-
-    def _check_dense(self, record: TrialRecord) -> None:
-        """Without the dense model there is nothing to compare with: say why it failed and end."""
         if record.state == "failed":
-            self._stop(record)
-            raise StudyError(f"the dense model (trial {record.trial}) must be measurable, but: {record.reason}")
+            self.prepared.evaluator.check_device()
 
-    def _stop(self, blank: TrialRecord) -> None:
-        interrupted = dataclasses.replace(blank, state="interrupted", reason=blank.reason or "stopped by the user")
-        self.storage.tell(interrupted, None, {})
-        levels = self.prepared.space.levels_of(DesignPoint.from_json(blank.point, self.prepared.loaded.topology))
-        self.storage.enqueue(levels, "dense" if blank.origin == "dense" else "retried")
-        study = Study(self.folder.path)
-        study.write_tables()
+    def _begin_search(self, values: list[float]) -> None:
+        """The dense model is known: fix the reference of the hypervolume, and queue what is evaluated first."""
+        dense = dict(zip((o.name for o in self.prepared.objectives), values, strict=True))
+        self.storage.set_attribute("reference", reference_point(self.prepared.objectives, dense))
+        config = self.prepared.config
+        proposals = first_points(
+            self.prepared.space,
+            self.prepared.enqueued,
+            sampler=config.sampler.name,
+            seed=config.sampler.seed,
+            trials=config.budget.trials,
+        )
+        for levels, origin in proposals:
+            self.storage.enqueue(levels, origin)
 
     def _enqueue_unseen(self) -> bool:
-        generator = random.Random(len(self.storage.records()))
-        levels = unseen_feasible_levels(self.prepared.space, set(self.by_point), generator)
+        levels = unseen_feasible_levels(self.prepared.space, set(self.by_point), self._generator("unseen"))
         if levels is None:
             return False
         self.storage.enqueue(levels, "repaired")
         return True
+
+    def _generator(self, *purpose: str) -> random.Random:
+        """Seeded by what an uninterrupted study would have, too: trial numbers shift when a trial is repeated."""
+        return random.Random(f"{self.prepared.config.sampler.seed} {self.evaluated} {purpose}")
 
     def _progress(self, study: Study | None = None) -> StudyProgress:
         total = self.prepared.config.budget.trials
@@ -277,25 +297,11 @@ class _Loop:
         return StudyProgress(self.evaluated, total, front, hypervolume, left)
 
 
-def _facts(prepared: PreparedStudy) -> dict[str, object]:
-    """What is written once per study."""
-    calibration = prepared.calibration
-    return {
-        "environment": describe_environment(),
-        "model_fingerprint": prepared.loaded.fingerprint,
-        "model_ref": prepared.loaded.ref,
-        "architecture": prepared.loaded.topology.architecture,
-        "parameters_dense": prepared.loaded.topology.parameters_dense,
-        "device": str(prepared.loaded.device),
-        "dtype": str(prepared.loaded.dtype).removeprefix("torch."),
-        "calibration": None if calibration is None else calibration.description,
-        "calibration_fingerprint": None if calibration is None else calibration.fingerprint,
-        "evaluation_fingerprint": prepared.evaluator.evaluator.fingerprint if prepared.evaluator.evaluator else None,
-        "energy_meter": prepared.evaluator.meter.name if prepared.evaluator.meter else None,
-        "seeds": {
-            "sampler": prepared.config.sampler.seed,
-            "documents": prepared.config.evaluation.seed,
-            "calibration": prepared.config.calibration.seed,
-        },
-        "number_of_points": str(prepared.space.number_of_points()),
-    }
+def _free_proposals(records: list[TrialRecord]) -> int:
+    """Proposals at the end of these records that were settled without an evaluation."""
+    count = 0
+    for record in reversed(records):
+        if record.state in ("complete", "failed"):
+            break
+        count += record.state != "interrupted"
+    return count

@@ -57,7 +57,7 @@ def make_sampler(name: str, seed: int, trials: int, asked: int) -> optuna.sample
         name: A key of `SAMPLERS`.
         seed: Of the study.
         trials: Budget of the study, for population sizes and start-up.
-        asked: Proposals made so far.
+        asked: Proposals that a sampler has made so far, those from the queue not counted.
     """
     own_seed = seed if name == "qmc" else (seed * 1_000_003 + asked) % 2**32
     with warnings.catch_warnings():

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dse.config import StudyConfig
-from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows
+from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows, longest_window
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, MeterUnavailableError, PointError
 from dse.evaluation import Evaluator, TaskSpec
 from dse.measurement import EnergyMeter, LatencySpec, open_meter
+from dse.measurement.workload import Workload
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
 from dse.study.evaluate_point import PointEvaluator
 from dse.study.events import StudyListener
-from dse.study.objectives import needs_of, resolve_objectives
+from dse.study.objectives import check_tasks_serve, needs_of, resolve_objectives
 from dse.study.space import SearchSpace
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
@@ -35,21 +37,26 @@ class PreparedStudy:
     calibration: CalibrationWindows | None
 
 
-def prepare_study(config: StudyConfig, listener: StudyListener) -> PreparedStudy:
+def prepare_study(
+    config: StudyConfig, listener: StudyListener, begun_with: Sequence[str] | None = None
+) -> PreparedStudy:
     """Load the model, check the whole study against it, and build or open the factor bank.
 
     Cheap checks come first: a misspelt objective must not cost a download.
+
+    Args:
+        config: The study.
+        listener: Told of progress.
+        begun_with: Objectives of the trials that are there already; None for a new study.
 
     Raises:
         UserError: Anything in the study that cannot be: model, space, task, objective, meter, calibration text.
     """
     device = resolve_device(config.model.device)
     meter, meter_problem = _try_meter(device) if _wants_energy(config) else (None, None)
-    objectives, dropped = resolve_objectives(config, meter_problem)
-    for name in dropped:
-        listener.on_message(f"objective {name} is left out: {meter_problem}")
-    if not objectives:
-        raise ConfigError("a study needs an objective that can be measured here, but all of them were left out")
+    objectives, dropped = resolve_objectives(config, meter_problem, begun_with)
+    for name, reason in dropped.items():
+        listener.on_message(f"objective {name} is left out: {reason}")
     spec = LatencySpec(
         prompt_tokens=config.measurement.prompt_tokens,
         new_tokens=config.measurement.new_tokens,
@@ -62,23 +69,12 @@ def prepare_study(config: StudyConfig, listener: StudyListener) -> PreparedStudy
     _check_phases(objectives, loaded)
     space = SearchSpace.from_config(config.space, loaded.topology)
     enqueued = _enqueued_points(config, loaded, space)
-    tasks = [TaskSpec(t.task, t.metric, t.weight, t.limit, t.num_fewshot) for t in config.tasks]
-    settings = config.evaluation
-    evaluator = None
-    if tasks:
-        evaluator = Evaluator(
-            loaded,
-            tasks,
-            limit=settings.limit,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-            apply_chat_template=settings.apply_chat_template,
-        )
+    needs = needs_of(objectives, bool(config.tasks))
+    if needs.latency or needs.energy or needs.memory:
+        Workload(loaded.model, spec)  # refuses a prompt that does not fit the model
+    evaluator = _evaluator(config, loaded, objectives) if config.tasks else None
     bank, calibration = study_bank(config, loaded, space, listener)
-    point_evaluator = PointEvaluator(
-        loaded, bank, needs_of(objectives, bool(tasks)), evaluator, spec, meter, listener.on_phase
-    )
+    point_evaluator = PointEvaluator(loaded, bank, needs, evaluator, spec, meter, listener.on_phase)
     return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration)
 
 
@@ -110,8 +106,9 @@ def study_bank(
     requests = space.largest_ranks()
     calibration = None
     if any(METHODS[method].is_calibrated for method in requests):
-        longest = getattr(loaded.model.config, "max_position_embeddings", None)
-        calibration = calibration_windows(loaded.tokenizer, config.calibration, longest_window=longest)
+        calibration = calibration_windows(
+            loaded.tokenizer, config.calibration, longest_window=longest_window(loaded.model)
+        )
         listener.on_message(f"calibration text: {calibration.description}")
     bank = FactorBank.build(loaded, requests, calibration, progress=listener.on_phase)
     return bank, calibration
@@ -129,6 +126,21 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
+
+
+def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objective, ...]) -> Evaluator:
+    settings = config.evaluation
+    evaluator = Evaluator(
+        loaded,
+        [TaskSpec(t.task, t.metric, t.weight, t.limit, t.num_fewshot) for t in config.tasks],
+        limit=settings.limit,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        apply_chat_template=settings.apply_chat_template,
+    )
+    check_tasks_serve(objectives, evaluator.metrics)
+    return evaluator
 
 
 def _wants_energy(config: StudyConfig) -> bool:

@@ -1,9 +1,10 @@
-"""The study's trials in an Optuna RDB storage: what is asked, told, and found again after a kill."""
+"""The study's trials in an Optuna storage: what is asked, told, and found again after a kill."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy.exc
 from optuna.trial import TrialState as OptunaState
 
 from dse.errors import StorageFullError, StudyError
 from dse.study.record import TrialRecord
 from dse.study.sampler import make_sampler
+from dse.study.sqlite import SqliteStorage
 
 __all__ = ["Proposal", "StudyStorage"]
 
-_RECORD, _ORIGIN = "record", "origin"
+_NAME, _RECORD, _ORIGIN = "dse", "record", "origin"
+_NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,11 @@ class StudyStorage:
     (infeasible: learnt from, never evaluated), FAIL. What each trial really was stands in its record.
     """
 
-    def __init__(self, study: optuna.Study, path: Path, sampler_name: str, seed: int, trials: int) -> None:
+    def __init__(self, study: optuna.Study, file: SqliteStorage, path: Path) -> None:
         self._study = study
+        self._file = file
         self._path = path
-        self._sampler_name = sampler_name
-        self._seed = seed
-        self._trials = trials
+        self._sampler_name, self._seed, self._trials = "tpe", 0, 1
 
     @classmethod
     def open(
@@ -51,16 +54,30 @@ class StudyStorage:
     ) -> StudyStorage:
         """Create or open the storage.
 
+        Args:
+            path: The SQLite file.
+            directions: "minimize" or "maximize" for each objective.
+            sampler: A key of `dse.study.SAMPLERS`.
+            seed: Of the sampler.
+            trials: Budget of the study.
+
         Raises:
             StorageFullError: The file cannot be written.
-            StudyError: The file is damaged or not an Optuna storage.
+            StudyError: The file is damaged, not an Optuna storage, or has other objectives.
         """
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with _storage_errors(path):
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-            directed = [optuna.study.StudyDirection[direction.upper()] for direction in directions]
-            study = optuna.create_study(storage=storage, study_name="dse", directions=directed, load_if_exists=True)
-        return cls(study, path, sampler, seed, trials)
+        directed = [optuna.study.StudyDirection[direction.upper()] for direction in directions]
+        with _opened(path) as file:
+            if _NAME not in optuna.get_all_study_names(file.optuna):
+                optuna.create_study(storage=file.optuna, study_name=_NAME, directions=directed)
+            study = optuna.load_study(storage=file.optuna, study_name=_NAME)
+            if study.directions != directed and not study.user_attrs:  # killed before it began, with other objectives
+                optuna.delete_study(storage=file.optuna, study_name=_NAME)
+                study = optuna.create_study(storage=file.optuna, study_name=_NAME, directions=directed)
+            if study.directions != directed:
+                raise StudyError(f"{path} must be of the study's {len(directed)} objectives, but is of others")
+        opened = cls(study, file, path)
+        opened._sampler_name, opened._seed, opened._trials = sampler, seed, trials
+        return opened
 
     @classmethod
     def open_existing(cls, path: Path) -> StudyStorage:
@@ -71,15 +88,40 @@ class StudyStorage:
         """
         if not path.is_file():
             raise StudyError(f"a study folder must hold {path.name}, but {path.parent} does not; run `dse run` first")
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with _storage_errors(path):
-            study = optuna.load_study(storage=f"sqlite:///{path}", study_name="dse")
-        return cls(study, path, "tpe", 0, 1)
+        with _opened(path) as file:
+            if _NAME not in optuna.get_all_study_names(file.optuna):
+                raise StudyError(f"{path.parent} holds a study that never started; run `dse run` again")
+            study = optuna.load_study(storage=file.optuna, study_name=_NAME)
+        return cls(study, file, path)
+
+    @staticmethod
+    def is_begun(path: Path) -> bool:
+        """Whether the file holds a study that has got as far as its objectives; a kill may come before.
+
+        Raises:
+            StudyError: The file is damaged.
+        """
+        with _opened(path) as file:
+            has_study = _NAME in optuna.get_all_study_names(file.optuna)
+            begun = has_study and "objectives" in optuna.load_study(storage=file.optuna, study_name=_NAME).user_attrs
+        file.close()
+        return begun
+
+    def close(self) -> None:
+        """Close the file; nothing can be asked of this storage after."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Keep all that is written under this block, or, if it raises or the process dies, nothing of it."""
+        with _storage_errors(self._path), self._file.at_once():
+            yield
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Facts about the study as a whole: environment, reference point, dense trial."""
-        return dict(self._study.user_attrs)
+        """Facts about the study as a whole: objectives, environment, reference point."""
+        with _storage_errors(self._path):
+            return dict(self._study.user_attrs)
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON-safe fact about the study."""
@@ -88,14 +130,13 @@ class StudyStorage:
 
     def enqueue(self, levels: Mapping[str, int], origin: str) -> None:
         """Have these levels proposed next (first in, first out)."""
-        with _storage_errors(self._path):
+        with self.at_once():
             self._study.enqueue_trial(dict(levels), user_attrs={_ORIGIN: origin})
 
     @property
     def enqueued(self) -> int:
         """Proposals waiting in the queue."""
-        with _storage_errors(self._path):
-            return len(self._study.get_trials(deepcopy=False, states=(OptunaState.WAITING,)))
+        return len(self._in_state(OptunaState.WAITING))
 
     def ask(self, dimensions: Mapping[str, int]) -> Proposal:
         """The next proposal: from the queue, else from the sampler.
@@ -103,68 +144,88 @@ class StudyStorage:
         Args:
             dimensions: Dimension name to its number of levels.
         """
-        with _storage_errors(self._path), warnings.catch_warnings():
+        with self.at_once(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            asked = len(self._study.get_trials(deepcopy=False))
+            # Only the sampler's own proposals count: one that was interrupted and queued again must not shift the rest.
+            asked = sum(_ORIGIN not in trial.user_attrs for trial in self._in_state())
             self._study.sampler = make_sampler(self._sampler_name, self._seed, self._trials, asked)
             trial = self._study.ask()
+            if self._sampler_name.startswith("nsga"):
+                # Counts a queued point into the generation, too; Optuna leaves those out, and with them every repaired
+                # point, so that in a space with limits no generation would ever fill.
+                _ = trial.relative_params
             levels = {name: trial.suggest_int(name, 0, size - 1) for name, size in dimensions.items()}
         return Proposal(trial.number, levels, str(trial.user_attrs.get(_ORIGIN, "sampler")))
 
     def tell(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
-        """Keep the record of a trial, then finish it; a kill in between leaves it unfinished, to be tried again.
+        """Keep the record of a trial and finish it; a kill leaves it unfinished, to be tried again.
 
         Args:
             record: All about the trial.
             values: Objective values in the study's order; None where it has none.
             violations: Constraint name to value, <= 0 feasible.
         """
-        trial = optuna.trial.Trial(self._study, self._trial_id(record.trial))
-        state = {
-            "complete": OptunaState.COMPLETE,
-            "duplicate": OptunaState.COMPLETE,
-            "infeasible": OptunaState.PRUNED,
-        }.get(record.state, OptunaState.FAIL)
-        with _storage_errors(self._path):
+        state = OptunaState.COMPLETE if values is not None else OptunaState.FAIL
+        if record.state == "infeasible":
+            state = OptunaState.PRUNED
+        with self.at_once():
+            trial = optuna.trial.Trial(self._study, self._trial_id(record.trial))
             for name, value in violations.items():
                 trial.set_constraint(name, value)
             trial.set_user_attr(_RECORD, json.dumps(record.to_json(), allow_nan=False))
             self._study.tell(record.trial, list(values) if values is not None else None, state=state)
 
     def records(self) -> list[TrialRecord]:
-        """Records of all finished trials, by number."""
-        with _storage_errors(self._path):
-            trials = self._study.get_trials(deepcopy=False)
-        return [
-            TrialRecord.from_json(json.loads(trial.user_attrs[_RECORD]))
-            for trial in trials
-            if trial.state.is_finished() and _RECORD in trial.user_attrs
-        ]
+        """Records of all finished trials, by number.
+
+        Raises:
+            StudyError: A record cannot be read.
+        """
+        finished = [trial for trial in self._in_state() if trial.state.is_finished()]
+        try:
+            return [TrialRecord.from_json(json.loads(trial.user_attrs[_RECORD])) for trial in finished]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StudyError(f"{self._path} must hold a record of every trial, but one is damaged: {error}") from error
 
     def unfinished(self) -> list[Proposal]:
         """Trials that a killed process left running; call only while holding the study's lock."""
-        with _storage_errors(self._path):
-            running = self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,))
+        running = self._in_state(OptunaState.RUNNING)
         return [Proposal(t.number, dict(t.params), str(t.user_attrs.get(_ORIGIN, "sampler"))) for t in running]
+
+    def _in_state(self, *states: OptunaState) -> list[optuna.trial.FrozenTrial]:
+        with _storage_errors(self._path):
+            return self._study.get_trials(deepcopy=False, states=states or None)
 
     def _trial_id(self, number: int) -> int:
         return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
 
 @contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Turn what Optuna and SQLAlchemy raise on a bad file into one clear line."""
-    import sqlalchemy.exc
+def _opened(path: Path) -> Iterator[SqliteStorage]:
+    """The file, closed again if the block raises."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with _storage_errors(path):
+        file = SqliteStorage(path)
+        try:
+            yield file
+        except (KeyError, RuntimeError) as error:  # tables or a version that this Optuna does not know
+            file.close()
+            raise StudyError(f"{path} must be a study storage of dse, but: {error}") from error
+        except BaseException:
+            file.close()
+            raise
 
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Turn what SQLite, SQLAlchemy and Optuna raise on a bad file or disk into one clear line."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         reason = " ".join(str(error.__cause__ or error).split()).split(" [SQL")[0]
-        if any(word in reason for word in ("full", "readonly", "unable to open", "disk I/O")):
+        if any(word in reason for word in _NO_ROOM):
             raise StorageFullError(
                 f"{path} must be writable and the disk have room, but: {reason}; nothing measured is lost,"
                 " free some space and run the same command again"
             ) from error
         raise StudyError(f"{path} must be a study storage of dse, but: {reason}") from error
-    except (KeyError, RuntimeError) as error:
-        raise StudyError(f"{path} must be a study storage of dse, but: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from dse.study.storage import StudyStorage
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["DEFAULT_MAX_ACCURACY_DROP", "Study", "open_study", "write_reports"]
+__all__ = ["DEFAULT_MAX_ACCURACY_DROP", "Study", "begun_study", "open_study", "write_reports"]
 
 DEFAULT_MAX_ACCURACY_DROP = 0.02
 
@@ -44,6 +45,16 @@ def open_study(directory: str | Path) -> Study:
     return Study(Path(directory))
 
 
+def begun_study(directory: Path) -> Study | None:
+    """The study in this folder; None where a run ended before its storage was begun.
+
+    Raises:
+        StudyError: The folder's storage is damaged.
+    """
+    folder = StudyFolder(directory)
+    return Study(directory) if folder.storage.exists() and StudyStorage.is_begun(folder.storage) else None
+
+
 class Study:
     """A study as it stands on the disk now; open it again to see trials that were added since.
 
@@ -54,15 +65,14 @@ class Study:
     def __init__(self, directory: Path) -> None:
         self.folder = StudyFolder(directory)
         self.config: StudyConfig = self.folder.read_config()
-        self._storage = StudyStorage.open_existing(self.folder.storage)
-        self.attributes: dict[str, Any] = self._storage.attributes
+        storage = StudyStorage.open_existing(self.folder.storage)
+        try:
+            self.attributes: dict[str, Any] = storage.attributes
+            self.records: list[TrialRecord] = storage.records()
+        finally:
+            storage.close()
         if "objectives" not in self.attributes:
             raise StudyError(f"{directory} holds a study that never started; run `dse run` again")
-
-    @cached_property
-    def records(self) -> list[TrialRecord]:
-        """Full records of all finished trials."""
-        return self._storage.records()
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
@@ -92,7 +102,13 @@ class Study:
         return mark_front(table, self.objectives)
 
     def front(self) -> pd.DataFrame:
-        """The Pareto front, sorted by reduction, with the dense model as its reference."""
+        """The Pareto front, sorted by reduction, with the dense model as its reference.
+
+        Raises:
+            StudyError: No trial is finished yet.
+        """
+        if not self.records:
+            raise StudyError(f"a front needs a finished trial, but {self.folder.path} has none; run `dse run` again")
         return front_table(self.trials(), self.objectives)
 
     def plot_front(self, x: str | None = None, y: str | None = None) -> Figure:
@@ -122,7 +138,9 @@ class Study:
         if found is None:
             numbers = ", ".join(str(r.trial) for r in self.records if r.state == "complete")
             raise StudyError(f"a trial must be one of this study's ({numbers}), but got {trial}")
-        if found.state not in ("complete", "duplicate"):
+        if found.state == "duplicate" and found.duplicate_of is not None:
+            self.record(found.duplicate_of)  # refuses the repetition of a trial that failed
+        elif found.state != "complete":
             raise StudyError(f"trial {trial} must be complete, but is {found.state}: {found.reason}")
         return found
 
@@ -144,13 +162,13 @@ class Study:
 
     def next_commands(self) -> list[str]:
         """What to type next."""
-        folder = self.folder.path
-        commands = [f"dse front {folder}"]
+        named = shlex.quote(str(self.folder.path))
+        commands = [f"dse front {named}"]
         if self.has_accuracy:
-            commands.append(f"dse recommend {folder} --max-accuracy-drop {DEFAULT_MAX_ACCURACY_DROP:g}")
+            commands.append(f"dse recommend {named} --max-accuracy-drop {DEFAULT_MAX_ACCURACY_DROP:g}")
         trial = self._trial_to_export()
         if trial is not None:
-            commands.append(f"dse export {folder} --trial {trial} --out exports/{self.config.name}-{trial}")
+            commands.append(f"dse export {named} --trial {trial} --out exports/{self.config.name}-{trial}")
         return commands
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
@@ -27,6 +28,8 @@ KNOWN_ROLES = (
 """Roles of all architectures; a space may name ones that the model at hand does not have."""
 
 _ATTEMPTS = 300
+_LISTABLE = 4096
+"""Configurations up to which a space is listed where random draws do not serve."""
 
 
 class SearchSpace(ABC):
@@ -142,24 +145,48 @@ class SearchSpace(ABC):
             point = self.point(levels)
             if not point.is_dense and self.is_feasible(point):
                 return levels
-        return None
+        listed = self.feasible_levels()
+        return generator.choice(listed) if listed else None
+
+    def feasible_levels(self) -> list[dict[str, int]] | None:
+        """Levels of every feasible point but the dense one; None where the space is too large to list."""
+        if self.number_of_configurations() > _LISTABLE:
+            return None
+        names, sizes = list(self.dimensions), self.dimensions.values()
+        combinations = [dict(zip(names, levels, strict=True)) for levels in itertools.product(*map(range, sizes))]
+        points = {}
+        for levels in combinations:
+            point = self.point(levels)
+            if not point.is_dense and point.id not in points and self.is_feasible(point):
+                points[point.id] = levels
+        return list(points.values())
 
     def repair(self, levels: Mapping[str, int], generator: random.Random) -> dict[str, int] | None:
-        """A feasible neighbour of infeasible levels: random dimensions are moved a level at a time towards the limits.
+        """A feasible neighbour of infeasible levels: random dimensions are moved a level at a time into the limits.
 
-        It keeps most of what a sampler proposed, where a fresh draw would keep nothing.
+        It keeps much of what a sampler proposed, where a fresh draw would keep nothing. It does not stop at the limit
+        that was broken, but at a reduction drawn between the limits: in a large space most proposals break the same
+        limit, and all trials would crowd there.
         """
         moved = dict(levels)
+        smallest, largest = self.reduction_range()
+        target = generator.uniform(max(self.limits[0], smallest), min(self.limits[1], largest))
         order = [name for name, size in self.dimensions.items() if size > 1]
+        reduction = cost(self.topology, self.point(moved)).reduction
+        step = -1 if reduction > self.limits[1] else 1
         for _ in range(_ATTEMPTS):
             point = self.point(moved)
-            if not point.is_dense and self.is_feasible(point):
+            reached = cost(self.topology, point).reduction
+            within = not point.is_dense and self.is_feasible(point)
+            if within and (moved == levels or step * (reached - target) >= 0):
                 return moved
-            step = -1 if cost(self.topology, point).reduction > self.limits[1] else 1
+            fallback = dict(moved) if within else None
             movable = [name for name in order if 0 <= moved[name] + step < self.dimensions[name]]
             if not movable:
-                return None
+                return fallback
             moved[generator.choice(movable)] += step
+            if fallback is not None and not self.is_feasible(self.point(moved)):
+                return fallback
         return None
 
     def check_limits(self) -> None:
@@ -208,7 +235,8 @@ class SearchSpace(ABC):
 
     def tensor_names(self) -> tuple[str, ...]:
         """Tensors that some point decomposes."""
-        return tuple(name for name in self.topology.by_name if any(name in r for r in self.largest_ranks().values()))
+        named = {name for ranks in self.largest_ranks().values() for name in ranks}
+        return tuple(name for name in self.topology.by_name if name in named)
 
     def _rank_listing(self) -> dict[str, list[int]]:
         """Role (or tensor outside the layers) to the ranks it may take, over methods and layers."""

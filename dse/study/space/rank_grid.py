@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 from dse.config import RankConfig
 from dse.cost import break_even_rank, factor_parameters, has_core
@@ -22,15 +23,19 @@ def rank_at(grid: RankConfig, index: int, tensor: DecomposableTensor, method: st
     """Rank of `tensor` at a level of the grid.
 
     Absolute ranks are capped at break-even. A kept fraction f asks for the largest rank whose factors hold at most f of
-    the dense parameters, rounded down to the grid's multiple, but not below one multiple (or break-even, if smaller).
+    the dense parameters. Either is rounded down to the grid's multiple, but not below one multiple (or break-even, if
+    that is smaller).
     """
     limit = break_even_rank(*tensor.shape, core=has_core(method))
     if grid.absolute is not None:
-        return min(sorted(grid.absolute, reverse=True)[index], limit)
-    assert grid.kept_fractions is not None  # noqa: S101 - the schema allows exactly one grid
-    budget = math.floor(sorted(grid.kept_fractions, reverse=True)[index] * tensor.parameters)
-    total = tensor.out_features + tensor.in_features
-    rank = (math.isqrt(total**2 + 4 * budget) - total) // 2 if has_core(method) else budget // total
+        rank = min(sorted(grid.absolute, reverse=True)[index], limit)
+    else:
+        assert grid.kept_fractions is not None  # noqa: S101 - the schema allows exactly one grid
+        # As written: 0.29 of 100 is 29, where the float product is 28.999999999999996.
+        fraction = Fraction(repr(sorted(grid.kept_fractions, reverse=True)[index]))
+        budget = math.floor(fraction * tensor.parameters)
+        total = tensor.out_features + tensor.in_features
+        rank = (math.isqrt(total**2 + 4 * budget) - total) // 2 if has_core(method) else budget // total
     return min(max(rank // grid.multiple * grid.multiple, grid.multiple), limit)
 
 

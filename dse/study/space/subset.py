@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import TypeVar
 
 from dse.config import SearchSpaceConfig
 from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import ConfigError
 from dse.study.space._base import SearchSpace, outside_space
 from dse.study.space.rank_grid import level_count, rank_at, saved_parameters
 from dse.topology import DecomposableTensor, Topology
@@ -16,6 +20,8 @@ from dse.topology import DecomposableTensor, Topology
 __all__ = ["SubsetSpace"]
 
 _METHOD, _RANK = "method", "rank"
+
+_MemberT = TypeVar("_MemberT")
 
 
 class SubsetSpace(SearchSpace):
@@ -29,6 +35,10 @@ class SubsetSpace(SearchSpace):
         super().__init__(config, topology)
         self.roles = tuple(role for role in self.roles if role in topology.roles)
         self._level_count = level_count(config.ranks)
+        if not self._tensors(set(self.layers), set(self.roles)):
+            raise ConfigError(
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+            )
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
@@ -71,16 +81,26 @@ class SubsetSpace(SearchSpace):
 
     def number_of_points(self) -> int:
         """Non-empty layer sets x non-empty role sets x ranks that differ there x methods, and the dense model."""
-        layer_sets = 2 ** len(self.layers) - 1
+        makes = Counter(
+            tuple((t.role, t.shape) for t in self._tensors({layer}, set(self.roles))) for layer in self.layers
+        )
         total = 1
-        for method in self.config.methods:
-            for count in range(1, len(self.roles) + 1):
-                for roles in itertools.combinations(self.roles, count):
-                    tensors = self._tensors(set(self.layers), set(roles))
-                    # Ranks above break-even are capped, so two levels may be one point for a set of small tensors.
-                    levels = {tuple(self._choice(t, method, i).rank for t in tensors) for i in range(self._level_count)}
-                    total += layer_sets * len(levels)
+        for roles in _subsets(self.roles):
+            for chosen in _subsets(tuple(make for make in makes if make)):
+                present = [{role for role, _ in make} & set(roles) for make in chosen]
+                # A layer without these roles, or a role without these layers, spells a point that is counted elsewhere.
+                if not all(present) or set().union(*present) != set(roles):
+                    continue
+                layer_sets = math.prod(2 ** makes[make] - 1 for make in chosen)
+                shapes = {shape for make in chosen for role, shape in make if role in roles}
+                total += layer_sets * sum(self._distinct_levels(shapes, method) for method in self.config.methods)
         return total
+
+    def _distinct_levels(self, shapes: set[tuple[int, int]], method: str) -> int:
+        """Rank levels that differ for tensors of these shapes: ranks above break-even are capped, so two may be one."""
+        probes = [DecomposableTensor("probe", "probe", 0, "probe", *shape) for shape in sorted(shapes)]
+        ranks = {tuple(rank_at(self.config.ranks, i, t, method) for t in probes) for i in range(self._level_count)}
+        return len(ranks)
 
     def number_of_configurations(self) -> int:
         """2^layers x 2^roles x ranks x methods, as the paper counts."""
@@ -136,3 +156,9 @@ class SubsetSpace(SearchSpace):
 
     def _choice(self, tensor: DecomposableTensor, method: str, level: int) -> TensorChoice:
         return TensorChoice(method, rank_at(self.config.ranks, level, tensor, method))
+
+
+def _subsets(members: tuple[_MemberT, ...]) -> Iterator[tuple[_MemberT, ...]]:
+    """Every non-empty subset."""
+    for size in range(1, len(members) + 1):
+        yield from itertools.combinations(members, size)

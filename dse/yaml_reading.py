@@ -1,0 +1,146 @@
+"""Read YAML into a pydantic schema, with one clear line for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dse.errors import ConfigError, did_you_mean
+
+__all__ = ["read_yaml", "validated"]
+
+_SectionT = TypeVar("_SectionT", bound=BaseModel)
+
+_SHOWN_PROBLEMS = 5
+_VALUE_CHARACTERS = 60
+_YAML_CHARACTERS = 200
+
+# What PyYAML's own constructors let through beside YAMLError: impossible dates, `!!int ""`, nesting without end.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
+def read_yaml(path: Path) -> Any:
+    """Safe-load one YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read or is not valid YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must be UTF-8 text, but {error.reason} at byte {error.start}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path} must be a readable YAML file, but: {reason}") from error
+    try:
+        return yaml.safe_load(text)
+    except _YAML_ERRORS as error:
+        raise ConfigError(f"{path} must be valid YAML, but: {_yaml_reason(error)}") from error
+
+
+def validated(schema: type[_SectionT], data: Any, origin: str) -> _SectionT:
+    """Validate parsed YAML; `origin` names it in errors.
+
+    Raises:
+        ConfigError: The data are not a mapping or break the schema; the message names each place and what is known
+            there.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin} must be a mapping of keys to values, but got {type(data).__name__}")
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        entries = _likeliest(error.errors(include_url=False))
+        problems = dict.fromkeys(_explain(schema, entry) for entry in entries)
+        shown = "; ".join(list(problems)[:_SHOWN_PROBLEMS])
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise ConfigError(f"{origin}: {shown}{more}") from error
+    except (RecursionError, UnicodeError) as error:
+        raise ConfigError(f"{origin} must be plain nested values, but: {_one_line(str(error), 100)}") from error
+
+
+def _likeliest(entries: Sequence[Any]) -> list[Any]:
+    """Of a value that may have one of several forms, the problems of the form it comes nearest to.
+
+    Pydantic reports every form's; the one whose problem lies deepest is the one that was meant.
+    """
+    deepest: dict[tuple[Any, ...], int] = {}
+    for entry in entries:
+        place = _before_union(entry["loc"])
+        deepest[place] = max(len(entry["loc"]), deepest.get(place, 0))
+    return [entry for entry in entries if len(entry["loc"]) == deepest[_before_union(entry["loc"])]]
+
+
+def _before_union(location: Sequence[Any]) -> tuple[Any, ...]:
+    """The part of a location up to the name of a union's member; all of it where there is none."""
+    members = [index for index, part in enumerate(location) if _is_member(part)]
+    return tuple(location[: members[0]]) if members else tuple(location)
+
+
+def _is_member(part: Any) -> bool:
+    """Whether pydantic names a form, such as `list[int]`, `literal['all']` or a section's class, rather than a key."""
+    return isinstance(part, str) and (part.endswith("]") or part[:1].isupper())
+
+
+def _explain(schema: type[BaseModel], entry: Any) -> str:
+    """One line for one pydantic error: where, what is wrong, what is known there."""
+    *parents, last = entry["loc"] or ("file",)
+    is_whole = _is_member(last) and entry["type"] != "extra_forbidden"
+    parts = [part for part in parents if not _is_member(part)] + ([] if is_whole else [last])
+    location = [_one_line(str(part), _VALUE_CHARACTERS) for part in parts]
+    where = ".".join(location)
+    if entry["type"] == "extra_forbidden":
+        known = _keys_at(schema, location[:-1])
+        hint = did_you_mean(location[-1], known) or (f"; known keys: {', '.join(known)}" if known else "")
+        return f"unknown key '{where}'{hint}"
+    if entry["type"] == "missing":
+        return f"`{where}` is missing; write it"
+    message = entry["msg"].removeprefix("Value error, ")
+    shown = "" if entry["type"] == "value_error" else f", but got {_shown(entry.get('input'))}"
+    return f"`{where}`: {_one_line(message, _YAML_CHARACTERS)}{shown}"
+
+
+def _shown(value: Any) -> str:
+    """A value, short: reprlib stops early, where repr would write out what aliases of YAML repeat without end."""
+    try:
+        return _one_line(reprlib.repr(value), _VALUE_CHARACTERS)
+    except (ValueError, RecursionError):  # an integer of more digits than Python converts
+        return f"a value of type {type(value).__name__}"
+
+
+def _yaml_reason(error: BaseException) -> str:
+    text = _one_line(str(error), _YAML_CHARACTERS)
+    return text if isinstance(error, (yaml.YAMLError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
+def _one_line(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
+    """Known keys of the section that `location` leads to."""
+    section: type[BaseModel] | None = schema
+    for part in location:
+        if section is None or part.isdigit():
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            continue  # a member name of a union, not a key
+        section = _section_in(field.annotation)
+    return list(section.model_fields) if section is not None else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
