@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,27 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The environment and the datasets library pointed at `cache_folder`."""
     import datasets.config
 
     monkeypatch.setenv("DSE_CACHE", str(cache_folder / "dse"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache_folder / "datasets")
-    yield cache_folder
+    return cache_folder
+
+
+@pytest.fixture(scope="session")
+def finished_study(tiny_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that has been run: accuracy, latency and size, on the CPU."""
+    import datasets.config
+    from tiny_study import tiny_study
+
+    from dse.study import run_study
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache_folder / "datasets")
+        objectives = ["accuracy", "decode_latency_s", "parameters"]
+        run_study(tiny_study(tiny_folder, objectives=objectives, budget={"trials": 6}), out=out)
+    return out

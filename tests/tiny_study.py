@@ -15,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the a cat dog sun moon sees runs likes finds red blue old new house tree on in and very".split()
+WORDS = ("the", "a", "cat", "dog", "sun", "moon", "sees", "runs", "likes", "finds", "red", "blue", "old", "new", "on")
 DOCUMENTS = 24
 
 
@@ -80,7 +80,10 @@ def tiny_study(folder: Path, **changes: Any) -> dict[str, Any]:
         "space": {
             "name": "tiny_space",
             "methods": ["svd"],
-            "groups": {"layers": 1, "roles": {"attention": ["query", "key", "value", "attention_output"], "mlp": ["up"]}},
+            "groups": {
+                "layers": 1,
+                "roles": {"attention": ["query", "key", "value", "attention_output"], "mlp": ["up"]},
+            },
             "ranks": {"absolute": [2, 6]},
             "limits": {"reduction": {"min": 0.02, "max": 0.5}},
         },

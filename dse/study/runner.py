@@ -181,7 +181,7 @@ class _Loop:
             self.storage.tell(dataclasses.replace(blank, state="interrupted", reason=reason), None, {})
             # The dense model is queued when a run begins: it must come before every point that refers to it.
             if proposal.origin != "dense":
-                self.storage.enqueue(proposal.levels, "retried")
+                self.storage.enqueue(proposal.levels, "retried", first=True)
 
     def _remember(self, record: TrialRecord) -> None:
         if record.state in ("complete", "failed"):

@@ -22,7 +22,7 @@ from dse.study.sqlite import SqliteStorage
 
 __all__ = ["Proposal", "StudyStorage"]
 
-_NAME, _RECORD, _ORIGIN = "dse", "record", "origin"
+_NAME, _RECORD, _ORIGIN, _QUEUE = "dse", "record", "origin", "queue"
 _NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
 
 
@@ -128,15 +128,24 @@ class StudyStorage:
         with _storage_errors(self._path):
             self._study.set_user_attr(name, value)
 
-    def enqueue(self, levels: Mapping[str, int], origin: str) -> None:
-        """Have these levels proposed next (first in, first out)."""
+    def enqueue(self, levels: Mapping[str, int], origin: str, *, first: bool = False) -> None:
+        """Have these levels proposed after all that are queued already, or before them.
+
+        The queue is an attribute of the study. Optuna's own would give a repeated trial its turn only after all others,
+        and samplers that heed the order of trials would propose other points than without the interruption.
+        """
+        entry = [dict(levels), origin]
         with self.at_once():
-            self._study.enqueue_trial(dict(levels), user_attrs={_ORIGIN: origin})
+            self.set_attribute(_QUEUE, [entry, *self._queue] if first else [*self._queue, entry])
 
     @property
     def enqueued(self) -> int:
         """Proposals waiting in the queue."""
-        return len(self._in_state(OptunaState.WAITING))
+        return len(self._queue)
+
+    @property
+    def _queue(self) -> list[Any]:
+        return list(self.attributes.get(_QUEUE, []))
 
     def ask(self, dimensions: Mapping[str, int]) -> Proposal:
         """The next proposal: from the queue, else from the sampler.
@@ -149,6 +158,10 @@ class StudyStorage:
             # Only the sampler's own proposals count: one that was interrupted and queued again must not shift the rest.
             asked = sum(_ORIGIN not in trial.user_attrs for trial in self._in_state())
             self._study.sampler = make_sampler(self._sampler_name, self._seed, self._trials, asked)
+            if queue := self._queue:
+                levels, origin = queue.pop(0)
+                self._study.enqueue_trial(levels, user_attrs={_ORIGIN: origin})
+                self.set_attribute(_QUEUE, queue)
             trial = self._study.ask()
             if self._sampler_name.startswith("nsga"):
                 # Counts a queued point into the generation, too; Optuna leaves those out, and with them every repaired
