@@ -1,0 +1,203 @@
+"""Everything that may stop a study, and how it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from study_support import SMALL_SPACE, Watcher, evaluated, outcome, stop
+from tiny_study import merged, save_choice_task, save_tiny_model, tiny_study
+
+from dse.config import parse_study
+from dse.errors import StorageFullError, StudyError
+from dse.study import open_study, run_study
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(
+    tiny_folder: Path, tmp_path: Path, sampler: str
+) -> None:
+    config = tiny_study(tiny_folder, sampler={"name": sampler}, budget={"trials": 12})
+    whole = run_study(config, out=tmp_path / "whole")
+    # Stopped in trial 2 as by a kill (nothing is written), in trial 6 and 9 as by Ctrl-C during the evaluation.
+    for watcher in (
+        Watcher(before={2: stop}),
+        Watcher(on_evaluate={6: stop}),
+        Watcher(on_evaluate={9: stop}),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(config, out=tmp_path / "stopped", listener=watcher)
+    resumed = run_study(config, out=tmp_path / "stopped")
+    interrupted = [record for record in resumed.records if record.state == "interrupted"]
+    assert [record.trial for record in interrupted] == [2, 6, 9]
+    assert [record.reason for record in interrupted] == [
+        "the process was stopped during this trial", "stopped by the user", "stopped by the user",
+    ]  # fmt: skip
+    retried = [record.point_id for record in resumed.records if record.origin == "retried"]
+    assert retried == [record.point_id for record in interrupted]
+    assert outcome(resumed) == outcome(whole)
+    assert resumed.evaluated_trials == 12
+    assert resumed.attributes["reference"] == whole.attributes["reference"]
+    assert resumed.hypervolume == pytest.approx(whole.hypervolume)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_the_dense_model_comes_first_even_if_it_was_interrupted(tiny_folder: Path, tmp_path: Path, how: str) -> None:
+    config = tiny_study(tiny_folder, enqueue=[{"method": "svd", "rank": 6, "roles": ["up"]}])
+    watcher = Watcher(before={0: stop}) if how == "killed" else Watcher(on_evaluate={0: stop})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(config, out=tmp_path / "run", listener=watcher)
+        watcher = Watcher(on_evaluate={1: stop})
+    study = run_study(config, out=tmp_path / "run")
+    assert [record.state for record in study.records[:3]] == ["interrupted", "interrupted", "complete"]
+    assert [record.origin for record in study.records[:4]] == ["dense", "dense", "dense", "enqueued"]
+    assert study.attributes["reference"]["parameters"] == 1.1 * study.records[2].cost["parameters_dense"]
+    first = study.records[3]
+    assert first.accuracy_drop is not None
+    assert first.accuracy_drop.low is not None
+    assert study.evaluated_trials == 5
+
+
+def test_more_trials_go_on_and_running_again_says_complete(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    save_choice_task(tmp_path)
+    config = tiny_study(tmp_path, budget={"trials": 3})
+    first = run_study(config, out=tmp_path / "run")
+    watcher = Watcher()
+    second = run_study(config, out=tmp_path / "run", trials=6, listener=watcher)
+    assert watcher.messages[-1] == "going on with 3 of 6 trials done"
+    assert watcher.started == [record.trial for record in evaluated(second)[3:]]
+    assert second.records[: len(first.records)] == first.records
+    assert second.evaluated_trials == 6
+    assert second.config.budget.trials == 6
+    assert second.attributes["reference"] == first.attributes["reference"]
+    assert second.attributes["facts"] == first.attributes["facts"]
+    shutil.rmtree(tmp_path / "model")  # saying so needs no model
+    (second.folder.front_html).unlink()
+    watcher = Watcher()
+    third = run_study(config, out=tmp_path / "run", trials=6, listener=watcher)
+    assert watcher.messages == ["complete: all 6 trials are there"]
+    assert third.records == second.records
+    assert third.folder.front_html.is_file()
+
+
+def test_a_study_that_was_killed_before_it_began(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_study(tiny_folder, budget={"trials": 2})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".study.yaml.abc.tmp").write_text("na")
+    for made in ("nothing", "study.yaml", "study.db"):
+        if made == "study.yaml":
+            (folder / "study.yaml").write_text(parse_study(config).to_yaml())
+        if made == "study.db":
+            (folder / "study.db").touch()
+        with pytest.raises(StudyError, match=r"study\.yaml|study\.db|never started"):
+            open_study(folder)
+    assert run_study(config, out=folder).evaluated_trials == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "different"),
+    [
+        ({"sampler": {"seed": 2}}, "sampler"),
+        ({"space": SMALL_SPACE}, "space"),
+        ({"objectives": ["accuracy", "weight_bytes"]}, "objectives"),
+        ({"evaluation": {"limit": 5}, "name": "other"}, "name, evaluation"),
+    ],
+)
+def test_another_study_in_the_folder_is_refused(
+    tiny_folder: Path, finished_study: Path, change: dict[str, Any], different: str
+) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in finished_study.iterdir())
+    config = merged(yaml.safe_load((finished_study / "study.yaml").read_text()), change)
+    with pytest.raises(StudyError, match=rf"holds another study \(different: {different}\)"):
+        run_study(config, out=finished_study)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in finished_study.iterdir()) == before
+
+
+def test_a_folder_that_is_no_study_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_study(tiny_folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("x")
+    for name in ("mine", "file"):
+        with pytest.raises(StudyError, match="exists and is no study"):
+            run_study(config, out=tmp_path / name)
+    with pytest.raises(StudyError, match="File name too long"):
+        run_study(config, out=tmp_path / ("x" * 300))
+    with pytest.raises(StorageFullError, match="choose another folder"):
+        run_study(config, out=tmp_path / "file" / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_what_must_stay_the_same_is_checked_when_a_study_goes_on(tmp_path: Path) -> None:
+    save_choice_task(tmp_path)
+    save_tiny_model(tmp_path / "model")
+    config = tiny_study(tmp_path, budget={"trials": 2})
+    run_study(config, out=tmp_path / "run")
+    save_tiny_model(tmp_path / "model", seed=6)
+    with pytest.raises(StudyError, match="was begun with another model"):
+        run_study(config, out=tmp_path / "run", trials=3)
+    save_tiny_model(tmp_path / "model")
+    data = tmp_path / "tiny_choice.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[3]["gold"] = (rows[3]["gold"] + 1) % 4
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(StudyError, match="was begun with another tasks, documents or lm-eval version"):
+        run_study(config, out=tmp_path / "run", trials=3)
+    save_choice_task(tmp_path)
+    assert run_study(config, out=tmp_path / "run", trials=3).evaluated_trials == 3
+    # The dense model's outcomes are the reference of every paired drop; without them there is no going on.
+    open_study(tmp_path / "run").folder.outcomes(0).write_bytes(b"damaged")
+    with pytest.raises(StudyError, match="damaged"):
+        run_study(config, out=tmp_path / "run", trials=4)
+    assert open_study(tmp_path / "run").evaluated_trials == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small disk")
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(tiny_folder: Path, tmp_path: Path, small_disk: Path) -> None:
+    config = tiny_study(tiny_folder, budget={"trials": 8})
+    out, filler = small_disk / "run", small_disk / "filler"
+    expected = run_study(config, out=tmp_path / "expected")
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+            while stream.write(b"x" * 4096):
+                pass
+
+    with pytest.raises(StorageFullError) as caught:
+        run_study(config, out=out, listener=Watcher(before={3: fill}))
+    assert "full" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for _ in range(2):  # as long as the disk is full, nothing changes
+        with pytest.raises(StorageFullError):
+            run_study(config, out=out)
+    assert [record.trial for record in open_study(out).records] == [0, 1, 2]
+    filler.unlink()
+    study = run_study(config, out=out)
+    assert study.evaluated_trials == 8
+    assert outcome(study) == outcome(expected)
