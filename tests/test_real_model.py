@@ -110,6 +110,13 @@ def test_the_walk(tmp_path: Path) -> None:
     result = json.loads(run("export", str(out), "--trial", trial, "--out", str(exported), "--json").stdout)[0]
     assert result["max_logit_difference"] <= 1e-4
     assert result["weight_file_bytes"] < 538_060_288
+    evaluated = json.loads(
+        run(
+            *("evaluate", "--model", str(exported), "--trust-remote-code"),
+            *("--task", "dse_facts", "--limit", "20", "--json"),
+        ).stdout
+    )
+    assert evaluated["tasks"][0]["documents"] == 20
     code = (
         "import sys; sys.modules['dse'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"

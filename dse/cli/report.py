@@ -190,9 +190,9 @@ def print_space(description: Mapping[str, Any]) -> None:
 
 def print_evaluation(document: Mapping[str, Any]) -> None:
     """Metrics of every task, and the drop against dense where a point was given."""
-    table = Table(
-        title=f"{escape(document['model'])}, point {document['point_id']} (-{percent(document['reduction'])})"
-    )
+    is_dense = not document["point"]["tensors"]
+    point = "as it is" if is_dense else f"point {document['point_id']} (-{percent(document['reduction'])} parameters)"
+    table = Table(title=f"{escape(document['model'])}, {point}")
     for column in ("task", "metric", "value", "standard error", "documents"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for task in document["tasks"]:

@@ -11,25 +11,27 @@ from dse.study import Study, StudyListener, StudyProgress, TrialRecord
 
 @dataclass
 class Watcher(StudyListener):
-    """Notes what happens, and does `before[trial]` when that trial starts."""
+    """Notes what happens; does `before[n]` or `during[n]` in the trial that n evaluated ones have gone before."""
 
     messages: list[str] = field(default_factory=list)
     started: list[int] = field(default_factory=list)
     ended: list[tuple[int, StudyProgress]] = field(default_factory=list)
     before: dict[int, Callable[[], None]] = field(default_factory=dict)
-    on_evaluate: dict[int, Callable[[], None]] = field(default_factory=dict)
+    during: dict[int, Callable[[], None]] = field(default_factory=dict)
+    finished: int = -1
 
     def on_message(self, message: str) -> None:
         self.messages.append(message)
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
-        if phase == "evaluate" and self.started and self.started[-1] in self.on_evaluate:
-            self.on_evaluate.pop(self.started[-1])()
+        if phase == "evaluate" and self.finished in self.during:
+            self.during.pop(self.finished)()
 
     def on_trial_start(self, progress: StudyProgress, record: TrialRecord) -> None:
         self.started.append(record.trial)
-        if record.trial in self.before:
-            self.before[record.trial]()
+        self.finished = progress.finished
+        if self.finished in self.before:
+            self.before[self.finished]()
 
     def on_trial_end(self, progress: StudyProgress, record: TrialRecord) -> None:
         self.ended.append((record.trial, progress))

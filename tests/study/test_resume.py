@@ -6,19 +6,25 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from study_support import SMALL_SPACE, Watcher, evaluated, outcome, stop
-from tiny_study import merged, save_choice_task, save_tiny_model, tiny_study
+from tiny_study import environment, merged, save_choice_task, save_tiny_model, tiny_study, write_study
 
 from dse.config import parse_study
 from dse.errors import StorageFullError, StudyError
 from dse.study import open_study, run_study
+from dse.study.storage import StudyStorage
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
@@ -27,17 +33,16 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(
 ) -> None:
     config = tiny_study(tiny_folder, sampler={"name": sampler}, budget={"trials": 12})
     whole = run_study(config, out=tmp_path / "whole")
-    # Stopped in trial 2 as by a kill (nothing is written), in trial 6 and 9 as by Ctrl-C during the evaluation.
+    # Stopped in the third trial as by a kill (nothing is written), then twice as by Ctrl-C during the evaluation.
     for watcher in (
         Watcher(before={2: stop}),
-        Watcher(on_evaluate={6: stop}),
-        Watcher(on_evaluate={9: stop}),
+        Watcher(during={6: stop}),
+        Watcher(during={9: stop}),
     ):
         with pytest.raises(KeyboardInterrupt):
             run_study(config, out=tmp_path / "stopped", listener=watcher)
     resumed = run_study(config, out=tmp_path / "stopped")
     interrupted = [record for record in resumed.records if record.state == "interrupted"]
-    assert [record.trial for record in interrupted] == [2, 6, 9]
     assert [record.reason for record in interrupted] == [
         "the process was stopped during this trial", "stopped by the user", "stopped by the user",
     ]  # fmt: skip
@@ -49,14 +54,130 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(
     assert resumed.hypervolume == pytest.approx(whole.hypervolume)
 
 
+# --- processes ---
+
+
+@dataclass
+class Running:
+    """`dse run` of a study whose trials take about a second, in a process of its own."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def wait_for_trial(self, number: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if self.log.exists() and f" trial {number}: point " in self.log.read_text(encoding="utf-8"):
+                return
+            time.sleep(0.005)
+        self.process.kill()
+        raise AssertionError(self.process.communicate()[1])
+
+    def end(self, how: signal.Signals) -> tuple[int, str, str]:
+        self.process.send_signal(how)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start(cache_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    processes: list[subprocess.Popen[str]] = []
+
+    def start_(*arguments: str) -> Running:
+        command = [sys.executable, "-m", "dse.cli", "run", *arguments, "--out", str(tmp_path / "run")]
+        process = subprocess.Popen(
+            command, env=environment(cache_folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return Running(process, tmp_path / "run" / "run.log")
+
+    yield start_
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def slow_study(folder: Path) -> dict[str, Any]:
+    return tiny_study(
+        folder, objectives=["accuracy", "decode_latency_s"], measurement={"blocks": 40}, budget={"trials": 6}
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[str, float | None]]:
+    """What the slow study finds; its random points depend on no objective, so that it need not be slow here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
+        config = tiny_study(tiny_folder, budget={"trials": 6})
+        return outcome(run_study(config, out=tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
+def test_kill_in_the_middle_of_a_trial(
+    tiny_folder: Path, tmp_path: Path, start: Callable[..., Running], undisturbed: list[tuple[str, float | None]]
+) -> None:
+    study_yaml = write_study(tmp_path / "study.yaml", slow_study(tiny_folder))
+    running = start(str(study_yaml))
+    running.wait_for_trial(2)
+    assert running.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    storage = StudyStorage.open_existing(tmp_path / "run" / "study.db")
+    (unfinished,) = storage.unfinished()
+    records = storage.records()
+    storage.close()
+    assert unfinished.trial == 2
+    assert [(record.trial, record.state) for record in records] == [(0, "complete"), (1, "complete")]
+    watcher = Watcher()
+    study = run_study(study_yaml, out=tmp_path / "run", listener=watcher)
+    assert "going on with 2 of 6 trials done" in watcher.messages
+    assert study.records[:2] == records
+    assert study.records[2].state == "interrupted"
+    assert study.records[2].reason == "the process was stopped during this trial"
+    assert study.records[3].origin == "retried"
+    assert study.records[3].point_id == study.records[2].point_id
+    assert outcome(study) == undisturbed
+
+
+def test_ctrl_c_and_termination_end_cleanly(
+    tiny_folder: Path, tmp_path: Path, start: Callable[..., Running], undisturbed: list[tuple[str, float | None]]
+) -> None:
+    study_yaml = write_study(tmp_path / "a study.yaml", slow_study(tiny_folder))
+    out = tmp_path / "run"
+    running = start(str(study_yaml), "--trials", "6")
+    running.wait_for_trial(1)
+    # A second process on the same folder is refused, and disturbs nothing.
+    with pytest.raises(StudyError, match="one process at a time may run a study, but another one runs"):
+        run_study(study_yaml, out=out)
+    for how, finished in ((signal.SIGINT, 1), (signal.SIGTERM, 2)):
+        if how == signal.SIGTERM:
+            running = start(str(study_yaml), "--trials", "6")
+            running.wait_for_trial(3)
+        code, stdout, stderr = running.end(how)
+        assert code == 130, stderr
+        assert stdout == ""
+        assert "Traceback" not in stderr
+        assert stderr.endswith(
+            f"stopped; every finished trial is kept. Go on with:\n  dse run '{study_yaml}' --trials 6 --out {out}\n"
+        )
+        study = open_study(out)
+        assert study.evaluated_trials == finished
+        assert study.records[-1].state == "interrupted"
+        assert study.records[-1].reason == "stopped by the user"
+        assert len(pd.read_csv(out / "trials.csv")) == len(study.records)
+    assert outcome(run_study(study_yaml, out=out)) == undisturbed
+
+
+# --- what is there and what is not ---
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_dense_model_comes_first_even_if_it_was_interrupted(tiny_folder: Path, tmp_path: Path, how: str) -> None:
     config = tiny_study(tiny_folder, enqueue=[{"method": "svd", "rank": 6, "roles": ["up"]}])
-    watcher = Watcher(before={0: stop}) if how == "killed" else Watcher(on_evaluate={0: stop})
+    watcher = Watcher(before={0: stop}) if how == "killed" else Watcher(during={0: stop})
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_study(config, out=tmp_path / "run", listener=watcher)
-        watcher = Watcher(on_evaluate={1: stop})
+        watcher = Watcher(during={0: stop})
     study = run_study(config, out=tmp_path / "run")
     assert [record.state for record in study.records[:3]] == ["interrupted", "interrupted", "complete"]
     assert [record.origin for record in study.records[:4]] == ["dense", "dense", "dense", "enqueued"]
