@@ -123,7 +123,7 @@ def test_the_walk(tmp_path: Path) -> None:
         "import sys; sys.modules['dse'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(exported)!r}, trust_remote_code=True)\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(exported)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(exported)!r}, trust_remote_code=True)\n"
         "out = model.generate(**tokenizer('The capital of France is', return_tensors='pt'), max_new_tokens=3)\n"
         "print(out.shape[1], sum(p.numel() for p in model.parameters()))\n"
     )
