@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,16 @@ def own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache_folder
 
 
+@pytest.fixture
+def own_process() -> Iterator[None]:
+    """What `dse.cli.main` sets for a process of its own is put back for the tests that follow."""
+    handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("dse")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    logger.handlers[:], logger.propagate = handlers, propagate
+
+
 @pytest.fixture(scope="session")
 def finished_study(tiny_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that has been run: accuracy, latency and size, on the CPU."""
@@ -47,5 +60,6 @@ def finished_study(tiny_folder: Path, cache_folder: Path, tmp_path_factory: pyte
         patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache_folder / "datasets")
         objectives = ["accuracy", "decode_latency_s", "parameters"]
-        run_study(tiny_study(tiny_folder, objectives=objectives, budget={"trials": 6}), out=out)
+        config = tiny_study(tiny_folder, objectives=objectives, measurement={"blocks": 4}, budget={"trials": 6})
+        run_study(config, out=out)
     return out

@@ -24,7 +24,7 @@ def save_tiny_model(folder: Path, *, layers: int = 3, seed: int = 5) -> Path:
     tokens = ["<unk>", "<s>", "</s>", *WORDS]
     core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokens),

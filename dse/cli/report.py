@@ -181,7 +181,7 @@ def print_space(description: Mapping[str, Any]) -> None:
         ),
         ("smallest reduction", percent(description["smallest_reduction"], 3)),
         ("largest reduction", percent(description["largest_reduction"], 2)),
-        ("limits on reduction", f"{limits['min']} to {limits['max']}"),
+        ("limits on reduction", f"{_limit(limits['min'])} to {_limit(limits['max'])}"),
     ]
     for name, value in rows:
         table.add_row(name, escape(value))
@@ -241,6 +241,10 @@ def print_checks(checks: Sequence[Check]) -> None:
         console.print(f"{marks[check.status]:<22} {escape(check.name)}: {escape(check.detail)}")
         if check.remedy:
             console.print(f"        remedy: {escape(check.remedy)}")
+
+
+def _limit(share: float | None) -> str:
+    return "no limit" if share is None else percent(share)
 
 
 def _count(number: int | None) -> str:

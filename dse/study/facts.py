@@ -13,7 +13,7 @@ from dse.study.setup import PreparedStudy
 __all__ = ["check_same_facts", "study_facts"]
 
 _MUST_STAY = {
-    "model_fingerprint": ("model", "pin `model.revision`"),
+    "model_fingerprint": ("model weights", "pin `model.revision`"),
     "evaluation_fingerprint": ("tasks, documents or lm-eval version", "restore them"),
     "calibration_fingerprint": ("calibration text", "restore it"),
 }
@@ -56,7 +56,7 @@ def check_same_facts(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
     for fact, (what, remedy) in _MUST_STAY.items():
         if before.get(fact) != now[fact]:
             raise StudyError(
-                f"{folder} was begun with another {what} ({before.get(fact)}, now {now[fact]}); {remedy}, or choose"
+                f"{folder} was begun with other {what} ({before.get(fact)}, now {now[fact]}); {remedy}, or choose"
                 " another `--out`"
             )
     if _hardware(before) != _hardware(now):

@@ -39,13 +39,11 @@ class StudyFolder:
         """Per-document outcomes of one trial."""
         return self.path / "outcomes" / f"trial-{trial:05d}.npz"
 
-    def check(self, config: StudyConfig) -> None:
-        """Refuse a folder that is not free and not this study's. Nothing is written.
-
-        The number of trials may change between runs: a study is made longer by asking for more.
+    def check_usable(self) -> None:
+        """Refuse a folder that is neither free nor a study's. Nothing is written.
 
         Raises:
-            StudyError: The folder holds another study, or something that is none.
+            StudyError: The folder holds something that is no study.
         """
         try:
             has_study = self.study_yaml.exists()
@@ -55,12 +53,31 @@ class StudyFolder:
             raise StudyError(
                 f"a study needs a folder it may use, but {self.path}: {error.strerror}; choose another `--out`"
             ) from error
-        if has_study:
-            self._refuse_another_study(config)
-        elif not is_free:
+        if not (has_study or is_free):
             raise StudyError(
                 f"a study needs a folder of its own, but {self.path} exists and is no study; choose another `--out`"
             )
+
+    def check_same(self, config: StudyConfig, evaluated_trials: int) -> None:
+        """Refuse to mix two studies; one of which nothing was evaluated makes way, since it may have been mistaken.
+
+        The number of trials may change between runs: a study is made longer by asking for more.
+
+        Raises:
+            StudyError: The folder holds trials of another study.
+        """
+        if not self.study_yaml.exists():
+            return
+        before, now = _identity(self.read_config()), _identity(config)
+        different = [key for key in now if before[key] != now[key]]
+        if different and evaluated_trials:
+            raise StudyError(
+                f"{self.path} holds another study (different: {', '.join(different)}); choose another `--out`, or"
+                " give this study another name"
+            )
+        if different:
+            with disk_errors(self.storage):
+                self.storage.unlink(missing_ok=True)
 
     def write_config(self, config: StudyConfig) -> None:
         """Write the resolved study.
@@ -146,15 +163,6 @@ class StudyFolder:
                     Path(lock.lock_file).unlink()
                     self.path.rmdir()
             lock.release()
-
-    def _refuse_another_study(self, config: StudyConfig) -> None:
-        before, now = _identity(self.read_config()), _identity(config)
-        different = [key for key in now if before[key] != now[key]]
-        if different:
-            raise StudyError(
-                f"{self.path} holds another study (different: {', '.join(different)}); choose another `--out`, or"
-                " give this study another name"
-            )
 
 
 class _LogFile(logging.FileHandler):

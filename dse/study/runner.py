@@ -62,9 +62,11 @@ def run_study(
         config = config.model_copy(update={"budget": config.budget.model_copy(update={"trials": trials})})
     folder = StudyFolder(Path(out) if out is not None else Path("runs") / config.name)
     watcher = listener or StudyListener()
-    folder.check(config)
+    folder.check_usable()
     with folder.locked():
         begun = begun_study(folder.path)
+        folder.check_same(config, begun.evaluated_trials if begun is not None else 0)
+        begun = begun if folder.storage.exists() else None
         if begun is not None and _is_finished(begun, config, watcher):
             folder.write_config(config)
             finished = Study(folder.path)
@@ -105,6 +107,7 @@ class _Loop:
     listener: StudyListener
     storage: StudyStorage = field(init=False)
     reference: Reference | None = None
+    records: list[TrialRecord] = field(default_factory=list)
     by_point: dict[str, TrialRecord] = field(default_factory=dict)
     evaluated: int = 0
     begun_s: float = field(default_factory=time.monotonic)
@@ -144,13 +147,13 @@ class _Loop:
     def _resume_or_start(self) -> int:
         """Bring the storage and this process to the same state; returns the free proposals in a row so far."""
         facts = study_facts(self.prepared)
-        before = self.storage.attributes.get("facts")
-        if before is not None:
-            for notice in check_same_facts(self.folder.path, before, facts):
-                self.listener.on_message(notice)
         records, unfinished = self.storage.records(), self.storage.unfinished()
+        is_new = not any(record.state in ("complete", "failed") for record in records)
+        if not is_new:
+            for notice in check_same_facts(self.folder.path, self.storage.attributes.get("facts", {}), facts):
+                self.listener.on_message(notice)
         with self.storage.at_once():
-            if before is None:
+            if is_new:
                 self.storage.set_attribute("facts", facts)
                 self.storage.set_attribute("objectives", [entry.name for entry in self.prepared.objectives])
             for proposal in unfinished:
@@ -158,7 +161,7 @@ class _Loop:
             self._restore_reference(records)
             if self.reference is None and self.storage.enqueued == 0:
                 self.storage.enqueue(self.prepared.space.dense_levels, "dense")
-        for record in records:
+        for record in self.storage.records():
             self._remember(record)
         if records or unfinished:
             budget = self.prepared.config.budget.trials
@@ -184,6 +187,7 @@ class _Loop:
                 self.storage.enqueue(proposal.levels, "retried", first=True)
 
     def _remember(self, record: TrialRecord) -> None:
+        self.records.append(record)
         if record.state in ("complete", "failed"):
             self.evaluated += 1
             self.by_point.setdefault(record.point_id, record)
@@ -199,10 +203,12 @@ class _Loop:
         if not feasible and not is_reference:
             reason = ", ".join(f"{name} exceeded by {value:.4g}" for name, value in violations.items() if value > 0)
             repaired = space.repair(proposal.levels, self._generator("repair", point.id))
+            record = dataclasses.replace(blank, state="infeasible", reason=reason)
             with self.storage.at_once():
-                self.storage.tell(dataclasses.replace(blank, state="infeasible", reason=reason), None, violations)
+                self.storage.tell(record, None, violations)
                 if repaired is not None and space.point(repaired).id not in self.by_point:
                     self.storage.enqueue(repaired, "repaired")
+            self._remember(record)
             return False
         if point.id in self.by_point:
             self._reuse(blank, self.by_point[point.id], violations)
@@ -224,6 +230,7 @@ class _Loop:
         )
         values = None if failed else objective_values(self.prepared.objectives, earlier)
         self.storage.tell(record, values, violations)
+        self._remember(record)
 
     def _evaluate(
         self, proposal: Proposal, blank: TrialRecord, point: DesignPoint, violations: dict[str, float]
@@ -255,7 +262,7 @@ class _Loop:
                 self._begin_search(values)
         self._remember(record)
         self.evaluated_here += 1
-        study = Study(self.folder.path)
+        study = Study.running(self.folder, self.prepared.config, self.storage.attributes, self.records)
         study.write_tables()
         logger.info("trial %d: %s %s", record.trial, record.state, record.reason or record.quantities)
         self.listener.on_trial_end(self._progress(study), record)

@@ -74,6 +74,15 @@ class Study:
         if "objectives" not in self.attributes:
             raise StudyError(f"{directory} holds a study that never started; run `dse run` again")
 
+    @classmethod
+    def running(
+        cls, folder: StudyFolder, config: StudyConfig, attributes: dict[str, Any], records: list[TrialRecord]
+    ) -> Study:
+        """The study as the process that runs it knows it, without reading it all back after every trial."""
+        study = cls.__new__(cls)
+        study.folder, study.config, study.attributes, study.records = folder, config, attributes, list(records)
+        return study
+
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
         """What was traded off."""
@@ -107,13 +116,15 @@ class Study:
         Raises:
             StudyError: No trial is finished yet.
         """
-        if not self.records:
-            raise StudyError(f"a front needs a finished trial, but {self.folder.path} has none; run `dse run` again")
-        return front_table(self.trials(), self.objectives)
+        return front_table(self._some_trials(), self.objectives)
 
     def plot_front(self, x: str | None = None, y: str | None = None) -> Figure:
-        """The front as a Plotly figure; `x` and `y` are objectives (or reduction), all costs by default."""
-        return plot_front(self.trials(), self.objectives, x=x, y=y)
+        """The front as a Plotly figure; `x` and `y` are objectives (or reduction), all costs by default.
+
+        Raises:
+            StudyError: No trial is finished yet.
+        """
+        return plot_front(self._some_trials(), self.objectives, x=x, y=y)
 
     def recommend(
         self, max_accuracy_drop: float = DEFAULT_MAX_ACCURACY_DROP, min_reduction: float | None = None
@@ -125,8 +136,13 @@ class Study:
             StudyError: The dense model has not been measured.
         """
         return recommend(
-            self.trials(), self.objectives, max_accuracy_drop=max_accuracy_drop, min_reduction=min_reduction
+            self._some_trials(), self.objectives, max_accuracy_drop=max_accuracy_drop, min_reduction=min_reduction
         )
+
+    def _some_trials(self) -> pd.DataFrame:
+        if not self.records:
+            raise StudyError(f"a front needs a finished trial, but {self.folder.path} has none; run `dse run` again")
+        return self.trials()
 
     def record(self, trial: int) -> TrialRecord:
         """The record of a complete trial.

@@ -1,18 +1,10 @@
 from __future__ import annotations
 
-import logging
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _process(own_cache: Path) -> Iterator[None]:
-    """Own caches; and what `main` sets for a process of its own is put back for the tests that follow."""
-    handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("dse")
-    handlers, propagate = list(logger.handlers), logger.propagate
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    logger.handlers[:], logger.propagate = handlers, propagate
+def _caches(own_cache: Path, own_process: None) -> None:
+    """Every command of these tests keeps to the session's own caches, and leaves this process as it was."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_study import tiny_study
 
 from dse.config import parse_study
@@ -53,6 +54,13 @@ def test_the_model_is_dense_again_whatever_happens(
         assert record.state == "failed"
         assert ("OutOfMemoryError: " if error is MemoryError else f"{error.__name__}: stop") in record.reason
     assert weights_of(prepared) == before
+
+
+def test_a_device_that_does_not_answer_ends_the_run(prepared: PreparedStudy) -> None:
+    prepared.evaluator.check_device()
+    prepared.loaded.device = torch.device("meta")  # as little to be had of it as of a lost GPU
+    with pytest.raises(StudyError, match=r"meta must answer, but is lost .* run the same command again to go on"):
+        prepared.evaluator.check_device()
 
 
 def test_a_row_of_the_table_holds_nothing_that_is_not_known(prepared: PreparedStudy) -> None:

@@ -21,6 +21,7 @@ import yaml
 from study_support import SMALL_SPACE, Watcher, evaluated, outcome, stop
 from tiny_study import environment, merged, save_choice_task, save_tiny_model, tiny_study, write_study
 
+from dse.cli import main
 from dse.config import parse_study
 from dse.errors import StorageFullError, StudyError
 from dse.study import open_study, run_study
@@ -246,6 +247,15 @@ def test_another_study_in_the_folder_is_refused(
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished_study.iterdir()) == before
 
 
+def test_a_study_of_which_nothing_was_evaluated_makes_way(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tiny_study(tiny_folder), out=tmp_path / "run", listener=Watcher(during={0: stop}))
+    config = tiny_study(tiny_folder, objectives=["accuracy", "parameters", "weight_bytes"], budget={"trials": 2})
+    study = run_study(config, out=tmp_path / "run")
+    assert [record.state for record in study.records] == ["complete", "complete"]
+    assert len(study.objectives) == 3
+
+
 def test_a_folder_that_is_no_study_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     config = tiny_study(tiny_folder)
     (tmp_path / "mine").mkdir()
@@ -268,14 +278,14 @@ def test_what_must_stay_the_same_is_checked_when_a_study_goes_on(tmp_path: Path)
     config = tiny_study(tmp_path, budget={"trials": 2})
     run_study(config, out=tmp_path / "run")
     save_tiny_model(tmp_path / "model", seed=6)
-    with pytest.raises(StudyError, match="was begun with another model"):
+    with pytest.raises(StudyError, match="was begun with other model weights"):
         run_study(config, out=tmp_path / "run", trials=3)
     save_tiny_model(tmp_path / "model")
     data = tmp_path / "tiny_choice.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[3]["gold"] = (rows[3]["gold"] + 1) % 4
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(StudyError, match="was begun with another tasks, documents or lm-eval version"):
+    with pytest.raises(StudyError, match="was begun with other tasks, documents or lm-eval version"):
         run_study(config, out=tmp_path / "run", trials=3)
     save_choice_task(tmp_path)
     assert run_study(config, out=tmp_path / "run", trials=3).evaluated_trials == 3
@@ -300,7 +310,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_loses_nothing(tiny_folder: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_loses_nothing(
+    tiny_folder: Path, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str], own_process: None
+) -> None:
     config = tiny_study(tiny_folder, budget={"trials": 8})
     out, filler = small_disk / "run", small_disk / "filler"
     expected = run_study(config, out=tmp_path / "expected")
@@ -314,9 +326,13 @@ def test_a_full_disk_loses_nothing(tiny_folder: Path, tmp_path: Path, small_disk
         run_study(config, out=out, listener=Watcher(before={3: fill}))
     assert "full" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err  # nor of a log that could not be written
+    study_yaml = write_study(tmp_path / "study.yaml", config)
     for _ in range(2):  # as long as the disk is full, nothing changes
-        with pytest.raises(StorageFullError):
-            run_study(config, out=out)
+        assert main(["run", str(study_yaml), "--out", str(out)]) == 2
+        told = capfd.readouterr()
+        assert told.out == ""
+        assert [line[:11] for line in told.err.splitlines() if "loading" not in line] == ["dse: error:"]
     assert [record.trial for record in open_study(out).records] == [0, 1, 2]
     filler.unlink()
     study = run_study(config, out=out)

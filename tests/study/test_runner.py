@@ -195,6 +195,9 @@ def test_a_dense_model_that_cannot_be_measured_ends_the_study(tmp_path: Path) ->
     assert [record.state for record in study.records] == ["interrupted"] * 2
     assert study.hypervolume is None
     assert (tmp_path / "run" / "trials.csv").is_file()
+    # Nothing was measured, so the model and the study itself may be mended and run again.
+    save_tiny_model(tmp_path / "model")
+    assert run_study(config, out=tmp_path / "run", trials=2).records[2].state == "complete"
 
 
 @pytest.mark.parametrize(

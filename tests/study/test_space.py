@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Shapes = Mapping[str, tuple[int, int]]
 
 
-def topology_of_shapes(layers: list[Shapes], outside: Shapes | None = None, other: int = 50) -> Topology:
+def topology_of_shapes(layers: Sequence[Shapes], outside: Shapes | None = None, other: int = 50) -> Topology:
     """A model of these layers, role to shape, with `other` parameters that are never decomposed."""
     tensors = [
         DecomposableTensor(f"layers.{i}.{role}", f"m.{i}.{role}", i, role, *shape)

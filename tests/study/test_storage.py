@@ -80,10 +80,11 @@ def test_what_is_told_is_found_again(opened: Opener, tmp_path: Path) -> None:
     assert again.attributes == {"objectives": ["accuracy", "parameters"], "queue": []}
     again.close()
     # An ordinary Optuna storage, for whoever wants to look with Optuna's own tools.
-    study = optuna.load_study(study_name="dse", storage=f"sqlite:///{tmp_path}/study.db")
+    database = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/study.db")
+    study = optuna.load_study(study_name="dse", storage=database)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE", "RUNNING"]
     assert study.trials[2].constraints == {"reduction_max": 0.2}
-    study._storage._backend.engine.dispose()
+    database.engine.dispose()
 
 
 def test_the_repetition_of_a_failed_trial_has_no_values(opened: Opener) -> None:
@@ -158,7 +159,7 @@ def test_proposals_do_not_depend_on_being_resumed(opened: Opener, sampler: str) 
         storage = opened(name, sampler=sampler, seed=5, trials=12)
         for level in (0, 1, 2, 3, 2):
             storage.enqueue(dict.fromkeys(DIMENSIONS, level), "enqueued")
-        points = []
+        points: list[dict[str, int]] = []
         while len(points) < 12:
             if stopped:
                 storage.close()
