@@ -88,7 +88,11 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         parent_path, _, attribute = tensor.module.rpartition(".")
         dense = model.get_submodule(tensor.module)
         applied._add(model.get_submodule(parent_path), attribute, dense, _low_rank(dense, source.factors(name, choice)))
-    applied.use_point()
+    try:
+        applied.use_point()
+    except BaseException:  # an interrupt between two swaps must not leave half a point in the model
+        applied.undo()
+        raise
     return applied
 
 
