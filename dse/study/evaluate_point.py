@@ -37,6 +37,8 @@ __all__ = ["PointEvaluator", "Reference", "point_text"]
 
 logger = logging.getLogger("dse")
 
+_LATENCY_RETRIES = 4
+
 PhaseListener = Callable[[str, int, int], None]
 
 
@@ -135,7 +137,11 @@ class PointEvaluator:
         if self.needs.latency:
             with run.timed("latency"):
                 latency = self._latency(applied)
-                if not latency.is_valid:  # the machine was disturbed: a second look is cheaper than a lost trial
+                for _ in range(
+                    _LATENCY_RETRIES
+                ):  # the machine was disturbed: another look is cheaper than a lost trial
+                    if latency.is_valid:
+                        break
                     latency = self._latency(applied)
             run.record = dataclasses.replace(run.record, latency=_json_safe(latency))
             if not latency.is_valid:

@@ -20,6 +20,7 @@ from dse.study.evaluate_point import Reference, blank_record
 from dse.study.events import StudyListener, StudyProgress
 from dse.study.facts import check_same_facts, study_facts
 from dse.study.folder import StudyFolder
+from dse.study.interrupts import Interrupts, noticing_interrupts
 from dse.study.objectives import objective_values
 from dse.study.proposals import first_points, unseen_feasible_levels
 from dse.study.record import TrialRecord
@@ -74,8 +75,8 @@ def run_study(
             return finished
         prepared = prepare_study(config, watcher, None if begun is None else begun.attributes["objectives"])
         folder.write_config(config)
-        with folder.logging_to_file():
-            _Loop(prepared, folder, watcher).run()
+        with folder.logging_to_file(), noticing_interrupts() as interrupts:
+            _Loop(prepared, folder, watcher, interrupts).run()
     return Study(folder.path)
 
 
@@ -105,6 +106,7 @@ class _Loop:
     prepared: PreparedStudy
     folder: StudyFolder
     listener: StudyListener
+    interrupts: Interrupts
     storage: StudyStorage = field(init=False)
     reference: Reference | None = None
     records: list[TrialRecord] = field(default_factory=list)
@@ -239,6 +241,8 @@ class _Loop:
         logger.info("trial %d: point %s (%s)", blank.trial, blank.point_id, blank.point_text)
         try:
             record, evaluation = self.prepared.evaluator.evaluate(blank, point, self.reference)
+            if self.interrupts.requested:  # a library may have made another error of it
+                raise KeyboardInterrupt
         except KeyboardInterrupt:
             self._interrupt(proposal, "stopped by the user")
             raise
