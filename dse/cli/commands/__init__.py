@@ -1,0 +1,22 @@
+"""The commands, one file each: `add(commands)` adds its parser, whose `command` default runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dse.cli.commands import cost, doctor, evaluate, export, front, recommend, run, space
+
+__all__ = ["COMMANDS"]
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    run.add,
+    front.add,
+    recommend.add,
+    export.add,
+    cost.add,
+    space.add,
+    evaluate.add,
+    doctor.add,
+)
+"""In the order of `dse --help`."""

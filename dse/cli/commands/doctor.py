@@ -1,0 +1,28 @@
+"""`dse doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from dse.cli.commands._base import EXIT_OK, command, print_json
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add `dse doctor`."""
+    command(commands, "doctor", _doctor, "what is here, what is missing, and the remedy", "dse doctor")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dse.cli.report import print_checks
+    from dse.measurement import run_checks
+
+    checks = run_checks()
+    if options.json:
+        print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        print_checks(checks)
+    return EXIT_OK

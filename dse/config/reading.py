@@ -1,0 +1,98 @@
+"""Read and validate study and search-space files; relative paths are resolved against the file itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dse.config.search_space import SearchSpaceConfig
+from dse.config.study import StudyConfig
+from dse.errors import ConfigError
+from dse.yaml_reading import read_yaml, validated
+
+__all__ = ["load_search_space", "load_study", "parse_search_space", "parse_study"]
+
+
+def load_search_space(path: Path) -> SearchSpaceConfig:
+    """Read a search-space file.
+
+    Raises:
+        ConfigError: The file is missing, malformed, or breaks the schema.
+    """
+    return parse_search_space(read_yaml(path), str(path))
+
+
+def parse_search_space(data: Any, origin: str = "search space") -> SearchSpaceConfig:
+    """Validate a parsed search space; `origin` names it in errors.
+
+    Raises:
+        ConfigError: The data break the schema.
+    """
+    return validated(SearchSpaceConfig, data, origin)
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Read a study file; `space`, task files and calibration files are resolved against the file's own folder.
+
+    Raises:
+        ConfigError: The file or one it names is missing, malformed, or breaks the schema.
+    """
+    return parse_study(read_yaml(path), base=path.parent, origin=str(path))
+
+
+def parse_study(data: Any, *, base: Path | None = None, origin: str = "study") -> StudyConfig:
+    """Validate a parsed study; relative paths are resolved against `base`.
+
+    Raises:
+        ConfigError: The data break the schema.
+    """
+    folder = (base or Path()).absolute()
+    if isinstance(data, dict):
+        data = dict(data)
+        if isinstance(data.get("space"), str):
+            data["space"] = load_search_space(Path(_absolute(folder, data["space"]))).model_dump()
+    study = validated(StudyConfig, data, origin)
+    return _with_absolute_paths(study, folder)
+
+
+def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
+    """Paths made absolute, so that the resolved study means the same wherever it is read again."""
+    tasks = [
+        t.model_copy(update={"task": _absolute(folder, t.task)}) if t.task.endswith((".yaml", ".yml")) else t
+        for t in study.tasks
+    ]
+    sources = [
+        s.model_copy(update={"file": _absolute(folder, s.file)}) if s.file is not None else s
+        for s in study.calibration.sources
+    ]
+    return study.model_copy(
+        update={
+            "tasks": tasks,
+            "calibration": study.calibration.model_copy(update={"sources": sources}),
+            "model": study.model.model_copy(update={"ref": _model_ref(folder, study.model.ref)}),
+        }
+    )
+
+
+def _model_ref(folder: Path, ref: str) -> str:
+    """An absolute path where `ref` is a local model; a hub id and `demo:` stay as they are."""
+    if ref.startswith("demo:"):
+        return ref
+    if ref.startswith((".", "~", "/")) or ref.endswith(".gguf"):
+        return _absolute(folder, ref)
+    # `models/mine` may be a folder or a hub id: it is a folder where there is one, as for `from_pretrained`.
+    return next((str(place.resolve()) for place in (folder / ref, Path(ref)) if _is_folder(place)), ref)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
+def _absolute(folder: Path, text: str) -> str:
+    try:
+        return str((folder / Path(text).expanduser()).resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte; `~somebody` who has no home
+        raise ConfigError(f"a path must be one this machine knows, but got {text!r:.80}: {error}") from error

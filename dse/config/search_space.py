@@ -1,0 +1,129 @@
+"""The schema of search-space files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dse.config._section import Section
+from dse.design_point import METHOD_NAMES
+from dse.errors import did_you_mean
+
+__all__ = ["GroupConfig", "LayerRange", "LimitsConfig", "Range", "RankConfig", "SearchSpaceConfig"]
+
+
+class Range(Section):
+    """A closed interval; either end may be left open."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"`min <= max` must hold, but got min={self.min} and max={self.max}")
+        return self
+
+
+class LimitsConfig(Section):
+    """Limits that follow from a point alone; a point outside costs no evaluation."""
+
+    reduction: Range = Range()
+
+
+class LayerRange(Section):
+    """All layers but the first and last few."""
+
+    skip_first: int = Field(0, ge=0)
+    skip_last: int = Field(0, ge=0)
+
+
+class GroupConfig(Section):
+    """Which tensors share one choice: neighbouring layers, and roles."""
+
+    layers: int = Field(1, ge=1, description="neighbouring layers that share a choice")
+    roles: Literal["together", "separate"] | dict[str, list[str]] = Field(
+        "together", description="together, separate, or named groups such as {attention: [query, key], mlp: [up]}"
+    )
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles_have_a_form(cls, value: Any) -> Any:
+        if not (value in ("together", "separate") or isinstance(value, Mapping)):
+            raise ValueError("must be together, separate, or named groups such as {attention: [query, key], mlp: [up]}")
+        return value
+
+
+class RankConfig(Section):
+    """The rank levels of a group, beside leaving it dense."""
+
+    absolute: list[Annotated[int, Field(ge=1)]] | None = None
+    kept_fractions: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="share of a tensor's parameters that its factors keep"
+    )
+    multiple: int = Field(1, ge=1, description="ranks are rounded down to a multiple of this")
+
+    @model_validator(mode="after")
+    def _one_grid(self) -> Self:
+        if (self.absolute is None) == (self.kept_fractions is None):
+            raise ValueError("give exactly one of `absolute` and `kept_fractions`")
+        if not (self.absolute or self.kept_fractions):
+            raise ValueError("a rank grid needs at least one level")
+        levels: list[Any] = [*(self.absolute or ()), *(self.kept_fractions or ())]
+        if len(set(levels)) != len(levels):
+            raise ValueError(f"a rank level may be listed once, but got {levels}")
+        return self
+
+
+class SearchSpaceConfig(Section):
+    """What may be decomposed, and how far."""
+
+    name: str = Field(min_length=1)
+    kind: Literal["levels", "subset"] = Field(
+        "levels",
+        description="levels: each group picks dense or a rank; subset: layers x roles x one rank (the paper's)",
+    )
+    methods: list[str] = Field(["whitened_svd"], min_length=1)
+    layers: Literal["all"] | list[int] | LayerRange = "all"
+    roles: Literal["all"] | list[str] = "all"
+    groups: GroupConfig = GroupConfig()
+    ranks: RankConfig
+    limits: LimitsConfig = LimitsConfig()
+    role_names: dict[str, str] = Field({}, description="module path suffix: role, for architectures dse does not know")
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: list[str]) -> list[str]:
+        for method in methods:
+            if method not in METHOD_NAMES:
+                raise ValueError(
+                    f"a method must be one of {', '.join(METHOD_NAMES)}, but got '{method}'"
+                    f"{did_you_mean(method, METHOD_NAMES)}"
+                )
+        if len(set(methods)) != len(methods):
+            raise ValueError(f"a method may be named once, but got {methods}")
+        return methods
+
+    @model_validator(mode="after")
+    def _groups_are_used(self) -> Self:
+        if self.kind == "subset" and self.groups != GroupConfig():
+            raise ValueError("`groups` is for `kind: levels`; a subset chooses layers and roles each on their own")
+        return self
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_have_a_form(cls, value: Any) -> Any:
+        if not (value == "all" or isinstance(value, (list, Mapping, LayerRange))):
+            raise ValueError("must be all, a list of layer indices, or {skip_first: 1, skip_last: 1}")
+        if isinstance(value, list) and any(isinstance(layer, bool) for layer in value):
+            raise ValueError(f"layers must be integers, but got {value}")
+        return value
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles_have_a_form(cls, value: Any) -> Any:
+        if not (value == "all" or isinstance(value, list)):
+            raise ValueError("must be all, or a list of roles such as [query, up]")
+        return value

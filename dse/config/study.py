@@ -1,0 +1,107 @@
+"""The schema of study files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from dse.config._section import Section
+from dse.config.calibration import CalibrationConfig
+from dse.config.evaluation import EvaluationConfig, TaskConfig
+from dse.config.measurement import MeasurementConfig
+from dse.config.search_space import SearchSpaceConfig
+
+__all__ = ["BudgetConfig", "ModelConfig", "ObjectiveConfig", "SamplerConfig", "StudyConfig"]
+
+
+class ModelConfig(Section):
+    """Which model, and how it is held."""
+
+    ref: str = Field(min_length=1, description="hub id, local folder, .gguf file, or demo:<name>")
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = Field("auto", description="auto (cuda where there is one), cpu, cuda or cuda:<index>")
+    trust_remote_code: bool = False
+
+
+class ObjectiveConfig(Section):
+    """One objective of the study."""
+
+    name: str
+    optional: bool = Field(
+        False, description="drop it with a notice where it cannot be measured (energy without a meter)"
+    )
+
+
+class SamplerConfig(Section):
+    """Which Optuna sampler proposes points."""
+
+    name: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
+    seed: int = Field(0, ge=0)
+
+
+class BudgetConfig(Section):
+    """How long to search."""
+
+    trials: int = Field(40, ge=1, description="evaluated points, the dense model included")
+
+
+class StudyConfig(Section):
+    """One study: model + space + objectives + tasks + measurement + budget."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    model: ModelConfig
+    space: SearchSpaceConfig
+    objectives: list[ObjectiveConfig] = Field(min_length=1)
+    tasks: list[TaskConfig] = Field([])
+    evaluation: EvaluationConfig = EvaluationConfig()
+    measurement: MeasurementConfig = MeasurementConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    budget: BudgetConfig = BudgetConfig()
+    enqueue: list[dict[str, Any]] = Field([], description="design points to evaluate first, compact or expanded")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_of_string(cls, value: Any) -> Any:
+        return {"ref": value} if isinstance(value, str) else value
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _objectives_of_strings(cls, value: Any) -> Any:
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _tasks_of_strings(cls, value: Any) -> Any:
+        return [{"task": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("enqueue")
+    @classmethod
+    def _points_are_json(cls, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            is_json = json.loads(json.dumps(points, allow_nan=False)) == points
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"a design point must be made of JSON values, but: {error}") from error
+        if not is_json:
+            raise ValueError("a design point must be made of JSON values with texts as keys")
+        return points
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [objective.name for objective in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"an objective may be named once, but got {names}")
+        tasks = [task.task for task in self.tasks]
+        if len(set(tasks)) != len(tasks):
+            raise ValueError(f"a task may be named once, but got {tasks}")
+        if not self.tasks and {"accuracy", "perplexity"} & set(names):
+            raise ValueError("`tasks` must name at least one task for the objective accuracy or perplexity")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved study as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
