@@ -1,6 +1,6 @@
 """Latency, energy and memory of a resident model. Takes models and callables; knows nothing of decomposition."""
 
-from dse.measurement.device_lock import device_lock
+from dse.measurement.device_lock import device_in_use, device_lock
 from dse.measurement.distribution import Distribution
 from dse.measurement.doctor import Check, run_checks
 from dse.measurement.energy import EnergyResult, MeterStatus, PhaseEnergy, find_meters, measure_energy, open_meter
@@ -27,6 +27,7 @@ __all__ = [
     "PhaseLatency",
     "RaplMeter",
     "describe_environment",
+    "device_in_use",
     "device_lock",
     "find_meters",
     "measure_energy",

@@ -1,11 +1,11 @@
-"""One measurement at a time on a device, across all studies of this user on this machine."""
+"""One measurement at a time on a device, and nothing else of ours beside it, across all studies of this user."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,12 @@ from filelock import FileLock, Timeout
 
 from dse.files import cache_dir, disk_errors
 
-__all__ = ["device_lock", "lock_file"]
+try:
+    import fcntl
+except ImportError:  # Windows: measurements exclude each other, but not the evaluations of other studies
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["device_in_use", "device_lock", "lock_file"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,14 +35,48 @@ def lock_file(device: torch.device) -> Path:
 
 
 @contextlib.contextmanager
-def device_lock(device: torch.device) -> Iterator[None]:
-    """Hold `device` for a measurement; waits as long as another process or thread holds it, and logs that once.
+def device_lock(*devices: torch.device) -> Iterator[None]:
+    """Hold `devices` alone for a measurement; waits as long as anything else of ours uses one, and logs that once.
 
-    The same thread may enter again. The kernel frees the lock when a process dies.
+    Two locks make it fair. A measurement holds the first throughout; mere users of the device (`device_in_use`) only
+    pass through it and share the second. So a measurement waits for the users that are in, and none enters meanwhile.
+
+    The same thread may enter again. The kernel frees both locks when a process dies.
 
     Raises:
         StorageFullError: The cache folder cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        for device in _in_order(devices):
+            lock = stack.enter_context(_first_lock(device))
+            if lock.lock_counter == 1:  # the outermost entry of this thread: the others stand inside it
+                stack.enter_context(_second_lock(device, is_shared=False))
+        yield
+
+
+@contextlib.contextmanager
+def device_in_use(*devices: torch.device) -> Iterator[None]:
+    """Use `devices` for other work than a measurement, beside other users but never beside a measurement.
+
+    Must not be entered by a thread that measures.
+
+    Raises:
+        StorageFullError: The cache folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for device in _in_order(devices):
+            with _first_lock(device):
+                stack.enter_context(_second_lock(device, is_shared=True))
+        yield
+
+
+def _in_order(devices: Sequence[torch.device]) -> list[torch.device]:
+    """Each device once, in one order for every process, so that two that want the same pair cannot wait in a ring."""
+    return list({lock_file(device): device for device in sorted(devices, key=lambda d: str(lock_file(d)))}.values())
+
+
+@contextlib.contextmanager
+def _first_lock(device: torch.device) -> Iterator[FileLock]:
     path = lock_file(device)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +88,24 @@ def device_lock(device: torch.device) -> Iterator[None]:
             _LOG.info("waiting for %s: another measurement holds %s", device, path)
             lock.acquire()
     try:
-        yield
+        yield lock
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _second_lock(device: torch.device, *, is_shared: bool) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    path = lock_file(device).with_suffix(".users")
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    with contextlib.ExitStack() as stack:
+        with disk_errors(path):
+            stream = stack.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(stream, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _LOG.info("waiting for %s: other trials use it (%s)", device, path)
+                fcntl.flock(stream, kind)
+        yield

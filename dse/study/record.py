@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dse.cost import Cost
 
-__all__ = ["Interval", "TrialRecord", "TrialState", "to_row"]
+__all__ = ["Interval", "TrialRecord", "TrialState", "finite", "to_row"]
 
 TrialState = str
 """complete, failed (reason given), duplicate (values of an earlier trial reused), infeasible, or interrupted."""
@@ -125,3 +126,16 @@ def _interval_columns(name: str, interval: Interval) -> dict[str, float | None]:
     if interval.low is not None and interval.high is not None:
         columns |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return columns
+
+
+def finite(value: Any) -> Any:
+    """A result as JSON values: keys as text, tuples as lists, what is not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (bool, int, str)) or value is None:
+        return value
+    return float(value) if hasattr(value, "__float__") else str(value)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dse.errors import StorageFullError
-from dse.measurement import device_lock
+from dse.measurement import device_in_use, device_lock
 from dse.measurement.device_lock import lock_file
 
 CPU = torch.device("cpu")
@@ -94,3 +94,41 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch):
     monkeypatch.setenv("DSE_CACHE", str(Path(blocked)))
     with pytest.raises(StorageFullError, match="must be writable"), device_lock(CPU):
         pass
+
+
+def test_users_share_a_device_but_a_measurement_has_it_alone():
+    inside = [threading.Event(), threading.Event()]
+    leave = threading.Event()
+
+    def use(index: int) -> None:
+        with device_in_use(CPU):
+            inside[index].set()
+            leave.wait(10)
+
+    users = [threading.Thread(target=use, args=(index,)) for index in range(2)]
+    for user in users:
+        user.start()
+    assert all(event.wait(5) for event in inside)  # both at once
+
+    measuring, late = threading.Event(), threading.Event()
+
+    def measure() -> None:
+        with device_lock(CPU), device_lock(CPU):
+            measuring.set()
+            time.sleep(0.2)
+            assert not late.is_set()
+
+    def use_later() -> None:
+        with device_in_use(CPU):
+            late.set()
+
+    measurer, latecomer = threading.Thread(target=measure), threading.Thread(target=use_later)
+    measurer.start()
+    assert not measuring.wait(0.3)  # the users are still in
+    latecomer.start()
+    assert not late.wait(0.3)  # a measurement waits: nobody enters before it
+    leave.set()
+    assert measuring.wait(5)
+    for thread in (*users, measurer, latecomer):
+        thread.join(5)
+    assert late.is_set()
