@@ -117,6 +117,11 @@ class FactorBank:
         """Methods the bank holds."""
         return tuple(self._stores)
 
+    def identity(self, point: DesignPoint) -> str:
+        """Of the factors that this point is made of: model, method and calibration text of each; "" for dense."""
+        methods = sorted({choice.method for _, choice in point})
+        return " ".join(self._stores[method].folder.name for method in methods)
+
     @property
     def folders(self) -> Mapping[str, Path]:
         """Method to the folder of its factors."""

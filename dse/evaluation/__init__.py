@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dse.evaluation.answers import Answers, EvaluationCache
 from dse.evaluation.result import EvaluationResult, TaskResult, read_outcomes
 from dse.evaluation.statistics import (
     Interval,
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dse.evaluation.lm_eval_runner import Evaluator
 
 __all__ = [
+    "Answers",
+    "EvaluationCache",
     "EvaluationResult",
     "Evaluator",
     "Interval",

@@ -8,15 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dse.errors import ConfigError, ModelError, OutOfMemoryError, TaskError
+from dse.evaluation.answers import Answers
 from dse.evaluation.lm_eval_model import ScoringLM
 from dse.evaluation.lm_eval_quiet import quiet_lm_eval, swallowed_output
 from dse.evaluation.lm_eval_results import task_result
+from dse.evaluation.lm_eval_subset import keep_answers, requests_to_ask, share_of_leaves
 from dse.evaluation.lm_eval_tasks import (
     LeafTask,
     answer_with_dummies,
@@ -53,7 +57,7 @@ class Evaluator:
     """lm-eval over a fixed set of tasks and documents, for a model that changes between calls.
 
     Tasks are loaded, documents drawn and requests built when it is made, so every call scores exactly the same
-    requests, few-shot examples included. Nothing of a call is kept for the next.
+    requests, few-shot examples included. Nothing of a call is kept for the next, unless the caller keeps `Answers`.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Evaluator:
         _check_model(loaded, tasks, needs_template=apply_chat_template)
         sources = [resolve_task(spec) for spec in tasks]
         check_unique(source.name for source in sources)
-        self._max_length = max_length
+        self._loaded, self._max_length, self._has_chat_template = loaded, max_length, apply_chat_template
         with quiet_lm_eval(), swallowed_output():
             self._lm = ScoringLM(loaded, batch_size=int(rows), max_length=max_length)
             template = self._lm.apply_chat_template if apply_chat_template else None
@@ -120,39 +124,79 @@ class Evaluator:
         """The metric that stands for each task."""
         return {task.name: task.metric for task in self._tasks}
 
-    def evaluate(self, progress: Progress | None = None) -> EvaluationResult:
+    def identity(self, point_id: str, factors: str) -> dict[str, str]:
+        """What an answer depends on beside the document: see `EvaluationCache`.
+
+        Args:
+            point_id: The design point in the model.
+            factors: Identity of the factors it is made of; "" for the dense model.
+        """
+        packages = ("torch", "transformers", "lm_eval")
+        return {
+            "model": self._loaded.fingerprint,
+            "point": point_id,
+            "factors": factors,
+            "dtype": str(self._loaded.dtype),
+            "device": self._loaded.device.type,
+            "max_length": str(self._max_length),
+            "chat_template": str(self._has_chat_template),
+            "scorer": type(self._lm).__name__,
+            **{package: importlib.metadata.version(package) for package in packages},
+        }
+
+    def evaluate(
+        self, progress: Progress | None = None, *, share: float = 1.0, answers: Answers | None = None
+    ) -> EvaluationResult:
         """Evaluate the model as it is now.
 
         Args:
-            progress: Called as requests finish.
+            progress: Called as requests finish, and once more at the end.
+            share: Of each task's documents, the first drawn: a smaller share is a part of every larger one.
+            answers: What this very state of the model has answered before; those documents are not asked again, and
+                the answers of the others are added.
 
         Raises:
+            ConfigError: `0 < share <= 1` does not hold.
             NonFiniteError: A log-likelihood or a metric is NaN or infinite.
             OutOfMemoryError: The device has no room for a batch.
         """
         start = time.perf_counter()
+        known = Answers() if answers is None else answers
+        tasks = [replace(task, leaves=tuple(share_of_leaves(task.leaves, share))) for task in self._tasks]
+        leaves = [leaf for task in tasks for leaf in task.leaves]
         while True:
             try:
-                self._score(progress)
+                self._score(requests_to_ask(leaves, known), progress)
                 break
             except OutOfMemoryError:
                 if not self._is_auto or self._lm.rows == 1:
                     raise
                 self._lm.rows //= 2
+        keep_answers(leaves, known)
         with quiet_lm_eval():
-            results = tuple(task_result(t.name, t.metric, t.spec.weight, t.leaves) for t in self._tasks)
+            results = tuple(task_result(t.name, t.metric, t.spec.weight, t.leaves) for t in tasks)
         return EvaluationResult(results, time.perf_counter() - start)
+
+    def within_share(self, share: float) -> dict[str, NDArray[np.bool_]]:
+        """Which of each task's outcomes, in their order, belong to the documents of a share; shape (documents,)."""
+        masks = {}
+        for task in self._tasks:
+            kept = {
+                (leaf.name, document) for leaf in share_of_leaves(task.leaves, share) for document in leaf.documents
+            }
+            flags = [(leaf.name, document) in kept for leaf in task.leaves for document in leaf.documents]
+            masks[task.name] = np.asarray(flags, dtype=np.bool_)
+        return masks
 
     def _instances(self) -> Iterator[Any]:
         for task in self._tasks:
             for leaf in task.leaves:
                 yield from leaf.task.instances
 
-    def _score(self, progress: Progress | None) -> None:
-        """Ask the model every request; the answers are left in the requests."""
+    def _score(self, asked: Sequence[Any], progress: Progress | None) -> None:
+        """Ask the model these requests; the answers are left in them."""
         by_type: dict[str, list[Any]] = {}
-        for instance in self._instances():
-            instance.resps, instance.filtered_resps = [], {}
+        for instance in asked:
             by_type.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
         total, done = sum(map(len, by_type.values())), 0
 
@@ -167,6 +211,8 @@ class Evaluator:
             for kind, requests in by_type.items():
                 for request, answer in zip(requests, getattr(self._lm, kind)(requests), strict=True):
                     request.resps.append(answer)
+        if progress is not None and not asked:
+            progress(1, 1)  # all of it was known: say that it is done
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()

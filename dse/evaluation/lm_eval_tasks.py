@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +49,42 @@ class LeafTask:
         task: lm-eval's task, its requests built.
         documents: Indices drawn, ascending.
         rows: The documents themselves, in that order.
+        places: Place of each document in the draw of the whole task: a limit of n draws the places below n.
+        digests: Of each document: its task's definition and version, its row, and every request made of it.
     """
 
     task: Any
     documents: list[int]
     rows: list[Any] = field(repr=False)
+    places: list[int] = field(default_factory=list, repr=False)
+    digests: list[str] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
         """lm-eval's name of the task."""
         return str(self.task.config.task)
 
+    def definition(self) -> dict[str, Any]:
+        """The task's configuration, without paths (they say where data lie, not what they are)."""
+        left_out = ("dataset_kwargs", "metadata", "fewshot_config")  # the few-shot settings show in the requests
+        return {key: value for key, value in self.task.dump_config().items() if key not in left_out}
+
+    def with_digests(self) -> LeafTask:
+        """The task with a digest of every document."""
+        head = _stable([self.name, self.task.VERSION, self.definition()])
+        of_document: dict[int, list[Any]] = {}
+        for instance in self.task.instances:
+            requests = of_document.setdefault(instance.doc_id, [])
+            requests.append([instance.idx, instance.request_type, instance.args, instance.repeats])
+        digests = [
+            hashlib.sha256(head + _stable(row) + _stable(of_document.get(document, []))).hexdigest()[:32]
+            for document, row in zip(self.documents, self.rows, strict=True)
+        ]
+        return replace(self, digests=digests)
+
     def fingerprint_parts(self) -> Iterator[bytes]:
         """What its scores depend on beside the model: definition, documents, and every request as it is asked."""
-        config = {
-            # Paths say where data lie, not what they are; the few-shot settings show in the requests.
-            key: value
-            for key, value in self.task.dump_config().items()
-            if key not in ("dataset_kwargs", "metadata", "fewshot_config")
-        }
-        yield _stable([self.name, self.task.VERSION, config, self.documents])
+        yield _stable([self.name, self.task.VERSION, self.definition(), self.documents])
         for instance in self.task.instances:
             yield _stable([instance.request_type, instance.args, instance.repeats])
         for row in self.rows:
@@ -93,7 +109,7 @@ def build_leaves(
         rows = [task.eval_docs for task in tasks]
         chosen = _draw(source.name, [len(row) for row in rows], limit, seed)
         leaves = [
-            LeafTask(task, drawn, [row[index] for index in drawn])
+            LeafTask(task, list(drawn), [row[index] for index in drawn], list(drawn.values()))
             for task, row, drawn in zip(tasks, rows, chosen, strict=True)
             if drawn
         ]
@@ -108,7 +124,7 @@ def build_leaves(
             )
             for instance in leaf.task.instances:  # lm-eval numbers the drawn documents from 0
                 instance.doc_id = leaf.documents[instance.doc_id]
-        return leaves
+        return [leaf.with_digests() for leaf in leaves]
 
 
 def answer_with_dummies(leaf: LeafTask) -> bool:
@@ -211,15 +227,16 @@ def _refuse_unsupported(name: str, task: Any) -> None:
         raise TaskError(f"a task must be text only, but '{name}' has images or sound; leave it out")
 
 
-def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int) -> list[list[int]]:
-    """Indices drawn from each member, ascending; a smaller limit draws a subset of what a larger one draws."""
-    places = [(member, index) for member, size in enumerate(sizes) for index in range(size)]
-    if limit is not None and limit < len(places):
-        random.Random(f"{seed}:{name}").shuffle(places)
-        places = places[:limit]
-    chosen: list[list[int]] = [[] for _ in sizes]
-    for member, index in sorted(places):
-        chosen[member].append(index)
+def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int) -> list[dict[int, int]]:
+    """Indices drawn from each member, ascending, with their places in the draw.
+
+    A smaller limit draws a part of what a larger one draws: the places below it.
+    """
+    order = [(member, index) for member, size in enumerate(sizes) for index in range(size)]
+    random.Random(f"{seed}:{name}").shuffle(order)
+    chosen: list[dict[int, int]] = [{} for _ in sizes]
+    for place, (member, index) in sorted(enumerate(order[:limit]), key=lambda drawn: drawn[1]):
+        chosen[member][index] = place
     return chosen
 
 
