@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,7 +95,7 @@ def _explain(schema: type[BaseModel], entry: Any) -> str:
     location = [_one_line(str(part), _VALUE_CHARACTERS) for part in parts]
     where = ".".join(location)
     if entry["type"] == "extra_forbidden":
-        known = _keys_at(schema, location[:-1])
+        known = _keys_at(schema, parents)
         hint = did_you_mean(location[-1], known) or (f"; known keys: {', '.join(known)}" if known else "")
         return f"unknown key '{where}'{hint}"
     if entry["type"] == "missing":
@@ -123,24 +123,21 @@ def _one_line(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """Known keys of the section that `location` leads to."""
-    section: type[BaseModel] | None = schema
-    for part in location:
-        if section is None or part.isdigit():
-            continue
-        field = section.model_fields.get(part)
-        if field is None:
-            continue  # a member name of a union, not a key
-        section = _section_in(field.annotation)
-    return list(section.model_fields) if section is not None else []
+def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Known keys of the section that `location` leads to, by way of the forms that it names."""
+    sections: list[type[BaseModel]] = [schema]
+    for part in map(str, location):
+        forms = [section for section in sections if section.__name__ == part]
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if forms:
+            sections = forms
+        elif fields:
+            sections = list(_sections_in(fields[0].annotation))
+    return list(sections[0].model_fields) if sections else []
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _section_in(argument)
-        if found is not None:
-            return found
-    return None
+        yield from _sections_in(argument)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dse.config.calibration import CalibrationConfig, CalibrationSource
-from dse.config.evaluation import EvaluationConfig, TaskConfig
+from dse.config.dataset_task import HEAD_COLUMNS, HEAD_METRICS, LOCAL_SUFFIXES, DatasetTaskConfig, Head
+from dse.config.evaluation import AnyTaskConfig, EvaluationConfig, TaskConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.reading import load_search_space, load_study, parse_search_space, parse_study
 from dse.config.search_space import GroupConfig, LayerRange, LimitsConfig, Range, RankConfig, SearchSpaceConfig
 from dse.config.study import BudgetConfig, ModelConfig, ObjectiveConfig, SamplerConfig, StudyConfig
 
 __all__ = [
+    "HEAD_COLUMNS",
+    "HEAD_METRICS",
+    "LOCAL_SUFFIXES",
+    "AnyTaskConfig",
     "BudgetConfig",
     "CalibrationConfig",
     "CalibrationSource",
+    "DatasetTaskConfig",
     "EvaluationConfig",
     "GroupConfig",
+    "Head",
     "LayerRange",
     "LimitsConfig",
     "MeasurementConfig",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
 
 from dse.config._section import Section
+from dse.config.dataset_task import DatasetTaskConfig
 
-__all__ = ["EvaluationConfig", "TaskConfig"]
+__all__ = ["AnyTaskConfig", "EvaluationConfig", "TaskConfig"]
 
 
 class TaskConfig(Section):
@@ -19,6 +23,18 @@ class TaskConfig(Section):
     num_fewshot: int | None = Field(None, ge=0)
 
 
+def _form(value: Any) -> str:
+    has_dataset = "dataset" in value if isinstance(value, Mapping) else isinstance(value, DatasetTaskConfig)
+    return "DatasetTaskConfig" if has_dataset else "TaskConfig"
+
+
+AnyTaskConfig = Annotated[
+    Annotated[TaskConfig, Tag("TaskConfig")] | Annotated[DatasetTaskConfig, Tag("DatasetTaskConfig")],
+    Discriminator(_form),
+]
+"""A task of lm-eval's kind, or (where it has a `dataset`) one on a data set's rows."""
+
+
 class EvaluationConfig(Section):
     """How tasks are run; the same for every trial."""
 
@@ -27,3 +43,6 @@ class EvaluationConfig(Section):
     batch_size: int = Field(16, ge=1)
     max_length: int | None = Field(None, ge=16)
     apply_chat_template: bool = False
+    masked_scoring: Literal["within_word", "original"] = Field(
+        "within_word", description="pseudo-log-likelihood of masked language models: which tokens are masked together"
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dse.config.dataset_task import DatasetTaskConfig
+from dse.config.evaluation import TaskConfig
 from dse.config.search_space import SearchSpaceConfig
 from dse.config.study import StudyConfig
 from dse.errors import ConfigError
@@ -57,10 +59,7 @@ def parse_study(data: Any, *, base: Path | None = None, origin: str = "study") -
 
 def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
     """Paths made absolute, so that the resolved study means the same wherever it is read again."""
-    tasks = [
-        t.model_copy(update={"task": _absolute(folder, t.task)}) if t.task.endswith((".yaml", ".yml")) else t
-        for t in study.tasks
-    ]
+    tasks = [_task_with_absolute_path(task, folder) for task in study.tasks]
     sources = [
         s.model_copy(update={"file": _absolute(folder, s.file)}) if s.file is not None else s
         for s in study.calibration.sources
@@ -72,6 +71,13 @@ def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
             "model": study.model.model_copy(update={"ref": _model_ref(folder, study.model.ref)}),
         }
     )
+
+
+def _task_with_absolute_path(task: TaskConfig | DatasetTaskConfig, folder: Path) -> TaskConfig | DatasetTaskConfig:
+    if isinstance(task, DatasetTaskConfig):
+        return task.model_copy(update={"dataset": _absolute(folder, task.dataset)}) if task.is_file else task
+    is_file = task.task.endswith((".yaml", ".yml"))
+    return task.model_copy(update={"task": _absolute(folder, task.task)}) if is_file else task
 
 
 def _model_ref(folder: Path, ref: str) -> str:

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from dse.config._section import Section
 from dse.config.calibration import CalibrationConfig
-from dse.config.evaluation import EvaluationConfig, TaskConfig
+from dse.config.dataset_task import DatasetTaskConfig, Head
+from dse.config.evaluation import AnyTaskConfig, EvaluationConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.search_space import SearchSpaceConfig
 
@@ -56,7 +57,7 @@ class StudyConfig(Section):
     model: ModelConfig
     space: SearchSpaceConfig
     objectives: list[ObjectiveConfig] = Field(min_length=1)
-    tasks: list[TaskConfig] = Field([])
+    tasks: list[AnyTaskConfig] = Field([])
     evaluation: EvaluationConfig = EvaluationConfig()
     measurement: MeasurementConfig = MeasurementConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -95,12 +96,20 @@ class StudyConfig(Section):
         names = [objective.name for objective in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"an objective may be named once, but got {names}")
-        tasks = [task.task for task in self.tasks]
+        tasks = [task.task_name if isinstance(task, DatasetTaskConfig) else task.task for task in self.tasks]
         if len(set(tasks)) != len(tasks):
             raise ValueError(f"a task may be named once, but got {tasks}")
+        heads = {task.head if isinstance(task, DatasetTaskConfig) else "a language model's" for task in self.tasks}
+        if len(heads) > 1:
+            raise ValueError(f"a model has one head, but the tasks ask for {', '.join(sorted(heads))}; keep to one")
         if not self.tasks and {"accuracy", "perplexity"} & set(names):
             raise ValueError("`tasks` must name at least one task for the objective accuracy or perplexity")
         return self
+
+    @property
+    def head(self) -> Head | None:
+        """The head that the tasks on data sets ask for; None where there is none, or lm-eval's tasks."""
+        return next((task.head for task in self.tasks if isinstance(task, DatasetTaskConfig)), None)
 
     def to_yaml(self) -> str:
         """The resolved study as YAML, every default written out."""

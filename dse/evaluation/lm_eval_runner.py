@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dse.errors import ConfigError, ModelError, OutOfMemoryError, TaskError
 from dse.evaluation.answers import Answers
+from dse.evaluation.lm_eval_masked_model import MaskedScoringLM
 from dse.evaluation.lm_eval_model import ScoringLM
 from dse.evaluation.lm_eval_quiet import quiet_lm_eval, swallowed_output
 from dse.evaluation.lm_eval_results import task_result
@@ -29,9 +30,10 @@ from dse.evaluation.lm_eval_tasks import (
     collect_outcomes,
     declared_metrics,
 )
+from dse.evaluation.masked_text import MaskedScoring
 from dse.evaluation.result import EvaluationResult, choose_metric
 from dse.evaluation.task_spec import TaskSpec, check_unique, resolve_task
-from dse.models import LoadedModel
+from dse.models import LoadedModel, head_of
 
 __all__ = ["Evaluator", "Progress"]
 
@@ -70,6 +72,7 @@ class Evaluator:
         batch_size: int | str = 16,
         max_length: int | None = None,
         apply_chat_template: bool = False,
+        masked_scoring: MaskedScoring = "within_word",
     ) -> None:
         """Load the tasks and find every defect they have.
 
@@ -83,11 +86,12 @@ class Evaluator:
             max_length: Tokens of context, None for the model's own; longer requests lose their beginning, longer
                 texts of a perplexity are scored window by window.
             apply_chat_template: Wrap each prompt in the tokenizer's chat template.
+            masked_scoring: Pseudo-log-likelihood of a masked language model: which tokens are hidden together.
 
         Raises:
             TaskError: A task cannot be found, read or scored, or lacks the metric asked for.
             ConfigError: `limit`, `batch_size` or `max_length` is below 1.
-            ModelError: The model does not generate left to right, or has no chat template though one was asked for.
+            ModelError: The model has no language-model head, or no chat template though one was asked for.
         """
         self._is_auto = batch_size == "auto"
         rows = _AUTO_ROWS.get(loaded.device.type, _AUTO_ROWS_ELSEWHERE) if self._is_auto else batch_size
@@ -98,8 +102,13 @@ class Evaluator:
         sources = [resolve_task(spec) for spec in tasks]
         check_unique(source.name for source in sources)
         self._loaded, self._max_length, self._has_chat_template = loaded, max_length, apply_chat_template
+        self._masking = "" if loaded.topology.is_decoder else f" {masked_scoring}"
         with quiet_lm_eval(), swallowed_output():
-            self._lm = ScoringLM(loaded, batch_size=int(rows), max_length=max_length)
+            self._lm: ScoringLM | MaskedScoringLM
+            if loaded.topology.is_decoder:
+                self._lm = ScoringLM(loaded, batch_size=int(rows), max_length=max_length)
+            else:
+                self._lm = MaskedScoringLM(loaded, batch_size=int(rows), max_length=max_length, scoring=masked_scoring)
             template = self._lm.apply_chat_template if apply_chat_template else None
             self._tasks = [
                 _prepare(
@@ -140,7 +149,7 @@ class Evaluator:
             "device": self._loaded.device.type,
             "max_length": str(self._max_length),
             "chat_template": str(self._has_chat_template),
-            "scorer": type(self._lm).__name__,
+            "scorer": type(self._lm).__name__ + self._masking,
             **{package: importlib.metadata.version(package) for package in packages},
         }
 
@@ -217,6 +226,7 @@ class Evaluator:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update(f"lm_eval {importlib.metadata.version('lm_eval')} max_length {self._max_length}".encode())
+        digest.update(self._masking.encode())
         for task in self._tasks:
             digest.update(f"{task.name} {task.metric} {task.spec.weight}".encode())
             for leaf in task.leaves:
@@ -228,10 +238,16 @@ class Evaluator:
 def _check_model(loaded: LoadedModel, tasks: Sequence[TaskSpec], *, needs_template: bool) -> None:
     if not tasks:
         raise TaskError("an evaluation must have at least one task, but got none")
-    if not loaded.topology.is_decoder or getattr(loaded.model.config, "is_encoder_decoder", False):
+    is_encoder_decoder = getattr(loaded.model.config, "is_encoder_decoder", False)
+    if is_encoder_decoder or not (loaded.topology.is_decoder or head_of(type(loaded.model)) == "masked_lm"):
         raise ModelError(
-            f"lm-eval tasks need a model that generates left to right, but '{loaded.ref}' is "
-            f"{loaded.topology.architecture}"
+            f"lm-eval tasks need a decoder or a masked language model, but '{loaded.ref}' is "
+            f"{loaded.topology.architecture}; name a data set that fits its head (`dataset: ...`, `head: ...`)"
+        )
+    if needs_template and not loaded.topology.is_decoder:
+        raise ModelError(
+            f"`apply_chat_template` is for models that generate, but '{loaded.ref}' is a masked language model; set it"
+            f" to false"
         )
     if needs_template and not loaded.tokenizer.chat_template:
         raise ModelError(

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets.config
-import huggingface_hub
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 
 from dse.errors import TaskError, UserError, did_you_mean
+from dse.evaluation.hub_access import hub_dataset
 from dse.evaluation.task_spec import LOCAL_DATASETS, TaskSource, TaskSpec, builtin_tasks
 from dse.files import disk_errors
 
@@ -33,7 +33,6 @@ __all__ = [
     "declared_metrics",
 ]
 
-_HUB_TIMEOUT_S = 5.0
 _DUMMY_ANSWERS: Mapping[str, Any] = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
@@ -179,7 +178,7 @@ def _load(source: TaskSource) -> list[Any]:
                 f"a task must be a YAML file, a builtin task ({', '.join(builtin_tasks())}) or one of lm-eval's "
                 f"{len(manager.all_tasks)} tasks, but got '{source.name}'{did_you_mean(source.name, known)}"
             )
-        with _hub(source.name, "its dataset"):
+        with hub_dataset(source.name, "its dataset"):
             return list(manager.load([source.name])["tasks"].values())
     _check_config(source.config, source.path or Path(source.name))
     config = copy.deepcopy(source.config)  # lm-eval changes what it is given
@@ -188,7 +187,7 @@ def _load(source: TaskSource) -> list[Any]:
     dataset = config["dataset_path"]
     if dataset in LOCAL_DATASETS or Path(dataset).is_dir():
         return [ConfigurableTask(config=config)]
-    with _hub(source.name, f"the dataset '{dataset}'"):
+    with hub_dataset(source.name, f"the dataset '{dataset}'"):
         return [ConfigurableTask(config=config)]
 
 
@@ -244,38 +243,6 @@ def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int) -> list
 def _task_manager() -> TaskManager:
     """lm-eval's registry; building it reads thousands of files, so it is built once, and only for a registry name."""
     return TaskManager()
-
-
-@contextmanager
-def _hub(name: str, what: str) -> Iterator[None]:
-    """Load from the hub's cache alone when the hub cannot be reached, instead of retrying for minutes."""
-    is_reachable = _is_hub_reachable()
-    constants, config = huggingface_hub.constants, datasets.config
-    kept = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    if not is_reachable:
-        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if is_reachable:
-            raise
-        raise TaskError(
-            f"task '{name}' needs {what} from the Hugging Face hub, which cannot be reached and has no copy in the "
-            f"local cache; connect once, or use a local YAML task or a builtin one ({', '.join(builtin_tasks())})"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = kept
-
-
-@functools.lru_cache(maxsize=1)
-def _is_hub_reachable() -> bool:
-    if huggingface_hub.is_offline_mode():
-        return False
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
-    except Exception:  # noqa: BLE001 - whatever the HTTP library raises, the hub is out of reach
-        return False
-    return True
 
 
 @contextmanager

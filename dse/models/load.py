@@ -9,25 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dse.errors import ModelError, did_you_mean
 from dse.models.fingerprint import model_fingerprint
 from dse.models.gguf_file import dense_weights_keywords, drop_quantization, shared_gguf_reader
+from dse.models.heads import Head, checkpoint_has_head, head_of, model_factory
 from dse.models.quiet import quiet_transformers
 from dse.models.reference import ModelSource, resolve
+from dse.models.sentence_files import read_sentence_files
 from dse.models.topology import topology_of
 from dse.topology import Topology
 
@@ -53,6 +44,7 @@ class LoadedModel:
         topology: Its decomposable tensors.
         device: Where its weights lie.
         dtype: Of its weights.
+        sentence_files: Texts of sentence-transformers' files beside the weights, by path; for models without a head.
     """
 
     ref: str
@@ -62,6 +54,7 @@ class LoadedModel:
     topology: Topology
     device: torch.device
     dtype: torch.dtype
+    sentence_files: Mapping[str, str] = field(default_factory=dict)
     _versions: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,19 +86,21 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     role_names: Mapping[str, str] | None = None,
+    head: Head | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer and topology.
 
     Args:
-        ref: Hub id, local folder, `.gguf` file, or `demo:smollm2-135m-instruct`.
+        ref: Hub id, local folder, `.gguf` file, or `demo:<name>`.
         revision: Branch, tag or commit of the hub.
         dtype: float32, float16 or bfloat16.
         device: `cpu`, `cuda`, `cuda:1`, ...
         trust_remote_code: Whether Python code that comes with the model may run.
         role_names: Module-path suffix to role, for architectures that no rule names.
+        head: What must stand on top of the layers; None for what the checkpoint's config names.
 
     Raises:
-        ModelError: Nothing can be loaded from `ref`, or not in this dtype or onto this device.
+        ModelError: Nothing can be loaded from `ref`, or not in this dtype or onto this device, or it lacks the head.
         UnknownArchitectureError: No rule names the model's matrices.
     """
     torch_dtype, torch_device = _dtype(dtype), _device(device)
@@ -115,13 +110,14 @@ def load_model(
     with quiet_transformers(), shared_gguf_reader():
         config = _config(ref, source, trust_remote_code)
         _refuse_quantized(ref, source, config)
-        model = _weights(ref, source, config, torch_dtype, trust_remote_code)
+        model = _weights(ref, source, config, torch_dtype, trust_remote_code, head)
         tokenizer = _tokenizer(ref, source, trust_remote_code)
+        sentence_files = read_sentence_files(source) if head_of(type(model)) == "embedding" else {}
         topology = topology_of(model, role_names)
         model = _to_device(model, torch_device, ref)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
-    return LoadedModel(ref, revision, model, tokenizer, topology, torch_device, torch_dtype)
+    return LoadedModel(ref, revision, model, tokenizer, topology, torch_device, torch_dtype, sentence_files)
 
 
 def load_topology(
@@ -150,7 +146,7 @@ def load_topology(
     with quiet_transformers(), shared_gguf_reader():
         config = _config(ref, source, trust_remote_code)
         counted = wanted or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-        factory = _factory(config, trust_remote_code)
+        factory = model_factory(config, trust_remote_code)
         with _load_errors(ref), torch.device("meta"):
             if issubclass(factory, PreTrainedModel):
                 model = factory._from_config(config, dtype=counted)
@@ -205,47 +201,49 @@ def _where(source: ModelSource, trust_remote_code: bool) -> dict[str, Any]:
     return keywords
 
 
-def _factory(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
-    """The class to build: the one the config names where transformers has it, else an auto class that fits."""
-    custom = getattr(config, "auto_map", None) or {}
-    if trust_remote_code:
-        for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel):
-            if auto.__name__ in custom:
-                return auto
-    for name in config.architectures or ():
-        named = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(named, type) and issubclass(named, PreTrainedModel):
-            return named
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (config.is_encoder_decoder or _says_decoder(config)):
-        return AutoModelForMaskedLM
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-
-
-def _says_decoder(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "is_decoder", False))
-
-
 def _weights(
-    ref: str, source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+    ref: str,
+    source: ModelSource,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    head: Head | None,
 ) -> PreTrainedModel:
-    factory = _factory(config, trust_remote_code)
+    factory = model_factory(config, trust_remote_code, head)
     keywords = _where(source, trust_remote_code)
     keywords |= {"config": config, "dtype": dtype, "output_loading_info": True}
     keywords |= {"use_safetensors": True} if source.gguf_file is None else dense_weights_keywords()
     model: PreTrainedModel
     with _load_errors(ref):
         model, info = factory.from_pretrained(source.location, **keywords)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"the files of '{ref}' must hold every weight of {type(model).__name__}, but {len(missing)} are missing"
-            f" (first: {missing[0]}); they would be random, so the model is not used"
-        )
+        if (
+            head == "embedding"
+            and info["missing_keys"]
+            and all(key.startswith("pooler.") for key in info["missing_keys"])
+        ):
+            # A checkpoint of another head has no pooler; hidden states do not need one.
+            model, info = factory.from_pretrained(source.location, add_pooling_layer=False, **keywords)
+    _refuse_missing(ref, config, type(model).__name__, sorted(info["missing_keys"]), head)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"'{ref}' is an adapter; merge it into its base model first (`merge_and_unload()` in peft)")
     if source.gguf_file is not None:
         drop_quantization(model)
     return model
+
+
+def _refuse_missing(ref: str, config: PreTrainedConfig, name: str, missing: list[str], head: Head | None) -> None:
+    """A weight that is missing from the files would be random, so the model is not used."""
+    if missing and head is not None and not checkpoint_has_head(config, head):
+        raise ModelError(
+            f"the task needs a model with a {head.replace('_', '-')} head, but '{ref}' is saved as"
+            f" {', '.join(config.architectures or ())} and has none (missing: {missing[0]}); name a checkpoint that was"
+            f" trained for the task"
+        )
+    if missing:
+        raise ModelError(
+            f"the files of '{ref}' must hold every weight of {name}, but {len(missing)} are missing (first:"
+            f" {missing[0]}); they would be random, so the model is not used"
+        )
 
 
 def _tokenizer(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:

