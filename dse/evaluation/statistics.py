@@ -21,13 +21,18 @@ from dse.errors import TaskError
 
 __all__ = [
     "Interval",
+    "Outcomes",
     "PairedDrop",
+    "PairedInterval",
     "PairedRatio",
+    "is_binary",
     "log_ratio_error",
     "mean_interval",
     "paired_drop",
     "paired_perplexity_ratio",
+    "paired_present",
     "perplexity_interval",
+    "shares_of",
     "student_quantile",
     "wilson",
 ]
@@ -53,12 +58,32 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class PairedDrop(Interval):
+class PairedInterval(Interval):
+    """A difference or ratio over the same documents, with what a test says of it where one was made.
+
+    Attributes:
+        p_value: Two-sided, of no difference; None where no test was made.
+        smallest_detectable: Smallest difference (or rise, as a ratio) that this many documents show with 80 % power
+            at 95 % confidence; None where even the largest would not be.
+        test: Name of the test, "" where none was made.
+        losses: Documents that only dense gets right; None for graded outcomes.
+        gains: Documents that only the point gets right; None likewise.
+    """
+
+    p_value: float | None = None
+    smallest_detectable: float | None = None
+    test: str = ""
+    losses: int | None = None
+    gains: int | None = None
+
+
+@dataclass(frozen=True)
+class PairedDrop(PairedInterval):
     """Dense minus point on the same documents; positive means that the point is worse."""
 
 
 @dataclass(frozen=True)
-class PairedRatio(Interval):
+class PairedRatio(PairedInterval):
     """Point over dense on the same documents; above 1 means that the point is worse."""
 
 
@@ -76,7 +101,7 @@ def mean_interval(
     """
     values = [_present(array) for array in outcomes]
     parts = [
-        wilson(float(array.sum()), array.size, confidence) if _is_binary(array) else _student_mean(array, confidence)
+        wilson(float(array.sum()), array.size, confidence) if is_binary(array) else _student_mean(array, confidence)
         for array in values
     ]
     return Interval(*_combine(parts, weights), documents=sum(array.size for array in values))
@@ -105,12 +130,10 @@ def paired_drop(
     Source: Bonett and Price (2012), Journal of Educational and Behavioral Statistics 37:479.
     """
     parts, documents = [], 0
-    for before, after in _pairs(dense, point):
-        present = ~(np.isnan(before) | np.isnan(after))
-        before, after = before[present], after[present]
+    for before, after in paired_present(dense, point):
         difference = before - after
         documents += difference.size
-        if (_is_binary(before) and _is_binary(after)) or (difference.size > 1 and not difference.any()):
+        if (is_binary(before) and is_binary(after)) or (difference.size > 1 and not difference.any()):
             parts.append(
                 _bonett_price(int((difference > 0).sum()), int((difference < 0).sum()), difference.size, confidence)
             )
@@ -160,9 +183,7 @@ def paired_perplexity_ratio(
         TaskError: The arrays do not have the same shapes, or differ in their words.
     """
     parts, documents = [], 0
-    for before, after in _pairs(dense, point):
-        present = ~(np.isnan(before).any(axis=1) | np.isnan(after).any(axis=1))
-        before, after = before[present], after[present]
+    for before, after in paired_present(dense, point):
         if not np.array_equal(before[:, 1], after[:, 1]):
             raise TaskError("paired outcomes must count the same words, but they differ; evaluate the same documents")
         documents += before.shape[0]
@@ -247,10 +268,7 @@ def _combine(
     parts: Sequence[tuple[float, float | None, float | None]], weights: Sequence[float] | None
 ) -> tuple[float, float | None, float | None]:
     """Weighted mean of independent estimates with the MOVER interval."""
-    shares = np.asarray([1.0] * len(parts) if weights is None else weights, dtype=np.float64)
-    if len(parts) == 0 or shares.shape != (len(parts),) or not (shares > 0).all():
-        raise TaskError(f"one positive weight must stand for each of the {len(parts)} tasks, but got {weights}")
-    shares = shares / shares.sum()
+    shares = shares_of(len(parts), weights)
     estimate = float(sum(share * part[0] for share, part in zip(shares, parts, strict=True)))
     below = above = 0.0
     for share, (value, low, high) in zip(shares, parts, strict=True):
@@ -261,13 +279,37 @@ def _combine(
     return estimate, estimate - math.sqrt(below), estimate + math.sqrt(above)
 
 
-def _pairs(dense: Sequence[Outcomes], point: Sequence[Outcomes]) -> list[tuple[Outcomes, Outcomes]]:
+def shares_of(tasks: int, weights: Sequence[float] | None) -> Outcomes:
+    """Shares of the tasks in a mean, shape (tasks,), summing to 1.
+
+    Raises:
+        TaskError: There is no task, or not one positive weight for each.
+    """
+    shares = np.asarray([1.0] * tasks if weights is None else weights, dtype=np.float64)
+    if tasks == 0 or shares.shape != (tasks,) or not (shares > 0).all():
+        raise TaskError(f"one positive weight must stand for each of the {tasks} tasks, but got {weights}")
+    return shares / shares.sum()
+
+
+def paired_present(dense: Sequence[Outcomes], point: Sequence[Outcomes]) -> list[tuple[Outcomes, Outcomes]]:
+    """Both outcomes of every task, without the documents that lack one of them.
+
+    Raises:
+        TaskError: The shapes differ, or a task has no document with both.
+    """
     shapes = [array.shape for array in dense], [array.shape for array in point]
     if shapes[0] != shapes[1]:
         raise TaskError(
             f"paired outcomes must be of the same documents, but their shapes are {shapes[0]} and {shapes[1]}"
         )
-    return list(zip(dense, point, strict=True))
+    pairs = []
+    for before, after in zip(dense, point, strict=True):
+        missing = np.isnan(before) | np.isnan(after)
+        present = ~(missing if missing.ndim == 1 else missing.any(axis=1))
+        if not present.any():
+            raise TaskError("a paired difference must have at least one document with both outcomes, but has none")
+        pairs.append((before[present], after[present]))
+    return pairs
 
 
 def _present(array: Outcomes) -> Outcomes:
@@ -278,7 +320,8 @@ def _present(array: Outcomes) -> Outcomes:
     return array[~missing]
 
 
-def _is_binary(array: Outcomes) -> bool:
+def is_binary(array: Outcomes) -> bool:
+    """Whether all outcomes are 0 or 1."""
     return bool(np.isin(array, (0.0, 1.0)).all())
 
 
