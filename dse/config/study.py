@@ -18,6 +18,9 @@ from dse.config.search_space import SearchSpaceConfig
 __all__ = ["BudgetConfig", "ModelConfig", "ObjectiveConfig", "SamplerConfig", "StudyConfig"]
 
 
+_OF_TASKS = ("accuracy", "perplexity", "choice_probability", "gold_log_likelihood")
+
+
 class ModelConfig(Section):
     """Which model, and how it is held."""
 
@@ -102,8 +105,9 @@ class StudyConfig(Section):
         heads = {task.head if isinstance(task, DatasetTaskConfig) else "a language model's" for task in self.tasks}
         if len(heads) > 1:
             raise ValueError(f"a model has one head, but the tasks ask for {', '.join(sorted(heads))}; keep to one")
-        if not self.tasks and {"accuracy", "perplexity"} & set(names):
-            raise ValueError("`tasks` must name at least one task for the objective accuracy or perplexity")
+        unserved = [name for name in names if name in _OF_TASKS]
+        if not self.tasks and unserved:
+            raise ValueError(f"`tasks` must name at least one task for the objective {' or '.join(unserved)}")
         return self
 
     @property

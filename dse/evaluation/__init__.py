@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dse.evaluation.answers import Answers, EvaluationCache
-from dse.evaluation.result import EvaluationResult, TaskResult, read_outcomes
+from dse.evaluation.graded import GRADED_METRICS
+from dse.evaluation.result import EvaluationResult, TaskResult, read_graded, read_outcomes
 from dse.evaluation.statistics import (
     Interval,
     PairedDrop,
+    PairedInterval,
     PairedRatio,
     mean_interval,
     paired_drop,
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from dse.evaluation.lm_eval_runner import Evaluator
 
 __all__ = [
+    "GRADED_METRICS",
     "Answers",
     "EvaluationCache",
     "EvaluationResult",
     "Evaluator",
     "Interval",
     "PairedDrop",
+    "PairedInterval",
     "PairedRatio",
     "TaskResult",
     "TaskSource",
@@ -36,6 +40,7 @@ __all__ = [
     "paired_drop",
     "paired_perplexity_ratio",
     "perplexity_interval",
+    "read_graded",
     "read_outcomes",
     "resolve_task",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dse.errors import NonFiniteError
+from dse.evaluation.lm_eval_graded import graded_outcomes
 from dse.evaluation.lm_eval_tasks import LeafTask, collect_outcomes
 from dse.evaluation.result import TaskResult, kind_of
 from dse.evaluation.statistics import log_ratio_error
@@ -62,6 +63,7 @@ def task_result(name: str, metric: str, weight: float, leaves: Sequence[LeafTask
         all_metrics=all_metrics,
         weight=weight,
         kind=kind_of(metric, outcomes, is_mean=aggregate is lm_eval_metrics.mean, higher_is_better=is_higher_better),
+        graded=graded_outcomes(leaves),
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dse.errors import ConfigError, ModelError, OutOfMemoryError, TaskError
 from dse.evaluation.answers import Answers
+from dse.evaluation.lm_eval_graded import graded_names
 from dse.evaluation.lm_eval_masked_model import MaskedScoringLM
 from dse.evaluation.lm_eval_model import ScoringLM
 from dse.evaluation.lm_eval_quiet import quiet_lm_eval, swallowed_output
@@ -132,6 +133,11 @@ class Evaluator:
     def metrics(self) -> dict[str, str]:
         """The metric that stands for each task."""
         return {task.name: task.metric for task in self._tasks}
+
+    @property
+    def graded(self) -> dict[str, tuple[str, ...]]:
+        """The graded metrics of each task (see `dse.evaluation.graded`)."""
+        return {task.name: graded_names(task.leaves) for task in self._tasks}
 
     def identity(self, point_id: str, factors: str) -> dict[str, str]:
         """What an answer depends on beside the document: see `EvaluationCache`.

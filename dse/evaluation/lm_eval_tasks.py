@@ -37,6 +37,8 @@ _DUMMY_ANSWERS: Mapping[str, Any] = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
 }
+# What `datasets` says of a file without rows, of a split without any, and of one of which a filter has left none.
+_EMPTY_WORDS = ("corresponds to no data", "size 0")
 _FIELDS = {f.name for f in fields(TaskConfig)}
 
 
@@ -99,7 +101,8 @@ def build_leaves(
         TaskError: The task is unknown, malformed, needs a hub that cannot be reached, or has no document.
     """
     with as_task_error(spec.task), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
-        tasks = _load(source)
+        with _empty_data_named(spec.task):
+            tasks = _load(source)
         for task in tasks:
             _refuse_unsupported(spec.task, task)
             shots = spec.num_fewshot if spec.num_fewshot is not None else task.get_config("num_fewshot") or 0
@@ -113,7 +116,7 @@ def build_leaves(
             if drawn
         ]
         if not leaves:
-            raise TaskError(f"a task must have at least one document, but '{spec.task}' has none")
+            raise _no_document(spec.task)
         for leaf in leaves:
             leaf.task.build_all_requests(
                 samples=leaf.documents if len(leaf.documents) < len(leaf.task.eval_docs) else None,
@@ -189,6 +192,26 @@ def _load(source: TaskSource) -> list[Any]:
         return [ConfigurableTask(config=config)]
     with hub_dataset(source.name, f"the dataset '{dataset}'"):
         return [ConfigurableTask(config=config)]
+
+
+@contextmanager
+def _empty_data_named(name: str) -> Iterator[None]:
+    """Data without a document, or a filter that leaves none, ends lm-eval with an error that says neither."""
+    try:
+        yield
+    except StopIteration:
+        raise _no_document(name) from None
+    except (IndexError, ValueError) as error:
+        if any(words in str(error) for words in _EMPTY_WORDS):
+            raise _no_document(name) from error
+        raise
+
+
+def _no_document(name: str) -> TaskError:
+    return TaskError(
+        f"a task must have at least one document, but '{name}' has none, or its filter leaves none; check its data,"
+        " `test_split` and `process_docs`"
+    )
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:

@@ -8,7 +8,6 @@ outcomes always give the same interval, and a comparison turned round gives the 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,12 +31,12 @@ __all__ = [
     "BOOTSTRAP",
     "MCNEMAR",
     "BootstrapResult",
+    "drop_with_test",
     "mcnemar",
     "mcnemar_mid_p",
     "paired_bootstrap",
+    "perplexity_ratio_with_test",
     "stratified_mcnemar",
-    "test_drop",
-    "test_perplexity_ratio",
 ]
 
 MCNEMAR, BOOTSTRAP = "exact McNemar", "paired bootstrap"
@@ -180,7 +179,7 @@ def paired_bootstrap(
     return BootstrapResult(estimate, low, high, p_value, math.sqrt(variance))
 
 
-def test_drop(
+def drop_with_test(
     dense: Sequence[Outcomes],
     point: Sequence[Outcomes],
     weights: Sequence[float] | None = None,
@@ -209,8 +208,7 @@ def test_drop(
         return PairedDrop(found.estimate, found.low, found.high, documents, found.p_value, detectable, BOOTSTRAP)
     losses, gains = ([int((sign * array > 0).sum()) for array in differences] for sign in (1, -1))
     shares = [
-        float(share) / array.size
-        for share, array in zip(shares_of(len(pairs), weights), differences, strict=True)
+        float(share) / array.size for share, array in zip(shares_of(len(pairs), weights), differences, strict=True)
     ]
     return dataclasses.replace(
         paired_drop(dense, point, weights, confidence),
@@ -222,7 +220,7 @@ def test_drop(
     )
 
 
-def test_perplexity_ratio(
+def perplexity_ratio_with_test(
     dense: Sequence[Outcomes],
     point: Sequence[Outcomes],
     weights: Sequence[float] | None = None,
@@ -268,7 +266,9 @@ def _tail(losses: int, gains: int) -> int:
     return total
 
 
-def _detectable(losses: Sequence[int], gains: Sequence[int], shares: Sequence[float], sizes: Sequence[int]) -> float | None:
+def _detectable(
+    losses: Sequence[int], gains: Sequence[int], shares: Sequence[float], sizes: Sequence[int]
+) -> float | None:
     """Exact where all documents count alike; else from the standard error of the mean under the observed rates."""
     if all(math.isclose(share, shares[0], rel_tol=1e-9) for share in shares):
         return smallest_detectable_drop(sum(losses) + sum(gains), sum(sizes))

@@ -14,18 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dse.errors import StudyError, TaskError
-from dse.evaluation.statistics import (
-    Interval,
-    PairedDrop,
-    PairedRatio,
-    mean_interval,
-    paired_drop,
-    paired_perplexity_ratio,
-    perplexity_interval,
-)
+from dse.evaluation.graded import GRADED_METRICS
+from dse.evaluation.paired_tests import drop_with_test, perplexity_ratio_with_test
+from dse.evaluation.statistics import Interval, PairedDrop, PairedRatio, mean_interval, perplexity_interval
 from dse.files import write_bytes
 
-__all__ = ["PERPLEXITY_METRICS", "EvaluationResult", "TaskResult", "choose_metric", "kind_of", "read_outcomes"]
+__all__ = [
+    "PERPLEXITY_METRICS",
+    "EvaluationResult",
+    "TaskResult",
+    "choose_metric",
+    "kind_of",
+    "read_graded",
+    "read_outcomes",
+]
 
 PERPLEXITY_METRICS = ("word_perplexity", "perplexity", "byte_perplexity")
 """Metrics that are exp(-log-likelihood per unit); their outcomes are (log-likelihood, units) pairs."""
@@ -52,6 +54,7 @@ class TaskResult:
         weight: Share of the task in the means of `EvaluationResult`.
         kind: `accuracy` (mean over documents of values in [0, 1], higher being better), `perplexity`, or `other`,
             which takes part in no mean.
+        graded: Graded metrics beside it (see `dse.evaluation.graded`): name to outcomes, shape (documents,).
     """
 
     task: str
@@ -64,6 +67,7 @@ class TaskResult:
     all_metrics: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     weight: float = 1.0
     kind: Kind = "other"
+    graded: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +117,8 @@ class EvaluationResult:
     def accuracy_drop(self, dense: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
         """Dense minus this accuracy, paired by document; None without an accuracy task.
 
+        With the exact McNemar test for 0/1 outcomes, the paired bootstrap for graded ones.
+
         Raises:
             TaskError: `dense` was evaluated on other tasks or documents.
         """
@@ -120,10 +126,10 @@ class EvaluationResult:
         if not ours:
             return None
         weights = [task.weight for task in ours]
-        return paired_drop([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+        return drop_with_test([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
 
     def perplexity_ratio(self, dense: EvaluationResult, confidence: float = 0.95) -> PairedRatio | None:
-        """This perplexity over dense, paired by document; None without a perplexity task.
+        """This perplexity over dense with the paired bootstrap over documents; None without a perplexity task.
 
         Raises:
             TaskError: `dense` was evaluated on other tasks or documents.
@@ -132,7 +138,30 @@ class EvaluationResult:
         if not ours:
             return None
         weights = [task.weight for task in ours]
-        return paired_perplexity_ratio([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+        return perplexity_ratio_with_test([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+
+    def graded_interval(self, metric: str, confidence: float = 0.95) -> Interval | None:
+        """Weighted mean of a graded metric over the tasks that have it; None without one."""
+        tasks = self._graded_tasks(metric)
+        outcomes = [task.graded[metric] for task in tasks]
+        return mean_interval(outcomes, [t.weight for t in tasks], confidence) if tasks else None
+
+    def graded_drop(self, metric: str, dense: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
+        """Dense minus this in a graded metric, with the paired bootstrap; None without a task that has it.
+
+        Raises:
+            TaskError: `dense` was evaluated on other tasks or documents.
+        """
+        ours, theirs = _aligned(self._graded_tasks(metric), dense._graded_tasks(metric))
+        if not ours:
+            return None
+        outcomes = [[task.graded[metric] for task in tasks] for tasks in (theirs, ours)]
+        return drop_with_test(outcomes[0], outcomes[1], [task.weight for task in ours], confidence)
+
+    @property
+    def graded_metrics(self) -> tuple[str, ...]:
+        """Graded metrics that at least one task has."""
+        return tuple(name for name in GRADED_METRICS if self._graded_tasks(name))
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the outcomes (see `write_outcomes`), as JSON values."""
@@ -156,19 +185,23 @@ class EvaluationResult:
 
     @classmethod
     def from_json(
-        cls, data: Mapping[str, Any], outcomes: Mapping[str, NDArray[np.float64]] | None = None
+        cls,
+        data: Mapping[str, Any],
+        outcomes: Mapping[str, NDArray[np.float64]] | None = None,
+        graded: Mapping[str, Mapping[str, NDArray[np.float64]]] | None = None,
     ) -> EvaluationResult:
         """Inverse of `to_json`.
 
         Args:
             data: What `to_json` returned.
             outcomes: What `read_outcomes` returned; without it, tasks have no outcomes and no intervals.
+            graded: What `read_graded` returned; without it, tasks have no graded metrics.
 
         Raises:
             StudyError: `data` lacks a key or holds the wrong kind of value.
         """
         try:
-            tasks = tuple(_task_of_json(task, outcomes or {}) for task in data["tasks"])
+            tasks = tuple(_task_of_json(task, outcomes or {}, graded or {}) for task in data["tasks"])
             return cls(tasks, float(data["seconds"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StudyError(f"a stored evaluation must hold every field, but: {error!r}; evaluate it again") from error
@@ -180,6 +213,11 @@ class EvaluationResult:
             StorageFullError: The disk is full or the folder cannot be written.
         """
         arrays = {f"outcomes_{index}": task.outcomes for index, task in enumerate(self.tasks)}
+        arrays |= {
+            f"{name}_{index}": outcomes
+            for index, task in enumerate(self.tasks)
+            for name, outcomes in task.graded.items()
+        }
         names = np.asarray([task.task for task in self.tasks], dtype=np.str_)
         stream = io.BytesIO()
         np.savez_compressed(stream, allow_pickle=False, tasks=names, **arrays)
@@ -193,6 +231,9 @@ class EvaluationResult:
     def _perplexity_tasks(self) -> list[TaskResult]:
         return [task for task in self.tasks if task.kind == "perplexity"]
 
+    def _graded_tasks(self, metric: str) -> list[TaskResult]:
+        return [task for task in self.tasks if metric in task.graded and not np.isnan(task.graded[metric]).all()]
+
 
 def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
     """Read what `EvaluationResult.write_outcomes` wrote: task name to outcomes.
@@ -200,16 +241,39 @@ def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
     Raises:
         StudyError: The file is missing or damaged.
     """
+    names, arrays = _read_arrays(path)
+    try:
+        return {name: arrays[f"outcomes_{index}"] for index, name in enumerate(names)}
+    except KeyError as error:
+        raise _damaged(path) from error
+
+
+def read_graded(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Read the graded outcomes that `EvaluationResult.write_outcomes` wrote: task name to metric to outcomes.
+
+    Raises:
+        StudyError: The file is missing or damaged.
+    """
+    names, arrays = _read_arrays(path)
+    return {
+        name: {metric: arrays[f"{metric}_{index}"] for metric in GRADED_METRICS if f"{metric}_{index}" in arrays}
+        for index, name in enumerate(names)
+    }
+
+
+def _read_arrays(path: Path) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             names = [str(name) for name in archive["tasks"]]
-            return {name: archive[f"outcomes_{i}"].astype(np.float64, copy=False) for i, name in enumerate(names)}
+            return names, {key: archive[key].astype(np.float64, copy=False) for key in archive if key != "tasks"}
     except FileNotFoundError:
         raise StudyError(f"the outcomes of a trial must be kept, but '{path}' does not exist") from None
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise StudyError(
-            f"stored outcomes must be readable, but '{path}' is damaged; evaluate the trial again"
-        ) from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> StudyError:
+    return StudyError(f"stored outcomes must be readable, but '{path}' is damaged; evaluate the trial again")
 
 
 def kind_of(metric: str, outcomes: NDArray[np.float64], *, is_mean: bool, higher_is_better: bool) -> Kind:
@@ -268,7 +332,11 @@ def _aligned(
     return ours, theirs
 
 
-def _task_of_json(data: Mapping[str, Any], outcomes: Mapping[str, NDArray[np.float64]]) -> TaskResult:
+def _task_of_json(
+    data: Mapping[str, Any],
+    outcomes: Mapping[str, NDArray[np.float64]],
+    graded: Mapping[str, Mapping[str, NDArray[np.float64]]],
+) -> TaskResult:
     stderr = data["stderr"]
     return TaskResult(
         task=str(data["task"]),
@@ -281,4 +349,5 @@ def _task_of_json(data: Mapping[str, Any], outcomes: Mapping[str, NDArray[np.flo
         all_metrics={str(name): (value, error) for name, (value, error) in data["all_metrics"].items()},
         weight=float(data["weight"]),
         kind=_kind(data["kind"]),
+        graded=graded.get(str(data["task"]), {}),
     )

@@ -285,10 +285,11 @@ def shares_of(tasks: int, weights: Sequence[float] | None) -> Outcomes:
     Raises:
         TaskError: There is no task, or not one positive weight for each.
     """
-    shares = np.asarray([1.0] * tasks if weights is None else weights, dtype=np.float64)
+    shares: Outcomes = np.asarray([1.0] * tasks if weights is None else weights, dtype=np.float64)
     if tasks == 0 or shares.shape != (tasks,) or not (shares > 0).all():
         raise TaskError(f"one positive weight must stand for each of the {tasks} tasks, but got {weights}")
-    return shares / shares.sum()
+    shares = shares / shares.sum()
+    return shares
 
 
 def paired_present(dense: Sequence[Outcomes], point: Sequence[Outcomes]) -> list[tuple[Outcomes, Outcomes]]:

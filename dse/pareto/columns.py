@@ -69,9 +69,9 @@ def interval(row: pd.Series, name: str) -> tuple[float, float] | None:
 def change(
     row: pd.Series, dense: pd.Series | None, objective: Objective
 ) -> tuple[float, tuple[float, float] | None] | None:
-    """Change against the dense model with its 95 % interval: a difference for fractions, a ratio for everything else.
+    """Change against the dense model with its 95 % interval: a difference for fractions and nats, else a ratio.
 
-    The table's own paired columns come first (`accuracy_drop`, `<name>_ratio`); where they are missing the change is
+    The table's own paired columns come first (`<name>_drop`, `<name>_ratio`); where they are missing the change is
     taken from the two values, without an interval.
 
     Returns:
@@ -79,7 +79,7 @@ def change(
     """
     name = objective.name
     value, base = number(row, name), None if dense is None else number(dense, name)
-    if objective.is_fraction:
+    if objective.is_difference:
         drop, ends = number(row, f"{name}_drop"), interval(row, f"{name}_drop")
         if drop is not None:
             return -drop, None if ends is None else (-ends[1], -ends[0])

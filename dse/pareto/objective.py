@@ -35,13 +35,13 @@ class Objective:
     Attributes:
         name: Column of the trials table, such as `decode_latency_s`.
         unit: Unit of that column: "s", "J", "B" (bytes), "fraction", "percent" (a fraction, but shown in percent),
-            "count", or "" for a pure number.
+            "nats", "count", or "" for a pure number.
         direction: Whether smaller or larger is better.
         label: What people read on an axis or a table's head.
         dense_reference_factor: The hypervolume reference is this factor times the dense model's value. A point worse
             than the reference adds nothing to the hypervolume.
         ideal: The best value that can be thought of; it normalises the hypervolume.
-        is_cost: Whether its ratio to dense counts as a saving (accuracy and perplexity are quality, not cost).
+        is_cost: Whether its ratio to dense counts as a saving (accuracy, perplexity and graded metrics do not).
     """
 
     name: str
@@ -54,8 +54,13 @@ class Objective:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether a change is told in percentage points rather than as a ratio."""
+        """Whether a change is told in percentage points."""
         return self.unit == "fraction"
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether a change is a difference rather than a ratio; so it is for fractions and for log-likelihoods."""
+        return self.unit in ("fraction", "nats")
 
     @property
     def sign(self) -> float:
@@ -68,10 +73,13 @@ def _table(*objectives: Objective) -> dict[str, Objective]:
 
 
 # Parameters and weight bytes never exceed the dense model's, so 1.1 leaves a thin margin; timed and metered costs can
-# come out above dense (two thin products may run slower than one), and a perplexity of ten times dense is a wreck.
+# come out above dense (two thin products may run slower than one), and a perplexity of ten times dense is a wreck, as
+# is a log-likelihood of gold three times as far from zero.
 OBJECTIVES: Mapping[str, Objective] = _table(
     Objective("accuracy", "fraction", "maximize", "Accuracy", 0.0, ideal=1.0, is_cost=False),
     Objective("perplexity", "", "minimize", "Perplexity", 10.0, ideal=1.0, is_cost=False),
+    Objective("choice_probability", "fraction", "maximize", "Choice probability", 0.0, ideal=1.0, is_cost=False),
+    Objective("gold_log_likelihood", "nats", "maximize", "Gold log-likelihood", 3.0, ideal=0.0, is_cost=False),
     Objective("prefill_latency_s", "s", "minimize", "Prefill latency", 1.5),
     Objective("decode_latency_s", "s", "minimize", "Decode latency", 1.5),
     Objective("prefill_energy_j", "J", "minimize", "Prefill energy", 1.5),
@@ -134,7 +142,8 @@ def signs(directions: Sequence[str]) -> npt.NDArray[np.float64]:
 def reference_value(objective: Objective, dense_value: float) -> float:
     """Coordinate of the hypervolume reference point, from the dense model's value in the same unit.
 
-    Accuracy: 0. Parameters and weight bytes: 1.1 x dense. Latency, energy and memory: 1.5 x dense. Perplexity: 10 x.
+    Accuracy and choice probability: 0. Parameters and weight bytes: 1.1 x dense. Latency, energy and memory: 1.5 x
+    dense. Perplexity: 10 x. Gold log-likelihood: 3 x.
 
     Raises:
         NonFiniteError: The dense value is NaN or infinite, so that nothing can be referred to it.

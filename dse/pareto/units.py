@@ -94,16 +94,25 @@ def points(difference: float | None, decimals: int = 1) -> str:
 def change_text(
     objective: Objective, change: tuple[float, tuple[float, float] | None] | None, with_interval: bool = False
 ) -> str:
-    """Change against dense: `-3.1 pts` or `x0.93`, with its 95 % interval `[0.91, 0.95]` on request; `n/a`."""
+    """Change against dense: `-3.1 pts`, `-0.21 nats` or `x0.93`, with its 95 % interval on request; `n/a`."""
     if change is None:
         return "n/a"
     amount, ends = change
-    text = points(amount) if objective.is_fraction else f"x{_fixed(amount, _ratio_decimals(amount))}"
+    text = _amount_text(objective, amount)
     if not with_interval or ends is None:
         return text
-    if objective.is_fraction:
-        return f"{text} [{', '.join(points(end).removesuffix(' pts') for end in ends)}]"
+    if objective.is_difference:
+        return f"{text} [{', '.join(_amount_text(objective, end).split()[0] for end in ends)}]"
     return f"{text} [{', '.join(_fixed(end, _ratio_decimals(amount)) for end in ends)}]"
+
+
+def _amount_text(objective: Objective, amount: float) -> str:
+    if objective.is_fraction:
+        return points(amount)
+    if objective.is_difference:
+        shown = _fixed(amount, 2)
+        return f"{'+' if float(shown) > 0 else ''}{shown} {objective.unit}"
+    return f"x{_fixed(amount, _ratio_decimals(amount))}"
 
 
 def _ratio_decimals(ratio: float) -> int:

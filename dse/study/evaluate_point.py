@@ -17,10 +17,11 @@ from dse.errors import DseError, OutOfMemoryError, StudyError, TrialError
 from dse.evaluation import EvaluationResult, Evaluator
 from dse.measurement import EnergyMeter, LatencySpec, device_in_use
 from dse.models import LoadedModel
+from dse.study.evaluation_quantities import with_evaluation
 from dse.study.measure_point import PhaseListener, PointMeasurer
 from dse.study.objectives import Needs
 from dse.study.point_run import PointRun, Reference
-from dse.study.record import Interval, TrialRecord, finite
+from dse.study.record import TrialRecord
 from dse.topology import Topology
 
 __all__ = ["PointEvaluator", "Reference", "point_text"]
@@ -73,7 +74,8 @@ class PointEvaluator:
             if self.evaluator is not None:
                 with device_in_use(self.loaded.device), run.timed("evaluate"):
                     run.evaluation = self.evaluator.evaluate(lambda done, total: self.on_phase("evaluate", done, total))
-                run.record = _with_evaluation(run.record, run.evaluation, reference)
+                dense = None if reference is None else reference.evaluation
+                run.record = with_evaluation(run.record, run.evaluation, dense)
             PointMeasurer(self.loaded, self.needs, self.latency_spec, self.meter, self.on_phase).measure(
                 run, applied, reference
             )
@@ -119,33 +121,6 @@ def point_text(point: DesignPoint, topology: Topology) -> str:
     """The shortest JSON text of a point: compact where it is uniform."""
     compact = {} if point.is_dense else point.compact(topology)
     return json.dumps(point.to_json() if compact is None else compact, separators=(", ", ": "))
-
-
-def _with_evaluation(record: TrialRecord, result: EvaluationResult, reference: Reference | None) -> TrialRecord:
-    quantities, ratios, drop = dict(record.quantities), dict(record.ratios), None
-    dense = None if reference is None else reference.evaluation
-    accuracy = result.accuracy_interval()
-    if accuracy is not None:
-        quantities["accuracy"] = Interval(accuracy.estimate, accuracy.low, accuracy.high)
-        drop = Interval(0.0, 0.0, 0.0) if reference is None else None
-    perplexity = result.perplexity_interval()
-    if perplexity is not None:
-        quantities["perplexity"] = Interval(perplexity.estimate, perplexity.low, perplexity.high)
-    if dense is not None:
-        paired_drop, ratio = result.accuracy_drop(dense), result.perplexity_ratio(dense)
-        if paired_drop is not None:
-            drop = Interval(paired_drop.estimate, paired_drop.low, paired_drop.high)
-        if ratio is not None:
-            ratios["perplexity"] = Interval(ratio.estimate, ratio.low, ratio.high)
-    tasks = {
-        task.task: {
-            "metric": task.metric,
-            "documents": task.documents,
-            "metrics": {name: list(pair) for name, pair in task.all_metrics.items()},
-        }
-        for task in result.tasks
-    }
-    return dataclasses.replace(record, quantities=quantities, ratios=ratios, accuracy_drop=drop, tasks=finite(tasks))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import filelock
 
 from dse.config import StudyConfig, parse_study
 from dse.errors import StudyError
-from dse.evaluation import EvaluationResult, read_outcomes
+from dse.evaluation import EvaluationResult, read_graded, read_outcomes
 from dse.files import disk_errors, write_json, write_text
 from dse.yaml_reading import read_yaml
 
@@ -103,7 +103,8 @@ class StudyFolder:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StudyError(f"{path} must hold the evaluation of trial {trial}, but is missing or damaged") from error
-        return EvaluationResult.from_json(data, read_outcomes(self.outcomes(trial)))
+        stored = self.outcomes(trial)
+        return EvaluationResult.from_json(data, read_outcomes(stored), read_graded(stored))
 
     @contextlib.contextmanager
     def logging_to_file(self) -> Iterator[None]:

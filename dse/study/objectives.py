@@ -15,6 +15,11 @@ from dse.study.record import TrialRecord
 __all__ = ["Needs", "check_tasks_serve", "needs_of", "objective_values", "resolve_objectives"]
 
 _ACCURACY = {"accuracy", "perplexity"}
+_GRADED: Mapping[str, str] = {
+    "choice_probability": "a multiple-choice task",
+    "gold_log_likelihood": "a multiple-choice or cloze task",
+}
+"""Graded metric to the tasks that have it."""
 _LATENCY = {"prefill_latency_s", "decode_latency_s"}
 _ENERGY = {"prefill_energy_j", "energy_per_token_j"}
 _MEMORY = {"peak_memory_bytes"}
@@ -34,7 +39,7 @@ def needs_of(objectives: Sequence[Objective], has_tasks: bool) -> Needs:
     """Measurements that these objectives need; tasks that are named are evaluated in any case."""
     names = {entry.name for entry in objectives}
     return Needs(
-        evaluation=has_tasks or bool(names & _ACCURACY),
+        evaluation=has_tasks or bool(names & (_ACCURACY | _GRADED.keys())),
         latency=bool(names & _LATENCY),
         energy=bool(names & _ENERGY),
         memory=bool(names & _MEMORY),
@@ -83,12 +88,15 @@ def resolve_objectives(
     return tuple(kept), dropped
 
 
-def check_tasks_serve(objectives: Sequence[Objective], metrics: Mapping[str, str]) -> None:
-    """Refuse an accuracy or perplexity that none of the tasks measures, as far as the metrics' names tell.
+def check_tasks_serve(
+    objectives: Sequence[Objective], metrics: Mapping[str, str], graded: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse an accuracy, perplexity or graded metric that none of the tasks measures, as far as names tell.
 
     Args:
         objectives: Of the study.
         metrics: Task to the metric that stands for it.
+        graded: Task to the graded metrics that it has.
 
     Raises:
         ConfigError: No task serves the objective.
@@ -100,6 +108,11 @@ def check_tasks_serve(objectives: Sequence[Objective], metrics: Mapping[str, str
             raise ConfigError(
                 f"objective '{entry.name}' needs a task whose metric is of that kind, but the tasks are measured"
                 f" otherwise ({listed}); name another task, or give it a `metric`"
+            )
+        if entry.name in _GRADED and not any(entry.name in names for names in graded.values()):
+            raise ConfigError(
+                f"objective '{entry.name}' needs {_GRADED[entry.name]} that says which answer is right, but none of the"
+                f" tasks is one ({', '.join(graded)}); name another task"
             )
 
 
@@ -114,7 +127,7 @@ def objective_values(objectives: Sequence[Objective], record: TrialRecord) -> li
         measured = record.quantities.get(entry.name)
         value = record.cost.get(entry.name) if measured is None else measured.value
         if value is None or not math.isfinite(value):
-            hint = "; none of the tasks is scored so" if entry.name in _ACCURACY else ""
+            hint = "; none of the tasks is scored so" if entry.name in (_ACCURACY | _GRADED.keys()) else ""
             raise InvalidMeasurementError(
                 f"objective '{entry.name}' must be measured in every trial, but trial {record.trial} has"
                 f" {'none' if value is None else value}{hint}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from dse.cost import Cost
 
-__all__ = ["Interval", "TrialRecord", "TrialState", "finite", "to_row"]
+__all__ = ["Interval", "PairedChange", "TrialRecord", "TrialState", "finite", "to_row"]
 
 TrialState = str
 """complete, failed (reason given), duplicate (values of an earlier trial reused), infeasible, or interrupted."""
@@ -22,6 +22,21 @@ class Interval:
     value: float | None = None
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class PairedChange(Interval):
+    """A drop or ratio against dense over the same documents, with its test.
+
+    Attributes:
+        documents: Compared.
+        p_value: Two-sided: exact McNemar for right-or-wrong outcomes, paired bootstrap for graded ones.
+        detectable: Smallest drop (or rise, as a ratio) that so many documents show with 80 % power.
+    """
+
+    documents: int | None = None
+    p_value: float | None = None
+    detectable: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class TrialRecord:
         quantities: Measured quantity to its value and interval, in SI units (accuracy, decode_latency_s, ...).
         ratios: Quantity to its ratio to dense, with interval.
         accuracy_drop: Dense minus point, paired over the same documents; positive is worse.
+        graded_drops: The same for each graded metric.
         tasks: Task to its metrics, standard errors and number of documents.
         latency: The latency measurement in full: distributions, device, clock, validity.
         energy: The energy measurement in full.
@@ -63,6 +79,7 @@ class TrialRecord:
     quantities: Mapping[str, Interval] = field(default_factory=dict)
     ratios: Mapping[str, Interval] = field(default_factory=dict)
     accuracy_drop: Interval | None = None
+    graded_drops: Mapping[str, Interval] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     latency: Mapping[str, Any] | None = None
     energy: Mapping[str, Any] | None = None
@@ -79,10 +96,10 @@ class TrialRecord:
         """Read `to_json`'s mapping; keys of a later version are passed over."""
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
-        for key in ("quantities", "ratios"):
-            values[key] = {name: Interval(**entry) for name, entry in values.get(key, {}).items()}
+        for key in ("quantities", "ratios", "graded_drops"):
+            values[key] = {name: _interval(entry) for name, entry in values.get(key, {}).items()}
         if values.get("accuracy_drop") is not None:
-            values["accuracy_drop"] = Interval(**values["accuracy_drop"])
+            values["accuracy_drop"] = _interval(values["accuracy_drop"])
         return cls(**values)
 
 
@@ -107,6 +124,8 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
         row |= _interval_columns(f"{name}_ratio", interval)
     if record.accuracy_drop is not None:
         row |= _interval_columns("accuracy_drop", record.accuracy_drop)
+    for name, interval in record.graded_drops.items():
+        row |= _interval_columns(f"{name}_drop", interval)
     for task, result in record.tasks.items():
         for metric, (value, stderr) in result["metrics"].items():
             row[f"task.{task}.{metric}"] = value
@@ -125,7 +144,17 @@ def _interval_columns(name: str, interval: Interval) -> dict[str, float | None]:
     columns = {name: interval.value}
     if interval.low is not None and interval.high is not None:
         columns |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    if isinstance(interval, PairedChange):
+        columns |= {
+            f"{name}_p_value": interval.p_value,
+            f"{name}_detectable": interval.detectable,
+            f"{name}_documents": interval.documents,
+        }
     return columns
+
+
+def _interval(entry: Mapping[str, Any]) -> Interval:
+    return PairedChange(**entry) if "p_value" in entry else Interval(**entry)
 
 
 def finite(value: Any) -> Any:

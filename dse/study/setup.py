@@ -143,7 +143,7 @@ def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objec
         apply_chat_template=settings.apply_chat_template,
         masked_scoring=settings.masked_scoring,
     )
-    check_tasks_serve(objectives, evaluator.metrics)
+    check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
     return evaluator
 
 

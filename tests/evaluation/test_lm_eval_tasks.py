@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
 
 from dse.errors import TaskError
-from dse.evaluation import Evaluator, TaskSpec, builtin_tasks, hub_access, lm_eval_tasks
+from dse.evaluation import (
+    Evaluator,
+    TaskSource,
+    TaskSpec,
+    builtin_tasks,
+    hub_access,
+    lm_eval_tasks,
+    resolve_task,
+)
 from dse.models import LoadedModel
 
 SHARED = Path(os.environ.get("DSE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "eval"
@@ -157,3 +165,37 @@ def test_no_task_file_brings_anything_but_a_task_error(
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert evaluator.evaluate().tasks[0].documents <= 4
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "changes"),
+    [
+        ("jsonl", "", {}),
+        ("csv", "question,choices,gold\n", {"dataset_path": "csv"}),
+        ("jsonl", '{"rows": []}', {"dataset_kwargs": {"field": "rows"}}),
+    ],
+)
+def test_a_task_without_a_document_is_said_to_be(
+    loaded: LoadedModel, write_task: TaskWriter, suffix: str, content: str, changes: dict[str, Any]
+) -> None:
+    kwargs = {"data_files": {"test": f"local_choice.{suffix}"}, **changes.get("dataset_kwargs", {})}
+    path = write_task("choice", **{**changes, "dataset_kwargs": kwargs})
+    path.with_suffix(f".{suffix}").write_text(content)
+    with pytest.raises(TaskError, match=r"must have at least one document, but .* has none") as error:
+        Evaluator(loaded, [TaskSpec(str(path))])
+    assert "\n" not in str(error.value)
+
+
+def test_a_filter_that_leaves_no_document_is_said_to(write_task: TaskWriter) -> None:
+    spec = TaskSpec(str(write_task("choice")))
+    source = resolve_task(spec)
+    assert source.config is not None
+
+    def build(process: Any) -> list[lm_eval_tasks.LeafTask]:
+        config = {**(source.config or {}), "process_docs": process}
+        filtered = TaskSource(source.name, config, source.path)
+        return lm_eval_tasks.build_leaves(spec, filtered, limit=None, seed=0, chat_template=None)
+
+    assert len(build(lambda rows: rows.filter(lambda row: row["gold"] == 0))[0].rows) == 3
+    with pytest.raises(TaskError, match=r"must have at least one document, but .* or its filter leaves none"):
+        build(lambda rows: rows.filter(lambda row: row["gold"] == 7))

@@ -20,6 +20,8 @@ def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None
     assert list(OBJECTIVES) == [
         "accuracy",
         "perplexity",
+        "choice_probability",
+        "gold_log_likelihood",
         "prefill_latency_s",
         "decode_latency_s",
         "prefill_energy_j",

@@ -200,6 +200,29 @@ def test_a_dense_model_that_cannot_be_measured_ends_the_study(tmp_path: Path) ->
     assert run_study(config, out=tmp_path / "run", trials=2).records[2].state == "complete"
 
 
+def test_graded_metrics_are_objectives_of_their_own(tiny_folder: Path, tmp_path: Path) -> None:
+    names = ["choice_probability", "gold_log_likelihood", "parameters"]
+    study = run_study(tiny_study(tiny_folder, objectives=names), out=tmp_path / "run", trials=4)
+    table = study.trials()
+    assert table["on_front"].any()
+    assert study.hypervolume is not None
+    dense = study.folder.read_evaluation(0)
+    for record in evaluated(study):
+        stored = study.folder.read_evaluation(record.trial)
+        row = table.loc[table["trial"] == record.trial].iloc[0]
+        for name in names[:2]:
+            outcomes = stored.tasks[0].graded[name]
+            assert row[name] == pytest.approx(outcomes.mean())
+            assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+            drop = float((dense.tasks[0].graded[name] - outcomes).mean())
+            assert row[f"{name}_drop"] == pytest.approx(drop, abs=1e-12)
+            assert row[f"task.tiny_choice.{name}"] == pytest.approx(outcomes.mean())
+        if record.trial:
+            assert row["accuracy_drop_documents"] == row["choice_probability_drop_documents"] == 24
+            assert 0 <= row["gold_log_likelihood_drop_p_value"] <= 1
+            assert row["choice_probability_drop_detectable"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -217,6 +240,17 @@ def test_a_dense_model_that_cannot_be_measured_ends_the_study(tmp_path: Path) ->
         ({"measurement": {"prompt_tokens": 63}, "objectives": ["prefill_latency_s"]}, ConfigError, "prompt_tokens"),
         ({"objectives": ["accuracy", "perplexity"]}, ConfigError, "objective 'perplexity' needs a task whose metric"),
         ({"tasks": [{"task": "TASK", "metric": "f1"}]}, TaskError, "f1"),
+        ({"tasks": [], "objectives": ["choice_probability"]}, ConfigError, "for the objective choice_probability"),
+        (
+            {"tasks": ["dse_text"], "objectives": ["choice_probability"]},
+            ConfigError,
+            "objective 'choice_probability' needs a multiple-choice task that says which answer is right, but none of",
+        ),
+        (
+            {"tasks": ["dse_text"], "objectives": ["gold_log_likelihood"]},
+            ConfigError,
+            "objective 'gold_log_likelihood' needs a multiple-choice or cloze task",
+        ),
         (
             {"space": {**SMALL_SPACE, "methods": ["whitened_svd"]}, "calibration": {"sources": [{"file": "none.txt"}]}},
             UserError,
