@@ -31,8 +31,10 @@ def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None
         "peak_memory_bytes",
     ]
     assert all(name == entry.name for name, entry in OBJECTIVES.items())
-    assert [name for name, entry in OBJECTIVES.items() if entry.direction == "maximize"] == ["accuracy"]
-    assert [name for name, entry in OBJECTIVES.items() if not entry.is_cost] == ["accuracy", "perplexity"]
+    graded = ["choice_probability", "gold_log_likelihood"]
+    assert [name for name, entry in OBJECTIVES.items() if entry.direction == "maximize"] == ["accuracy", *graded]
+    assert [name for name, entry in OBJECTIVES.items() if not entry.is_cost] == ["accuracy", "perplexity", *graded]
+    assert [name for name, entry in OBJECTIVES.items() if entry.is_difference] == ["accuracy", *graded]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,8 @@ def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None
     [
         ("accuracy", 0.7, 0.0),
         ("perplexity", 26.0, 260.0),
+        ("choice_probability", 0.6, 0.0),
+        ("gold_log_likelihood", -5.0, -15.0),
         ("decode_latency_s", 0.04, 0.06),
         ("energy_per_token_j", 2.0, 3.0),
         ("peak_memory_bytes", 4e8, 6e8),
