@@ -65,8 +65,14 @@ def _plain(estimate: Estimate) -> Interval:
 def _change(paired: PairedInterval | None) -> PairedChange | None:
     if paired is None:
         return None
-    ends = (_finite(value) for value in (paired.estimate, paired.low, paired.high))
-    return PairedChange(*ends, paired.documents, _finite(paired.p_value), _finite(paired.smallest_detectable))
+    return PairedChange(
+        value=_finite(paired.estimate),
+        low=_finite(paired.low),
+        high=_finite(paired.high),
+        documents=paired.documents,
+        p_value=_finite(paired.p_value),
+        detectable=_finite(paired.smallest_detectable),
+    )
 
 
 def _finite(value: float | None) -> float | None:
