@@ -14,7 +14,7 @@ from dse.cost import Cost
 from dse.design_point import DesignPoint
 from dse.export import ExportResult
 from dse.measurement import Check
-from dse.pareto import Recommendation, format_front, front_text, to_records
+from dse.pareto import Recommendation, format_front, format_tied, front_text, tied_text, to_records
 from dse.pareto.units import percent, points
 from dse.study import DEFAULT_MAX_ACCURACY_DROP, Study
 from dse.topology import Topology
@@ -44,8 +44,12 @@ def print_front(study: Study) -> None:
     if sys.stdout.isatty():
         console = Console()
         console.print(format_front(front, study.objectives, width=console.width))
+        if (tied := format_tied(study.trials(), study.objectives)) is not None:
+            console.print(tied)
     else:
         print(front_text(front, study.objectives))
+        if tied_lines := tied_text(study.trials(), study.objectives):
+            print(tied_lines)
     hypervolume = study.hypervolume
     volume = "" if hypervolume is None else f"; hypervolume {hypervolume:.4f} of 1"
     print(
@@ -80,7 +84,8 @@ def print_recommendation(study: Study, advice: Recommendation) -> None:
     """The recommended point with its reason, or the nearest miss; and the knee."""
     console = _console()
     if advice.trial is not None:
-        console.print(f"recommended: [bold]trial {advice.trial}[/bold] (point {advice.point_id})")
+        certified = "" if advice.meets_bound else ", by point estimate; not certified"
+        console.print(f"recommended: [bold]trial {advice.trial}[/bold] (point {advice.point_id}){certified}")
         console.print(f"  {escape(advice.reason)}")
         drop = f"accuracy drop: {points(advice.accuracy_drop or 0.0)} by point estimate"
         if advice.accuracy_drop_high is not None:
@@ -117,9 +122,13 @@ def study_json(study: Study) -> dict[str, Any]:
         "hypervolume": study.hypervolume,
         "reference": study.attributes.get("reference"),
         "front": to_records(study.front()),
+        "tied": to_records(study.tied()),
         "recommendation": None if advice is None else {
             key: getattr(advice, key)
-            for key in ("trial", "point_id", "reason", "accuracy_drop", "accuracy_drop_high", "knee_trial")
+            for key in (
+                "trial", "point_id", "reason", "accuracy_drop", "accuracy_drop_high", "meets_bound", "estimate_trial",
+                "more_documents", "knee_trial",
+            )
         },
         "files": {
             "study": str(folder.study_yaml),

@@ -19,7 +19,8 @@ from dse.pareto.plots import plot_front
 from dse.pareto.png import front_png
 from dse.pareto.recommend import Recommendation, recommend
 from dse.pareto.report import front_html
-from dse.pareto.table import format_front, front_text, to_records
+from dse.pareto.table import format_front, format_tied, front_text, tied_text, to_records
+from dse.pareto.ties import mark_ties, tied_table
 
 __all__ = [
     "OBJECTIVES",
@@ -28,6 +29,7 @@ __all__ = [
     "directions_of",
     "dominates",
     "format_front",
+    "format_tied",
     "front_html",
     "front_hypervolume",
     "front_png",
@@ -37,6 +39,7 @@ __all__ = [
     "knee_distances",
     "knee_index",
     "mark_front",
+    "mark_ties",
     "non_dominated",
     "non_dominated_rank",
     "normalised_hypervolume",
@@ -47,5 +50,7 @@ __all__ = [
     "recommend",
     "reference_point",
     "reference_value",
+    "tied_table",
+    "tied_text",
     "to_records",
 ]

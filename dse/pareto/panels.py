@@ -81,7 +81,8 @@ class Panel:
 
     Attributes:
         x, y, colour: Axes; `colour` is the third objective, None where there is none.
-        others: Complete trials that are not on the front.
+        others: Complete trials that are neither on the front nor tied with it.
+        tied: Trials that the front beats within noise only (see `mark_ties`).
         front: Front points except the dense model.
         dense: The dense model, at most one point.
         knee: The knee of the front, at most one point.
@@ -93,6 +94,7 @@ class Panel:
     y: Axis
     colour: Axis | None
     others: Points
+    tied: Points
     front: Points
     dense: Points
     knee: Points
@@ -104,7 +106,8 @@ class Panel:
         The first choice is the corner towards the ideal, where no trial can be; a corner already taken by a marker or
         another number is passed over while another is free.
         """
-        blocks = [np.column_stack([points.x, points.y]) for points in (self.others, self.dense, self.front)]
+        groups = ((self.others, self.tied), (self.dense,), (self.front,))
+        blocks = [np.concatenate([np.column_stack([part.x, part.y]) for part in group]) for group in groups]
         marks = np.concatenate(blocks)
         if len(self.front) == 0:
             return []
@@ -138,7 +141,7 @@ class Panel:
         return ends[0], ends[1]
 
     def _all(self) -> tuple[Points, ...]:
-        return (self.others, self.front, self.dense)
+        return (self.others, self.tied, self.front, self.dense)
 
     @property
     def steps_after(self) -> bool:
@@ -184,19 +187,22 @@ def _panel(
     dense = dense_row(marked)
     is_dense = shown & (False if dense is None else (marked["trial"] == dense["trial"]).to_numpy(dtype=bool))
     on_front = shown & marked["on_front"].to_numpy(dtype=bool)
+    is_tied = shown & ~np.isnan(numbers(marked, "tied_with")) & ~on_front & ~is_dense
     axes = [_axis(marked[shown], entry) for entry in (x, y, third) if entry is not None]
     groups = [
-        shown & ~on_front & ~is_dense,
+        shown & ~on_front & ~is_dense & ~is_tied,
+        is_tied,
         on_front & ~is_dense,
         is_dense,
         _knee(marked, objectives, is_dense) & shown,
     ]
-    others, front, dense_points, knee = (_points(marked, np.flatnonzero(group), axes) for group in groups)
+    others, tied, front, dense_points, knee = (_points(marked, np.flatnonzero(group), axes) for group in groups)
     return Panel(
         x=axes[0],
         y=axes[1],
         colour=axes[2] if third is not None else None,
         others=others,
+        tied=tied,
         front=front,
         dense=dense_points,
         knee=knee,

@@ -112,6 +112,7 @@ def _traces(panel: Panel, hover: list[str], columns: tuple[list[float], list[flo
             hoverinfo="skip",
             **_legend(on),
         ),
+        *_tied_trace(panel, hover, on),
         _front_trace(panel, hover, columns, on),
         _scatter(
             panel.dense,
@@ -125,6 +126,13 @@ def _traces(panel: Panel, hover: list[str], columns: tuple[list[float], list[flo
     ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": Palette.TEXT, "width": 2}}
     traces.append(_scatter(panel.knee, "Knee", hover, on, ring, error=None))
     return traces
+
+
+def _tied_trace(panel: Panel, hover: list[str], on: dict[str, Any]) -> list[Any]:
+    if not len(panel.tied):
+        return []
+    hollow = {"color": "white", "size": 10, "line": {"color": Palette.FRONT, "width": 2}}
+    return [_scatter(panel.tied, "Tied with the front", hover, on, hollow, error=Palette.FRONT_BARS)]
 
 
 def _front_trace(panel: Panel, hover: list[str], columns: tuple[list[float], list[float]], on: dict[str, Any]) -> Any:
@@ -210,6 +218,8 @@ def _hover_texts(trials: pd.DataFrame, objectives: Sequence[Objective]) -> list[
     for _, row in trials.iterrows():
         head = f"<b>Trial {int(row['trial'])}</b>  {html.escape(str(row['point_id']))}"
         lines = [head, f"reduction {percent(number(row, 'reduction'))}"]
+        if (tied_with := number(row, "tied_with")) is not None:
+            lines.append(f"tied with trial {int(tied_with)}: beaten by it within noise only")
         for objective, scale in zip(objectives, scales, strict=True):
             cell = front_cell(row, dense, objective, scale)
             changed = "" if cell.change_interval == "n/a" else f"  ({cell.change_interval})"

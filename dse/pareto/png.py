@@ -86,6 +86,12 @@ def _draw(figure: Any, axes: Any, panel: Panel) -> None:
         label="Best in this plane",
         zorder=1.5,
     )
+    _error_bars(axes, panel.tied, Palette.FRONT_BARS)
+    if len(panel.tied):
+        axes.scatter(
+            panel.tied.x, panel.tied.y, s=58, facecolors="white", edgecolors=Palette.FRONT, linewidths=1.6,
+            label="Tied with the front", zorder=3,
+        )  # fmt: skip
     _error_bars(axes, panel.front, Palette.FRONT_BARS)
     _front(figure, axes, panel)
     _error_bars(axes, panel.dense, Palette.DENSE)

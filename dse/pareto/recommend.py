@@ -1,7 +1,8 @@
-"""Which point of a study to take: the cheapest whose loss of accuracy is within a tolerance."""
+"""Which point of a study to take: the cheapest whose loss of accuracy is within a tolerance, noise included."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from dse.errors import ConfigError, StudyError
+from dse.evaluation.power import documents_to_settle
 from dse.pareto.columns import change, dense_row, interval, is_true, number, require_columns
 from dse.pareto.front import front_table, objective_values
 from dse.pareto.knee import knee_index
@@ -26,7 +28,7 @@ class Recommendation:
     """A point to take, or why there is none; JSON-safe through `dataclasses.asdict`.
 
     Attributes:
-        trial: The recommended trial, None where no trial fits.
+        trial: The recommended trial: `bound_trial`, else `estimate_trial`; None where no trial fits.
         point_id: Its design point.
         reason: One sentence with figures.
         reduction: Its share of the parameters removed.
@@ -36,8 +38,13 @@ class Recommendation:
         accuracy_drop_high: Upper end of it.
         meets_bound: Whether the upper end, too, is within the tolerance; false where it is unknown.
         bound_trial: The cheapest trial whose upper end is within the tolerance, None where there is none.
+        estimate_trial: The cheapest trial whose drop is within the tolerance by point estimate alone.
         nearest_miss_trial: Where nothing fits, the trial that misses by least.
         nearest_miss_reason: What it lacks, "" where there is none.
+        near_miss_trial: The trial that more documents would settle: `estimate_trial` where its bound is outside the
+            tolerance, or a nearest miss whose lower end is within it; None where there is none.
+        documents_to_settle: Documents in all that would, if its drop stays as estimated; None where unknown.
+        more_documents: How many of them are missing.
         knee_trial: The knee of the front, whatever the tolerance; None where only dense is on the front.
     """
 
@@ -51,8 +58,12 @@ class Recommendation:
     accuracy_drop_high: float | None = None
     meets_bound: bool = False
     bound_trial: int | None = None
+    estimate_trial: int | None = None
     nearest_miss_trial: int | None = None
     nearest_miss_reason: str = ""
+    near_miss_trial: int | None = None
+    documents_to_settle: int | None = None
+    more_documents: int | None = None
     knee_trial: int | None = None
 
 
@@ -66,6 +77,7 @@ class _Candidate:
     drop: float
     ends: tuple[float, float] | None
     ratios: tuple[tuple[str, float], ...]
+    documents: int | None = None
 
     @property
     def cost_ratio(self) -> float:
@@ -83,6 +95,17 @@ class _Candidate:
     def meets_bound(self, max_accuracy_drop: float) -> bool:
         return self.ends is not None and self.ends[1] <= max_accuracy_drop + _SLACK
 
+    def is_undecided(self, max_accuracy_drop: float) -> bool:
+        """Whether the interval holds the tolerance: noise alone decides on which side the drop lies."""
+        return self.ends is not None and self.ends[0] <= max_accuracy_drop < self.ends[1]
+
+    def to_settle(self, max_accuracy_drop: float) -> int | None:
+        """Documents in all at which the interval would leave the tolerance, if the drop stays as estimated."""
+        if self.ends is None or self.documents is None:
+            return None
+        end = self.ends[1] if self.drop <= max_accuracy_drop else self.ends[0]
+        return documents_to_settle(self.drop, end, max_accuracy_drop, self.documents)
+
     def shortfall(self, max_accuracy_drop: float, min_reduction: float | None) -> float:
         """How far outside the limits, both being fractions; a point that saves nothing comes after all others."""
         excess = max(0.0, self.drop - max_accuracy_drop) + max(0.0, (min_reduction or 0.0) - self.reduction)
@@ -96,11 +119,13 @@ def recommend(
     max_accuracy_drop: float,
     min_reduction: float | None = None,
 ) -> Recommendation:
-    """The cheapest trial whose drop in accuracy against the dense model is within tolerance.
+    """The cheapest trial whose drop in accuracy against the dense model is within tolerance, by its confidence bound.
 
-    A trial fits when the point estimate of its drop is at most `max_accuracy_drop`, its reduction is at least
-    `min_reduction`, and at least one of its costs is below dense: the dense model saves nothing and is never
-    recommended. Cheapest means the smallest geometric mean of the ratios to dense over the study's cost objectives
+    A trial fits when its drop is at most `max_accuracy_drop`, its reduction is at least `min_reduction`, and at least
+    one of its costs is below dense: the dense model saves nothing and is never recommended. The cheapest trial whose
+    upper 95 % bound fits is recommended; where no bound does, the cheapest that fits by its point estimate, said to be
+    uncertified, with the number of documents that would settle it; where none does either, the nearest miss is named.
+    Cheapest means the smallest geometric mean of the ratios to dense over the study's cost objectives
     (latency, energy, size; not accuracy or perplexity); a study without any is judged by its parameters. Ties go to the
     smaller drop, then to the earlier trial.
 
@@ -129,21 +154,33 @@ def recommend(
     fitting = sorted((c for c in candidates if c.within(*limits)), key=lambda c: (c.cost_ratio, c.drop, c.trial))
     if not fitting:
         return _nothing_fits(candidates, max_accuracy_drop, min_reduction, knee)
-    best = fitting[0]
+    estimate = fitting[0]
     bound = next((c for c in fitting if c.meets_bound(max_accuracy_drop)), None)
-    return Recommendation(
+    best = estimate if bound is None else bound
+    advice = Recommendation(
         trial=best.trial,
         point_id=best.point_id,
-        reason=_reason(best, bound, max_accuracy_drop, min_reduction),
+        reason=_reason(best, estimate, max_accuracy_drop, min_reduction),
         reduction=best.reduction,
         cost_ratio=best.cost_ratio,
         accuracy_drop=best.drop,
         accuracy_drop_low=None if best.ends is None else best.ends[0],
         accuracy_drop_high=None if best.ends is None else best.ends[1],
-        meets_bound=best.meets_bound(max_accuracy_drop),
+        meets_bound=bound is not None,
         bound_trial=None if bound is None else bound.trial,
+        estimate_trial=estimate.trial,
         knee_trial=knee,
     )
+    return _with_near_miss(advice, None if estimate.meets_bound(max_accuracy_drop) else estimate, max_accuracy_drop)
+
+
+def _with_near_miss(advice: Recommendation, near_miss: _Candidate | None, max_accuracy_drop: float) -> Recommendation:
+    """The advice with the trial that more documents would settle, and how many."""
+    if near_miss is None or near_miss.ends is None:
+        return advice
+    needed = near_miss.to_settle(max_accuracy_drop)
+    more = None if needed is None or near_miss.documents is None else needed - near_miss.documents
+    return dataclasses.replace(advice, near_miss_trial=near_miss.trial, documents_to_settle=needed, more_documents=more)
 
 
 def _check_limits(max_accuracy_drop: float, min_reduction: float | None) -> None:
@@ -177,9 +214,16 @@ def _candidates(trials: pd.DataFrame, dense: pd.Series, objectives: Sequence[Obj
                 drop=-gain[0],
                 ends=interval(row, "accuracy_drop"),
                 ratios=ratios,
+                documents=_documents(row),
             )
         )
     return candidates
+
+
+def _documents(row: pd.Series) -> int | None:
+    """Documents behind the drop, over all accuracy tasks."""
+    documents = number(row, "accuracy_drop_documents")
+    return None if documents is None else int(documents)
 
 
 def _cost_ratios(row: pd.Series, dense: pd.Series, costs: Sequence[Objective]) -> tuple[tuple[str, float], ...] | None:
@@ -202,23 +246,41 @@ def _knee_trial(trials: pd.DataFrame, objectives: Sequence[Objective]) -> int | 
     return None if index is None else int(front["trial"].iloc[index])
 
 
-def _reason(best: _Candidate, bound: _Candidate | None, max_accuracy_drop: float, min_reduction: float | None) -> str:
-    costs = " and ".join(f"{name} x{ratio:.2f}" for name, ratio in best.ratios)
-    mean = (
-        f"x{best.cost_ratio:.2f} of dense in the geometric mean: {costs}"
-        if len(best.ratios) > 1
-        else f"{costs} of dense"
-    )
+def _reason(best: _Candidate, estimate: _Candidate, max_accuracy_drop: float, min_reduction: float | None) -> str:
+    is_certified = best.meets_bound(max_accuracy_drop)
+    how = "whose 95 % bound lies" if is_certified else "by point estimate"
+    limits = _limits_words(max_accuracy_drop, min_reduction)
     text = (
-        f"Trial {best.trial} is the cheapest within {_limits_words(max_accuracy_drop, min_reduction)} ({mean});"
+        f"Trial {best.trial} is the cheapest {how} within {limits} ({_cost_words(best)});"
         f" it removes {percent(best.reduction)} of the parameters and {_drop_words(best)}"
     )
     if best.ends is None:
         return text + ", and no confidence interval is known."
-    if best.meets_bound(max_accuracy_drop):
-        return text + ", so the upper bound is within the tolerance too."
-    tail = "no trial's is" if bound is None else f"the cheapest whose bound is within is trial {bound.trial}"
-    return text + f", so the upper bound is outside the tolerance; {tail}."
+    if not is_certified:
+        settle = _settle_words(best, max_accuracy_drop)
+        return f"{text}. It is not certified: no trial's bound is within the tolerance{settle}."
+    if estimate is best:
+        return text + ". It is the cheapest by point estimate, too."
+    return (
+        f"{text}. By point estimate trial {estimate.trial} is cheaper ({_cost_words(estimate)}): it"
+        f" {_drop_words(estimate)}{_settle_words(estimate, max_accuracy_drop)}."
+    )
+
+
+def _cost_words(candidate: _Candidate) -> str:
+    costs = " and ".join(f"{name} x{ratio:.2f}" for name, ratio in candidate.ratios)
+    if len(candidate.ratios) == 1:
+        return f"{costs} of dense"
+    return f"x{candidate.cost_ratio:.2f} of dense in the geometric mean: {costs}"
+
+
+def _settle_words(candidate: _Candidate, max_accuracy_drop: float) -> str:
+    """How many more documents would tell on which side of the tolerance it lies; "" where that is not known."""
+    needed = candidate.to_settle(max_accuracy_drop)
+    if needed is None or candidate.documents is None:
+        return ""
+    more = needed - candidate.documents
+    return f"; about {more:,} more documents ({needed:,} in all) would settle it, if its drop stays as estimated"
 
 
 def _limits_words(max_accuracy_drop: float, min_reduction: float | None) -> str:
@@ -252,11 +314,15 @@ def _nothing_fits(
         costs = " and ".join(f"{name} x{ratio:.2f}" for name, ratio in nearest.ratios)
         lacks.append(f"saves nothing ({costs} of dense)")
     why = " and ".join(lacks)
-    return Recommendation(
+    is_undecided = len(lacks) == 1 and nearest.drop > max_accuracy_drop and nearest.is_undecided(max_accuracy_drop)
+    near_miss = nearest if is_undecided else None
+    settle = "" if near_miss is None else _settle_words(near_miss, max_accuracy_drop)
+    advice = Recommendation(
         trial=None,
         point_id=None,
-        reason=f"No trial fits within {limits}; the nearest miss, trial {nearest.trial}, {why}.",
+        reason=f"No trial fits within {limits}; the nearest miss, trial {nearest.trial}, {why}{settle}.",
         nearest_miss_trial=nearest.trial,
         nearest_miss_reason=f"it {why}",
         knee_trial=knee,
     )
+    return _with_near_miss(advice, near_miss, max_accuracy_drop)

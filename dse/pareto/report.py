@@ -14,7 +14,7 @@ from dse.pareto.front import front_table
 from dse.pareto.objective import Objective
 from dse.pareto.page_assets import DRAW_SCRIPT, SORT_SCRIPT, STYLE
 from dse.pareto.plots import figure_json, plot_front, plotly_source
-from dse.pareto.table import FrontCell, FrontRow, front_rows
+from dse.pareto.table import FrontCell, FrontRow, front_rows, tied_rows
 
 __all__ = ["front_html"]
 
@@ -56,6 +56,7 @@ def front_html(
         "<h2>The front</h2>",
         f"<div class=scroll>{_front_html_table(rows, objectives)}</div>",
         f'<p class="note">{_escape(_table_note(rows))}</p>',
+        _tied(tied_rows(trials, objectives), objectives),
         _unfinished(trials),
         _facts(study_facts),
         _commands(next_commands),
@@ -101,8 +102,9 @@ def _how_to_read() -> str:
     return (
         "Each point is a trial; bars are 95 % intervals. No trial beats a coloured point in all objectives at once. The"
         " line joins the points that are best in the two objectives of its plot; coloured points beside it owe their"
-        " place to another objective. Numbers are trials: hover over a point for its figures, drag to zoom,"
-        " double-click to return. Vermilion is the dense model; the ring is the knee, where the front bulges most."
+        " place to another objective. Hollow points are tied with the front: it beats them within noise only. Numbers"
+        " are trials: hover over a point for its figures, drag to zoom, double-click to return. Vermilion is the dense"
+        " model; the ring is the knee, where the front bulges most."
     )
 
 
@@ -111,6 +113,27 @@ def _table_note(rows: Sequence[FrontRow]) -> str:
     if any(row.is_dense and not row.on_front for row in rows):
         note += " The dense model is not on the front; it is shown as the reference."
     return note
+
+
+def _tied(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> str:
+    """Trials that a front trial beats, but in every objective within noise only."""
+    if not rows:
+        return ""
+    heads = ["Trial", "Tied with", "Point", "Reduction", *(objective.label for objective in objectives)]
+    head = "".join(f'<th scope="col">{_escape(text)}</th>' for text in heads)
+    lines = []
+    for row in rows:
+        shown = (str(row.trial), str(row.tied_with), row.point_id, row.reduction)
+        cells = [f"<td>{_escape(text)}</td>" for text in shown] + [_objective_cell(cell) for cell in row.cells]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    note = (
+        "A front trial beats each of these, but in every objective within noise only: they may be as good, and more"
+        " documents or repeats would tell."
+    )
+    return (
+        f'<h2>Tied with the front</h2>\n<p class="note">{note}</p>\n<div class=scroll><table id="tied">'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _front_html_table(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> str:

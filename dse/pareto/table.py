@@ -13,13 +13,28 @@ from rich.table import Table
 from rich.text import Text
 
 from dse.pareto.columns import change, interval, number, numbers, require_columns
+from dse.pareto.front import front_table
 from dse.pareto.objective import Objective
+from dse.pareto.ties import tied_table
 from dse.pareto.units import Scale, change_text, percent, scale_for
 
-__all__ = ["FrontCell", "FrontRow", "format_front", "front_cell", "front_rows", "front_text", "to_records"]
+__all__ = [
+    "FrontCell",
+    "FrontRow",
+    "aligned",
+    "format_front",
+    "format_tied",
+    "front_cell",
+    "front_rows",
+    "front_text",
+    "tied_rows",
+    "tied_text",
+    "to_records",
+]
 
 # Below this width a value and its change against dense stand under each other.
 _WIDE = 110
+_TIED = "Tied with the front, which beats each of these, but in every objective within noise only:"
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class FrontCell:
 
 @dataclass(frozen=True)
 class FrontRow:
-    """One front point, as shown."""
+    """One point of the front, or tied with it, as shown; `tied_with` is the front trial, None on the front."""
 
     trial: int
     point_id: str
@@ -57,6 +72,7 @@ class FrontRow:
     is_dense: bool
     on_front: bool
     cells: tuple[FrontCell, ...]
+    tied_with: int | None = None
 
 
 def front_rows(front: pd.DataFrame, objectives: Sequence[Objective]) -> list[FrontRow]:
@@ -76,7 +92,7 @@ def front_rows(front: pd.DataFrame, objectives: Sequence[Objective]) -> list[Fro
     rows = []
     for _, row in front.iterrows():
         cells = tuple(front_cell(row, dense, o, s) for o, s in zip(objectives, scales, strict=True))
-        reduction = number(row, "reduction")
+        reduction, tied_with = number(row, "reduction"), number(row, "tied_with")
         rows.append(
             FrontRow(
                 trial=int(row["trial"]),
@@ -86,9 +102,24 @@ def front_rows(front: pd.DataFrame, objectives: Sequence[Objective]) -> list[Fro
                 is_dense=bool(row["is_dense"]),
                 on_front=bool(row["on_front"]),
                 cells=cells,
+                tied_with=None if tied_with is None else int(tied_with),
             )
         )
     return rows
+
+
+def tied_rows(trials: pd.DataFrame, objectives: Sequence[Objective]) -> list[FrontRow]:
+    """The trials that are tied with the front as text, in the units of the front's own table.
+
+    Args:
+        trials: The trials table with `tied_with` (see `mark_ties`); without that column nothing is tied.
+        objectives: Columns to show.
+    """
+    tied, front = tied_table(trials.assign(is_dense=False)), front_table(trials, objectives)
+    if tied.empty:
+        return []
+    both = pd.concat([front, tied[~tied["trial"].isin(front["trial"])]], ignore_index=True)
+    return [row for row in front_rows(both, objectives) if row.tied_with is not None]
 
 
 def front_cell(row: pd.Series, dense: pd.Series | None, objective: Objective, scale: Scale) -> FrontCell:
@@ -154,12 +185,54 @@ def front_text(front: pd.DataFrame, objectives: Sequence[Objective]) -> str:
         for cell in row.cells:
             line += [cell.measured, cell.change]
         lines.append(line)
+    return "\n".join([*aligned(lines, left=(1,)), _caption(rows)])
+
+
+def format_tied(trials: pd.DataFrame, objectives: Sequence[Objective]) -> Table | None:
+    """The trials that are tied with the front as a table for the terminal; None where there is none."""
+    lines = _tied_lines(trials, objectives)
+    if not lines:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(_TIED), title_justify="left")
+    for column, name in enumerate(lines[0]):
+        table.add_column(Text(name), justify="left" if column == 2 else "right", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def tied_text(trials: pd.DataFrame, objectives: Sequence[Objective]) -> str:
+    """The trials that are tied with the front as aligned plain text; "" where there is none."""
+    lines = _tied_lines(trials, objectives)
+    return "\n".join([_TIED, *aligned(lines, left=(2,))]) if lines else ""
+
+
+def _tied_lines(trials: pd.DataFrame, objectives: Sequence[Objective]) -> list[list[str]]:
+    rows = tied_rows(trials, objectives)
+    if not rows:
+        return []
+    lines = [["trial", "tied with", "point", "reduction", *(objective.label.lower() for objective in objectives)]]
+    for row in rows:
+        measured = (cell.measured for cell in row.cells)
+        lines.append([str(row.trial), str(row.tied_with), " ".join(row.point_id.split()), row.reduction, *measured])
+    return lines
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
+    """Cells of a table as lines of text, two spaces between columns.
+
+    Args:
+        lines: One sequence of cells a line, all of one length.
+        left: Columns aligned to the left; the others are to the right.
+    """
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = [
-        "  ".join(text.ljust(size) if column == 1 else text.rjust(size) for column, (text, size) in enumerate(cells))
-        for cells in ([*zip(line, widths, strict=True)] for line in lines)
+    return [
+        "  ".join(
+            text.ljust(size) if column in left else text.rjust(size)
+            for column, (text, size) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
     ]
-    return "\n".join([*shown, _caption(rows)])
 
 
 def _caption(rows: Sequence[FrontRow]) -> str:

@@ -1,5 +1,7 @@
 """Studies: search spaces, proposals, trials and their storage; the only importer of optuna."""
 
+from dse.study.compare import CostComparison as CostComparison
+from dse.study.compare import TrialComparison as TrialComparison
 from dse.study.evaluate_point import PointEvaluator as PointEvaluator
 from dse.study.evaluate_point import Reference as Reference
 from dse.study.events import StudyListener as StudyListener

@@ -20,11 +20,15 @@ from dse.pareto import (
     front_png,
     front_table,
     mark_front,
+    mark_ties,
     objectives_named,
     plot_front,
     recommend,
+    tied_table,
 )
+from dse.study.compare import TrialComparison, compare_records
 from dse.study.folder import StudyFolder
+from dse.study.paired import PairedOutcomes
 from dse.study.record import TrialRecord, to_row
 from dse.study.storage import StudyStorage
 
@@ -100,15 +104,20 @@ class Study:
 
     def trials(self) -> pd.DataFrame:
         """One row a trial, flat; see docs/trials.md for the columns."""
+        return self._table.copy()
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
         rows = [to_row(record) for record in self.records]
         table = pd.DataFrame(rows) if rows else pd.DataFrame({"trial": [], "state": [], "feasible": []})
         for entry in self.objectives:
             if entry.name not in table.columns:
                 table[entry.name] = float("nan")
         if not rows:
-            return table.assign(on_front=False, reduction=float("nan"), decomposed_tensors=0)
+            return table.assign(on_front=False, tied_with=None, reduction=float("nan"), decomposed_tensors=0)
         table["duplicate_of"] = table["duplicate_of"].astype("Int64")
-        return mark_front(table, self.objectives)
+        marked = mark_front(table, self.objectives)
+        return mark_ties(marked, self.objectives, PairedOutcomes(self.folder).differs)
 
     def front(self) -> pd.DataFrame:
         """The Pareto front, sorted by reduction, with the dense model as its reference.
@@ -117,6 +126,32 @@ class Study:
             StudyError: No trial is finished yet.
         """
         return front_table(self._some_trials(), self.objectives)
+
+    def tied(self) -> pd.DataFrame:
+        """Trials that the front beats within noise only; `tied_with` says which front trial.
+
+        Raises:
+            StudyError: No trial is finished yet.
+        """
+        return tied_table(self._some_trials())
+
+    def compare(self, first: int, second: int) -> TrialComparison:
+        """Two trials side by side: every change is `second` against `first`, paired over the same documents.
+
+        Args:
+            first: Trial; a duplicate stands for the trial whose values it repeats.
+            second: Another trial.
+
+        Raises:
+            StudyError: A trial is not there or not complete, both are the same, or outcomes are missing.
+            TaskError: The two were evaluated on other documents.
+        """
+        before, after = (self._evaluated_record(trial) for trial in (first, second))
+        return compare_records(self.folder, before, after)
+
+    def _evaluated_record(self, trial: int) -> TrialRecord:
+        found = self.record(trial)
+        return found if found.duplicate_of is None else self.record(found.duplicate_of)
 
     def plot_front(self, x: str | None = None, y: str | None = None) -> Figure:
         """The front as a Plotly figure; `x` and `y` are objectives (or reduction), all costs by default.

@@ -25,7 +25,7 @@ from dse.cli import main
 from dse.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("run", "front", "recommend", "export", "cost", "space", "evaluate", "doctor")
+COMMANDS = ("run", "front", "recommend", "compare", "export", "cost", "space", "evaluate", "doctor")
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -135,6 +135,8 @@ def test_version(dse: Run) -> None:
         (["run", "x.yaml", "--trials", "0"], "an integer of at least 1 is needed, but got 0"),
         (["run", "x.yaml", "--trials", "ten"], "an integer of at least 1 is needed, but got 'ten'"),
         (["recommend", "runs/x"], "--max-accuracy-drop"),
+        (["compare", "runs/x"], "--trials"),
+        (["compare", "runs/x", "--trials", "1"], "expected 2 arguments"),
         (["cost", "--model", "x"], "--point"),
     ],
 )
@@ -357,13 +359,20 @@ def test_front(dse: Run, finished_study: Path) -> None:
         "trial point reduction accuracy vs dense decode latency vs dense parameters vs dense"
     )
     table = pd.read_csv(finished_study / "trials.csv")
-    assert "on the front" in rows[-2]
-    shown = {int(row.split()[0]) for row in rows[:-2]}
+    caption = next(index for index, row in enumerate(rows) if "± is a 95 % interval" in row)
+    shown = {int(row.split()[0]) for row in rows[:caption]}
+    tied = table[table["tied_with"].notna()]
+    below = rows[caption + 1 : -1]
+    assert {int(row.split()[0]): int(row.split()[1]) for row in below[2:]} == dict(
+        zip(tied["trial"], tied["tied_with"], strict=True)
+    )
+    assert tied["tied_with"].isin(table.loc[table["on_front"], "trial"]).all()
     assert shown == set(table.loc[table["on_front"], "trial"]) | {0}
     assert "reference" in result.out  # the dense row
     assert "6 of 6 trials evaluated" in rows[-1]
     told = dse("front", finished_study, "--json").json
     assert {row["trial"] for row in told["front"]} == shown
+    assert {row["trial"] for row in told["tied"]} == set(tied["trial"])
     assert [entry["name"] for entry in told["objectives"]] == ["accuracy", "decode_latency_s", "parameters"]
     assert [entry["unit"] for entry in told["objectives"]] == ["fraction", "s", "count"]
     assert 0 < told["hypervolume"] < 1
@@ -381,6 +390,48 @@ def test_recommend(dse: Run, finished_study: Path) -> None:
     assert "with 95 % confidence" in shown.out
     if advice["knee_trial"] not in (None, advice["trial"]):
         assert f"knee of the front: trial {advice['knee_trial']}" in shown.out
+
+
+def test_compare(dse: Run, finished_study: Path) -> None:
+    told = dse("compare", finished_study, "--trials", "0", "2", "--json").json
+    table = pd.read_csv(finished_study / "trials.csv").set_index("trial")
+    assert (told["first"], told["second"]) == (0, 2)
+    accuracy, *graded = told["quality"]
+    assert [row["metric"] for row in graded] == ["choice_probability", "gold_log_likelihood"]
+    assert accuracy["test"] == "exact McNemar"
+    assert accuracy["change"] == pytest.approx(-table.loc[2, "accuracy_drop"])
+    assert accuracy["high"] == pytest.approx(-table.loc[2, "accuracy_drop_low"])
+    assert accuracy["p_value"] == pytest.approx(table.loc[2, "accuracy_drop_p_value"])
+    assert accuracy["detectable"] == pytest.approx(table.loc[2, "accuracy_drop_detectable"])
+    assert accuracy["second_stderr"] == pytest.approx(table.loc[2, "task.tiny_choice.acc_stderr"])
+    assert accuracy["losses"] - accuracy["gains"] == round(table.loc[2, "accuracy_drop"] * 24)
+    costs = {row["name"]: row for row in told["costs"]}
+    assert set(costs) == {"prefill_latency_s", "decode_latency_s", "parameters", "weight_bytes"}
+    assert costs["parameters"]["ratio"] == table.loc[2, "parameters"] / table.loc[0, "parameters"]
+    # The dense model's ratio to itself is 1, without noise.
+    assert costs["decode_latency_s"]["low"] == pytest.approx(table.loc[2, "decode_latency_s_ratio_low"])
+    assert costs["decode_latency_s"]["high"] == pytest.approx(table.loc[2, "decode_latency_s_ratio_high"])
+    shown = dse("compare", finished_study, "--trials", "0", "2").out
+    assert "changes are trial 2 against trial 0, over the same documents" in shown
+    assert f"{accuracy['losses']} lost, {accuracy['gains']} gained" in shown
+    assert "exact McNemar" in shown
+    assert "paired bootstrap" in shown
+
+
+@pytest.mark.parametrize(
+    ("trials", "words"),
+    [(("0", "0"), "must differ to compare, but both are trial 0"), (("0", "99"), "must be one of this study's")],
+)
+def test_trials_that_cannot_be_compared(dse: Run, finished_study: Path, trials: tuple[str, str], words: str) -> None:
+    assert words in dse("compare", finished_study, "--trials", *trials).error
+
+
+def test_outcomes_that_are_lost_cannot_be_compared(dse: Run, finished_study: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_study, copy)
+    (copy / "outcomes" / "trial-00002.npz").unlink()
+    assert "must be kept, but " in dse("compare", copy, "--trials", "0", "2").error
+    assert dse("front", copy).code == 0
 
 
 def test_recommend_where_nothing_fits_tells_the_nearest_miss(dse: Run, finished_study: Path) -> None:

@@ -46,26 +46,51 @@ def trials(make_trials: MakeTrials) -> pd.DataFrame:
     )
 
 
-def test_the_cheapest_within_tolerance_is_taken_and_its_bound_told(trials: pd.DataFrame) -> None:
-    found = recommend(trials, THREE, max_accuracy_drop=0.02)
-    assert (found.trial, found.point_id, found.meets_bound, found.bound_trial) == (2, "point0000002", False, 1)
-    assert found.cost_ratio == pytest.approx(0.8)
+def test_the_cheapest_whose_bound_fits_is_taken_and_the_point_estimates_choice_told(trials: pd.DataFrame) -> None:
+    found = recommend(trials.assign(accuracy_drop_documents=400), THREE, max_accuracy_drop=0.02)
+    assert (found.trial, found.point_id, found.meets_bound, found.bound_trial) == (1, "point0000001", True, 1)
+    assert (found.estimate_trial, found.near_miss_trial) == (2, 2)
+    assert found.cost_ratio == pytest.approx(math.sqrt(0.95 * 0.9))
     assert (found.accuracy_drop, found.accuracy_drop_low, found.accuracy_drop_high) == pytest.approx(
-        (0.015, 0.005, 0.025)
+        (0.005, -0.005, 0.015)
     )
+    # Trial 2 loses 1.5 pts +-1: its half-width must fall by half, which takes four times the documents.
+    assert (found.documents_to_settle, found.more_documents) == (1600, 1200)
     assert found.reason == (
-        "Trial 2 is the cheapest within an accuracy drop of 2 pts (x0.80 of dense in the geometric mean: decode latency"
-        " x0.80 and parameters x0.80); it removes 20.0 % of the parameters and loses 1.50 pts of accuracy"
-        " (95 % interval of the drop +0.50 to +2.50 pts), so the upper bound is outside the tolerance;"
-        " the cheapest whose bound is within is trial 1."
+        "Trial 1 is the cheapest whose 95 % bound lies within an accuracy drop of 2 pts (x0.92 of dense in the"
+        " geometric mean: decode latency x0.95 and parameters x0.90); it removes 10.0 % of the parameters and loses"
+        " 0.50 pts of accuracy (95 % interval of the drop -0.50 to +1.50 pts). By point estimate trial 2 is cheaper"
+        " (x0.80 of dense in the geometric mean: decode latency x0.80 and parameters x0.80): it loses 1.50 pts of"
+        " accuracy (95 % interval of the drop +0.50 to +2.50 pts); about 1,200 more documents (1,600 in all) would"
+        " settle it, if its drop stays as estimated."
     )
     json.dumps(asdict(found), allow_nan=False)
 
 
+def test_where_no_bound_fits_the_point_estimate_is_taken_uncertified(trials: pd.DataFrame) -> None:
+    found = recommend(trials.assign(accuracy_drop_documents=400), THREE, max_accuracy_drop=0.01)
+    assert (found.trial, found.meets_bound, found.bound_trial) == (1, False, None)
+    assert (found.estimate_trial, found.near_miss_trial, found.nearest_miss_trial) == (1, 1, None)
+    assert found.documents_to_settle == 1600
+    assert "is the cheapest by point estimate within an accuracy drop of 1 pts" in found.reason
+    assert "It is not certified: no trial's bound is within the tolerance; about 1,200 more" in found.reason
+
+
+def test_where_none_fits_a_miss_within_noise_says_how_many_documents_would_settle_it(trials: pd.DataFrame) -> None:
+    found = recommend(trials.assign(accuracy_drop_documents=400), THREE, max_accuracy_drop=0.002)
+    assert (found.trial, found.nearest_miss_trial, found.near_miss_trial) == (None, 1, 1)
+    # 0.3 pts over, +-1 pts: (1 / 0.3)^2 times the documents.
+    assert found.documents_to_settle == math.ceil(400 * (0.01 / 0.003) ** 2)
+    assert "would settle it" in found.reason
+    certain = recommend(trials.loc[[0, 3]].assign(accuracy_drop_documents=400), THREE, max_accuracy_drop=0.02)
+    assert (certain.nearest_miss_trial, certain.near_miss_trial) == (3, None)
+
+
 def test_a_tolerance_that_the_bound_meets_too(trials: pd.DataFrame) -> None:
     found = recommend(trials, THREE, max_accuracy_drop=0.025)
-    assert (found.trial, found.meets_bound, found.bound_trial) == (2, True, 2)
-    assert found.reason.endswith("so the upper bound is within the tolerance too.")
+    assert (found.trial, found.meets_bound, found.bound_trial, found.estimate_trial) == (2, True, 2, 2)
+    assert found.near_miss_trial is None
+    assert found.reason.endswith("It is the cheapest by point estimate, too.")
 
 
 def test_the_tolerance_is_met_at_its_very_edge(make_trials: MakeTrials) -> None:
@@ -135,6 +160,7 @@ def test_the_drop_is_computed_where_the_table_lacks_it(trials: pd.DataFrame) -> 
 def test_a_study_without_cost_objectives_is_judged_by_its_parameters(trials: pd.DataFrame) -> None:
     quality = objectives_named(["accuracy"])
     found = recommend(trials, quality, max_accuracy_drop=0.05)
+    assert "(parameters x0.70 of dense)" in found.reason
     assert found.trial == 3
     assert found.cost_ratio == pytest.approx(0.7)
 
@@ -186,13 +212,17 @@ def test_what_is_recommended_fits_and_nothing_that_fits_is_cheaper(
         for index, (drop, latency, parameters, _) in enumerate(rows, start=1)
         if drop <= tolerance + 1e-9 and 1 - parameters >= (least or 0) - 1e-9
     }
+    certified = {i: cost for i, cost in costs.items() if rows[i - 1][0] + rows[i - 1][3] <= tolerance + 1e-9}
     assert (found.trial is None) == (not costs)
     if found.trial is None:
         assert (found.nearest_miss_trial is None) == (not rows)
         assert bool(found.nearest_miss_reason) == bool(rows)
     else:
-        assert costs[found.trial] == pytest.approx(min(costs.values()))
-        assert found.meets_bound == (rows[found.trial - 1][0] + rows[found.trial - 1][3] <= tolerance + 1e-9)
+        assert found.meets_bound == bool(certified)
+        assert costs[found.trial] == pytest.approx(min((certified or costs).values()))
+        assert found.trial in (certified or costs)
+        assert found.estimate_trial is not None
+        assert costs[found.estimate_trial] == pytest.approx(min(costs.values()))
         assert found.nearest_miss_trial is None
     if found.knee_trial is not None:
         front = front_table(trials, THREE)

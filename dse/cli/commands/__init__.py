@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dse.cli.commands import cost, doctor, evaluate, export, front, recommend, run, space
+from dse.cli.commands import compare, cost, doctor, evaluate, export, front, recommend, run, space
 
 __all__ = ["COMMANDS"]
 
@@ -13,6 +13,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     run.add,
     front.add,
     recommend.add,
+    compare.add,
     export.add,
     cost.add,
     space.add,

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         commands,
         "recommend",
         _recommend,
-        "name the cheapest point within a tolerance (exit 3 and the nearest miss where none is)",
+        "name the cheapest point within a tolerance, by its confidence bound where one fits (exit 3 where none does)",
         "dse recommend runs/quickstart --max-accuracy-drop 0.02",
     )
     parser.add_argument("directory", metavar="DIR", help="folder of the study")
