@@ -9,7 +9,7 @@ from dse.cost import cost
 from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
-from dse.evaluation import Evaluator, TaskSpec
+from dse.evaluation import Evaluator, PairedDrop, TaskSpec
 from dse.models import LoadedModel, load_model
 from dse.study import StudyListener, resolve_device
 
@@ -37,12 +37,17 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
     tasks = [TaskSpec(task, limit=options.limit) for task in options.task]
     evaluator = Evaluator(loaded, tasks, seed=options.seed, batch_size=options.batch_size)
     dense = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate dense", done, total))
-    result, drop = dense, None
+    result, drop, graded = dense, None, {}
     if not point.is_dense:
         bank = _bank(loaded, point, options, listener)
         with decompose(loaded, point, bank):
             result = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate point", done, total))
         drop = result.accuracy_drop(dense)
+        graded = {
+            name: _drop_json(found)
+            for name in result.graded_metrics
+            if (found := result.graded_drop(name, dense)) is not None
+        }
     return {
         "model": options.model,
         "point_id": point.id,
@@ -55,10 +60,14 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
         "dense": None
         if point.is_dense
         else {"accuracy": dense.accuracy, "perplexity": dense.perplexity, **dense.to_json()},
-        "accuracy_drop": None
-        if drop is None
-        else {"estimate": drop.estimate, "low": drop.low, "high": drop.high, "documents": drop.documents},
+        "accuracy_drop": None if drop is None else _drop_json(drop),
+        "graded_drops": graded,
     }
+
+
+def _drop_json(drop: PairedDrop) -> dict[str, Any]:
+    names = ("estimate", "low", "high", "documents", "p_value", "smallest_detectable", "test")
+    return {name: getattr(drop, name) for name in names}
 
 
 def _bank(loaded: LoadedModel, point: DesignPoint, options: argparse.Namespace, listener: StudyListener) -> FactorBank:

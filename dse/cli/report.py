@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -50,12 +51,26 @@ def print_front(study: Study) -> None:
         print(front_text(front, study.objectives))
         if tied_lines := tied_text(study.trials(), study.objectives):
             print(tied_lines)
+    if (least := _smallest_drops(front)) is not None:
+        print(least)
     hypervolume = study.hypervolume
     volume = "" if hypervolume is None else f"; hypervolume {hypervolume:.4f} of 1"
     print(
         f"{study.evaluated_trials} of {study.config.budget.trials} trials evaluated,"
         f" {study.front_size} on the front{volume}"
     )
+
+
+def _smallest_drops(front: pd.DataFrame) -> str | None:
+    """What the documents of this study could have shown at all."""
+    if "accuracy_drop_detectable" not in front.columns:
+        return None
+    sizes, documents = front["accuracy_drop_detectable"].dropna(), front["accuracy_drop_documents"].dropna()
+    if sizes.empty:
+        return None
+    low, high = (points(float(size)).removesuffix(" pts").lstrip("+") for size in (sizes.min(), sizes.max()))
+    size = low if low == high else f"{low} to {high}"
+    return f"{int(documents.max())} documents could have shown accuracy drops of {size} pts and above."
 
 
 def print_study(study: Study) -> None:
@@ -219,8 +234,17 @@ def print_evaluation(document: Mapping[str, Any]) -> None:
         )
         console.print(
             f"accuracy drop against dense: {points(drop['estimate'])}{interval},"
-            f" paired over {drop['documents']} documents"
+            f" paired over {drop['documents']} documents{_shown(drop)}"
         )
+
+
+def _shown(drop: Mapping[str, Any]) -> str:
+    """The test's result, and what so many documents could have shown."""
+    if drop["p_value"] is None:
+        return ""
+    detectable = drop["smallest_detectable"]
+    least = "none" if detectable is None else points(detectable).lstrip("+")
+    return f" ({drop['test']}, p = {drop['p_value']:.3g}; smallest drop that they could have shown: {least})"
 
 
 def print_export(results: Sequence[ExportResult]) -> None:

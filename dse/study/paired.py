@@ -15,7 +15,7 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 class PairedOutcomes:
-    """Tests between trials; outcomes are read when first asked for and kept for the process."""
+    """Tests between trials. A running study marks ties after every trial, so the process remembers their results."""
 
     def __init__(self, folder: StudyFolder) -> None:
         self._folder = folder
@@ -23,30 +23,29 @@ class PairedOutcomes:
     def differs(self, objective: str, first: int, second: int) -> bool | None:
         """Whether two trials differ significantly in a quality; None where their outcomes do not say."""
         try:
-            before, after = (_read(self._folder, trial) for trial in (first, second))
-            if objective == "accuracy":
-                p_value = _p_value(after.accuracy_drop(before))
-            elif objective == "perplexity":
-                p_value = _p_value(after.perplexity_ratio(before))
-            elif objective in GRADED_METRICS:
-                p_value = _p_value(after.graded_drop(objective, before))
-            else:
-                return None
+            p_value = _p_value(self._folder.path.resolve(), objective, self._version(first), self._version(second))
         except (UserError, OSError):  # missing, damaged or of other documents: the table must still be made
             return None
         return None if p_value is None else p_value < SIGNIFICANCE_LEVEL
 
+    def _version(self, trial: int) -> tuple[int, int]:
+        """The trial, and when its outcomes were written: a file that was written anew is read anew."""
+        return trial, self._folder.outcomes(trial).stat().st_mtime_ns
 
-def _p_value(paired: PairedInterval | None) -> float | None:
+
+@functools.lru_cache(maxsize=50_000)
+def _p_value(path: Path, objective: str, first: tuple[int, int], second: tuple[int, int]) -> float | None:
+    before, after = _read(path, first), _read(path, second)
+    paired: PairedInterval | None = None
+    if objective == "accuracy":
+        paired = after.accuracy_drop(before)
+    elif objective == "perplexity":
+        paired = after.perplexity_ratio(before)
+    elif objective in GRADED_METRICS:
+        paired = after.graded_drop(objective, before)
     return None if paired is None else paired.p_value
 
 
-def _read(folder: StudyFolder, trial: int) -> EvaluationResult:
-    written_ns = folder.outcomes(trial).stat().st_mtime_ns
-    return _read_once(folder.path.resolve(), trial, written_ns)
-
-
 @functools.lru_cache(maxsize=256)
-def _read_once(path: Path, trial: int, written_ns: int) -> EvaluationResult:
-    """A running study marks ties after every trial; a file that was written anew has another time."""
-    return StudyFolder(path).read_evaluation(trial)
+def _read(path: Path, version: tuple[int, int]) -> EvaluationResult:
+    return StudyFolder(path).read_evaluation(version[0])

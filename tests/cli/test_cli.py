@@ -362,7 +362,13 @@ def test_front(dse: Run, finished_study: Path) -> None:
     caption = next(index for index, row in enumerate(rows) if "± is a 95 % interval" in row)
     shown = {int(row.split()[0]) for row in rows[:caption]}
     tied = table[table["tied_with"].notna()]
-    below = rows[caption + 1 : -1]
+    below = rows[caption + 1 : -2]
+    sizes = table.loc[table["on_front"], "accuracy_drop_detectable"].dropna()
+    if not sizes.empty:
+        assert rows[-2].startswith("24 documents could have shown accuracy drops of ")
+        assert f"{100 * sizes.max():.1f} pts and above." in rows[-2]
+    else:
+        below = rows[caption + 1 : -1]
     assert {int(row.split()[0]): int(row.split()[1]) for row in below[2:]} == dict(
         zip(tied["trial"], tied["tied_with"], strict=True)
     )
@@ -527,6 +533,10 @@ def test_evaluate(dse: Run, tiny_folder: Path) -> None:
     told = dse(*arguments, "--point", point, "--limit", "16", "--json").json
     assert told["tasks"][0]["documents"] == 16
     assert told["accuracy_drop"]["documents"] == 16
+    assert told["accuracy_drop"]["test"] == "exact McNemar"
+    assert 0 < told["accuracy_drop"]["p_value"] <= 1
+    assert told["accuracy_drop"]["smallest_detectable"] > 0
+    assert told["graded_drops"]["choice_probability"]["test"] == "paired bootstrap"
     assert told["accuracy_drop"]["estimate"] == pytest.approx(told["dense"]["accuracy"] - told["accuracy"])
     shown = dse(*arguments, "--point", point, "--limit", "16")
     assert "accuracy drop against dense: " in shown.out

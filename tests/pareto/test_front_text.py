@@ -74,6 +74,9 @@ def test_changes_against_dense() -> None:
     assert change_text(accuracy, (-0.0001, None)) == "0.0 pts"
     assert change_text(latency, (0.934, (0.91, 0.958)), with_interval=True) == "x0.93 [0.91, 0.96]"
     assert change_text(latency, (0.934, (0.91, 0.958))) == "x0.93"
+    gold = OBJECTIVES["gold_log_likelihood"]
+    assert change_text(gold, (-0.214, (-0.3, 0.004)), with_interval=True) == "-0.21 nats [-0.30, 0.00]"
+    assert change_text(OBJECTIVES["choice_probability"], (-0.031, None)) == "-3.1 pts"
 
 
 @pytest.fixture
