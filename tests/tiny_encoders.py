@@ -71,6 +71,7 @@ def encoder_tokenizer(family: str) -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask", *(["token_type_ids"] if family == "bert" else [])],
     )
 
 
@@ -121,7 +122,8 @@ def encoder_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = encoder_tokenizer(family)
     torch.manual_seed(seed)
-    model = HEADS[head].from_config(encoder_config(family, len(tokenizer), **config))
+    sizes = {"labels": 2, **config} if head == "question_answering" else config
+    model = HEADS[head].from_config(encoder_config(family, len(tokenizer), **sizes))
     return model.eval().requires_grad_(False), tokenizer
 
 

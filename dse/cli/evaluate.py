@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from dse.config import DatasetTaskConfig, EvaluationConfig, TaskConfig, load_dataset_task
 from dse.cost import cost
 from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
-from dse.evaluation import Evaluator, PairedDrop, TaskSpec
+from dse.evaluation import PairedDrop, evaluator_for
 from dse.models import LoadedModel, load_model
 from dse.study import StudyListener, resolve_device
 
@@ -24,6 +26,8 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
     """
     if options.seed < 0:
         raise ConfigError(f"`--seed >= 0` must hold, but got {options.seed}")
+    tasks = [load_dataset_task(Path(task)) or TaskConfig(task=task) for task in options.task]
+    heads = {task.head for task in tasks if isinstance(task, DatasetTaskConfig)}
     listener.on_message(f"loading {options.model}")
     loaded = load_model(
         options.model,
@@ -31,11 +35,12 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
         dtype=options.dtype,
         device=str(resolve_device(options.device)),
         trust_remote_code=options.trust_remote_code,
+        head=next(iter(heads), None),
     )
     point = DesignPoint.read(options.point, loaded.topology)
     arithmetic = cost(loaded.topology, point)
-    tasks = [TaskSpec(task, limit=options.limit) for task in options.task]
-    evaluator = Evaluator(loaded, tasks, seed=options.seed, batch_size=options.batch_size)
+    settings = EvaluationConfig(limit=options.limit, seed=options.seed, batch_size=options.batch_size)
+    evaluator = evaluator_for(loaded, tasks, settings)
     dense = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate dense", done, total))
     result, drop, graded = dense, None, {}
     if not point.is_dense:

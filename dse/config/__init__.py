@@ -9,6 +9,7 @@ from dse.config.measurement import MeasurementConfig
 from dse.config.reading import load_search_space, load_study, parse_search_space, parse_study
 from dse.config.search_space import GroupConfig, LayerRange, LimitsConfig, Range, RankConfig, SearchSpaceConfig
 from dse.config.study import BudgetConfig, ModelConfig, ObjectiveConfig, SamplerConfig, StudyConfig
+from dse.config.task_file import load_dataset_task
 
 __all__ = [
     "HEAD_COLUMNS",
@@ -33,6 +34,7 @@ __all__ = [
     "SearchSpaceConfig",
     "StudyConfig",
     "TaskConfig",
+    "load_dataset_task",
     "load_search_space",
     "load_study",
     "parse_search_space",

@@ -9,6 +9,7 @@ from dse.config.dataset_task import DatasetTaskConfig
 from dse.config.evaluation import TaskConfig
 from dse.config.search_space import SearchSpaceConfig
 from dse.config.study import StudyConfig
+from dse.config.task_file import dataset_task_of_file
 from dse.errors import ConfigError
 from dse.yaml_reading import read_yaml, validated
 
@@ -53,8 +54,20 @@ def parse_study(data: Any, *, base: Path | None = None, origin: str = "study") -
         data = dict(data)
         if isinstance(data.get("space"), str):
             data["space"] = load_search_space(Path(_absolute(folder, data["space"]))).model_dump()
+        if isinstance(data.get("tasks"), list):
+            data["tasks"] = [_task_of_file(task, folder) for task in data["tasks"]]
     study = validated(StudyConfig, data, origin)
     return _with_absolute_paths(study, folder)
+
+
+def _task_of_file(task: Any, folder: Path) -> Any:
+    """A task given as a file that holds a task on a data set is read here; everything else is left as it is."""
+    entry = {"task": task} if isinstance(task, str) else task
+    named = entry.get("task") if isinstance(entry, dict) else None
+    if not isinstance(named, str) or not named.endswith((".yaml", ".yml")):
+        return task
+    found = dataset_task_of_file(Path(_absolute(folder, named)))
+    return task if found is None else {**found, **{key: value for key, value in entry.items() if key != "task"}}
 
 
 def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:

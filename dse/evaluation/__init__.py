@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dse.evaluation.answers import Answers, EvaluationCache
+from dse.evaluation.evaluators import ModelEvaluator, evaluator_for
 from dse.evaluation.graded import GRADED_METRICS
 from dse.evaluation.result import EvaluationResult, TaskResult, read_graded, read_outcomes
 from dse.evaluation.statistics import (
@@ -20,6 +21,7 @@ from dse.evaluation.statistics import (
 from dse.evaluation.task_spec import TaskSource, TaskSpec, builtin_tasks, resolve_task
 
 if TYPE_CHECKING:
+    from dse.evaluation.head_evaluator import HeadEvaluator
     from dse.evaluation.lm_eval_runner import Evaluator
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "EvaluationCache",
     "EvaluationResult",
     "Evaluator",
+    "HeadEvaluator",
     "Interval",
+    "ModelEvaluator",
     "PairedDrop",
     "PairedInterval",
     "PairedRatio",
@@ -36,6 +40,7 @@ __all__ = [
     "TaskSource",
     "TaskSpec",
     "builtin_tasks",
+    "evaluator_for",
     "mean_interval",
     "paired_drop",
     "paired_perplexity_ratio",
@@ -52,4 +57,8 @@ def __getattr__(name: str) -> Any:
         from dse.evaluation.lm_eval_runner import Evaluator
 
         return Evaluator
+    if name == "HeadEvaluator":
+        from dse.evaluation.head_evaluator import HeadEvaluator
+
+        return HeadEvaluator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,10 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dse.errors import ConfigError, ModelError, OutOfMemoryError, TaskError
@@ -32,6 +30,7 @@ from dse.evaluation.lm_eval_tasks import (
     declared_metrics,
 )
 from dse.evaluation.masked_text import MaskedScoring
+from dse.evaluation.out_of_memory import out_of_memory_named
 from dse.evaluation.result import EvaluationResult, choose_metric
 from dse.evaluation.task_spec import TaskSpec, check_unique, resolve_task
 from dse.models import LoadedModel, head_of
@@ -44,8 +43,6 @@ Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
 _AUTO_ROWS = {"cuda": 64}
 _AUTO_ROWS_ELSEWHERE = 16
-# The CPU allocator raises a plain RuntimeError, known only by its words.
-_OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory")
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +219,7 @@ class Evaluator:
                 progress(done, total)
 
         self._lm.tick = tick
-        with quiet_lm_eval(), _out_of_memory_named(self._lm.rows):
+        with quiet_lm_eval(), out_of_memory_named(self._lm.rows):
             for kind, requests in by_type.items():
                 for request, answer in zip(requests, getattr(self._lm, kind)(requests), strict=True):
                     request.resps.append(answer)
@@ -272,18 +269,3 @@ def _prepare(spec: TaskSpec, name: str, leaves: Sequence[LeafTask]) -> _Prepared
         if is_dry:
             task_result(name, metric, spec.weight, leaves)
     return _PreparedTask(spec, name, metric, tuple(leaves))
-
-
-@contextmanager
-def _out_of_memory_named(rows: int) -> Iterator[None]:
-    """Raise `OutOfMemoryError` for the several ways in which torch runs out of memory."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is a plain one
-        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_full and not any(words in str(error) for words in _OUT_OF_MEMORY_WORDS):
-            raise
-        raise OutOfMemoryError(
-            f"the device must have room for a batch of the evaluation, but {rows} rows do not fit; "
-            f"lower `batch_size` or `max_length`"
-        ) from error

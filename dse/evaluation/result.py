@@ -52,8 +52,8 @@ class TaskResult:
             is a mean, (documents, 2) for (log-likelihood, words) and other pairs; NaN for a document without one.
         all_metrics: Every metric of the task: name to (value, standard error), None where there is none.
         weight: Share of the task in the means of `EvaluationResult`.
-        kind: `accuracy` (mean over documents of values in [0, 1], higher being better), `perplexity`, or `other`,
-            which takes part in no mean.
+        kind: `accuracy` (mean over documents of values in [0, 1], higher being better; also a rank correlation, as the
+            mean of its pseudo-values), `perplexity`, or `other`, which takes part in no mean.
         graded: Graded metrics beside it (see `dse.evaluation.graded`): name to outcomes, shape (documents,).
     """
 

@@ -41,14 +41,19 @@ def main_output(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tenso
         attention_mask: Same shape; 0 marks padding, whose outputs mean nothing.
 
     Returns:
-        Float32 on the CPU: shape (tokens seen, width), or (batch, labels) where there is one output per sequence.
+        Float32 on the CPU: shape (tokens seen, width), or (batch, labels) where there is one output per sequence; the
+        width of a question-answering head is 2, a logit for the first and one for the last token of an answer.
     """
     device = next(model.parameters()).device
     with torch.inference_mode():
         output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
     named: Mapping[str, Any] = output
     keys = [key for key in ("logits", "prediction_logits", "last_hidden_state") if key in named]
-    tensor: Tensor = named[keys[0]] if keys else output[0]
+    tensor: Tensor
+    if "start_logits" in named and "end_logits" in named:
+        tensor = torch.stack((named["start_logits"], named["end_logits"]), dim=-1)
+    else:
+        tensor = named[keys[0]] if keys else output[0]
     tensor = tensor.float().cpu()
     return tensor[attention_mask.bool()] if tensor.shape[:2] == attention_mask.shape and tensor.ndim == 3 else tensor
 

@@ -192,8 +192,11 @@ def _remove(place: Path | None, created: tuple[Path, ...]) -> None:
 
 
 def _write_companions(loaded: LoadedModel, folder: Path) -> None:
-    """Tokenizer and generation config."""
+    """Tokenizer, generation config, and what sentence-transformers reads."""
     loaded.tokenizer.save_pretrained(folder)
+    for name, text in loaded.sentence_files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
     model: PreTrainedModel = loaded.model
     if model.can_generate() and model.generation_config is not None:
         # Not by its `save_pretrained`, which refuses settings that the hub is full of, such as a temperature unused.

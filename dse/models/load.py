@@ -209,6 +209,7 @@ def _weights(
     trust_remote_code: bool,
     head: Head | None,
 ) -> PreTrainedModel:
+    _refuse_other_head(ref, config, head)
     factory = model_factory(config, trust_remote_code, head)
     keywords = _where(source, trust_remote_code)
     keywords |= {"config": config, "dtype": dtype, "output_loading_info": True}
@@ -223,7 +224,12 @@ def _weights(
         ):
             # A checkpoint of another head has no pooler; hidden states do not need one.
             model, info = factory.from_pretrained(source.location, add_pooling_layer=False, **keywords)
-    _refuse_missing(ref, config, type(model).__name__, sorted(info["missing_keys"]), head)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the files of '{ref}' must hold every weight of {type(model).__name__}, but {len(missing)} are missing"
+            f" (first: {missing[0]}); they would be random, so the model is not used"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"'{ref}' is an adapter; merge it into its base model first (`merge_and_unload()` in peft)")
     if source.gguf_file is not None:
@@ -231,18 +237,12 @@ def _weights(
     return model
 
 
-def _refuse_missing(ref: str, config: PreTrainedConfig, name: str, missing: list[str], head: Head | None) -> None:
-    """A weight that is missing from the files would be random, so the model is not used."""
-    if missing and head is not None and not checkpoint_has_head(config, head):
+def _refuse_other_head(ref: str, config: PreTrainedConfig, head: Head | None) -> None:
+    """A checkpoint that was saved with another head would get a random one, so it is not used."""
+    if head in ("classification", "question_answering") and not checkpoint_has_head(config, head):
         raise ModelError(
             f"the task needs a model with a {head.replace('_', '-')} head, but '{ref}' is saved as"
-            f" {', '.join(config.architectures or ())} and has none (missing: {missing[0]}); name a checkpoint that was"
-            f" trained for the task"
-        )
-    if missing:
-        raise ModelError(
-            f"the files of '{ref}' must hold every weight of {name}, but {len(missing)} are missing (first:"
-            f" {missing[0]}); they would be random, so the model is not used"
+            f" {', '.join(config.architectures or ())} and has none; name a checkpoint that was trained for the task"
         )
 
 

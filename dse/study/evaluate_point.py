@@ -14,7 +14,7 @@ from dse.cost import cost
 from dse.decomposition import FactorBank, apply_point
 from dse.design_point import DesignPoint
 from dse.errors import DseError, OutOfMemoryError, StudyError, TrialError
-from dse.evaluation import EvaluationResult, Evaluator
+from dse.evaluation import EvaluationResult, ModelEvaluator
 from dse.measurement import EnergyMeter, LatencySpec, device_in_use
 from dse.models import LoadedModel
 from dse.study.evaluation_quantities import with_evaluation
@@ -36,7 +36,7 @@ class PointEvaluator:
     loaded: LoadedModel
     bank: FactorBank
     needs: Needs
-    evaluator: Evaluator | None
+    evaluator: ModelEvaluator | None
     latency_spec: LatencySpec
     meter: EnergyMeter | None
     on_phase: PhaseListener = field(default=lambda phase, done, total: None)

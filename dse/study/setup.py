@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dse.config import StudyConfig, TaskConfig
+from dse.config import StudyConfig
 from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows, longest_window
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, MeterUnavailableError, PointError
-from dse.evaluation import Evaluator, TaskSpec
+from dse.evaluation import ModelEvaluator, evaluator_for
 from dse.measurement import EnergyMeter, LatencySpec, open_meter
 from dse.measurement.workload import Workload
 from dse.models import LoadedModel, load_model
@@ -91,6 +91,7 @@ def load_study_model(config: StudyConfig) -> LoadedModel:
         device=str(resolve_device(config.model.device)),
         trust_remote_code=config.model.trust_remote_code,
         role_names=config.space.role_names,
+        head=config.head,
     )
 
 
@@ -128,21 +129,8 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
 
 
-def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objective, ...]) -> Evaluator:
-    settings = config.evaluation
-    tasks = [t for t in config.tasks if isinstance(t, TaskConfig)]
-    if len(tasks) < len(config.tasks):
-        raise ConfigError("tasks on data sets cannot be evaluated yet")
-    evaluator = Evaluator(
-        loaded,
-        [TaskSpec(t.task, t.metric, t.weight, t.limit, t.num_fewshot) for t in tasks],
-        limit=settings.limit,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        apply_chat_template=settings.apply_chat_template,
-        masked_scoring=settings.masked_scoring,
-    )
+def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objective, ...]) -> ModelEvaluator:
+    evaluator = evaluator_for(loaded, config.tasks, config.evaluation)
     check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
     return evaluator
 

@@ -274,7 +274,7 @@ def test_spaces_that_are_refused(dse: Run, llama2_7b: str, tmp_path: Path, chang
     ("model", "words"),
     [
         ("./no/such/folder", "no/such/folder"),
-        ("demo:smollm3", "a demo model must be one of smollm2-135m-instruct, but got 'smollm3'"),
+        ("demo:smollm3", "a demo model must be one of smollm2-135m-instruct, all-minilm-l6-v2, but got 'smollm3'"),
         ("org/name-that-nobody-has", "neither a local folder nor in the local hub cache"),
         ("", "a model must be"),
     ],

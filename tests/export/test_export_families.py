@@ -54,9 +54,16 @@ FAMILIES: dict[str, tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]] = {
     "OPT": (hf.OPTForCausalLM, hf.OPTConfig(**OPT)),
     "BertMaskedLM": (hf.BertForMaskedLM, hf.BertConfig(**COMMON)),
     "BertClassifier": (hf.BertForSequenceClassification, hf.BertConfig(**COMMON, num_labels=4)),
+    "BertAnswers": (hf.BertForQuestionAnswering, hf.BertConfig(**COMMON)),
     "BertBody": (hf.BertModel, hf.BertConfig(**COMMON)),
     "Roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig(**COMMON)),
+    "RobertaClassifier": (hf.RobertaForSequenceClassification, hf.RobertaConfig(**COMMON)),
+    "RobertaAnswers": (hf.RobertaForQuestionAnswering, hf.RobertaConfig(**COMMON)),
+    "RobertaBody": (hf.RobertaModel, hf.RobertaConfig(**COMMON)),
     "DistilBert": (hf.DistilBertForMaskedLM, hf.DistilBertConfig(**DISTILBERT)),
+    "DistilBertClassifier": (hf.DistilBertForSequenceClassification, hf.DistilBertConfig(**DISTILBERT)),
+    "DistilBertAnswers": (hf.DistilBertForQuestionAnswering, hf.DistilBertConfig(**DISTILBERT)),
+    "DistilBertBody": (hf.DistilBertModel, hf.DistilBertConfig(**DISTILBERT)),
 }
 FORMS = ("low_rank", "dense")
 

@@ -1,0 +1,63 @@
+"""Run encoded texts through a model in batches by tokens, the longest first, each padded to its longest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dse.models import LoadedModel
+
+__all__ = ["EncodedText", "batch_outputs", "encoded_texts"]
+
+EncodedText = Mapping[str, Sequence[int]]
+"""What a tokenizer gives for one text: `input_ids`, `attention_mask`, and `token_type_ids` where the model has them."""
+
+TOKENS_PER_ROW = 128
+
+
+def encoded_texts(loaded: LoadedModel, encoding: Mapping[str, Any], count: int) -> list[EncodedText]:
+    """Take a tokenizer's answer for `count` texts apart, keeping what the model's forward pass reads."""
+    accepted = inspect.signature(loaded.model.forward).parameters
+    keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoding and key in accepted]
+    return [{key: encoding[key][index] for key in keys} for index in range(count)]
+
+
+def batch_outputs(
+    loaded: LoadedModel, texts: Sequence[EncodedText], rows: int
+) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
+    """Run texts through the model as it is now.
+
+    Args:
+        loaded: The model and its tokenizer.
+        texts: Encoded, without padding.
+        rows: A batch holds at most this many times 128 tokens, and at least one text.
+
+    Yields:
+        Indices of the texts in the batch, the padded inputs (batch, tokens), and the model's output.
+    """
+    tokenizer = loaded.tokenizer
+    padding = {
+        "input_ids": int(tokenizer.pad_token_id or 0),
+        "attention_mask": 0,
+        "token_type_ids": int(getattr(tokenizer, "pad_token_type_id", 0)),
+    }
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]["input_ids"]))
+    start = 0
+    while start < len(order):
+        longest = len(texts[order[start]]["input_ids"])
+        batch = order[start : start + max(1, rows * TOKENS_PER_ROW // max(1, longest))]
+        start += len(batch)
+        inputs = {
+            key: torch.tensor(
+                [[*texts[index][key], *[padding[key]] * (longest - len(texts[index][key]))] for index in batch],
+                device=loaded.device,
+            )
+            for key in texts[batch[0]]
+        }
+        with torch.inference_mode():
+            output = loaded.model(**inputs)
+        yield batch, inputs, output

@@ -1,0 +1,96 @@
+"""From the hidden states of a text's tokens to one vector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dse.errors import ModelError
+from dse.models import LoadedModel
+from dse.models.sentence_files import POOLING_FILE
+
+__all__ = ["POOLINGS", "pooling_of"]
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _cls(hidden: Tensor, mask: Tensor) -> Tensor:
+    return hidden[:, 0]
+
+
+def _max(hidden: Tensor, mask: Tensor) -> Tensor:
+    return hidden.masked_fill(~mask.bool()[:, :, None], -torch.inf).amax(dim=1)
+
+
+def _last_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+
+
+POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": _mean,
+    "cls": _cls,
+    "max": _max,
+    "last_token": _last_token,
+}
+"""Name to a function of hidden states (batch, tokens, width) and attention mask (batch, tokens), padding on the right,
+to vectors (batch, width)."""
+
+_SENTENCE_TRANSFORMERS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "last_token",
+}
+_IGNORED_MODULES = ("Transformer", "Pooling", "Normalize")  # a length does not change a cosine
+
+
+def pooling_of(loaded: LoadedModel) -> str:
+    """The pooling that the model was trained with, as sentence-transformers' files say; mean where there are none.
+
+    Raises:
+        ModelError: The files ask for something that is not done here: another pooling, several at once, or a layer
+            after it.
+    """
+    modules = _read(loaded, "modules.json")
+    for module in modules if isinstance(modules, list) else []:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in _IGNORED_MODULES:
+            raise ModelError(
+                f"an embedding must be pooled hidden states, but '{loaded.ref}' puts a layer of type {kind} after them"
+                f" (modules.json); such models are not supported"
+            )
+    pooling = _read(loaded, POOLING_FILE)
+    if not isinstance(pooling, dict):
+        return "mean"
+    if isinstance(pooling.get("pooling_mode"), str):  # as newer versions write it
+        mode = str(pooling["pooling_mode"])
+        chosen = ["last_token" if mode == "lasttoken" else mode]
+    else:
+        chosen = [
+            str(_SENTENCE_TRANSFORMERS.get(key, key))
+            for key, value in pooling.items()
+            if key.startswith("pooling_mode_") and value is True
+        ]
+    if len(chosen) != 1 or chosen[0] not in POOLINGS:
+        raise ModelError(
+            f"the pooling must be one of {', '.join(POOLINGS)}, but {POOLING_FILE} of '{loaded.ref}' says"
+            f" {', '.join(chosen) or 'none'}; name one in the task (`pooling: mean`)"
+        )
+    return chosen[0]
+
+
+def _read(loaded: LoadedModel, name: str) -> Any:
+    text = loaded.sentence_files.get(name)
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{name} of '{loaded.ref}' must be JSON, but is not; restore it or remove it") from error
