@@ -43,8 +43,8 @@ def comparison_text(found: TrialComparison, asked: Sequence[int]) -> str:
     if found.quality:
         lines += [
             "",
-            "(in brackets: lm-eval's standard errors, unpaired) could show: the smallest change that so many documents"
-            " show with 80 % power; lost and gained: documents that only the first, only the second trial gets right",
+            "in brackets: lm-eval's standard errors, unpaired; could show: the smallest change that so many documents show",
+            "with 80 % power; lost, gained: documents that only the first, only the second trial gets right",
         ]
     return "\n".join(lines)
 
@@ -59,9 +59,15 @@ def _quality_row(row: Comparison) -> list[str]:
         "" if row.low is None or row.high is None else f"{_change(row, row.low)} to {_change(row, row.high)}",
         "" if row.p_value is None else _p_value(row.p_value),
         "" if row.detectable is None else _change(row, row.detectable).lstrip("+"),
-        str(row.documents) + ("" if row.losses is None else f", {row.losses} lost, {row.gains} gained"),
+        _documents(row),
         row.test,
     ]
+
+
+def _documents(row: Comparison) -> str:
+    if row.change is None:
+        return ""
+    return str(row.documents) + ("" if row.losses is None else f", {row.losses} lost, {row.gains} gained")
 
 
 def _value(value: float, error: float | None) -> str:

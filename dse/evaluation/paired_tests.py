@@ -33,7 +33,6 @@ __all__ = [
     "BootstrapResult",
     "drop_with_test",
     "mcnemar",
-    "mcnemar_mid_p",
     "paired_bootstrap",
     "perplexity_ratio_with_test",
     "stratified_mcnemar",
@@ -61,16 +60,6 @@ def mcnemar(losses: int, gains: int) -> float:
     """
     discordant, tail = losses + gains, _tail(losses, gains)
     return min(1.0, 2 * tail / (1 << discordant))
-
-
-def mcnemar_mid_p(losses: int, gains: int) -> float:
-    """The mid-p variant: half the probability of the split itself; less conservative, no longer exact.
-
-    Source: Fagerland, Lydersen and Laake (2013), BMC Medical Research Methodology 13:91.
-    """
-    discordant = losses + gains
-    both = 2 * _tail(losses, gains) - math.comb(discordant, min(losses, gains))
-    return min(1.0, both / (1 << discordant))
 
 
 def stratified_mcnemar(losses: Sequence[int], gains: Sequence[int], shares: Sequence[float], *, seed: int = 0) -> float:
