@@ -43,8 +43,8 @@ def comparison_text(found: TrialComparison, asked: Sequence[int]) -> str:
     if found.quality:
         lines += [
             "",
-            "in brackets: lm-eval's standard errors, unpaired; could show: the smallest change that so many documents show",
-            "with 80 % power; lost, gained: documents that only the first, only the second trial gets right",
+            "in brackets: lm-eval's standard errors, unpaired; could show: the smallest change that so many documents",
+            "show with 80 % power; lost, gained: documents that only the first, only the second trial gets right",
         ]
     return "\n".join(lines)
 
