@@ -2,8 +2,8 @@
 
     python benchmarks/interval_coverage.py [--runs 1500]
 
-Differences between two models are drawn from distributions whose mean is known. A table for people; one JSON document as
-the last line for machines.
+Differences between two models are drawn from distributions whose mean is known. A table for people; one JSON document
+as the last line for machines.
 """
 
 from __future__ import annotations

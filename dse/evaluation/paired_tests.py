@@ -2,8 +2,8 @@
 
 The bootstrap's intervals are BCa (bias-corrected and accelerated, Efron 1987) and not plain percentiles: differences of
 log-likelihoods are skewed, and BCa corrects for skewness and bias at the same cost. Its levels are widened as Student's
-t is against the normal (Hesterberg 2015), without which intervals of few documents are too narrow. It is seeded, so that
-the same outcomes always give the same interval, and a comparison turned round gives the mirrored one.
+t is against the normal (Hesterberg 2015), without which intervals of few documents are too narrow. It is seeded: the
+same outcomes always give the same interval, and a comparison turned round gives the mirrored one.
 """
 
 from __future__ import annotations
