@@ -3,20 +3,30 @@
 from dse.measurement.device_lock import device_in_use, device_lock
 from dse.measurement.distribution import Distribution
 from dse.measurement.doctor import Check, run_checks
-from dse.measurement.energy import EnergyResult, MeterStatus, PhaseEnergy, find_meters, measure_energy, open_meter
-from dse.measurement.energy_window import EnergyMeter, EnergyWindow, NoMeterError
+from dse.measurement.energy import EnergyResult, EnergySpread, PhaseEnergy, WindowEnergy, measure_energy
+from dse.measurement.energy_window import EnergyWindow
 from dse.measurement.environment import describe_environment
-from dse.measurement.latency import LatencySpec, PairedLatency, PhaseLatency, measure_latency
+from dse.measurement.faults import NoMeterError, WindowFault
+from dse.measurement.idle import IdlePower, measure_idle_power
+from dse.measurement.latency import PairedLatency, PhaseLatency, measure_latency
 from dse.measurement.memory import MemoryResult, measure_peak_memory
+from dse.measurement.meter import DeviceCondition, EnergyMeter
+from dse.measurement.meters import MeterStatus, find_meters, meter_kind, named_meter, open_meter
 from dse.measurement.nvml import NvmlMeter
 from dse.measurement.rapl import RaplMeter
+from dse.measurement.replay import PowerTrace, ReplayMeter
+from dse.measurement.spec import MODES, LatencySpec
 
 __all__ = [
+    "MODES",
     "Check",
+    "DeviceCondition",
     "Distribution",
     "EnergyMeter",
     "EnergyResult",
+    "EnergySpread",
     "EnergyWindow",
+    "IdlePower",
     "LatencySpec",
     "MemoryResult",
     "MeterStatus",
@@ -25,14 +35,21 @@ __all__ = [
     "PairedLatency",
     "PhaseEnergy",
     "PhaseLatency",
+    "PowerTrace",
     "RaplMeter",
+    "ReplayMeter",
+    "WindowEnergy",
+    "WindowFault",
     "describe_environment",
     "device_in_use",
     "device_lock",
     "find_meters",
     "measure_energy",
+    "measure_idle_power",
     "measure_latency",
     "measure_peak_memory",
+    "meter_kind",
+    "named_meter",
     "open_meter",
     "run_checks",
 ]

@@ -13,10 +13,10 @@ import torch
 
 from dse.errors import StorageFullError
 from dse.files import cache_dir, disk_errors
-from dse.measurement.energy import find_meters
-from dse.measurement.energy_window import NoMeterError
 from dse.measurement.environment import package_versions
-from dse.measurement.nvml import describe_gpus
+from dse.measurement.faults import NoMeterError
+from dse.measurement.meters import find_meters
+from dse.measurement.nvml_driver import describe_gpus
 
 __all__ = ["Check", "run_checks"]
 

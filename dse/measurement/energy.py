@@ -1,65 +1,141 @@
-"""Find the meter that counts for a device, and measure the energy of prefill and decode with it."""
+"""Energy of prefill and of decode: windows that repeat the work, gross and without idle power, with their spread."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
-from dse.errors import InvalidMeasurementError, MeterUnavailableError
-from dse.measurement.energy_window import EnergyMeter, EnergyWindow, NoMeterError
-from dse.measurement.nvml import NvmlMeter
+from dse.errors import ConfigError, InvalidMeasurementError
+from dse.measurement.distribution import student_t_quantile
+from dse.measurement.idle import IdlePower
+from dse.measurement.meter import DeviceCondition, EnergyMeter
 from dse.measurement.out_of_memory import out_of_memory_errors
-from dse.measurement.rapl import POWERCAP_ROOT, RaplMeter
-from dse.measurement.workload import LatencySpec, Workload
+from dse.measurement.spec import LatencySpec
+from dse.measurement.workload import Workload
 
-__all__ = [
-    "EnergyMeter",
-    "EnergyResult",
-    "EnergyWindow",
-    "MeterStatus",
-    "PhaseEnergy",
-    "find_meters",
-    "measure_energy",
-    "open_meter",
-]
+__all__ = ["EnergyResult", "EnergySpread", "PhaseEnergy", "WindowEnergy", "measure_energy"]
 
 
 @dataclass(frozen=True)
-class MeterStatus:
-    """One meter that was tried: its source where it is available, else why not and what to do."""
+class EnergySpread:
+    """Joules a unit (a prompt, a token), over the windows.
 
-    name: str
-    available: bool
-    source: str
-    reason: str
-    remedy: str
+    Attributes:
+        mean_j: Mean of the windows.
+        low_j: Lower end of the 95 % interval of the mean (Student's t); None with one window.
+        high_j: Upper end.
+        deviation_j: Standard deviation over the windows; None with one.
+    """
+
+    mean_j: float
+    low_j: float | None
+    high_j: float | None
+    deviation_j: float | None
+
+    @classmethod
+    def of(cls, values_j: list[float]) -> EnergySpread:
+        """Summarise the windows' values, at least one."""
+        mean_j = statistics.fmean(values_j)
+        if len(values_j) < 2:
+            return cls(mean_j, None, None, None)
+        deviation_j = statistics.stdev(values_j)
+        reach_j = student_t_quantile(0.975, len(values_j) - 1) * deviation_j / math.sqrt(len(values_j))
+        return cls(mean_j, mean_j - reach_j, mean_j + reach_j, deviation_j)
 
 
 @dataclass(frozen=True)
-class PhaseEnergy:
-    """Gross energy of one phase, repeated within one window.
+class WindowEnergy:
+    """One window of repeated work.
 
     Attributes:
         gross_j: Joules of the whole window, idle power included; None when invalid.
-        per_device_j: The same, device by device; empty when invalid.
+        net_j: Less the idle power over its length; None when invalid or when idle power is not known.
+        per_device_j: The gross joules, device by device; empty when invalid.
         duration_s: Length of the window.
         repeats: Batches run in it.
         updates: Refreshes of the meter seen in it, a lower bound.
-        is_valid: Whether the energy can be trusted.
-        reason: Why not; empty when valid.
+        fault: Type of what spoilt it, as "DeviceLostError"; empty when valid.
+        reason: Why it cannot be trusted; empty when valid.
     """
 
     gross_j: float | None
+    net_j: float | None
     per_device_j: Mapping[str, float]
     duration_s: float
     repeats: int
     updates: int
-    is_valid: bool
+    fault: str
     reason: str
+
+
+@dataclass(frozen=True)
+class PhaseEnergy:
+    """Energy of one phase.
+
+    Attributes:
+        windows: Its windows, one after the other.
+        units: What one batch does: prompts and prompt tokens of a prefill, sequences and tokens of a decode.
+        conditions_before: The devices before the first window.
+        conditions_after: The devices right after the work of the last window, before they cool.
+        per_sequence: Gross joules a sequence of the batch; None when invalid.
+        per_token: Gross joules a token; None when invalid.
+        net_per_token: The same without idle power; None when that is not known.
+        is_valid: Whether the energy can be trusted.
+        reason: Why not; empty when valid.
+    """
+
+    windows: tuple[WindowEnergy, ...]
+    units: Mapping[str, int]
+    conditions_before: tuple[DeviceCondition, ...]
+    conditions_after: tuple[DeviceCondition, ...]
+    per_sequence: EnergySpread | None = field(init=False)
+    per_token: EnergySpread | None = field(init=False)
+    net_per_token: EnergySpread | None = field(init=False)
+    is_valid: bool = field(init=False)
+    reason: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        problems = [window.reason for window in self.windows if window.reason]
+        problems += [p for c in (*self.conditions_before, *self.conditions_after) for p in c.problems]
+        derived = {
+            "per_sequence": self._spread("gross_j", self.units["sequences"]),
+            "per_token": self._spread("gross_j", self.units["tokens"]),
+            "net_per_token": self._spread("net_j", self.units["tokens"]),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, None if problems else value)
+        object.__setattr__(self, "is_valid", not problems)
+        object.__setattr__(self, "reason", "; ".join(dict.fromkeys(problems)))
+
+    @property
+    def gross_j(self) -> float | None:
+        """Joules of all windows; None when invalid."""
+        return sum(window.gross_j or 0.0 for window in self.windows) if self.is_valid else None
+
+    @property
+    def duration_s(self) -> float:
+        """Length of all windows."""
+        return sum(window.duration_s for window in self.windows)
+
+    @property
+    def repeats(self) -> int:
+        """Batches run in all windows."""
+        return sum(window.repeats for window in self.windows)
+
+    @property
+    def updates(self) -> int:
+        """Refreshes seen in the window with the fewest."""
+        return min(window.updates for window in self.windows)
+
+    def _spread(self, name: str, units: int) -> EnergySpread | None:
+        values = [(getattr(window, name), window.repeats * units) for window in self.windows]
+        if any(value is None for value, _ in values):
+            return None
+        return EnergySpread.of([value / count for value, count in values])
 
 
 @dataclass(frozen=True)
@@ -67,11 +143,13 @@ class EnergyResult:
     """Energy of prefill and decode, and how it was taken. Reading a figure of an invalid phase raises.
 
     Attributes:
-        prefill: The window of prefill.
-        decode: The window of decode; None for encoders.
-        meter: Kind of meter, "nvml" or "rapl".
+        prefill: Of the whole prompt.
+        decode: Of the new tokens; None for encoders.
+        meter: Kind of meter: "nvml", "rapl" or "replay".
         source: What it reads.
+        is_replay: Whether a recording was played: then nothing here was measured.
         details: Driver version, device names.
+        idle: Power at rest that the net figures leave out; None where it was not taken.
         spec: Lengths and batch.
     """
 
@@ -79,7 +157,9 @@ class EnergyResult:
     decode: PhaseEnergy | None
     meter: str
     source: str
+    is_replay: bool
     details: Mapping[str, str]
+    idle: IdlePower | None
     spec: LatencySpec
 
     @property
@@ -95,123 +175,120 @@ class EnergyResult:
 
     @property
     def prefill_energy_j(self) -> float:
-        """Joules per prompt (one sequence of the batch).
+        """Gross joules per prompt (one sequence of the batch).
 
         Raises:
-            InvalidMeasurementError: The window was invalid; the message holds the reason.
+            InvalidMeasurementError: A window was invalid; the message holds the reason.
         """
-        return _gross_j("prefill", self.prefill) / (self.prefill.repeats * self.spec.batch_size)
+        return _known("prefill", self.prefill, self.prefill.per_sequence).mean_j
 
     @property
     def energy_per_token_j(self) -> float | None:
-        """Joules per decoded token of one sequence; None for encoders.
+        """Gross joules per decoded token of one sequence; None for encoders.
 
         Raises:
-            InvalidMeasurementError: The window was invalid; the message holds the reason.
+            InvalidMeasurementError: A window was invalid; the message holds the reason.
         """
-        if self.decode is None:
-            return None
-        tokens = self.decode.repeats * self.spec.batch_size * self.spec.new_tokens
-        return _gross_j("decode", self.decode) / tokens
-
-
-def find_meters(device: torch.device, *, powercap_root: Path = POWERCAP_ROOT) -> list[MeterStatus]:
-    """Try every meter that counts for `device`: NVML for a GPU, RAPL for a CPU; nothing else measures its work."""
-    candidates = _candidates(device, powercap_root)
-    statuses = []
-    for name, open_candidate in candidates.items():
-        try:
-            statuses.append(MeterStatus(name, True, open_candidate().source, "", ""))
-        except NoMeterError as error:
-            statuses.append(MeterStatus(name, False, "", error.reason, error.remedy))
-    return statuses
-
-
-def open_meter(device: torch.device, *, powercap_root: Path = POWERCAP_ROOT) -> EnergyMeter:
-    """The meter of `device`.
-
-    Raises:
-        MeterUnavailableError: There is none; the message names what was tried and the remedy.
-    """
-    refusals = []
-    for open_candidate in _candidates(device, powercap_root).values():
-        try:
-            return open_candidate()
-        except NoMeterError as error:
-            refusals.append(str(error))
-    if not refusals:
-        raise MeterUnavailableError(
-            f"energy is measured on CUDA (NVML) and on the CPU (RAPL) only, but got the device '{device}'; "
-            f"leave energy out of the objectives"
-        )
-    raise MeterUnavailableError(f"energy on '{device}' must have a meter, but {'; '.join(refusals)}")
+        return None if self.decode is None else _known("decode", self.decode, self.decode.per_token).mean_j
 
 
 def measure_energy(
-    model: nn.Module, spec: LatencySpec, meter: EnergyMeter, *, min_window_s: float = 0.5, max_window_s: float = 60.0
+    model: nn.Module,
+    spec: LatencySpec,
+    meter: EnergyMeter,
+    *,
+    idle: IdlePower | None = None,
+    windows: int = 3,
+    precision: float | None = None,
+    min_window_s: float = 0.5,
+    max_window_s: float = 60.0,
 ) -> EnergyResult:
-    """Measure the energy of prefill and of decode, each in a window that repeats the work until the meter is precise.
+    """Measure the energy of prefill and of decode, each in windows that repeat the work until the meter is precise.
 
-    A window ends when it lasts `min_window_s` and the meter has refreshed `meter.min_updates` times, or after
-    `max_window_s`; one that is too short, or in which the meter failed, is invalid and carries the reason.
+    A window ends when it lasts `min_window_s` and the meter has refreshed often enough, or after `max_window_s`; one
+    that is too short, or in which the meter failed, is invalid and carries the reason.
 
     Args:
-        model: Resident Hugging Face model in eval mode, on the device of `meter`.
-        spec: Lengths, batch and seed; its blocks are not used.
+        model: Resident Hugging Face model in eval mode, on the devices of `meter`.
+        spec: Lengths, batch, mode and seed; its blocks are not used.
         meter: An open meter.
+        idle: Power at rest, for the net figures.
+        windows: Windows a phase; their spread is that of the result.
+        precision: Relative error asked of a window: one refresh more or less is 1 / refreshes. `meter.min_updates` by
+            default.
         min_window_s: Shortest window in seconds.
         max_window_s: Time limit of a window in seconds; a repeat that has begun is finished.
 
     Raises:
-        ConfigError: The prompt does not fit the model's context.
+        ConfigError: The prompt does not fit the model's context, or a number is out of its range.
         OutOfMemoryError: The device has no room.
     """
+    if windows < 1 or (precision is not None and not 0 < precision < 1):
+        raise ConfigError(f"`windows >= 1` and `0 < precision < 1` must hold, but got {windows} and {precision}")
+    min_updates = meter.min_updates if precision is None else math.ceil(1 / precision)
     with out_of_memory_errors("measuring energy"):
         workload = Workload(model, spec)
-        state = workload.prefill()  # also warms up
-        prefill = _repeat(meter, workload, workload.prefill, min_window_s, max_window_s)
+        generation = workload.begin()
+        workload.prefill(generation)  # also warms up
+        run = _Phases(meter, workload, idle, windows, min_updates, min_window_s, max_window_s)
+        sequences = spec.batch_size
+        units = {"sequences": sequences, "tokens": sequences * spec.prompt_tokens}
+        prefill = run.phase(lambda: workload.prefill(workload.begin()), units)
         decode = None
         if workload.decodes:
-            workload.decode_again(state)
-            decode = _repeat(meter, workload, lambda: workload.decode_again(state), min_window_s, max_window_s)
-    return EnergyResult(prefill, decode, meter.name, meter.source, dict(meter.details), spec)
+            workload.get_ready(generation)
+            workload.decode_again(generation)
+            units = {"sequences": sequences, "tokens": sequences * spec.new_tokens}
+            decode = run.phase(lambda: workload.decode_again(generation), units)
+    return EnergyResult(prefill, decode, meter.name, meter.source, meter.is_replay, dict(meter.details), idle, spec)
 
 
-def _repeat(
-    meter: EnergyMeter, workload: Workload, work: Callable[[], object], min_window_s: float, max_window_s: float
-) -> PhaseEnergy:
-    repeats = 0
-    with meter.window() as window:
-        while True:
-            work()
-            workload.synchronize()
-            repeats += 1
-            elapsed_s = window.elapsed_s
-            is_long_enough = elapsed_s >= min_window_s and window.updates >= meter.min_updates
-            if is_long_enough or window.is_faulty or elapsed_s >= max_window_s:
-                break
-    reason = window.reason
-    per_device_j = {} if reason else window.per_device_j
-    gross_j = None if reason else sum(per_device_j.values())
-    return PhaseEnergy(gross_j, per_device_j, window.duration_s, repeats, window.updates, not reason, reason)
+@dataclass(frozen=True)
+class _Phases:
+    meter: EnergyMeter
+    workload: Workload
+    idle: IdlePower | None
+    windows: int
+    min_updates: int
+    min_window_s: float
+    max_window_s: float
+
+    def phase(self, work: Callable[[], object], units: Mapping[str, int]) -> PhaseEnergy:
+        before = self.meter.conditions()
+        taken: list[WindowEnergy] = []
+        after: tuple[DeviceCondition, ...] = ()
+        for _ in range(self.windows):
+            window, after = self._window(work)
+            taken.append(window)
+            if window.fault:
+                break  # what spoilt it will not mend by itself
+        return PhaseEnergy(tuple(taken), units, before, after)
+
+    def _window(self, work: Callable[[], object]) -> tuple[WindowEnergy, tuple[DeviceCondition, ...]]:
+        repeats = 0
+        with self.meter.window(self.min_updates) as window:
+            while True:
+                work()
+                self.workload.synchronize()
+                repeats += 1
+                elapsed_s = window.elapsed_s
+                is_long_enough = elapsed_s >= self.min_window_s and window.updates >= self.min_updates
+                if is_long_enough or window.is_faulty or elapsed_s >= self.max_window_s:
+                    break
+        conditions = self.meter.conditions()
+        problem = window.problem
+        per_device_j = window.per_device_j if problem is None else {}
+        gross_j = sum(per_device_j.values()) if problem is None else None
+        idle_w = None if self.idle is None else self.idle.power_w
+        net_j = None if gross_j is None or idle_w is None else gross_j - idle_w * window.duration_s
+        fault = "" if problem is None else type(problem).__name__
+        taken = WindowEnergy(
+            gross_j, net_j, per_device_j, window.duration_s, repeats, window.updates, fault, str(problem or "")
+        )
+        return taken, conditions
 
 
-def _gross_j(name: str, phase: PhaseEnergy) -> float:
-    if phase.gross_j is None:
+def _known(name: str, phase: PhaseEnergy, spread: EnergySpread | None) -> EnergySpread:
+    if spread is None:
         raise InvalidMeasurementError(f"the energy of {name} must be valid to be used, but {phase.reason}")
-    return phase.gross_j
-
-
-def _candidates(device: torch.device, powercap_root: Path) -> dict[str, Callable[[], EnergyMeter]]:
-    """The meters that count for a kind of device, by name, in the order tried: a new meter is one line here."""
-    by_device: dict[str, dict[str, Callable[[], EnergyMeter]]] = {
-        "cuda": {NvmlMeter.name: lambda: NvmlMeter([_cuda_index(device)])},
-        "cpu": {RaplMeter.name: lambda: RaplMeter(powercap_root)},
-    }
-    return by_device.get(device.type, {})
-
-
-def _cuda_index(device: torch.device) -> int:
-    if device.index is not None:
-        return device.index
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    return spread

@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 import torch
 
-from dse.measurement.energy_window import NoMeterError
-from dse.measurement.nvml import describe_gpus
+from dse.measurement.faults import NoMeterError
+from dse.measurement.nvml_driver import describe_gpus
 
 __all__ = ["Json", "describe_environment", "package_versions"]
 

@@ -3,74 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from dse.errors import InvalidMeasurementError
-from dse.measurement.clock import stopwatch_for
-from dse.measurement.distribution import Distribution, paired_ratio
+from dse.measurement.alternation import SIDES, TURN_PREFILLS, Alternation, Block, Side, Turn
+from dse.measurement.clock import Stopwatch, stopwatch_for
+from dse.measurement.distribution import Distribution, RatioInterval, block_ratio
+from dse.measurement.latency_result import PairedLatency, PhaseLatency
 from dse.measurement.out_of_memory import out_of_memory_errors
-from dse.measurement.workload import LatencySpec, Workload
+from dse.measurement.spec import LatencySpec
+from dse.measurement.workload import Workload
 
 __all__ = ["LatencySpec", "PairedLatency", "PhaseLatency", "measure_latency"]
 
 # An interval wider than this factor says nothing at all; it is kept, but marked invalid. Narrower ones speak for
 # themselves: milliseconds timed on a busy machine reach a factor of ten now and then.
 MAX_INTERVAL_FACTOR = 100.0
-
-# Subject, dense, dense, subject: a drift that is linear within a block falls on both sides alike.
-_ORDER = ("subject", "dense", "dense", "subject")
-
-
-@dataclass(frozen=True)
-class PhaseLatency:
-    """One phase (prefill: seconds a prompt; decode: seconds a token) of the subject and of the dense model.
-
-    Attributes:
-        subject: Timings of the subject.
-        dense: Timings of the dense model, taken between them.
-        ratio: subject / dense, exp(median of the log ratios of adjacent pairs); below 1 the subject is faster.
-        ratio_low: Lower end of the 95 % bootstrap interval.
-        ratio_high: Upper end.
-    """
-
-    subject: Distribution
-    dense: Distribution
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-
-
-@dataclass(frozen=True)
-class PairedLatency:
-    """A paired latency measurement and how it was taken.
-
-    Attributes:
-        prefill: The whole prompt in one pass, up to the first token (time to first token), seconds a batch.
-        decode: Seconds per output token (one step of the whole batch); None for encoders.
-        device: Devices of the model, as "cpu" or "cuda:0+cuda:1".
-        device_name: The GPU's name, or "" on a CPU.
-        clock: Clock source.
-        warmup_blocks: Blocks run before and not counted.
-        repeats: Samples a side.
-        spec: Lengths, batch and seed.
-        is_valid: Whether the timings can be trusted.
-        reason: Why not; empty when valid.
-    """
-
-    prefill: PhaseLatency
-    decode: PhaseLatency | None
-    device: str
-    device_name: str
-    clock: str
-    warmup_blocks: int
-    repeats: int
-    spec: LatencySpec
-    is_valid: bool
-    reason: str
 
 
 def measure_latency(
@@ -80,8 +32,12 @@ def measure_latency(
     use_subject: Callable[[], None],
     use_dense: Callable[[], None],
     progress: Callable[[int, int], None] | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> PairedLatency:
-    """Time prefill and decode of a subject and of the dense model in ABBA blocks, each sample a real generation.
+    """Time prefill and decode of a subject and of the dense model in ABBA blocks, each sample of a real generation.
+
+    Leading blocks are discarded until two successive ones agree; those two count. Blocks are added until there are
+    `spec.blocks`, `spec.min_duration_s` of timed work, and `spec.precision`, or until `spec.max_duration_s`.
 
     The callbacks swap the subject in and out of the one resident `model`, outside the clock. Each is called only when
     the side changes, so they need not be idempotent; the subject is put in first and is in place on return. After an
@@ -89,74 +45,140 @@ def measure_latency(
 
     Args:
         model: The resident Hugging Face model, in eval mode.
-        spec: Lengths, batch, blocks and seed.
+        spec: Lengths, batch, mode, blocks, precision and seed.
         use_subject: Puts the subject's weights in place.
         use_dense: Puts the dense weights back.
-        progress: Called after every sample with (samples done, samples in all), warm-up included.
+        progress: Called after every generation with (generations done, generations expected so far), warm-up included.
+        stopwatch: Times one call; the best clock of the model's devices by default.
 
     Raises:
         ConfigError: The prompt does not fit the model's context, or the model cannot be measured so.
         OutOfMemoryError: The device has no room.
         InvalidMeasurementError: The clock did not move.
     """
-    use_subject()
-    in_use = "subject"
-    swap = {"subject": use_subject, "dense": use_dense}
-    prefill_s: dict[str, list[float]] = {"subject": [], "dense": []}
-    decode_s: dict[str, list[float]] = {"subject": [], "dense": []}
-    total = (spec.warmup_blocks + spec.blocks) * len(_ORDER)
     with out_of_memory_errors("measuring latency"):
+        use_subject()  # before anything runs, so that the first pass is the subject's
+        swaps: dict[Side, Callable[[], None]] = {"subject": use_subject, "dense": use_dense}
         workload = Workload(model, spec)
-        stopwatch = stopwatch_for(workload.devices)
-        for index in range(total):
-            side = _ORDER[index % len(_ORDER)]
-            if side != in_use:
-                swap[side]()
-                in_use = side
-                workload.settle()
-            state, prefill_sample_s = stopwatch.time(workload.prefill)
-            decode_sample_s = None
-            if workload.decodes:
-                _, whole_s = stopwatch.time(lambda state=state: workload.decode(state))  # type: ignore[misc]
-                decode_sample_s = whole_s / spec.new_tokens
-            if index >= spec.warmup_blocks * len(_ORDER):
-                prefill_s[side].append(prefill_sample_s)
-                if decode_sample_s is not None:
-                    decode_s[side].append(decode_sample_s)
-            if progress is not None:
-                progress(index + 1, total)
-    samples = [*prefill_s["subject"], *prefill_s["dense"], *decode_s["subject"], *decode_s["dense"]]
-    _refuse_stopped_clock(samples, stopwatch.source)
-    prefill = _phase(prefill_s, spec.seed)
-    decode = _phase(decode_s, spec.seed) if workload.decodes else None
+        clock = stopwatch or stopwatch_for(workload.devices)
+        tally = _Tally(spec, progress)
+        alternation = Alternation(workload, clock, spec.new_tokens, swaps, tally.count)
+        alternation.assume("subject")
+        blocks, discarded, is_warm = _warm_up(alternation, spec, clock.source)
+        while not _is_enough(blocks, spec, decodes=workload.decodes):
+            blocks.append(_checked(alternation.block(), clock.source))
+        alternation.switch_to("subject")
+    prefill = _phase(blocks, "prefill", spec.seed)
+    decode = _phase(blocks, "decode", spec.seed) if workload.decodes else None
     reason = "; ".join(_reasons_against(prefill=prefill, decode=decode))
     return PairedLatency(
         prefill=prefill,
         decode=decode,
         device="+".join(str(device) for device in workload.devices),
         device_name=_device_name(workload.devices[0]),
-        clock=stopwatch.source,
-        warmup_blocks=spec.warmup_blocks,
-        repeats=2 * spec.blocks,
+        clock=clock.source,
+        mode=spec.mode,
+        warmup_blocks=discarded,
+        is_warm=is_warm,
+        repeats=2 * TURN_PREFILLS * len(blocks),
+        duration_s=sum(block.duration_s for block in blocks),
         spec=spec,
         is_valid=not reason,
         reason=reason,
     )
 
 
-def _phase(samples_s: dict[str, list[float]], seed: int) -> PhaseLatency:
-    """Summarise one phase. The k-th subject and the k-th dense sample were neighbours in time: AB, then BA."""
-    subject, dense = samples_s["subject"], samples_s["dense"]
-    interval = paired_ratio(subject, dense, seed=seed)
-    return PhaseLatency(Distribution.of(subject), Distribution.of(dense), interval.ratio, interval.low, interval.high)
+class _Tally:
+    """Tells of progress: how many generations are done, of how many there will be at least."""
+
+    def __init__(self, spec: LatencySpec, progress: Callable[[int, int], None] | None) -> None:
+        self._expected = 4 * (spec.warmup_blocks + spec.blocks)
+        self._done = 0
+        self._progress = progress
+
+    def count(self) -> None:
+        """One more generation is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, max(self._done, self._expected))
 
 
-def _refuse_stopped_clock(samples_s: list[float], clock: str) -> None:
+def _warm_up(alternation: Alternation, spec: LatencySpec, clock: str) -> tuple[list[Block], int, bool]:
+    """Run blocks until two successive ones agree; returns those two, how many went before, and whether they agreed."""
+    for _ in range(spec.warmup_blocks):
+        alternation.block()
+    discarded = spec.warmup_blocks
+    pair = [_checked(alternation.block(), clock) for _ in range(2)]
+    while discarded < spec.max_warmup_blocks and not _agree(*pair, tolerance=spec.warmup_tolerance):
+        pair = [pair[1], _checked(alternation.block(), clock)]
+        discarded += 1
+    return pair, discarded, _agree(*pair, tolerance=spec.warmup_tolerance)
+
+
+def _agree(first: Block, second: Block, *, tolerance: float) -> bool:
+    pairs = [
+        (_typical_s(before[side]), _typical_s(after[side]))
+        for before, after in zip(first.phases, second.phases, strict=True)
+        for side in SIDES
+        if before[side]
+    ]
+    return all(abs(after - before) <= tolerance * before for before, after in pairs)
+
+
+def _typical_s(turns: Sequence[Turn]) -> float:
+    return statistics.median(min(turn) for turn in turns)
+
+
+def _is_enough(blocks: Sequence[Block], spec: LatencySpec, *, decodes: bool) -> bool:
+    if len(blocks) < spec.blocks:
+        return False
+    duration_s = sum(block.duration_s for block in blocks)
+    if duration_s >= spec.max_duration_s:
+        return True
+    if duration_s < spec.min_duration_s:
+        return False
+    if spec.precision is None:
+        return True
+    phases = ("prefill", "decode") if decodes else ("prefill",)
+    return all(_interval(blocks, phase, spec.seed).half_width <= spec.precision for phase in phases)
+
+
+def _log_ratios(blocks: Sequence[Block], phase: str) -> list[float]:
+    """One log of subject / dense for each ABBA block of turns: a prefill block has one, a decode block several."""
+    pairs: list[float] = []
+    for block in blocks:
+        turns = block.prefill if phase == "prefill" else block.decode
+        pairs += [
+            math.log(min(subject)) - math.log(min(dense))
+            for subject, dense in zip(turns["subject"], turns["dense"], strict=True)
+        ]
+    return [(first + second) / 2 for first, second in zip(pairs[::2], pairs[1::2], strict=True)]
+
+
+def _interval(blocks: Sequence[Block], phase: str, seed: int) -> RatioInterval:
+    return block_ratio(_log_ratios(blocks, phase), seed=seed)
+
+
+def _phase(blocks: Sequence[Block], phase: str, seed: int) -> PhaseLatency:
+    ratios = _log_ratios(blocks, phase)
+    interval = block_ratio(ratios, seed=seed)
+    spread: dict[Side, Distribution] = {}
+    for side in SIDES:
+        turns = [turn for block in blocks for turn in (block.prefill if phase == "prefill" else block.decode)[side]]
+        spread[side] = Distribution.of([sample for turn in turns for sample in turn])
+    return PhaseLatency(
+        spread["subject"], spread["dense"], interval.ratio, interval.low, interval.high, blocks=len(ratios)
+    )
+
+
+def _checked(block: Block, clock: str) -> Block:
+    samples_s = block.samples_s
     bad = sum(1 for sample in samples_s if not (math.isfinite(sample) and sample > 0))
     if bad:
         raise InvalidMeasurementError(
             f"every timing must be positive, but {bad} of {len(samples_s)} timings by {clock} were not; measure again"
         )
+    return block
 
 
 def _reasons_against(**phases: PhaseLatency | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Peak memory of one prefill and decode, beside the bytes of the weights."""
+"""Memory of a model at work: its weights, the peaks of prefill and of decode, and the key-value cache by arithmetic."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from dse.errors import InvalidMeasurementError
+from dse.measurement.child_process import in_child_process
 from dse.measurement.clock import synchronize
 from dse.measurement.out_of_memory import out_of_memory_errors
-from dse.measurement.workload import LatencySpec, Workload
+from dse.measurement.spec import LatencySpec
+from dse.measurement.workload import Generation, Workload
 
 __all__ = ["MemoryResult", "measure_peak_memory", "resident_weight_bytes"]
 
@@ -27,23 +29,36 @@ class MemoryResult:
     """Memory of a model at work.
 
     Attributes:
-        peak_bytes: Weights plus activations.
-        weight_bytes: Parameters and buffers, shared ones once.
-        activation_bytes: Rise of the peak while one prefill and decode ran, key-value cache included.
-        method: How the rise was read.
+        peak_bytes: Weights plus the larger rise of the two phases.
+        weight_bytes: Parameters and buffers on the device, shared ones once.
+        prefill_rise_bytes: How far memory rose above the weights while the prompt ran, key-value cache included.
+        decode_rise_bytes: How far it stood above the weights at most while tokens were decoded; None for encoders.
+        kv_cache_bytes: The full cache at the end, by arithmetic: 2 x layers x key-value heads x head size x tokens x
+            batch x element size; None where it is not known.
+        method: How the rises were read.
     """
 
     peak_bytes: int
     weight_bytes: int
-    activation_bytes: int
+    prefill_rise_bytes: int
+    decode_rise_bytes: int | None
+    kv_cache_bytes: int | None
     method: str
 
 
-def measure_peak_memory(model: nn.Module, spec: LatencySpec) -> MemoryResult:
-    """Run one prefill and decode, after one to warm up, and read how far memory rose.
+def measure_peak_memory(
+    model: nn.Module, spec: LatencySpec, *, kv_cache_bytes_per_token: int | None = None
+) -> MemoryResult:
+    """Run one prefill and decode, after one to warm up, and read how far memory rose in each.
 
-    On CUDA the allocator's statistics tell exactly. On a Linux CPU the kernel's high-water mark of the resident set
-    is reset and read again; whatever else this process does meanwhile counts too.
+    On CUDA the allocator's statistics tell exactly. On a Linux CPU a forked child runs, so that no earlier peak of this
+    process and nothing that it does meanwhile counts; there the kernel's high-water mark of the resident set is reset
+    before each phase and read after it.
+
+    Args:
+        model: The resident Hugging Face model, in eval mode.
+        spec: Lengths and batch; decode steps run eagerly, whatever the mode.
+        kv_cache_bytes_per_token: Bytes that one token of one sequence adds to the cache, where known.
 
     Raises:
         ConfigError: The prompt does not fit the model's context.
@@ -51,27 +66,24 @@ def measure_peak_memory(model: nn.Module, spec: LatencySpec) -> MemoryResult:
         InvalidMeasurementError: The peak cannot be read on this system.
     """
     with out_of_memory_errors("measuring memory"):
-        workload = Workload(model, spec)
-
-        def generate() -> None:
-            state = workload.prefill()
-            if workload.decodes:
-                workload.decode(state)
-
-        # The first pass touches mapped weights and makes the libraries' own buffers, which are not activations.
-        generate()
+        workload = Workload(model, spec.eager())
         kinds = {device.type for device in workload.devices}
         if kinds == {"cuda"}:
-            activation_bytes, method = _cuda_rise_bytes(generate, workload.devices), "CUDA allocator statistics"
+            rises, method = _cuda_rises(workload), "CUDA allocator statistics"
         elif kinds == {"cpu"}:
-            activation_bytes, method = _resident_rise_bytes(generate), "Linux VmHWM, reset before the run"
+            rises = _cpu_rises(workload)
+            method = "resident set of a forked child (Linux VmHWM, reset before each phase)"
         else:
             raise InvalidMeasurementError(
                 f"peak memory must be read on one kind of device, CUDA or CPU, but the model lies on "
                 f"{', '.join(map(str, workload.devices))}; leave peak_memory_bytes out of the objectives"
             )
     weight_bytes = resident_weight_bytes(model)
-    return MemoryResult(weight_bytes + activation_bytes, weight_bytes, activation_bytes, method)
+    prefill, decode = rises[0], rises[1] if workload.decodes else None
+    cached = None
+    if kv_cache_bytes_per_token is not None and workload.decodes:
+        cached = kv_cache_bytes_per_token * spec.batch_size * (spec.prompt_tokens + spec.new_tokens)
+    return MemoryResult(weight_bytes + max(rises), weight_bytes, prefill, decode, cached, method)
 
 
 def resident_weight_bytes(model: nn.Module) -> int:
@@ -85,31 +97,60 @@ def resident_weight_bytes(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _cuda_rise_bytes(work: Callable[[], None], devices: tuple[torch.device, ...]) -> int:
+def _phases(workload: Workload) -> tuple[Callable[[], None], ...]:
+    """Prefill and, where there is one, the decode that follows it."""
+    generation: Generation = workload.begin()
+    if not workload.decodes:
+        return (lambda: workload.prefill(generation),)
+    return (lambda: workload.prefill(generation), lambda: workload.decode(generation))
+
+
+def _cuda_rises(workload: Workload) -> list[int]:
+    devices = workload.devices
+    for phase in _phases(workload):
+        phase()
     gc.collect()
     synchronize(devices)
     before = [torch.cuda.memory_allocated(device) for device in devices]
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    work()
-    synchronize(devices)
-    return sum(torch.cuda.max_memory_allocated(device) - start for device, start in zip(devices, before, strict=True))
+    rises = []
+    for phase in _phases(workload):
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        phase()
+        synchronize(devices)
+        peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
+        rises.append(sum(peak - start for peak, start in zip(peaks, before, strict=True)))
+    return rises
 
 
-def _resident_rise_bytes(work: Callable[[], None]) -> int:
+def _cpu_rises(workload: Workload) -> list[int]:
     try:
-        gc.collect()
-        _return_free_memory()
-        # "5" resets the high-water mark to the present resident set (proc(5)).
-        (_PROCESS / "clear_refs").write_text("5")
-        before_bytes = _status_bytes("VmRSS")
-        work()
-        return max(0, _status_bytes("VmHWM") - before_bytes)
+        _status_bytes("VmHWM")
     except OSError as error:
         raise InvalidMeasurementError(
             f"peak memory on a CPU is read from {_PROCESS}/status and clear_refs (Linux), but: {error}; "
             f"leave peak_memory_bytes out of the objectives"
         ) from error
+    gc.collect()
+
+    def rises() -> list[int]:
+        # The first pass touches mapped weights and makes the libraries' own buffers, which are not activations.
+        with out_of_memory_errors("measuring memory"):
+            for phase in _phases(workload):
+                phase()
+            gc.collect()
+            _return_free_memory()
+            before_bytes = _status_bytes("VmRSS")
+            found = []
+            for phase in _phases(workload):
+                # "5" resets the high-water mark to the present resident set (proc(5)).
+                (_PROCESS / "clear_refs").write_text("5")
+                phase()
+                found.append(max(0, _status_bytes("VmHWM") - before_bytes))
+            return found
+
+    answer = in_child_process(rises, "measuring memory")
+    return [int(rise) for rise in answer]
 
 
 def _return_free_memory() -> None:

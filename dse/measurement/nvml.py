@@ -1,8 +1,9 @@
-"""Energy of NVIDIA GPUs through NVML; the only module that imports `pynvml` (distribution `nvidia-ml-py`)."""
+"""Energy of NVIDIA GPUs through NVML."""
 
 from __future__ import annotations
 
-import os
+import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,23 +11,24 @@ from typing import Any
 
 import torch
 
-from dse.errors import InvalidMeasurementError
-from dse.measurement.energy_window import Channel, CounterTrack, EnergyMeter, NoMeterError, PowerTrack
+from dse.measurement.faults import (
+    DeviceLostError,
+    DriverRestartedError,
+    EnergyNotSupportedError,
+    MigDeviceError,
+    NoDriverError,
+    ReadingFailedError,
+    WindowFault,
+)
+from dse.measurement.meter import DeviceCondition, EnergyMeter
+from dse.measurement.nvml_condition import condition_of
+from dse.measurement.nvml_driver import ANOTHER_GPU, GpuFacts, connect, describe_gpus, find_handle, visible_device
+from dse.measurement.track import SENSOR_PERIOD_S, Channel, CounterTrack, PowerTrack
 
 __all__ = ["GpuFacts", "NvmlMeter", "describe_gpus", "visible_device"]
 
-_DRIVER_REMEDY = "install the NVIDIA driver, and start containers with --gpus (nvidia-container-toolkit)"
-_ANOTHER = "choose another GPU, or leave energy out of the objectives"
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """What NVML says of one GPU."""
-
-    index: int
-    uuid: str
-    name: str
-    driver_version: str
+_PROBE_S = 1.0
+_PROBE_STEP_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -35,167 +37,134 @@ class _Gpu:
     uuid: str
     name: str
     has_counter: bool
+    has_instant_power: bool
 
 
 class NvmlMeter(EnergyMeter):
     """Joules of one or several GPUs: the total-energy counter where all have one, else integrated power samples.
 
     Args:
-        indices: CUDA indices, as in "cuda:0": positions among the GPUs that this process may see.
+        devices: CUDA indices, as in "cuda:0" (positions among the GPUs that this process may see), or UUIDs.
+        force_power: Integrate power although there is a counter, to compare the two.
 
     Raises:
-        NoMeterError: There is no driver, no permission, no such GPU, a MIG device, or neither counter nor power; a
-            `MeterUnavailableError` with the remedy.
+        NoMeterError: There is no driver, no permission, no such GPU, a MIG device, or neither counter nor power; the
+            type says which, and the message the remedy.
     """
 
     name = "nvml"
 
-    def __init__(self, indices: Sequence[int] = (0,)) -> None:
-        self._indices = tuple(indices)
-        self._driver_version = _start()
-        self._gpus = tuple(_open_gpu(index) for index in self._indices)
-        self._is_counter = all(gpu.has_counter for gpu in self._gpus)
+    def __init__(self, devices: Sequence[int | str] = (0,), *, force_power: bool = False) -> None:
+        self._devices = tuple(devices)
+        self._force_power = force_power
+        self._is_stale = False
+        self._open()
+
+    def _open(self) -> None:
+        self._driver_version = connect()
+        self._gpus = tuple(_open_gpu(device) for device in self._devices)
+        self._is_counter = all(gpu.has_counter for gpu in self._gpus) and not self._force_power
+        self._period_s = None if self._is_counter else (self.probe_period_s() or SENSOR_PERIOD_S)
+        self._is_stale = False
 
     @property
     def source(self) -> str:
         """See `EnergyMeter.source`."""
-        return "NVML total-energy counter" if self._is_counter else "NVML power, integrated"
+        if self._is_counter:
+            return "NVML total-energy counter"
+        instant = all(gpu.has_instant_power for gpu in self._gpus)
+        return f"NVML power{' (instantaneous)' if instant else ''}, integrated"
 
     @property
     def details(self) -> Mapping[str, str]:
         """See `EnergyMeter.details`."""
-        names = {f"gpu {gpu.uuid}": gpu.name for gpu in self._gpus}
-        return {"driver_version": self._driver_version, **names}
+        facts = {"driver_version": self._driver_version} | {f"gpu {gpu.uuid}": gpu.name for gpu in self._gpus}
+        without = [gpu.uuid for gpu in self._gpus if not gpu.has_counter]
+        if without:
+            facts["no_counter"] = f"not supported by {', '.join(without)}"
+        return facts
+
+    @property
+    def period_s(self) -> float | None:
+        """See `EnergyMeter.period_s`; of a counter it is not known before it is watched."""
+        return self._period_s
 
     def channels(self) -> tuple[Channel, ...]:
-        """See `EnergyMeter.channels`."""
-        read, track = (_read_counter_j, CounterTrack) if self._is_counter else (_read_power_w, PowerTrack)
-        return tuple(Channel(gpu.uuid, partial(read, gpu), track) for gpu in self._gpus)
+        """See `EnergyMeter.channels`. After the driver was restarted the devices are looked up anew."""
+        if self._is_stale:
+            self._open()
+        return tuple(Channel(gpu.uuid, partial(self._read, gpu), self._new_track) for gpu in self._gpus)
+
+    def conditions(self) -> tuple[DeviceCondition, ...]:
+        """See `EnergyMeter.conditions`."""
+        return tuple(condition_of(gpu.handle, gpu.uuid) for gpu in self._gpus)
 
     def synchronize(self) -> None:
         """See `EnergyMeter.synchronize`. A process that never touched CUDA has queued nothing."""
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            for index in self._indices:
-                torch.cuda.synchronize(index)
+            for device in self._devices:
+                if isinstance(device, int):
+                    torch.cuda.synchronize(device)
+                else:
+                    for index in range(torch.cuda.device_count()):
+                        torch.cuda.synchronize(index)
+
+    def probe_period_s(self) -> float | None:
+        """Watch the first device for a second; the median time between two changes, or None where nothing changed."""
+        changed_s: list[float] = []
+        before = self._read(self._gpus[0])
+        begin_s = time.perf_counter()
+        while (now_s := time.perf_counter()) < begin_s + _PROBE_S:
+            value = self._read(self._gpus[0])
+            if value != before:
+                changed_s.append(now_s)
+                before = value
+            time.sleep(_PROBE_STEP_S)
+        steps_s = sorted(later - earlier for earlier, later in itertools.pairwise(changed_s))
+        return steps_s[len(steps_s) // 2] if len(steps_s) >= 3 else None
+
+    def _new_track(self) -> CounterTrack | PowerTrack:
+        return CounterTrack() if self._is_counter else PowerTrack(self._period_s or SENSOR_PERIOD_S)
+
+    def _read(self, gpu: _Gpu) -> float:
+        import pynvml
+
+        try:
+            return _counter_j(gpu) if self._is_counter else _power_w(gpu)
+        except pynvml.NVMLError as error:
+            fault = _fault_of(error, gpu, "energy" if self._is_counter else "power")
+            self._is_stale = self._is_stale or isinstance(fault, DriverRestartedError)
+            raise fault from error
 
 
-def describe_gpus() -> list[GpuFacts]:
-    """Every GPU of the machine, hidden ones too.
-
-    Raises:
-        NoMeterError: NVML does not answer.
-    """
+def _open_gpu(device: int | str) -> _Gpu:
     import pynvml
 
-    driver_version = _start()
+    where = f"cuda:{device}" if isinstance(device, int) else f"GPU {device}"
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            GpuFacts(index, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), driver_version)
-            for index, handle in enumerate(handles)
-        ]
-    except pynvml.NVMLError as error:
-        raise NoMeterError("nvml", f"the GPUs cannot be listed: {error}", _DRIVER_REMEDY) from error
-
-
-def visible_device(index: int, visible: str | None) -> int | str:
-    """What "cuda:`index`" means under CUDA_VISIBLE_DEVICES: a physical index, or (the start of) a UUID.
-
-    Args:
-        index: CUDA index within the process.
-        visible: Value of CUDA_VISIBLE_DEVICES; None when it is not set, which shows every GPU.
-
-    Raises:
-        NoMeterError: The list hides that GPU.
-    """
-    if visible is None:
-        return index
-    shown: list[int | str] = []
-    for entry in (part.strip() for part in visible.split(",")):
-        if entry.isdigit():
-            shown.append(int(entry))
-        elif entry.startswith(("GPU-", "MIG-")):
-            shown.append(entry)
-        else:
-            break  # CUDA ignores all that follows the first entry it cannot read, "-1" for one
-    if index >= len(shown):
-        reason = f"CUDA_VISIBLE_DEVICES={visible!r} shows {len(shown)} GPUs, so cuda:{index} does not exist"
-        raise NoMeterError("nvml", reason, "change CUDA_VISIBLE_DEVICES or the device")
-    return shown[index]
-
-
-def _start() -> str:
-    """Connect to the driver; returns its version. NVML counts connections, and ends them with the process."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError_LibraryNotFound as error:
-        raise NoMeterError("nvml", "no NVIDIA driver (libnvidia-ml.so.1 is not there)", _DRIVER_REMEDY) from error
-    except pynvml.NVMLError_DriverNotLoaded as error:
-        raise NoMeterError("nvml", "the NVIDIA driver is not loaded", "load it: `sudo modprobe nvidia`") from error
-    except pynvml.NVMLError_LibRmVersionMismatch as error:
-        reason = "the NVIDIA driver and its library have different versions"
-        raise NoMeterError("nvml", reason, "reboot, or reload the driver") from error
-    except pynvml.NVMLError_NoPermission as error:
-        reason = "the NVIDIA driver may not be asked"
-        raise NoMeterError("nvml", reason, "give this user access to /dev/nvidia*") from error
-    except pynvml.NVMLError as error:
-        raise NoMeterError("nvml", f"NVML does not start: {error}", "see whether `nvidia-smi` works") from error
-
-
-def _open_gpu(index: int) -> _Gpu:
-    import pynvml
-
-    where = f"cuda:{index}"
-    try:
-        handle = _handle(index)
+        handle = find_handle(device)
         uuid, name = str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle))
     except pynvml.NVMLError as error:
-        raise NoMeterError("nvml", f"{where} does not answer: {error}", "see whether `nvidia-smi` lists it") from error
+        reason = f"{where} does not answer: {error}"
+        raise NoDriverError("nvml", reason, "see whether `nvidia-smi` lists it") from error
     if _is_mig(handle):
         reason = f"{where} ({name}) is split by MIG, and its energy is that of all instances together"
-        raise NoMeterError("nvml", reason, f"use a whole GPU (`sudo nvidia-smi -mig 0`), {_ANOTHER}")
+        raise MigDeviceError("nvml", reason, f"use a whole GPU (`sudo nvidia-smi -mig 0`), {ANOTHER_GPU}")
+    instant = _gives(lambda: _instant_power_w(handle))
     try:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        return _Gpu(handle, uuid, name, has_counter=True)
+        return _Gpu(handle, uuid, name, has_counter=True, has_instant_power=instant)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
         pass  # older than Volta, or an old driver: power may still be there
     except pynvml.NVMLError as error:
-        raise NoMeterError("nvml", f"the energy of {where} ({name}) cannot be read: {error}", _ANOTHER) from error
+        reason = f"the energy of {where} ({name}) cannot be read: {error}"
+        raise EnergyNotSupportedError("nvml", reason, ANOTHER_GPU) from error
     try:
         pynvml.nvmlDeviceGetPowerUsage(handle)
     except pynvml.NVMLError as error:
         reason = f"{where} ({name}) has no energy counter, and its power cannot be read: {error}"
-        raise NoMeterError("nvml", reason, _ANOTHER) from error
-    return _Gpu(handle, uuid, name, has_counter=False)
-
-
-def _handle(index: int) -> Any:
-    """NVML's handle of "cuda:`index`". CUDA and NVML number GPUs differently, so the UUID decides where it is known."""
-    import pynvml
-
-    if torch.cuda.is_available() and index < torch.cuda.device_count():
-        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-        if uuid is not None:
-            try:
-                return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            except pynvml.NVMLError_NotFound:
-                pass  # a MIG instance carries another name: the list below tells
-    chosen = visible_device(index, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if isinstance(chosen, str) and chosen.startswith("MIG-"):
-        raise NoMeterError("nvml", f"cuda:{index} is the MIG instance {chosen}, which has no meter", _ANOTHER)
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-    if isinstance(chosen, int):
-        if chosen < len(handles):
-            return handles[chosen]
-    else:
-        matches = [handle for handle in handles if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(chosen)]
-        if len(matches) == 1:
-            return matches[0]
-    reason = f"cuda:{index} is GPU {chosen}, but the driver lists {len(handles)} GPUs without it"
-    raise NoMeterError("nvml", reason, "change CUDA_VISIBLE_DEVICES or the device")
+        raise EnergyNotSupportedError("nvml", reason, ANOTHER_GPU) from error
+    return _Gpu(handle, uuid, name, has_counter=False, has_instant_power=instant)
 
 
 def _is_mig(handle: Any) -> bool:
@@ -207,19 +176,47 @@ def _is_mig(handle: Any) -> bool:
         return False  # GPUs and drivers without MIG refuse the question
 
 
-def _read_counter_j(gpu: _Gpu) -> float:
+def _gives(read: Any) -> bool:
     import pynvml
 
     try:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)) * 1e-3  # millijoules
-    except pynvml.NVMLError as error:
-        raise InvalidMeasurementError(f"the energy of {gpu.name} ({gpu.uuid}) could not be read: {error}") from error
+        read()
+    except pynvml.NVMLError:
+        return False
+    return True
 
 
-def _read_power_w(gpu: _Gpu) -> float:
+def _counter_j(gpu: _Gpu) -> float:
     import pynvml
 
-    try:
-        return float(pynvml.nvmlDeviceGetPowerUsage(gpu.handle)) * 1e-3  # milliwatts
-    except pynvml.NVMLError as error:
-        raise InvalidMeasurementError(f"the power of {gpu.name} ({gpu.uuid}) could not be read: {error}") from error
+    return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)) * 1e-3  # millijoules
+
+
+def _power_w(gpu: _Gpu) -> float:
+    """Instantaneous power where the driver tells it: on Ampere and later the plain call averages over a second."""
+    import pynvml
+
+    if gpu.has_instant_power:
+        return _instant_power_w(gpu.handle)
+    return float(pynvml.nvmlDeviceGetPowerUsage(gpu.handle)) * 1e-3  # milliwatts
+
+
+def _instant_power_w(handle: Any) -> float:
+    import pynvml
+
+    (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
+    if field.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(field.nvmlReturn)
+    return float(field.value.uiVal) * 1e-3
+
+
+def _fault_of(error: Any, gpu: _Gpu, what: str) -> WindowFault:
+    """The type of a reading that failed."""
+    import pynvml
+
+    message = f"the {what} of {gpu.name} ({gpu.uuid}) could not be read: {error}"
+    if isinstance(error, (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired, pynvml.NVMLError_NotFound)):
+        return DeviceLostError(f"{message}; see `dmesg | grep -i xid`, and reset the device or reboot")
+    if isinstance(error, (pynvml.NVMLError_Uninitialized, pynvml.NVMLError_DriverNotLoaded)):
+        return DriverRestartedError(f"{message}; the driver was restarted or unloaded")
+    return ReadingFailedError(message)

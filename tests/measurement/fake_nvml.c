@@ -9,14 +9,20 @@
  *   FAKE_NVML_NO_COUNTER, FAKE_NVML_NO_POWER, FAKE_NVML_MIG   set: that is so
  *   FAKE_NVML_INIT_ERROR code that nvmlInit returns
  *   FAKE_NVML_LOST_AT_S  from then on every reading says that the GPU is lost
+ *   FAKE_NVML_RESTART_AT_S from then on every reading says "uninitialized", until the process connects anew
+ *   FAKE_NVML_FAIL       errors at chosen calls: "nvmlDeviceGetPowerUsage@7:15" fails its seventh call with code 15
+ *   FAKE_NVML_INSTANT    set: instantaneous power is told as a field value, and the plain call averages over a second
+ *   FAKE_NVML_THROTTLE   clock event reasons, a bit mask
+ *   FAKE_NVML_PROCESSES  ids of computing processes, "17,18"; SELF stands for this one
  *   FAKE_NVML_RESET_AT_S from then on the counter starts again at zero
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
-enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, GPU_IS_LOST = 15, MAX_DEVICES = 8 };
+enum { OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15, MAX_DEVICES = 8 };
 
 static int ids[MAX_DEVICES] = {0, 1, 2, 3, 4, 5, 6, 7};
 
@@ -28,6 +34,23 @@ static double number(const char *name, double otherwise) {
 static int is_set(const char *name) {
     const char *text = getenv(name);
     return text && *text;
+}
+
+/* The scripted error of this call of `name`, or OK. */
+static int scripted_error(const char *name) {
+    static struct { char name[64]; int calls; } seen[32];
+    static char script[128];
+    const char *text = is_set("FAKE_NVML_FAIL") ? getenv("FAKE_NVML_FAIL") : "";
+    int index = 0, call, code;
+    if (strcmp(text, script) != 0) memset(seen, 0, sizeof seen); /* another script: counting begins anew */
+    snprintf(script, sizeof script, "%s", text);
+    while (index < 31 && seen[index].name[0] && strcmp(seen[index].name, name) != 0) index++;
+    snprintf(seen[index].name, sizeof seen[index].name, "%s", name);
+    seen[index].calls++;
+    size_t length = strlen(name);
+    if (strncmp(text, name, length) == 0 && sscanf(text + length, "@%d:%d", &call, &code) == 2)
+        if (seen[index].calls == call) return code;
+    return OK;
 }
 
 static int device_count(void) { return (int)number("FAKE_NVML_DEVICES", 1); }
@@ -65,8 +88,16 @@ static double refreshed_s(void) {
 
 static int is_lost(void) { return is_set("FAKE_NVML_LOST_AT_S") && now_s() >= number("FAKE_NVML_LOST_AT_S", 0); }
 
+static double connected_s = 0;
+
+static int is_restarted(void) {
+    double restart_s = number("FAKE_NVML_RESTART_AT_S", 0);
+    return is_set("FAKE_NVML_RESTART_AT_S") && now_s() >= restart_s && connected_s < restart_s;
+}
+
 int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
+    connected_s = now_s();
     return (int)number("FAKE_NVML_INIT_ERROR", OK);
 }
 
@@ -126,9 +157,50 @@ int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
     return OK;
 }
 
+int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) {
+    (void)sensor;
+    *celsius = 40 + *(unsigned *)device;
+    return OK;
+}
+
+int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) {
+    (void)device;
+    *mhz = kind == 1 ? 1410 : 1215; /* 1: streaming multiprocessors */
+    return OK;
+}
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(void *device, unsigned long long *reasons) {
+    (void)device;
+    *reasons = (unsigned long long)number("FAKE_NVML_THROTTLE", 0);
+    return OK;
+}
+
+typedef struct {
+    unsigned pid;
+    unsigned long long used_bytes;
+    unsigned gpu_instance, compute_instance;
+} Process;
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, Process *processes) {
+    (void)device;
+    char text[128];
+    unsigned found = 0, room = processes ? *count : 0;
+    snprintf(text, sizeof text, "%s", is_set("FAKE_NVML_PROCESSES") ? getenv("FAKE_NVML_PROCESSES") : "");
+    for (char *part = strtok(text, ","); part; part = strtok(NULL, ","), found++)
+        if (found < room) {
+            memset(&processes[found], 0, sizeof(Process));
+            processes[found].pid = strcmp(part, "SELF") == 0 ? (unsigned)getpid() : (unsigned)atoi(part);
+        }
+    *count = found;
+    return found > room ? INSUFFICIENT_SIZE : OK;
+}
+
 int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy_mj) {
+    int scripted = scripted_error("nvmlDeviceGetTotalEnergyConsumption");
     double power_w, energy_j, before_j = 0, time_s = refreshed_s();
     if (is_set("FAKE_NVML_NO_COUNTER")) return NOT_SUPPORTED;
+    if (scripted) return scripted;
+    if (is_restarted()) return UNINITIALIZED;
     if (is_lost()) return GPU_IS_LOST;
     follow(time_s, &power_w, &energy_j);
     if (is_set("FAKE_NVML_RESET_AT_S") && time_s >= number("FAKE_NVML_RESET_AT_S", 0))
@@ -137,11 +209,42 @@ int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy
     return OK;
 }
 
+/* What the plain call tells: power now, or over the last second on devices that tell instantaneous power apart. */
 int nvmlDeviceGetPowerUsage(void *device, unsigned *power_mw) {
-    double power_w, energy_j;
+    double power_w, energy_j, before_j = 0, time_s = refreshed_s();
+    int scripted = scripted_error("nvmlDeviceGetPowerUsage");
     if (is_set("FAKE_NVML_NO_POWER")) return NOT_SUPPORTED;
+    if (scripted) return scripted;
+    if (is_restarted()) return UNINITIALIZED;
     if (is_lost()) return GPU_IS_LOST;
-    follow(refreshed_s(), &power_w, &energy_j);
+    follow(time_s, &power_w, &energy_j);
+    if (is_set("FAKE_NVML_INSTANT")) {
+        double unused_w;
+        follow(time_s - 1, &unused_w, &before_j);
+        power_w = energy_j - before_j;
+    }
     *power_mw = (unsigned)(power_w * 1e3 * (*(int *)device + 1));
+    return OK;
+}
+
+typedef struct {
+    unsigned field, scope;
+    long long timestamp_us, latency_us;
+    unsigned kind;
+    int code;
+    union {
+        unsigned number;
+        unsigned long long longest;
+    } value;
+} FieldValue;
+
+int nvmlDeviceGetFieldValues(void *device, int count, FieldValue *values) {
+    double power_w, energy_j;
+    for (int index = 0; index < count; index++) {
+        values[index].code = values[index].field == 186 && is_set("FAKE_NVML_INSTANT") ? OK : NOT_SUPPORTED;
+        if (values[index].code == OK && is_lost()) values[index].code = GPU_IS_LOST;
+        follow(refreshed_s(), &power_w, &energy_j);
+        values[index].value.number = (unsigned)(power_w * 1e3 * (*(int *)device + 1));
+    }
     return OK;
 }

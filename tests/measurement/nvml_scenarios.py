@@ -5,6 +5,7 @@ Prints one JSON object: scenario -> what was seen. Arguments choose scenarios; w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ from dse.measurement import (
     describe_environment,
     find_meters,
     measure_energy,
+    measure_idle_power,
+    named_meter,
     open_meter,
 )
 
@@ -56,7 +59,7 @@ def seen(meter: EnergyMeter, window: EnergyWindow, epoch_s: float) -> dict[str, 
     try:
         figures["read_j"] = window.energy_j
     except InvalidMeasurementError as error:
-        figures["error"] = str(error)
+        figures |= {"error": str(error), "type": type(error).__name__}
     return {
         "begin_s": window.begin_s - epoch_s,
         "end_s": window.end_s - epoch_s,
@@ -69,9 +72,10 @@ def seen(meter: EnergyMeter, window: EnergyWindow, epoch_s: float) -> dict[str, 
     }
 
 
-def play(seconds: float, indices: tuple[int, ...] = (0,), **variables: str) -> dict[str, Any]:
+def play(seconds: float, devices: tuple[int | str, ...] = (0,), **variables: str) -> dict[str, Any]:
+    with script(**{**variables, "POWER": "0:70,0.3:75"}):
+        meter = NvmlMeter(devices)  # a meter without a counter watches its sensor for a second
     with script(**variables) as epoch_s:
-        meter = NvmlMeter(indices)
         return seen(meter, window_of(meter, seconds), epoch_s)
 
 
@@ -81,7 +85,12 @@ def refusal(**variables: str) -> dict[str, Any]:
             open_meter(GPU)
         except MeterUnavailableError as error:
             status = find_meters(GPU)[0]
-            return {"message": str(error), "available": status.available, "remedy": status.remedy}
+            return {
+                "message": str(error),
+                "type": type(error).__name__,
+                "available": status.available,
+                "remedy": status.remedy,
+            }
     return {"message": ""}
 
 
@@ -90,14 +99,22 @@ def name_of(**variables: str) -> str:
         return ",".join(name for key, name in open_meter(GPU).details.items() if key.startswith("gpu "))
 
 
-def generation() -> dict[str, Any]:
+def tiny() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+SPEC = LatencySpec(prompt_tokens=8, new_tokens=4, batch_size=2)
+
+
+def generation() -> dict[str, Any]:
+    with script(POWER="0:50"):
+        idle = measure_idle_power(open_meter(GPU), min_duration_s=0.2)
     with script(POWER="0:200"):
-        result = measure_energy(model, LatencySpec(prompt_tokens=8, new_tokens=4, batch_size=2), open_meter(GPU))
+        result = measure_energy(tiny(), SPEC, open_meter(GPU), idle=idle)
         assert result.decode is not None
         return {
             "is_valid": result.is_valid,
@@ -109,6 +126,12 @@ def generation() -> dict[str, Any]:
             "prefill_s_per_prompt": result.prefill.duration_s / (result.prefill.repeats * 2),
             "decode_s_per_token": result.decode.duration_s / (result.decode.repeats * 2 * 4),
             "updates": [result.prefill.updates, result.decode.updates],
+            "idle_w": idle.power_w,
+            "net_per_token_j": [phase.net_per_token.mean_j for phase in (result.prefill, result.decode)],
+            "per_token": [dataclasses.asdict(phase.per_token) for phase in (result.prefill, result.decode)],
+            "windows": [len(phase.windows) for phase in (result.prefill, result.decode)],
+            "before": dataclasses.asdict(result.prefill.conditions_before[0]),
+            "after": dataclasses.asdict(result.decode.conditions_after[0]),
         }
 
 
@@ -127,6 +150,52 @@ def lost_at_once() -> dict[str, Any]:
     return {"read": read}
 
 
+def conditions(**variables: str) -> dict[str, Any]:
+    with script(POWER="0:200", **variables):
+        meter = open_meter(GPU)
+        result = measure_energy(tiny(), SPEC, meter, windows=1, min_window_s=0.1)
+        idle = measure_idle_power(meter, min_duration_s=0.1)
+    return {"is_valid": result.is_valid, "reason": result.reason, "idle": idle.reason, "figure": result.prefill.gross_j}
+
+
+def restarted() -> dict[str, Any]:
+    """A window that a restart spoils, and the next one of the same meter, which looks the device up anew."""
+    with script(RESTART_AT_S="0.3", POWER="0:100") as epoch_s:
+        meter = open_meter(GPU)
+        spoilt = seen(meter, window_of(meter, 0.5), epoch_s)
+        return {"spoilt": spoilt, "after": seen(meter, window_of(meter, 0.6), epoch_s)}
+
+
+def named() -> list[Any]:
+    """Meters by name: CUDA index, UUID, its beginning, two at once, and what is in no list or ambiguous."""
+    found: list[Any] = []
+    with script(DEVICES="2"):
+        for name in (
+            "nvml",
+            "nvml:1",
+            "nvml:GPU-0000000b-fake",
+            "nvml:GPU-0000000a",
+            "nvml:0,1",
+            "nvml:GPU-ff",
+            "nvml:GPU-",
+        ):
+            try:
+                meter = named_meter(name, torch.device("cpu"))
+                found.append([key for key in meter.details if key.startswith("gpu ")])
+            except MeterUnavailableError as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def both() -> dict[str, Any]:
+    """Counter and integrated power of one device side by side, as gpu_check.py compares them."""
+    with script(POWER="0:100,2:250"):
+        counter, power = NvmlMeter([0]), NvmlMeter([0], force_power=True)
+    with script(POWER="0:100,0.7:250"), counter.window() as one, power.window() as other:
+        time.sleep(2.1)
+    return {"counter_j": one.energy_j, "power_j": other.energy_j, "period_s": power.period_s}
+
+
 def gpus() -> Any:
     with script(DEVICES="2"):
         return describe_environment()["gpus"]
@@ -138,6 +207,15 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "short": lambda: play(0.1),
     "lost": lambda: play(0.5, LOST_AT_S="0.3"),
     "reset": lambda: play(0.6, RESET_AT_S="0.3"),
+    "instant": lambda: play(2.1, NO_COUNTER="1", INSTANT="1"),
+    "failed_call": lambda: play(0.6, FAIL="nvmlDeviceGetTotalEnergyConsumption@20:999"),
+    "restarted": restarted,
+    "throttled": lambda: conditions(THROTTLE="64"),
+    "power_capped": lambda: conditions(THROTTLE="4"),
+    "shared": lambda: conditions(PROCESSES="SELF,4000000"),
+    "alone": lambda: conditions(PROCESSES="SELF"),
+    "named": named,
+    "both": both,
     "generation": generation,
     "lost_at_once": lost_at_once,
     "mig": lambda: refusal(MIG="1"),

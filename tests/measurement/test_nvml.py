@@ -99,7 +99,7 @@ def relative_error(played: dict, device: str) -> float:
     return played["per_device_j"][device] / (scale * integral_j(played["begin_s"], played["end_s"])) - 1
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("counter", 0.01), ("polled", 0.03)])
+@pytest.mark.parametrize(("name", "tolerance"), [("counter", 0.01), ("polled", 0.03), ("instant", 0.03)])
 def test_window_agrees_with_the_script(library, seen, name, tolerance):
     played = seen[name]
     for _ in range(2):
@@ -123,19 +123,55 @@ def test_source_devices_and_driver_are_in_the_record(seen):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "fault", "reason"),
     [
-        ("short", "is too short: the meter refreshed"),
-        ("lost", "could not be read: GPU is lost"),
-        ("reset", "the counter went backwards"),
+        ("short", "WindowTooShortError", "is too short: the meter refreshed"),
+        ("lost", "DeviceLostError", "could not be read: GPU is lost; see `dmesg"),
+        ("reset", "CounterBackwardsError", "the counter went backwards"),
+        ("failed_call", "ReadingFailedError", "could not be read: Unknown Error"),
+        ("restarted", "DriverRestartedError", "could not be read: Uninitialized; the driver was restarted"),
     ],
 )
-def test_faults_give_no_figure(seen, name, reason):
-    played = seen[name]
+def test_faults_have_their_own_type_and_give_no_figure(seen, name, fault, reason):
+    played = seen[name] if name != "restarted" else seen[name]["spoilt"]
+    assert played["type"] == fault
     assert not played["is_valid"]
     assert reason in played["reason"]
     assert "read_j" not in played
     assert played["reason"] in played["error"]
+
+
+def test_after_a_restart_of_the_driver_the_same_meter_goes_on(seen):
+    after = seen["restarted"]["after"]
+    assert after["is_valid"], after["reason"]
+    assert after["energy_j"] == pytest.approx(100 * (after["end_s"] - after["begin_s"]), rel=0.05)
+
+
+def test_throttling_and_other_processes_invalidate_and_a_power_limit_does_not(seen):
+    throttled, shared = seen["throttled"], seen["shared"]
+    assert (throttled["is_valid"], throttled["figure"]) == (False, None)
+    assert f"{GPU_0} was throttled (hw_thermal_slowdown)" in throttled["reason"]
+    assert throttled["idle"] == ""  # nothing runs: clocks held down spoil no rest
+    assert (shared["is_valid"], shared["figure"]) == (False, None)
+    assert f"{GPU_0} was used by other processes (4000000)" in shared["reason"]
+    assert "4000000" in shared["idle"]
+    for name in ("power_capped", "alone"):
+        assert seen[name]["is_valid"], seen[name]["reason"]
+
+
+def test_meters_by_name(seen):
+    plain, index, uuid, beginning, two, unknown, ambiguous = seen["named"]
+    assert (plain, index, uuid, beginning) == ([f"gpu {GPU_0}"], [f"gpu {GPU_1}"], [f"gpu {GPU_1}"], [f"gpu {GPU_0}"])
+    assert two == [f"gpu {GPU_0}", f"gpu {GPU_1}"]
+    assert unknown.startswith("DeviceNotListedError:")
+    assert "GPU GPU-ff, but the driver lists 2 GPUs without it" in unknown
+    assert "2 of them by that name" in ambiguous
+
+
+def test_counter_and_integrated_power_of_one_device_agree(seen):
+    both = seen["both"]
+    assert both["power_j"] == pytest.approx(both["counter_j"], rel=0.03)
+    assert both["period_s"] == 0.1  # a steady power shows no refresh while it is probed
 
 
 def test_generation_through_the_meter(seen):
@@ -146,6 +182,19 @@ def test_generation_through_the_meter(seen):
     assert played["prefill_power_w"] == pytest.approx(200, rel=0.05)
     assert played["prefill_energy_j"] == pytest.approx(200 * played["prefill_s_per_prompt"], rel=0.05)
     assert played["energy_per_token_j"] == pytest.approx(200 * played["decode_s_per_token"], rel=0.05)
+    # 50 W at rest: three quarters of it are the work's.
+    assert played["idle_w"] == pytest.approx(50, rel=0.05)
+    for net_j, gross in zip(played["net_per_token_j"], played["per_token"], strict=True):
+        assert net_j == pytest.approx(0.75 * gross["mean_j"], rel=0.05)
+        assert gross["low_j"] <= gross["mean_j"] <= gross["high_j"]
+        assert gross["deviation_j"] >= 0
+    # A prompt of eight tokens: prefill is told by the prompt and by the prompt token.
+    assert played["prefill_energy_j"] == pytest.approx(8 * played["per_token"][0]["mean_j"])
+    assert played["windows"] == [3, 3]
+    for name in ("before", "after"):
+        condition = played[name]
+        assert (condition["device"], condition["temperature_celsius"]) == (GPU_0, 40)
+        assert (condition["core_clock_mhz"], condition["memory_clock_mhz"]) == (1410, 1215)
 
 
 def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
@@ -157,19 +206,25 @@ def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
 
 
 @pytest.mark.parametrize(
-    ("name", "message", "remedy"),
+    ("name", "fault", "message", "remedy"),
     [
-        ("mig", "split by MIG", "nvidia-smi -mig 0"),
-        ("neither", "has no energy counter, and its power cannot be read: Not Supported", "another GPU"),
-        ("driver_not_loaded", "driver is not loaded", "modprobe nvidia"),
-        ("no_permission", "may not be asked", "/dev/nvidia"),
-        ("mismatch", "different versions", "reboot"),
-        ("hidden", "shows 0 GPUs", "CUDA_VISIBLE_DEVICES"),
-        ("not_listed", "is GPU 5, but the driver lists 1 GPUs", "CUDA_VISIBLE_DEVICES"),
-        ("mig_instance", "MIG instance MIG-1234", "another GPU"),
+        ("mig", "MigDeviceError", "split by MIG", "nvidia-smi -mig 0"),
+        (
+            "neither",
+            "EnergyNotSupportedError",
+            "has no energy counter, and its power cannot be read: Not Supported",
+            "another GPU",
+        ),
+        ("driver_not_loaded", "NoDriverError", "driver is not loaded", "modprobe nvidia"),
+        ("no_permission", "MeterPermissionError", "may not be asked", "/dev/nvidia"),
+        ("mismatch", "NoDriverError", "different versions", "reboot"),
+        ("hidden", "DeviceNotListedError", "shows 0 GPUs", "CUDA_VISIBLE_DEVICES"),
+        ("not_listed", "DeviceNotListedError", "is GPU 5, but the driver lists 1 GPUs", "CUDA_VISIBLE_DEVICES"),
+        ("mig_instance", "MigDeviceError", "MIG instance MIG-1234", "another GPU"),
     ],
 )
-def test_refusals_name_reason_and_remedy(seen, name, message, remedy):
+def test_refusals_have_their_own_type_and_name_reason_and_remedy(seen, name, fault, message, remedy):
+    assert seen[name]["type"] == fault
     assert message in seen[name]["message"]
     assert remedy in seen[name]["message"]
     assert remedy in seen[name]["remedy"]

@@ -17,6 +17,7 @@ from dse.measurement import LatencySpec, RaplMeter, find_meters, measure_energy,
 
 CPU = torch.device("cpu")
 RANGE_UJ = 40_000_000
+SOURCE = "RAPL counters of the packages and their DRAM"
 
 
 def add_domain(root: Path, folder: str, name: str, energy_uj: int = 0, range_uj: int = RANGE_UJ) -> Path:
@@ -54,11 +55,13 @@ def drawing(powers_w: dict[Path, float], begin_uj: int):
 
 @pytest.fixture
 def powercap(tmp_path):
-    """Two packages, with the parts and doubles that must not be counted."""
+    """Two packages, one with DRAM that is told, and the parts and doubles that must not be counted."""
     files = [add_domain(tmp_path, "intel-rapl:0", "package-0"), add_domain(tmp_path, "intel-rapl:1", "package-1")]
+    files.append(add_domain(tmp_path, "intel-rapl:1:0", "dram", energy_uj=5))
+    for folder, name, energy_uj in [("intel-rapl:0:1", "dram", 0), ("intel-rapl:1:1", "uncore", 3)]:
+        add_domain(tmp_path, folder, name, energy_uj=energy_uj)
     for folder, name in [
         ("intel-rapl:0:0", "core"),
-        ("intel-rapl:0:1", "dram"),
         ("intel-rapl:2", "psys"),
         ("intel-rapl-mmio:0", "package-0"),
     ]:
@@ -70,22 +73,23 @@ def powercap(tmp_path):
 def test_two_packages_through_a_wrap(powercap):
     root, files = powercap
     meter = RaplMeter(root)
-    assert sorted(meter.details) == ["package-0", "package-1"]
+    assert sorted(meter.details) == ["dram-1", "package-0", "package-1"]
     # 60 W from 2 J below the end of the range: the first package wraps 33 ms after it starts.
-    with drawing({files[0]: 60.0, files[1]: 25.0}, RANGE_UJ - 2_000_000), meter.window() as window:
+    with drawing({files[0]: 60.0, files[1]: 25.0, files[2]: 5.0}, RANGE_UJ - 2_000_000), meter.window() as window:
         time.sleep(0.8)
     assert window.is_valid, window.reason
     assert window.per_device_j["package-0"] == pytest.approx(60 * window.duration_s, rel=0.04)
     assert window.per_device_j["package-1"] == pytest.approx(25 * window.duration_s, rel=0.04)
+    assert window.per_device_j["dram-1"] == pytest.approx(5 * window.duration_s, rel=0.04)
     assert window.energy_j == pytest.approx(sum(window.per_device_j.values()))
 
 
 def test_measure_energy_of_a_generation(powercap, llama):
     root, files = powercap
     spec = LatencySpec(prompt_tokens=8, new_tokens=4, batch_size=2)
-    with drawing({files[0]: 60.0, files[1]: 40.0}, 0):
-        result = measure_energy(llama, spec, open_meter(CPU, powercap_root=root), min_window_s=0.4)
-    assert (result.meter, result.source, result.is_valid) == ("rapl", "RAPL package counters", True)
+    with drawing({files[0]: 60.0, files[1]: 30.0, files[2]: 10.0}, 6):
+        result = measure_energy(llama, spec, open_meter(CPU, powercap_root=root), min_window_s=0.2)
+    assert (result.meter, result.source, result.is_valid) == ("rapl", SOURCE, True)
     assert result.decode is not None
     for phase in (result.prefill, result.decode):
         assert phase.duration_s >= 0.4
@@ -100,8 +104,8 @@ def test_measure_energy_of_a_generation(powercap, llama):
 
 def test_measure_energy_of_an_encoder(powercap, bert):
     root, files = powercap
-    with drawing({files[0]: 60.0, files[1]: 40.0}, 0):
-        result = measure_energy(bert, LatencySpec(prompt_tokens=8), RaplMeter(root), min_window_s=0.2)
+    with drawing({files[0]: 60.0, files[1]: 30.0, files[2]: 10.0}, 6):
+        result = measure_energy(bert, LatencySpec(prompt_tokens=8), RaplMeter(root), min_window_s=0.1)
     assert result.decode is None
     assert result.energy_per_token_j is None
     assert result.prefill_energy_j > 0
@@ -171,7 +175,7 @@ def test_unreadable_counter_names_the_remedy():
 def test_missing_meter_says_what_was_tried(tmp_path, prepare, message):
     root = tmp_path / "powercap"
     prepare(root)
-    with pytest.raises(MeterUnavailableError, match=rf"energy on 'cpu' must have a meter.*rapl: .*{message}"):
+    with pytest.raises(MeterUnavailableError, match=rf"no energy meter rapl: 'cpu' must have a meter, but .*{message}"):
         open_meter(CPU, powercap_root=root)
     (status,) = find_meters(CPU, powercap_root=root)
     assert not status.available
@@ -181,7 +185,7 @@ def test_missing_meter_says_what_was_tried(tmp_path, prepare, message):
 
 def test_found_meter(powercap):
     (status,) = find_meters(CPU, powercap_root=powercap[0])
-    assert (status.name, status.available, status.source) == ("rapl", True, "RAPL package counters")
+    assert (status.name, status.available, status.source) == ("rapl", True, SOURCE)
 
 
 def test_a_device_without_any_meter():

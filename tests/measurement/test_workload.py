@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -17,8 +22,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dse.errors import ConfigError
+from dse.errors import ConfigError, InvalidMeasurementError
+from dse.measurement.execution import StaticExecution
 from dse.measurement.workload import LatencySpec, Workload
+
+
+class PlainStatic(StaticExecution):
+    mode = "static"
+
+    @torch.inference_mode()
+    def step(self, side, generation):
+        generation.next_tokens = self._fixed_step(generation.next_tokens, generation.cache)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,13 @@ def greedy_without_cache(model, prompt, steps):
     return tokens[:, prompt.shape[1] :]
 
 
+def prefilled(workload, side="dense"):
+    generation = workload.begin(side)
+    workload.prefill(generation)
+    workload.get_ready(generation, side)
+    return generation
+
+
 def tokens_fed(model, run):
     """What `run` feeds to the model's embedding, call by call."""
     fed = []
@@ -70,7 +91,7 @@ def tokens_fed(model, run):
 
 def test_decode_is_the_real_greedy_generation(llama):
     workload = Workload(llama, LatencySpec(prompt_tokens=12, new_tokens=5, batch_size=3))
-    state = workload.prefill()
+    state = prefilled(workload)
     fed = tokens_fed(llama, lambda: workload.decode(state))
     assert [tuple(step.shape) for step in fed] == [(3, 1)] * 5
     assert torch.equal(torch.cat(fed, dim=1), greedy_without_cache(llama, workload.prompt, 5))
@@ -82,7 +103,7 @@ def test_prefill_is_one_pass_and_asks_for_one_position(llama):
     hook = llama.lm_head.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape))
     workload = Workload(llama, LatencySpec(prompt_tokens=12, new_tokens=1))
     seen.clear()
-    fed = tokens_fed(llama, workload.prefill)
+    fed = tokens_fed(llama, lambda: workload.prefill(workload.begin()))
     hook.remove()
     assert [tuple(step.shape) for step in fed] == [(1, 12)]
     assert [tuple(shape) for shape in seen] == [(1, 1, 32)]
@@ -111,17 +132,96 @@ def sliding_mistral():
 def test_decode_again_leaves_the_state_as_it_was(build):
     """Caches that can be cropped and caches that cannot (a sliding window forgets) repeat the same decode."""
     torch.manual_seed(0)
-    workload = Workload(build(), LatencySpec(prompt_tokens=10, new_tokens=3))
-    state = workload.prefill()
+    model = build()
+    workload = Workload(model, LatencySpec(prompt_tokens=10, new_tokens=3))
+    state = prefilled(workload)
     length = state.cache.get_seq_length()
-    runs = [tokens_fed(workload._model, lambda: workload.decode_again(state)) for _ in range(3)]
+    runs = [tokens_fed(model, lambda: workload.decode_again(state)) for _ in range(3)]
     assert state.cache.get_seq_length() == length
     # The first run also tries whether the cache can be cropped.
     assert [torch.cat(run[-3:]).tolist() for run in runs] == [torch.cat(runs[-1]).tolist()] * 3
     fresh = copy.deepcopy(state)
-    assert (
-        torch.cat(tokens_fed(workload._model, lambda: workload.decode(fresh))).tolist() == torch.cat(runs[-1]).tolist()
+    assert torch.cat(tokens_fed(model, lambda: workload.decode(fresh))).tolist() == torch.cat(runs[-1]).tolist()
+
+
+def test_a_static_cache_generates_the_same_tokens_and_goes_back(llama):
+    """The fixed program of compile and cuda_graph, run kernel by kernel: masks and positions are tensors."""
+    prompt = Workload(llama, LatencySpec(prompt_tokens=12, batch_size=3)).prompt
+    execution = PlainStatic(llama, prompt, 5, {"use_cache": True, "logits_to_keep": 1})
+    expected = greedy_without_cache(llama, prompt, 6)
+    for _ in range(2):  # the one cache of a side starts anew
+        generation = execution.begin("dense")
+        execution.prefill(generation)
+        first = generation.next_tokens
+        for _ in range(2):
+            decoded = [generation.next_tokens]
+            for _ in range(5):
+                execution.step("dense", generation)
+                decoded.append(generation.next_tokens)
+            assert torch.equal(torch.cat(decoded, dim=1), expected)
+            assert execution.rewind(generation, first)
+
+
+def test_a_static_cache_serves_learned_positions_and_refuses_a_sliding_window():
+    torch.manual_seed(0)
+    model = gpt2()
+    prompt = Workload(model, LatencySpec(prompt_tokens=10, new_tokens=4)).prompt
+    execution = PlainStatic(model, prompt, 4, {"use_cache": True, "logits_to_keep": 1})
+    generation = execution.begin("subject")
+    execution.prefill(generation)
+    decoded = [generation.next_tokens]
+    for _ in range(4):
+        execution.step("subject", generation)
+        decoded.append(generation.next_tokens)
+    assert torch.equal(torch.cat(decoded, dim=1), greedy_without_cache(model, prompt, 5))
+    with pytest.raises(InvalidMeasurementError, match="sliding window"):
+        PlainStatic(sliding_mistral(), prompt, 4, {"use_cache": True}).begin("dense")
+
+
+def test_cuda_graphs_are_refused_without_a_gpu_and_unknown_modes_always(llama, bert):
+    with pytest.raises(ConfigError, match="'cuda_graph' must be available, but CUDA graphs need an NVIDIA GPU"):
+        Workload(llama, LatencySpec(prompt_tokens=8, mode="cuda_graph"))
+    with pytest.raises(ConfigError, match="this model has none; use eager"):
+        Workload(bert, LatencySpec(prompt_tokens=8, mode="compile"))
+    with pytest.raises(ConfigError, match=r"one of eager, compile, cuda_graph, but got 'compiled'; did you mean"):
+        LatencySpec(mode="compiled")
+
+
+def test_compile_without_a_compiler_says_so(tmp_path):
+    """In a process of its own with no compiler on the path; the reason is the compiler stack's own."""
+    source = (
+        "import torch; from dse.measurement.modes import mode_problem;"
+        "print(mode_problem('compile', [torch.device('cpu')], decodes=True))"
     )
+    environment = {**os.environ, "CXX": "no-such-compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work here" in done.stdout
+    assert "install a C++ compiler, or use eager" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_steps_generate_the_same_tokens_for_both_sides(llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler stack's own
+        workload = Workload(llama, LatencySpec(prompt_tokens=6, new_tokens=3, mode="compile"))
+        dense = prefilled(workload, "dense")
+        kept = llama.lm_head.weight
+        llama.lm_head.weight = torch.nn.Parameter(-kept, requires_grad=False)  # the other side answers otherwise
+        subject = prefilled(workload, "subject")
+        expected_subject = greedy_without_cache(llama, workload.prompt, 3)
+        decoded = []
+        for _ in range(2):
+            decoded.append(subject.next_tokens)
+            workload.step(subject, "subject")
+        llama.lm_head.weight = kept
+        expected = greedy_without_cache(llama, workload.prompt, 3)
+        fed = []
+        for _ in range(2):
+            fed.append(dense.next_tokens)
+            workload.step(dense, "dense")
+    assert torch.equal(torch.cat([*fed, dense.next_tokens], dim=1), expected)
+    assert torch.equal(torch.cat([*decoded, subject.next_tokens], dim=1), expected_subject)
 
 
 def test_encoders_have_no_decode(bert):
@@ -152,7 +252,7 @@ def test_roberta_loses_positions_to_padding():
         pad_token_id=1,
     )
     model = RobertaForMaskedLM(config).eval()
-    Workload(model, LatencySpec(prompt_tokens=32)).prefill()
+    prefilled(Workload(model, LatencySpec(prompt_tokens=32)))
     with pytest.raises(ConfigError, match="`prompt_tokens <= 32`"):
         Workload(model, LatencySpec(prompt_tokens=33))
 

@@ -1,0 +1,96 @@
+"""Run a function in a forked child: it sees the resident model without copying it, and its memory is its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dse.errors import InvalidMeasurementError, OutOfMemoryError
+
+__all__ = ["in_child_process"]
+
+TIME_LIMIT_S = 1800.0
+
+
+def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float = TIME_LIMIT_S) -> Any:
+    """Result of `work()`, run in a forked child of this process with one thread; a JSON value.
+
+    The child starts with the memory of this process as it is now, shared until written, and with a peak of its own.
+    One thread, because the thread pools of libraries do not survive a fork; the memory that a pass needs hardly depends
+    on it.
+
+    Args:
+        work: What to run; returns JSON values. Errors of ours come back as they are, out of memory among them.
+        doing: What it does, for messages: "measuring memory".
+        time_limit_s: The child is ended after this long.
+
+    Raises:
+        InvalidMeasurementError: This system cannot fork, or the child failed or took too long.
+        OutOfMemoryError: The child ran out of memory, or the kernel ended it for its memory.
+    """
+    if not hasattr(os, "fork"):
+        raise InvalidMeasurementError(f"{doing} needs a system that can fork a process (Linux), but this one cannot")
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _run_child(work, writer)
+    os.close(writer)
+    try:
+        text = _read_until(reader, time.monotonic() + time_limit_s)
+        if text is None:
+            os.kill(child, signal.SIGKILL)
+            raise InvalidMeasurementError(f"{doing} must end within {time_limit_s:g} s, but its process did not")
+    finally:
+        os.close(reader)
+        _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        ended_by = signal.Signals(os.WTERMSIG(status)).name
+        if ended_by == "SIGKILL":
+            raise OutOfMemoryError(
+                f"the machine must have room for {doing}, but the kernel ended its process (SIGKILL)"
+            )
+        raise InvalidMeasurementError(f"{doing} must run to its end, but its process was ended by {ended_by}")
+    answer = json.loads(text or '["InvalidMeasurementError", "its process ended without an answer"]')
+    if answer[0] == "result":
+        return answer[1]
+    if answer[0] == "OutOfMemoryError":
+        raise OutOfMemoryError(answer[1])
+    raise InvalidMeasurementError(f"{doing} must run to its end, but: {answer[1]}")
+
+
+def _run_child(work: Callable[[], Any], writer: int) -> None:
+    """Run, answer through the pipe, and leave without the parent's clean-up, which is not the child's to do."""
+    try:
+        torch.set_num_threads(1)
+        answer = ["result", work()]
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is told
+        answer = [type(error).__name__, " ".join(str(error).split()) or type(error).__name__]
+    try:
+        with os.fdopen(writer, "w") as stream:
+            json.dump(answer, stream)
+    finally:
+        os._exit(0)
+
+
+def _read_until(reader: int, deadline_s: float) -> str | None:
+    """All that is written to a pipe until it is closed; None where that takes too long."""
+    parts: list[bytes] = []
+    while True:
+        ready, _, _ = select.select([reader], [], [], max(0.0, deadline_s - time.monotonic()))
+        if not ready:
+            return None
+        part = os.read(reader, 65536)
+        if not part:
+            return b"".join(parts).decode()
+        parts.append(part)

@@ -1,0 +1,137 @@
+"""A meter that plays a recorded power trace: for tests, and for teaching what a meter sees. It measures nothing."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from dse.errors import ConfigError
+from dse.measurement.meter import EnergyMeter
+from dse.measurement.track import Channel, PowerTrack
+
+__all__ = ["PowerTrace", "ReplayMeter"]
+
+
+@dataclass(frozen=True)
+class PowerTrace:
+    """Power of some devices over time, linear between samples.
+
+    Attributes:
+        times_s: Rising from 0, at least two.
+        power_w: Device to its power at each time.
+    """
+
+    times_s: tuple[float, ...]
+    power_w: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def read(cls, path: Path) -> PowerTrace:
+        """Read a CSV file whose head is `time_s,<device>_w,...` and whose rows are samples.
+
+        Raises:
+            ConfigError: It cannot be read, or is not such a file.
+        """
+        try:
+            with path.open(newline="", encoding="utf-8") as stream:
+                head, *rows = [row for row in csv.reader(stream) if row]
+            table = [[float(cell) for cell in row] for row in rows]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"a power trace must be a CSV file of numbers, but {path}: {error}") from error
+        devices = head[1:]
+        is_headed = head[0] == "time_s" and devices and all(name.endswith("_w") for name in devices)
+        if not is_headed or len(set(devices)) != len(devices):
+            raise ConfigError(f"the head of a power trace must be `time_s,<device>_w,...`, but {path} has {head}")
+        is_whole = len(table) > 1 and all(len(row) == len(head) for row in table)
+        if not is_whole or not all(math.isfinite(cell) and cell >= 0 for row in table for cell in row):
+            raise ConfigError(f"a power trace needs two or more full rows of numbers of at least 0, but {path} has not")
+        columns = list(zip(*table, strict=True))
+        if any(later <= earlier for earlier, later in itertools.pairwise(columns[0])):
+            raise ConfigError(f"`time_s` must rise from row to row, but in {path} it does not")
+        begin_s = columns[0][0]
+        return cls(
+            tuple(time_s - begin_s for time_s in columns[0]),
+            {name.removesuffix("_w"): column for name, column in zip(devices, columns[1:], strict=True)},
+        )
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the trace."""
+        return self.times_s[-1]
+
+    @property
+    def period_s(self) -> float:
+        """The median step between samples."""
+        return float(np.median(np.diff(self.times_s)))
+
+    def power_at_w(self, device: str, time_s: float) -> float:
+        """Power of `device` at `time_s`; the trace begins again where it ends."""
+        return float(np.interp(time_s % self.duration_s, self.times_s, self.power_w[device]))
+
+    def energy_between_j(self, device: str, begin_s: float, end_s: float) -> float:
+        """Exact joules between two instants of the endless trace: what a perfect meter would say."""
+        return self._energy_until_j(device, end_s) - self._energy_until_j(device, begin_s)
+
+    def _energy_until_j(self, device: str, time_s: float) -> float:
+        times, power = np.asarray(self.times_s), np.asarray(self.power_w[device])
+        sums = np.concatenate([[0.0], np.cumsum(np.diff(times) * (power[1:] + power[:-1]) / 2)])
+        rounds, rest_s = divmod(time_s, self.duration_s)
+        index = int(np.searchsorted(times, rest_s, side="right")) - 1
+        partial_j = (rest_s - times[index]) * (power[index] + self.power_at_w(device, rest_s)) / 2
+        return float(rounds * sums[-1] + sums[index] + partial_j)
+
+
+class ReplayMeter(EnergyMeter):
+    """Plays a power trace from the moment it is opened, again and again.
+
+    Args:
+        path: The trace; see `PowerTrace.read`.
+
+    Raises:
+        ConfigError: There is no such trace.
+    """
+
+    name = "replay"
+    is_replay: ClassVar[bool] = True
+
+    def __init__(self, path: Path) -> None:
+        self.trace = PowerTrace.read(path)
+        self.epoch_s = time.perf_counter()
+        self._path = path
+
+    @property
+    def source(self) -> str:
+        """See `EnergyMeter.source`."""
+        return f"replay of {self._path.name}: a recording, not a measurement"
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """See `EnergyMeter.details`."""
+        return {"trace": str(self._path), "repeats_every_s": f"{self.trace.duration_s:g}"}
+
+    @property
+    def period_s(self) -> float | None:
+        """See `EnergyMeter.period_s`."""
+        return self.trace.period_s
+
+    def channels(self) -> tuple[Channel, ...]:
+        """See `EnergyMeter.channels`."""
+        devices: Sequence[str] = tuple(self.trace.power_w)
+        return tuple(
+            Channel(device, partial(self._read_w, device), partial(PowerTrack, self.trace.period_s))
+            for device in devices
+        )
+
+    def synchronize(self) -> None:
+        """See `EnergyMeter.synchronize`. A recording waits for nothing."""
+
+    def _read_w(self, device: str) -> float:
+        return self.trace.power_at_w(device, time.perf_counter() - self.epoch_s)
