@@ -113,7 +113,11 @@ class NonFiniteError(TrialError):
 
 
 class OutOfMemoryError(TrialError):
-    """The device has no room for this point."""
+    """The device has no room for this point; `bytes_asked` is what it had no room for, where the allocator said."""
+
+    def __init__(self, message: str, bytes_asked: int | None = None) -> None:
+        super().__init__(message)
+        self.bytes_asked = bytes_asked
 
 
 class InvalidMeasurementError(TrialError):

@@ -90,7 +90,14 @@ def tiny_study(folder: Path, **changes: Any) -> dict[str, Any]:
         "objectives": ["accuracy", "parameters"],
         "tasks": [str(folder / "tiny_choice.yaml")],
         "evaluation": {"batch_size": 64},
-        "measurement": {"prompt_tokens": 8, "new_tokens": 2, "blocks": 2, "warmup_blocks": 0},
+        "measurement": {
+            "prompt_tokens": 8,
+            "new_tokens": 2,
+            "blocks": 2,
+            "warmup_blocks": 0,
+            "max_warmup_blocks": 0,
+            "precision": None,
+        },
         "sampler": {"name": "random", "seed": 1},
         "budget": {"trials": 5},
     }

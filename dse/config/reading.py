@@ -77,9 +77,13 @@ def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
         s.model_copy(update={"file": _absolute(folder, s.file)}) if s.file is not None else s
         for s in study.calibration.sources
     ]
+    meter = study.measurement.meter
+    if meter is not None and meter.startswith("replay:"):
+        meter = f"replay:{_absolute(folder, meter.removeprefix('replay:'))}"
     return study.model_copy(
         update={
             "tasks": tasks,
+            "measurement": study.measurement.model_copy(update={"meter": meter}),
             "calibration": study.calibration.model_copy(update={"sources": sources}),
             "model": study.model.model_copy(update={"ref": _model_ref(folder, study.model.ref)}),
         }

@@ -7,6 +7,7 @@ from dse.measurement.energy import EnergyResult, EnergySpread, PhaseEnergy, Wind
 from dse.measurement.energy_window import EnergyWindow
 from dse.measurement.environment import describe_environment
 from dse.measurement.faults import NoMeterError, WindowFault
+from dse.measurement.grid import CellLatency, grid_of, measure_cell
 from dse.measurement.idle import IdlePower, measure_idle_power
 from dse.measurement.latency import PairedLatency, PhaseLatency, measure_latency
 from dse.measurement.memory import MemoryResult, measure_peak_memory
@@ -16,9 +17,11 @@ from dse.measurement.nvml import NvmlMeter
 from dse.measurement.rapl import RaplMeter
 from dse.measurement.replay import PowerTrace, ReplayMeter
 from dse.measurement.spec import MODES, LatencySpec
+from dse.measurement.workload import check_workload
 
 __all__ = [
     "MODES",
+    "CellLatency",
     "Check",
     "DeviceCondition",
     "Distribution",
@@ -40,10 +43,13 @@ __all__ = [
     "ReplayMeter",
     "WindowEnergy",
     "WindowFault",
+    "check_workload",
     "describe_environment",
     "device_in_use",
     "device_lock",
     "find_meters",
+    "grid_of",
+    "measure_cell",
     "measure_energy",
     "measure_idle_power",
     "measure_latency",

@@ -65,7 +65,7 @@ def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float
     if answer[0] == "result":
         return answer[1]
     if answer[0] == "OutOfMemoryError":
-        raise OutOfMemoryError(answer[1])
+        raise OutOfMemoryError(answer[1], answer[2])
     raise InvalidMeasurementError(f"{doing} must run to its end, but: {answer[1]}")
 
 
@@ -73,9 +73,10 @@ def _run_child(work: Callable[[], Any], writer: int) -> None:
     """Run, answer through the pipe, and leave without the parent's clean-up, which is not the child's to do."""
     try:
         torch.set_num_threads(1)
-        answer = ["result", work()]
+        answer: list[Any] = ["result", work()]
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is told
         answer = [type(error).__name__, " ".join(str(error).split()) or type(error).__name__]
+        answer.append(getattr(error, "bytes_asked", None))
     try:
         with os.fdopen(writer, "w") as stream:
             json.dump(answer, stream)

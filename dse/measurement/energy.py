@@ -25,8 +25,8 @@ class EnergySpread:
     """Joules a unit (a prompt, a token), over the windows.
 
     Attributes:
-        mean_j: Mean of the windows.
-        low_j: Lower end of the 95 % interval of the mean (Student's t); None with one window.
+        mean_j: All joules over all units.
+        low_j: Lower end of its 95 % interval (Student's t over the windows); None with one window.
         high_j: Upper end.
         deviation_j: Standard deviation over the windows; None with one.
     """
@@ -37,13 +37,13 @@ class EnergySpread:
     deviation_j: float | None
 
     @classmethod
-    def of(cls, values_j: list[float]) -> EnergySpread:
-        """Summarise the windows' values, at least one."""
-        mean_j = statistics.fmean(values_j)
-        if len(values_j) < 2:
+    def of(cls, windows: list[tuple[float, int]]) -> EnergySpread:
+        """Summarise the windows' (joules, units), at least one."""
+        mean_j = sum(joules for joules, _ in windows) / sum(units for _, units in windows)
+        if len(windows) < 2:
             return cls(mean_j, None, None, None)
-        deviation_j = statistics.stdev(values_j)
-        reach_j = student_t_quantile(0.975, len(values_j) - 1) * deviation_j / math.sqrt(len(values_j))
+        deviation_j = statistics.stdev(joules / units for joules, units in windows)
+        reach_j = student_t_quantile(0.975, len(windows) - 1) * deviation_j / math.sqrt(len(windows))
         return cls(mean_j, mean_j - reach_j, mean_j + reach_j, deviation_j)
 
 
@@ -135,7 +135,7 @@ class PhaseEnergy:
         values = [(getattr(window, name), window.repeats * units) for window in self.windows]
         if any(value is None for value, _ in values):
             return None
-        return EnergySpread.of([value / count for value, count in values])
+        return EnergySpread.of(values)
 
 
 @dataclass(frozen=True)

@@ -48,5 +48,6 @@ def out_of_memory_errors(doing: str) -> Iterator[None]:
         amount = "an amount that the allocator does not say" if asked is None else f"{asked} bytes"
         raise OutOfMemoryError(
             f"the device must have room for {doing}, but an allocation of {amount} failed; "
-            f"lower the batch size or the prompt length"
+            f"lower the batch size or the prompt length",
+            asked,
         ) from error

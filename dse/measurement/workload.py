@@ -14,7 +14,7 @@ from dse.measurement.modes import refuse_unavailable_mode
 from dse.measurement.prompt import random_prompt, refuse_long_prompt
 from dse.measurement.spec import LatencySpec
 
-__all__ = ["Generation", "LatencySpec", "Workload"]
+__all__ = ["Generation", "LatencySpec", "Workload", "check_workload"]
 
 
 class Workload:
@@ -50,7 +50,7 @@ class Workload:
             options["logits_to_keep"] = 1
         self.prompt = random_prompt(model, spec)
         # A BERT with a language-model head claims to generate, but hands no cache back: only a pass can tell.
-        probe = EagerExecution(model, self.prompt[:, :1], 1, options)
+        probe = EagerExecution(model, self.prompt[:1, :1], 1, options)
         first = probe.begin("dense")
         probe.prefill(first)
         self.decodes = first.cache is not None
@@ -107,6 +107,15 @@ class Workload:
     def synchronize(self) -> None:
         """Wait for the model's devices."""
         synchronize(self.devices)
+
+
+def check_workload(model: nn.Module, spec: LatencySpec) -> None:
+    """Refuse what cannot be measured, before anything large is run: a pass of one token of one sequence is.
+
+    Raises:
+        ConfigError: The prompt does not fit the model's context, or the mode cannot be had here.
+    """
+    Workload(model, spec)
 
 
 def _can_generate(model: nn.Module) -> bool:

@@ -15,10 +15,11 @@ from dse.decomposition import FactorBank, apply_point
 from dse.design_point import DesignPoint
 from dse.errors import DseError, OutOfMemoryError, StudyError, TrialError
 from dse.evaluation import EvaluationResult, ModelEvaluator
-from dse.measurement import EnergyMeter, LatencySpec, device_in_use
+from dse.measurement import device_in_use
 from dse.models import LoadedModel
 from dse.study.evaluation_quantities import with_evaluation
 from dse.study.measure_point import PhaseListener, PointMeasurer
+from dse.study.measurement_plan import MeasurementPlan
 from dse.study.objectives import Needs
 from dse.study.point_run import PointRun, Reference
 from dse.study.record import TrialRecord
@@ -37,8 +38,7 @@ class PointEvaluator:
     bank: FactorBank
     needs: Needs
     evaluator: ModelEvaluator | None
-    latency_spec: LatencySpec
-    meter: EnergyMeter | None
+    plan: MeasurementPlan
     on_phase: PhaseListener = field(default=lambda phase, done, total: None)
 
     def evaluate(
@@ -76,9 +76,7 @@ class PointEvaluator:
                     run.evaluation = self.evaluator.evaluate(lambda done, total: self.on_phase("evaluate", done, total))
                 dense = None if reference is None else reference.evaluation
                 run.record = with_evaluation(run.record, run.evaluation, dense)
-            PointMeasurer(self.loaded, self.needs, self.latency_spec, self.meter, self.on_phase).measure(
-                run, applied, reference
-            )
+            PointMeasurer(self.loaded, self.needs, self.plan, self.on_phase).measure(run, applied, reference)
         finally:
             if applied is not None:
                 with run.timed("undo"):

@@ -34,7 +34,8 @@ def study_facts(prepared: PreparedStudy) -> dict[str, Any]:
         "calibration": None if calibration is None else calibration.description,
         "calibration_fingerprint": None if calibration is None else calibration.fingerprint,
         "evaluation_fingerprint": evaluator.evaluator.fingerprint if evaluator.evaluator else None,
-        "energy_meter": evaluator.meter.name if evaluator.meter else None,
+        "energy_meter": evaluator.plan.meter.name if evaluator.plan.meter else None,
+        "energy_source": evaluator.plan.meter.source if evaluator.plan.meter else None,
         "seeds": {
             "sampler": prepared.config.sampler.seed,
             "documents": prepared.config.evaluation.seed,

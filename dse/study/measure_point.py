@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from dse.decomposition import AppliedPoint
-from dse.errors import InvalidMeasurementError
+from dse.errors import InvalidMeasurementError, OutOfMemoryError
 from dse.measurement import (
+    CellLatency,
     EnergyMeter,
+    EnergyResult,
+    EnergySpread,
     LatencySpec,
-    PairedLatency,
     PhaseLatency,
     device_lock,
+    measure_cell,
     measure_energy,
-    measure_latency,
     measure_peak_memory,
 )
 from dse.models import LoadedModel
+from dse.study.measurement_plan import MeasurementPlan
 from dse.study.objectives import Needs
 from dse.study.point_run import PointRun, Reference
 from dse.study.record import Interval, TrialRecord, finite
 
 __all__ = ["PhaseListener", "PointMeasurer"]
-
-_LATENCY_ATTEMPTS = 5
 
 PhaseListener = Callable[[str, int, int], None]
 
@@ -38,8 +39,7 @@ class PointMeasurer:
 
     loaded: LoadedModel
     needs: Needs
-    latency_spec: LatencySpec
-    meter: EnergyMeter | None
+    plan: MeasurementPlan
     on_phase: PhaseListener
 
     def measure(self, run: PointRun, applied: AppliedPoint, reference: Reference | None) -> None:
@@ -58,31 +58,31 @@ class PointMeasurer:
         with lock:
             if self.needs.latency:
                 self._latency(run, applied, reference)
-            if self.needs.energy and self.meter is not None:
-                self._energy(run, self.meter, reference)
+            if self.needs.energy and self.plan.meter is not None:
+                self._energy(run, self.plan.meter, reference)
             if self.needs.memory:
                 self._memory(run, reference)
 
     def _latency(self, run: PointRun, applied: AppliedPoint, reference: Reference | None) -> None:
-        discarded: list[str] = []
+        """The first cell is the objectives' and must be valid; what became of the others is recorded."""
         with run.timed("latency"):
-            latency = self._latency_once(applied)
-            # The machine was disturbed: another look is cheaper than a lost trial.
-            while not latency.is_valid and len(discarded) + 1 < _LATENCY_ATTEMPTS:
-                discarded.append(latency.reason)
-                latency = self._latency_once(applied)
-        entry = {**_json_safe(latency), "attempts": len(discarded) + 1, "discarded": discarded}
-        run.record = dataclasses.replace(run.record, latency=entry)
-        if not latency.is_valid:
-            raise InvalidMeasurementError(f"latency: {latency.reason}")
-        run.record = _with_phase_latency(run.record, "prefill_latency_s", latency.prefill, reference)
-        if latency.decode is not None:
-            run.record = _with_phase_latency(run.record, "decode_latency_s", latency.decode, reference)
+            cells = []
+            for spec in self.plan.cells:
+                cells.append(self._cell(spec, applied))
+                run.record = dataclasses.replace(run.record, latency=_latency_entry(cells))
+        first = cells[0]
+        if first.latency is None:
+            raise OutOfMemoryError(first.reason, first.bytes_asked)
+        if not first.is_valid:
+            raise InvalidMeasurementError(f"latency: {first.reason}")
+        run.record = _with_phase_latency(run.record, "prefill_latency_s", first.latency.prefill, reference)
+        if first.latency.decode is not None:
+            run.record = _with_phase_latency(run.record, "decode_latency_s", first.latency.decode, reference)
 
-    def _latency_once(self, applied: AppliedPoint) -> PairedLatency:
-        return measure_latency(
+    def _cell(self, spec: LatencySpec, applied: AppliedPoint) -> CellLatency:
+        return measure_cell(
             self.loaded.model,
-            self.latency_spec,
+            spec,
             use_subject=applied.use_point,
             use_dense=applied.use_dense,
             progress=lambda done, total: self.on_phase("latency", done, total),
@@ -91,18 +91,56 @@ class PointMeasurer:
     def _energy(self, run: PointRun, meter: EnergyMeter, reference: Reference | None) -> None:
         self.on_phase("energy", 0, 1)
         with run.timed("energy"):
-            energy = measure_energy(self.loaded.model, self.latency_spec, meter)
+            energy = measure_energy(
+                self.loaded.model,
+                self.plan.cells[0],
+                meter,
+                idle=self.plan.idle,
+                windows=self.plan.energy_windows,
+                precision=self.plan.energy_precision,
+            )
         entry = {**_json_safe(energy), "is_valid": energy.is_valid, "reason": energy.reason}
         run.record = dataclasses.replace(run.record, energy=entry)
-        for name in ("prefill_energy_j", "energy_per_token_j"):
-            run.record = _with_quantity(run.record, name, getattr(energy, name), reference)
+        if not energy.is_valid and self.needs.valid_energy:
+            raise InvalidMeasurementError(f"energy: {energy.reason}")
+        for name, spread in _energies(energy).items():
+            run.record = _with_quantity(
+                run.record, name, Interval(spread.mean_j, spread.low_j, spread.high_j), reference
+            )
 
     def _memory(self, run: PointRun, reference: Reference | None) -> None:
         self.on_phase("memory", 0, 1)
+        per_token = run.record.cost.get("kv_cache_bytes_per_token")
         with run.timed("memory"):
-            memory = measure_peak_memory(self.loaded.model, self.latency_spec)
+            memory = measure_peak_memory(self.loaded.model, self.plan.cells[0], kv_cache_bytes_per_token=per_token)
         run.record = dataclasses.replace(run.record, memory=_json_safe(memory))
-        run.record = _with_quantity(run.record, "peak_memory_bytes", float(memory.peak_bytes), reference)
+        run.record = _with_quantity(run.record, "peak_memory_bytes", Interval(float(memory.peak_bytes)), reference)
+
+
+def _latency_entry(cells: Sequence[CellLatency]) -> dict[str, Any]:
+    """The first cell as it stands, its attempts, and the other cells beside it."""
+    first, *others = (_cell_entry(cell) for cell in cells)
+    return {**first, "cells": others}
+
+
+def _cell_entry(cell: CellLatency) -> dict[str, Any]:
+    values = _json_safe(cell)
+    return {**(values.pop("latency") or {}), **values, "cell": cell.spec.cell}
+
+
+def _energies(energy: EnergyResult) -> dict[str, EnergySpread]:
+    """Quantity to its spread; phases that are invalid have none."""
+    spreads = {
+        "prefill_energy_j": energy.prefill.per_sequence,
+        "prefill_energy_per_token_j": energy.prefill.per_token,
+        "prefill_net_energy_per_token_j": energy.prefill.net_per_token,
+    }
+    if energy.decode is not None:
+        spreads |= {
+            "energy_per_token_j": energy.decode.per_token,
+            "net_energy_per_token_j": energy.decode.net_per_token,
+        }
+    return {name: spread for name, spread in spreads.items() if spread is not None}
 
 
 def _with_phase_latency(
@@ -129,14 +167,11 @@ def _with_phase_latency(
     )
 
 
-def _with_quantity(record: TrialRecord, name: str, value: float | None, reference: Reference | None) -> TrialRecord:
-    if value is None:
-        return record
-    quantities, ratios = {**record.quantities, name: Interval(value)}, dict(record.ratios)
-    if reference is not None:
-        dense = reference.record.quantities.get(name)
-        if dense is not None and dense.value:
-            ratios[name] = Interval(value / dense.value)
+def _with_quantity(record: TrialRecord, name: str, value: Interval, reference: Reference | None) -> TrialRecord:
+    quantities, ratios = {**record.quantities, name: value}, dict(record.ratios)
+    dense = None if reference is None else reference.record.quantities.get(name)
+    if dense is not None and dense.value and value.value is not None:
+        ratios[name] = Interval(value.value / dense.value)
     return dataclasses.replace(record, quantities=quantities, ratios=ratios)
 
 

@@ -27,22 +27,37 @@ _MEMORY = {"peak_memory_bytes"}
 
 @dataclass(frozen=True)
 class Needs:
-    """Which measurements a study takes."""
+    """Which measurements a study takes.
+
+    Attributes:
+        evaluation: Accuracy.
+        latency: Prefill and decode.
+        energy: Of both.
+        memory: Peaks.
+        valid_energy: Whether a trial fails where its energy is invalid, because an objective is read from it.
+    """
 
     evaluation: bool
     latency: bool
     energy: bool
     memory: bool
+    valid_energy: bool = True
 
 
-def needs_of(objectives: Sequence[Objective], has_tasks: bool) -> Needs:
-    """Measurements that these objectives need; tasks that are named are evaluated in any case."""
+def needs_of(
+    objectives: Sequence[Objective], has_tasks: bool, *, has_grid: bool = False, has_meter: bool = False
+) -> Needs:
+    """Measurements that these objectives need.
+
+    What the study names beside them is taken in any case: tasks, a grid of more than one cell, a meter.
+    """
     names = {entry.name for entry in objectives}
     return Needs(
         evaluation=has_tasks or bool(names & (_ACCURACY | _GRADED.keys())),
-        latency=bool(names & _LATENCY),
-        energy=bool(names & _ENERGY),
+        latency=has_grid or bool(names & _LATENCY),
+        energy=has_meter or bool(names & _ENERGY),
         memory=bool(names & _MEMORY),
+        valid_energy=bool(names & _ENERGY),
     )
 
 

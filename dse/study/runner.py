@@ -23,7 +23,7 @@ from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts, noticing_interrupts
 from dse.study.objectives import objective_values
 from dse.study.proposals import first_points, unseen_feasible_levels
-from dse.study.record import TrialRecord
+from dse.study.record import TrialRecord, finite
 from dse.study.setup import PreparedStudy, prepare_study
 from dse.study.storage import Proposal, StudyStorage
 from dse.study.study import Study, begun_study, write_reports
@@ -129,6 +129,7 @@ class _Loop:
         """Propose and evaluate until the budget is spent or the space is exhausted."""
         try:
             free = self._resume_or_start()
+            self._take_idle_power("idle_power_before")
             while self.evaluated < self.prepared.config.budget.trials:
                 if free >= _FREE_PROPOSALS and self.storage.enqueued == 0:
                     if not self._enqueue_unseen():
@@ -138,6 +139,7 @@ class _Loop:
                     free = 0
                 proposal = self.storage.ask(self.prepared.space.dimensions)
                 free = 0 if self._take(proposal) else free + 1
+            self._take_idle_power("idle_power_after")
         except BaseException:
             self.storage.close()
             with contextlib.suppress(UserError):  # what ended the run is worth more than its tables
@@ -145,6 +147,14 @@ class _Loop:
             raise
         self.storage.close()
         write_reports(Study(self.folder.path))
+
+    def _take_idle_power(self, name: str) -> None:
+        """Measure the power at rest, where energy is measured, and keep it with the study."""
+        idle = self.prepared.evaluator.plan.take_idle_power(self.prepared.loaded.device)
+        if idle is not None:
+            self.storage.set_attribute(name, finite(dataclasses.asdict(idle)))
+            power = idle.reason or f"{idle.power_w:.4g} W"
+            self.listener.on_message(f"{name.replace('_', ' ')} the study: {power}")
 
     def _resume_or_start(self) -> int:
         """Bring the storage and this process to the same state; returns the free proposals in a row so far."""

@@ -10,14 +10,14 @@ import torch
 from dse.config import StudyConfig
 from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows, longest_window
 from dse.design_point import DesignPoint
-from dse.errors import ConfigError, MeterUnavailableError, PointError
+from dse.errors import ConfigError, PointError
 from dse.evaluation import ModelEvaluator, evaluator_for
-from dse.measurement import EnergyMeter, LatencySpec, open_meter
-from dse.measurement.workload import Workload
+from dse.measurement import check_workload
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
 from dse.study.evaluate_point import PointEvaluator
 from dse.study.events import StudyListener
+from dse.study.measurement_plan import MeasurementPlan, open_study_meter
 from dse.study.objectives import check_tasks_serve, needs_of, resolve_objectives
 from dse.study.space import SearchSpace
 
@@ -53,28 +53,24 @@ def prepare_study(
         UserError: Anything in the study that cannot be: model, space, task, objective, meter, calibration text.
     """
     device = resolve_device(config.model.device)
-    meter, meter_problem = _try_meter(device) if _wants_energy(config) else (None, None)
+    meter, meter_problem = open_study_meter(config, device)
     objectives, dropped = resolve_objectives(config, meter_problem, begun_with)
     for name, reason in dropped.items():
         listener.on_message(f"objective {name} is left out: {reason}")
-    spec = LatencySpec(
-        prompt_tokens=config.measurement.prompt_tokens,
-        new_tokens=config.measurement.new_tokens,
-        batch_size=config.measurement.batch_size,
-        blocks=config.measurement.blocks,
-        warmup_blocks=config.measurement.warmup_blocks,
-    )
+    plan = MeasurementPlan.of(config, meter)
     listener.on_message(f"loading {config.model.ref}")
     loaded = load_study_model(config)
     _check_phases(objectives, loaded)
     space = SearchSpace.from_config(config.space, loaded.topology)
     enqueued = _enqueued_points(config, loaded, space)
-    needs = needs_of(objectives, bool(config.tasks))
+    has_grid, has_meter = len(plan.cells) > 1, meter is not None and config.measurement.meter is not None
+    needs = needs_of(objectives, bool(config.tasks), has_grid=has_grid, has_meter=has_meter)
     if needs.latency or needs.energy or needs.memory:
-        Workload(loaded.model, spec)  # refuses a prompt that does not fit the model
+        for cell in plan.cells:
+            check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
     evaluator = _evaluator(config, loaded, objectives) if config.tasks else None
     bank, calibration = study_bank(config, loaded, space, listener)
-    point_evaluator = PointEvaluator(loaded, bank, needs, evaluator, spec, meter, listener.on_phase)
+    point_evaluator = PointEvaluator(loaded, bank, needs, evaluator, plan, listener.on_phase)
     return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration)
 
 
@@ -133,17 +129,6 @@ def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objec
     evaluator = evaluator_for(loaded, config.tasks, config.evaluation)
     check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
     return evaluator
-
-
-def _wants_energy(config: StudyConfig) -> bool:
-    return any("energy" in entry.name for entry in config.objectives)
-
-
-def _try_meter(device: torch.device) -> tuple[EnergyMeter | None, str | None]:
-    try:
-        return open_meter(device), None
-    except MeterUnavailableError as error:
-        return None, str(error)
 
 
 def _check_phases(objectives: tuple[Objective, ...], loaded: LoadedModel) -> None:

@@ -1,0 +1,80 @@
+"""Latency over a grid of batch size x prompt length x new tokens; a cell that does not fit is recorded, not fatal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from dse.errors import OutOfMemoryError
+from dse.measurement.latency import measure_latency
+from dse.measurement.latency_result import PairedLatency
+from dse.measurement.spec import LatencySpec
+
+__all__ = ["CellLatency", "grid_of", "measure_cell"]
+
+
+@dataclass(frozen=True)
+class CellLatency:
+    """One cell of the grid.
+
+    Attributes:
+        spec: Its lengths and batch.
+        latency: What was measured; None where it did not fit.
+        attempts: Measurements taken until one was valid.
+        discarded: Why the earlier ones were not.
+        bytes_asked: What the device had no room for, where its allocator said; None otherwise.
+        is_valid: Whether the timings can be trusted.
+        reason: Why not; empty when valid.
+    """
+
+    spec: LatencySpec
+    latency: PairedLatency | None
+    attempts: int
+    discarded: tuple[str, ...]
+    bytes_asked: int | None
+    is_valid: bool
+    reason: str
+
+
+def measure_cell(
+    model: nn.Module,
+    spec: LatencySpec,
+    *,
+    use_subject: Callable[[], None],
+    use_dense: Callable[[], None],
+    attempts: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> CellLatency:
+    """Measure one cell, again where the machine was too disturbed to say anything.
+
+    Args:
+        model: The resident model; see `measure_latency`.
+        spec: The cell.
+        use_subject: Puts the subject's weights in place; may be called while they are.
+        use_dense: Puts the dense weights back; likewise.
+        attempts: Most measurements taken: another look is cheaper than a lost trial.
+        progress: Told of generations done and expected.
+
+    Raises:
+        ConfigError: The prompt does not fit the model's context, or the mode cannot be had.
+    """
+    discarded: list[str] = []
+    while True:
+        try:
+            latency = measure_latency(model, spec, use_subject=use_subject, use_dense=use_dense, progress=progress)
+        except OutOfMemoryError as error:
+            use_subject()
+            tried = len(discarded) + 1
+            return CellLatency(spec, None, tried, tuple(discarded), error.bytes_asked, False, str(error))
+        if latency.is_valid or len(discarded) + 1 >= attempts:
+            return CellLatency(
+                spec, latency, len(discarded) + 1, tuple(discarded), None, latency.is_valid, latency.reason
+            )
+        discarded.append(latency.reason)
+
+
+def grid_of(spec: LatencySpec, cells: Sequence[tuple[int, int, int]]) -> tuple[LatencySpec, ...]:
+    """`spec` for each (batch size, prompt tokens, new tokens)."""
+    return tuple(replace(spec, batch_size=batch, prompt_tokens=prompt, new_tokens=new) for batch, prompt, new in cells)

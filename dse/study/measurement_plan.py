@@ -1,0 +1,88 @@
+"""How a study measures, resolved: the cells of its grid, its meter, and the power at rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dse.config import StudyConfig
+from dse.errors import ConfigError, MeterUnavailableError
+from dse.measurement import (
+    EnergyMeter,
+    IdlePower,
+    LatencySpec,
+    device_lock,
+    grid_of,
+    measure_idle_power,
+    meter_kind,
+    named_meter,
+)
+
+__all__ = ["MeasurementPlan", "open_study_meter"]
+
+
+@dataclass
+class MeasurementPlan:
+    """How the trials of a study are measured.
+
+    Attributes:
+        cells: The grid; the first cell is the one that the objectives are read from.
+        meter: The energy meter; None where there is none or energy is not asked for.
+        energy_windows: Windows a phase.
+        energy_precision: Relative error asked of a window; None for the meter's own.
+        idle: Power at rest, as of the last time it was taken.
+    """
+
+    cells: tuple[LatencySpec, ...]
+    meter: EnergyMeter | None = None
+    energy_windows: int = 3
+    energy_precision: float | None = None
+    idle: IdlePower | None = None
+
+    @classmethod
+    def of(cls, config: StudyConfig, meter: EnergyMeter | None) -> MeasurementPlan:
+        """The plan of a study file."""
+        settings = config.measurement
+        first = LatencySpec(
+            mode=settings.mode,
+            blocks=settings.blocks,
+            warmup_blocks=settings.warmup_blocks,
+            max_warmup_blocks=max(settings.max_warmup_blocks, settings.warmup_blocks),
+            warmup_tolerance=settings.warmup_tolerance,
+            min_duration_s=settings.min_duration_s,
+            max_duration_s=settings.max_duration_s,
+            precision=settings.precision,
+        )
+        return cls(grid_of(first, settings.cells), meter, settings.energy_windows, settings.energy_precision)
+
+    def take_idle_power(self, device: torch.device) -> IdlePower | None:
+        """Measure the power at rest and keep it for the trials that follow; None without a meter."""
+        if self.meter is None:
+            return None
+        with device_lock(device):
+            self.idle = measure_idle_power(self.meter)
+        return self.idle
+
+
+def open_study_meter(config: StudyConfig, device: torch.device) -> tuple[EnergyMeter | None, str | None]:
+    """The study's meter, or why there is none; (None, None) where energy is not asked for.
+
+    Raises:
+        ConfigError: The meter that the study names is none, or its trace cannot be read.
+        MeterUnavailableError: The study names a meter outright, and it is not here.
+    """
+    name = config.measurement.meter
+    if name is not None:
+        try:
+            meter_kind(name)
+        except ConfigError as error:
+            raise ConfigError(f"`measurement.meter`: {error}") from error
+    if name is None and not any("energy" in entry.name for entry in config.objectives):
+        return None, None
+    try:
+        return named_meter(name or "auto", device), None
+    except MeterUnavailableError as error:
+        if name not in (None, "auto"):
+            raise
+        return None, str(error)
