@@ -15,7 +15,7 @@ from dse.evaluation import PairedDrop, evaluator_for
 from dse.models import LoadedModel, load_model
 from dse.study import StudyListener, resolve_device
 
-__all__ = ["evaluate_command"]
+__all__ = ["bank_of_point", "evaluate_command"]
 
 
 def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
     dense = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate dense", done, total))
     result, drop, graded = dense, None, {}
     if not point.is_dense:
-        bank = _bank(loaded, point, options, listener)
+        bank = bank_of_point(loaded, point, options, listener)
         with decompose(loaded, point, bank):
             result = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate point", done, total))
         drop = result.accuracy_drop(dense)
@@ -75,7 +75,14 @@ def _drop_json(drop: PairedDrop) -> dict[str, Any]:
     return {name: getattr(drop, name) for name in names}
 
 
-def _bank(loaded: LoadedModel, point: DesignPoint, options: argparse.Namespace, listener: StudyListener) -> FactorBank:
+def bank_of_point(
+    loaded: LoadedModel, point: DesignPoint, options: argparse.Namespace, listener: StudyListener
+) -> FactorBank:
+    """The factors of a point, calibrated as the options say where its method is.
+
+    Raises:
+        CalibrationError: The calibration text is missing or too short.
+    """
     calibration = None
     if any(METHODS[choice.method].is_calibrated for _, choice in point):
         calibration = named_calibration(

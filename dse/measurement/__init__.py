@@ -16,11 +16,10 @@ from dse.measurement.meters import MeterStatus, find_meters, meter_kind, named_m
 from dse.measurement.nvml import NvmlMeter
 from dse.measurement.rapl import RaplMeter
 from dse.measurement.replay import PowerTrace, ReplayMeter
-from dse.measurement.spec import MODES, LatencySpec
+from dse.measurement.spec import LatencySpec
 from dse.measurement.workload import check_workload
 
 __all__ = [
-    "MODES",
     "CellLatency",
     "Check",
     "DeviceCondition",

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from dse.errors import StorageFullError
 from dse.files import cache_dir, disk_errors
+from dse.measurement.doctor_check import Check
+from dse.measurement.doctor_meters import check_meters
 from dse.measurement.environment import package_versions
 from dse.measurement.faults import NoMeterError
-from dse.measurement.meters import find_meters
 from dse.measurement.nvml_driver import describe_gpus
 
 __all__ = ["Check", "run_checks"]
@@ -23,19 +22,9 @@ __all__ = ["Check", "run_checks"]
 _ROOMY_BYTES = 4 * 2**30  # demo model, its float32 factor bank, and air
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding: "ok", "missing" (something will not work) or "note" (worth knowing, nothing broken)."""
-
-    name: str
-    status: Literal["ok", "missing", "note"]
-    detail: str
-    remedy: str = ""
-
-
 def run_checks() -> list[Check]:
-    """Run every check, cheap and without network; never raises for what it finds."""
-    return [_torch_build(), *_gpus(), *_meters(), _cache(), *_versions()]
+    """Run every check, without network, in a few seconds a meter; never raises for what it finds."""
+    return [_torch_build(), *_gpus(), *check_meters(), _cache(), *_versions()]
 
 
 def _torch_build() -> Check:
@@ -60,18 +49,6 @@ def _gpus() -> Iterator[Check]:
         yield Check("GPU", "missing", f"{gpus[0].name} is here, but this torch cannot use it", remedy)
     else:
         yield Check("GPU", "note", "none: models run on the CPU")
-
-
-def _meters() -> Iterator[Check]:
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in devices:
-        for meter in find_meters(device):
-            name = f"energy meter of {device}"
-            if meter.available:
-                yield Check(name, "ok", f"{meter.name}: {meter.source}")
-            else:
-                yield Check(name, "missing", f"{meter.name}: {meter.reason}", meter.remedy)
 
 
 def _cache() -> Check:

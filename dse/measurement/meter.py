@@ -77,6 +77,10 @@ class EnergyMeter(ABC):
         """Seconds between two refreshes, where it is known beforehand."""
         return None
 
+    def probe_period_s(self) -> float | None:
+        """The period found by watching, for up to a second; None where nothing was seen to change."""
+        return self.period_s
+
     @abstractmethod
     def channels(self) -> tuple[Channel, ...]:
         """The devices that are read, at least one."""

@@ -110,7 +110,7 @@ class NvmlMeter(EnergyMeter):
                         torch.cuda.synchronize(index)
 
     def probe_period_s(self) -> float | None:
-        """Watch the first device for a second; the median time between two changes, or None where nothing changed."""
+        """See `EnergyMeter.probe_period_s`: the median time between two changes of the first device."""
         changed_s: list[float] = []
         before = self._read(self._gpus[0])
         begin_s = time.perf_counter()

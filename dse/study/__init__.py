@@ -8,6 +8,7 @@ from dse.study.events import StudyListener as StudyListener
 from dse.study.events import StudyProgress as StudyProgress
 from dse.study.record import Interval as Interval
 from dse.study.record import TrialRecord as TrialRecord
+from dse.study.record import finite as finite
 from dse.study.runner import run_study as run_study
 from dse.study.sampler import SAMPLERS as SAMPLERS
 from dse.study.setup import load_study_model as load_study_model

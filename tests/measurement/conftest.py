@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from nvml_library import build_library
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 
@@ -36,3 +39,9 @@ def bert() -> BertForMaskedLM:
         max_position_embeddings=32,
     )
     return BertForMaskedLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the scripted NVML library, compiled once."""
+    return build_library(tmp_path_factory.mktemp("nvml"))

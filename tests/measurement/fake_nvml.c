@@ -13,6 +13,7 @@
  *   FAKE_NVML_FAIL       errors at chosen calls: "nvmlDeviceGetPowerUsage@7:15" fails its seventh call with code 15
  *   FAKE_NVML_INSTANT    set: instantaneous power is told as a field value, and the plain call averages over a second
  *   FAKE_NVML_THROTTLE   clock event reasons, a bit mask
+ *   FAKE_NVML_THROTTLE_CALL  set: they are told in this one call only, counted from 1
  *   FAKE_NVML_PROCESSES  ids of computing processes, "17,18"; SELF stands for this one
  *   FAKE_NVML_RESET_AT_S from then on the counter starts again at zero
  */
@@ -170,8 +171,11 @@ int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) {
 }
 
 int nvmlDeviceGetCurrentClocksThrottleReasons(void *device, unsigned long long *reasons) {
+    static int calls = 0;
+    int only = (int)number("FAKE_NVML_THROTTLE_CALL", 0);
     (void)device;
-    *reasons = (unsigned long long)number("FAKE_NVML_THROTTLE", 0);
+    calls++;
+    *reasons = !only || only == calls ? (unsigned long long)number("FAKE_NVML_THROTTLE", 0) : 0;
     return OK;
 }
 

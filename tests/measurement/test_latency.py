@@ -140,7 +140,7 @@ def test_blocks_are_added_until_time_and_precision_are_reached(llama):
     assert result.duration_s == 128  # four blocks of 32 timings of one second
 
     def noisy(side, phase, call):
-        return 1 + 0.1 * random.Random(call).random()
+        return 1 + 0.3 * random.Random(31 * call).random()
 
     wide, _ = measure(llama, LatencySpec(**spec), noisy)
     precise, _ = measure(llama, LatencySpec(**spec, precision=0.02, max_duration_s=5000), noisy)

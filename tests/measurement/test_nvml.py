@@ -5,21 +5,19 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from nvml_library import with_library
 
 from dse.errors import MeterUnavailableError
 from dse.measurement import NoMeterError, find_meters, open_meter
 from dse.measurement.nvml import visible_device
 
 HERE = Path(__file__).parent
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 GPU_0, GPU_1 = "GPU-0000000a-fake", "GPU-0000000b-fake"
 STEPS = ((0.0, 100.0), (0.5, 300.0), (0.8, 50.0), (1.1, 200.0), (1e9, 0.0))  # as in nvml_scenarios.py
 
@@ -56,25 +54,8 @@ def test_hidden_device(index, visible):
         visible_device(index, visible)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if COMPILER is None or sys.platform != "linux":
-        pytest.skip("needs a C compiler on Linux to build the scripted NVML library")
-    if torch.cuda.is_available():
-        pytest.skip("the scripted library would stand in for the driver of this machine's GPUs under torch too")
-    folder = tmp_path_factory.mktemp("nvml")
-    target = folder / "libnvidia-ml.so.1"
-    build = [COMPILER, "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(HERE / "fake_nvml.c")]
-    subprocess.run(build, check=True)
-    return folder
-
-
-def play(library: Path, *scenarios: str) -> dict:
-    hidden = ("CUDA_VISIBLE_DEVICES",)
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    paths = [str(library), environment.get("LD_LIBRARY_PATH", "")]
-    environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
-    environment["PYTHONPATH"] = str(HERE.parents[1])
+def play(nvml_library: Path, *scenarios: str) -> dict:
+    environment = with_library(nvml_library)
     command = [sys.executable, "-W", "error", str(HERE / "nvml_scenarios.py"), *scenarios]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -82,8 +63,8 @@ def play(library: Path, *scenarios: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def seen(library):
-    return play(library)
+def seen(nvml_library):
+    return play(nvml_library)
 
 
 def integral_j(begin_s: float, end_s: float) -> float:
@@ -100,13 +81,13 @@ def relative_error(played: dict, device: str) -> float:
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("counter", 0.01), ("polled", 0.03), ("instant", 0.03)])
-def test_window_agrees_with_the_script(library, seen, name, tolerance):
+def test_window_agrees_with_the_script(nvml_library, seen, name, tolerance):
     played = seen[name]
     for _ in range(2):
         # A busy machine may stall the watching thread at an edge; an error of the method would stay.
         if played["is_valid"] and abs(relative_error(played, GPU_0)) <= tolerance:
             break
-        played = play(library, name)[name]
+        played = play(nvml_library, name)[name]
     assert played["is_valid"], played["reason"]
     for device in played["per_device_j"]:
         assert abs(relative_error(played, device)) <= tolerance

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dse.cli.commands import compare, cost, doctor, evaluate, export, front, recommend, run, space
+from dse.cli.commands import compare, cost, doctor, evaluate, export, front, measure, recommend, run, space
 
 __all__ = ["COMMANDS"]
 
@@ -18,6 +18,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     cost.add,
     space.add,
     evaluate.add,
+    measure.add,
     doctor.add,
 )
 """In the order of `dse --help`."""

@@ -1,0 +1,154 @@
+"""`dse measure`: latency, energy and memory of a point beside the dense model; no study needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from dse.cli.evaluate import bank_of_point
+from dse.cost import cost
+from dse.decomposition import AppliedPoint, apply_point
+from dse.design_point import DesignPoint
+from dse.errors import MeterUnavailableError, OutOfMemoryError, TrialError
+from dse.measurement import (
+    EnergyMeter,
+    IdlePower,
+    LatencySpec,
+    check_workload,
+    device_lock,
+    grid_of,
+    measure_cell,
+    measure_energy,
+    measure_idle_power,
+    measure_peak_memory,
+    meter_kind,
+    named_meter,
+)
+from dse.models import LoadedModel, load_model
+from dse.study import StudyListener, finite, resolve_device
+
+__all__ = ["measure_command"]
+
+
+def measure_command(options: argparse.Namespace, listener: StudyListener) -> dict[str, Any]:
+    """Measure every cell of the grid; one that does not fit is told with its reason.
+
+    Raises:
+        UserError: Model, point, mode, meter or grid cannot be had.
+    """
+    if options.meter != "none":
+        meter_kind(options.meter)
+    spec = LatencySpec(
+        mode=options.mode,
+        blocks=options.blocks,
+        precision=options.precision,
+        max_duration_s=options.max_seconds,
+        seed=options.seed,
+    )
+    cells = grid_of(spec, list(itertools.product(options.batch, options.prompt, options.new)))
+    device = resolve_device(options.device)
+    meter, no_meter = _meter(options.meter, device)
+    listener.on_message(f"loading {options.model}")
+    loaded = load_model(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=str(device),
+        trust_remote_code=options.trust_remote_code,
+    )
+    point = DesignPoint.read(options.point, loaded.topology)
+    for cell in cells:
+        check_workload(loaded.model, cell)
+    bank = bank_of_point(loaded, point, options, listener)
+    applied = apply_point(loaded.model, loaded.topology, point, bank)
+    try:
+        with device_lock(device):
+            idle = None if meter is None else measure_idle_power(meter)
+            measured = [_Cell(loaded, applied, cell, meter, idle, listener).measure() for cell in cells]
+    finally:
+        applied.undo()
+    return {
+        "model": options.model,
+        "point_id": point.id,
+        "point": point.to_json(),
+        "is_dense": point.is_dense,
+        "reduction": cost(loaded.topology, point).reduction,
+        "device": str(device),
+        "dtype": options.dtype,
+        "mode": options.mode,
+        "meter": None if meter is None else {"name": meter.name, "source": meter.source, "is_replay": meter.is_replay},
+        "no_meter": no_meter,
+        "idle_power": None if idle is None else finite(dataclasses.asdict(idle)),
+        "cells": measured,
+    }
+
+
+def _meter(name: str, device: Any) -> tuple[EnergyMeter | None, str | None]:
+    """The meter, or why there is none; only one that was named outright must be here."""
+    if name == "none":
+        return None, "not asked for"
+    try:
+        return named_meter(name, device), None
+    except MeterUnavailableError as error:
+        if name != "auto":
+            raise
+        return None, str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    loaded: LoadedModel
+    applied: AppliedPoint
+    spec: LatencySpec
+    meter: EnergyMeter | None
+    idle: IdlePower | None
+    listener: StudyListener
+
+    def measure(self) -> dict[str, Any]:
+        """Latency paired; energy and memory of the dense model and of the point, one after the other."""
+        self.listener.on_message(f"measuring {self.spec.cell}")
+        latency = measure_cell(
+            self.loaded.model,
+            self.spec,
+            use_subject=self.applied.use_point,
+            use_dense=self.applied.use_dense,
+            progress=lambda done, total: self.listener.on_phase("latency", done, total),
+        )
+        document: dict[str, Any] = {
+            "batch_size": self.spec.batch_size,
+            "prompt_tokens": self.spec.prompt_tokens,
+            "new_tokens": self.spec.new_tokens,
+            "latency": finite(dataclasses.asdict(latency)),
+        }
+        if latency.latency is not None:
+            document |= {"energy": self._both(self._energy), "memory": self._both(self._memory)}
+        return document
+
+    def _both(self, measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        found = {}
+        for side, use in (("dense", self.applied.use_dense), ("point", self.applied.use_point)):
+            use()
+            try:
+                found[side] = measure()
+            except TrialError as error:
+                asked = error.bytes_asked if isinstance(error, OutOfMemoryError) else None
+                found[side] = {"is_valid": False, "reason": str(error), "bytes_asked": asked}
+        return found
+
+    def _energy(self) -> dict[str, Any] | None:
+        if self.meter is None:
+            return None
+        self.listener.on_phase("energy", 0, 1)
+        energy = measure_energy(self.loaded.model, self.spec, self.meter, idle=self.idle)
+        values: dict[str, Any] = finite(dataclasses.asdict(energy))
+        return {**values, "is_valid": energy.is_valid, "reason": energy.reason}
+
+    def _memory(self) -> dict[str, Any]:
+        self.listener.on_phase("memory", 0, 1)
+        per_token = cost(self.loaded.topology, self.applied.point).kv_cache_bytes_per_token
+        memory = measure_peak_memory(self.loaded.model, self.spec, kv_cache_bytes_per_token=per_token)
+        values: dict[str, Any] = finite(dataclasses.asdict(memory))
+        return {**values, "is_valid": True, "reason": ""}

@@ -1,0 +1,114 @@
+"""`dse measure`, `dse doctor` and a whole study with the energy objective, through the scripted NVML library."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nvml_library import with_library
+from tiny_study import environment as offline
+from tiny_study import save_tiny_model, tiny_study, write_study
+
+GPU_0 = "GPU-0000000a-fake"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("energy")
+    save_tiny_model(folder / "model")
+    return folder
+
+
+def dse(library: Path, folder: Path, *arguments: str, **script: str) -> subprocess.CompletedProcess[str]:
+    environment = {**offline(folder / "cache"), **with_library(library, PERIOD_MS="5", **script)}
+    command = [sys.executable, "-m", "dse.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
+
+
+def test_measure_tells_the_energy_that_the_script_draws(nvml_library: Path, folder: Path) -> None:
+    point = '{"method": "svd", "rank": 2, "layers": "all", "roles": ["up"]}'
+    arguments = ["measure", "--model", str(folder / "model"), "--point", point, "--meter", "nvml:1"]
+    sizes = ["--prompt", "8", "--new", "4", "--blocks", "2", "--precision", "0.9"]
+    done = dse(nvml_library, folder, *arguments, *sizes, "--json", POWER="0:60", DEVICES="2")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["meter"] == {"name": "nvml", "source": "NVML total-energy counter", "is_replay": False}
+    assert document["idle_power"]["power_w"] == pytest.approx(120, rel=0.05)  # the second device draws twice as much
+    (cell,) = document["cells"]
+    for side in ("dense", "point"):
+        energy = cell["energy"][side]
+        assert energy["is_valid"], energy["reason"]
+        for phase in ("prefill", "decode"):
+            for window in energy[phase]["windows"]:
+                assert list(window["per_device_j"]) == ["GPU-0000000b-fake"]
+                assert window["gross_j"] == pytest.approx(120 * window["duration_s"], rel=0.05)
+                assert abs(window["net_j"]) < 0.1 * window["gross_j"]  # nothing beyond the power at rest
+
+
+def test_doctor_lists_every_gpu_and_tries_its_meter(nvml_library: Path, folder: Path) -> None:
+    done = dse(nvml_library, folder, "doctor", "--json", POWER="0:60", DEVICES="2")
+    assert done.returncode == 0, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    for index, uuid, power in ((0, GPU_0, 60), (1, "GPU-0000000b-fake", 120)):
+        check = checks[f"energy meter of GPU {index} (Fake GPU {index}, {uuid})"]
+        assert check["status"] == "ok"
+        head, _, tried = check["detail"].partition("; tried: ")
+        source, _, period = head.partition(", refreshes every ")
+        assert source == "nvml: NVML total-energy counter"
+        assert float(period.split()[0]) == pytest.approx(5, rel=0.5)
+        assert float(tried.split()[0]) == pytest.approx(power, rel=0.05)
+
+
+def run_study(library: Path, folder: Path, name: str, **script: str) -> tuple[Any, list[dict[str, str]], Path]:
+    study = tiny_study(
+        folder,
+        name=name,
+        objectives=["parameters", "energy_per_token_j"],
+        tasks=[],
+        measurement={"meter": "nvml:0", "energy_windows": 1},
+        budget={"trials": 4},
+    )
+    path = write_study(folder / f"{name}.yaml", study)
+    done = dse(library, folder, "run", str(path), "--json", POWER="0:80", **script)
+    assert done.returncode == 0, done.stderr
+    out = folder / "runs" / name
+    with (out / "front.csv").open(newline="") as stream:
+        return json.loads(done.stdout), list(csv.DictReader(stream)), out
+
+
+def test_a_whole_study_with_the_energy_objective(nvml_library: Path, folder: Path) -> None:
+    _, front, out = run_study(nvml_library, folder, "metered")
+    from dse import open_study
+
+    study = open_study(out)
+    for row in front:
+        record = study.record(int(row["trial"]))
+        window = record.energy["decode"]["windows"][0]
+        assert window["gross_j"] == pytest.approx(80 * window["duration_s"], rel=0.05)
+        tokens = window["repeats"] * 2  # two new tokens
+        assert float(row["energy_per_token_j"]) == pytest.approx(window["gross_j"] / tokens)
+        for column in ("prefill_energy_j", "prefill_energy_per_token_j", "net_energy_per_token_j"):
+            assert row[column] != ""
+        assert row["energy_is_valid"] == "True"
+        assert record.energy["idle"]["power_w"] == pytest.approx(80, rel=0.05)
+    for name in ("idle_power_before", "idle_power_after"):
+        assert study.attributes[name]["power_w"] == pytest.approx(80, rel=0.05)
+
+
+def test_an_invalid_measurement_is_missing_from_the_front_and_no_value(nvml_library: Path, folder: Path) -> None:
+    # A trial asks four times (before and after prefill, and decode), the rest before the study once: this is trial 2.
+    _, front, out = run_study(nvml_library, folder, "throttled", THROTTLE="64", THROTTLE_CALL="11")
+    with (out / "trials.csv").open(newline="") as stream:
+        trials = list(csv.DictReader(stream))
+    bad = [row for row in trials if row["state"] == "failed"]
+    assert len(bad) == 1
+    assert "throttled (hw_thermal_slowdown)" in bad[0]["reason"]
+    assert bad[0]["energy_per_token_j"] == ""
+    assert (bad[0]["energy_is_valid"], bad[0]["on_front"]) == ("False", "False")
+    assert bad[0]["trial"] not in [row["trial"] for row in front]
+    assert sum(row["state"] == "complete" for row in trials) == 3  # the study went on
