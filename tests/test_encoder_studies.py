@@ -11,15 +11,17 @@ import transformers
 from tiny_encoders import FAMILIES, WORDS, save_encoder
 from tiny_study import save_choice_task
 
-from dse.config import EvaluationConfig, parse_study
+from dse.config import HEAD_COLUMNS, DatasetTaskConfig, EvaluationConfig, load_study, parse_study
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, ModelError
 from dse.evaluation import evaluator_for
 from dse.export import ExportRequest, export_points
-from dse.models import head_of, load_model
+from dse.models import head_of, load_model, load_topology
 from dse.models.quiet import quiet_transformers
 from dse.study import SearchSpace, Study, StudyListener, load_study_model, run_study, study_bank
+from dse.study.objectives import check_tasks_serve, resolve_objectives
 
+ROOT = Path(__file__).resolve().parent.parent
 HEADS = ("classification", "question_answering", "embedding", "masked_lm")
 AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
@@ -61,7 +63,7 @@ def study_of(model: Path, tasks: list[Any], **changes: Any) -> dict[str, Any]:
         },
         "objectives": ["accuracy", "prefill_latency_s", "parameters"],
         "tasks": tasks,
-        "measurement": {"prompt_tokens": 8, "blocks": 2, "warmup_blocks": 0},
+        "measurement": {"prompt_tokens": 8, "blocks": 2, "warmup_blocks": 0, "max_warmup_blocks": 0, "precision": None},
         "sampler": {"name": "random", "seed": 1},
         "budget": {"trials": 3},
         **changes,
@@ -121,6 +123,20 @@ def test_sentence_files_travel_with_the_export(tmp_path: Path) -> None:
     assert load_model(str(folder), trust_remote_code=True).sentence_files == {"1_Pooling/config.json": pooling}
 
 
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_body_from_under_another_head_can_be_exported(tmp_path: Path, family: str) -> None:
+    """A masked language model has no pooler, which the plain body of BERT and RoBERTa would make up."""
+    model = save_encoder(tmp_path / "model", family, "masked_lm")
+    config = parse_study(study_of(model, tasks_for("embedding", tmp_path), budget={"trials": 2}))
+    study = run_study(config, out=tmp_path / "run")
+    trial, folder = exported(study, tmp_path / "export")
+    with quiet_transformers():
+        reloaded = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    parameters = study.trials().set_index("trial").loc[trial, "parameters"]
+    assert sum(parameter.numel() for parameter in reloaded.parameters()) == parameters
+
+
 def test_a_checkpoint_without_the_head_is_refused(tmp_path: Path) -> None:
     body = save_encoder(tmp_path / "model", "bert", "masked_lm")
     for head, shown in (("classification", "classification"), ("question_answering", "question-answering")):
@@ -177,3 +193,40 @@ def test_a_task_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert (entry.task_name, entry.limit, entry.dataset) == ("mine", 5, str(tmp_path / "rows.jsonl"))  # type: ignore[union-attr]
     study = parse_study(study_of(tmp_path / "model", [{"task": "mine.yaml", "limit": 7}]), base=tmp_path)
     assert study.tasks[0].limit == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class", "columns"),
+    [
+        ("bert_base_sst2", "BertForSequenceClassification", {"text", "label"}),
+        ("bert_base_squad", "BertForQuestionAnswering", {"question", "context", "answers"}),
+    ],
+)
+def test_shipped_studies_of_bert_fit_its_config(tmp_path: Path, name: str, model_class: str, columns: set[str]) -> None:
+    """Without the hub: the study's space and points on a folder that holds BERT base's config alone."""
+    study = load_study(ROOT / "studies" / f"{name}.yaml")
+    transformers.BertConfig(architectures=[model_class]).save_pretrained(tmp_path / "bert")
+    topology = load_topology(str(tmp_path / "bert"))
+    assert topology.architecture == model_class
+    assert len(topology.tensors) == 12 * 6
+    space = SearchSpace.from_config(study.space, topology)
+    assert int(space.number_of_points()) > 10_000
+    task = study.tasks[0]
+    assert isinstance(task, DatasetTaskConfig)
+    assert study.head == task.head
+    assert task.is_hub
+    assert {role for role, is_required in HEAD_COLUMNS[task.head].items() if is_required} == columns
+    objectives, dropped = resolve_objectives(study, meter_problem="there is no meter")
+    assert {entry.name for entry in objectives} == {"accuracy", "prefill_latency_s", "parameters"}
+    assert set(dropped) == {"prefill_energy_j"}
+    check_tasks_serve(objectives, {task.task_name: task.chosen_metric}, {task.task_name: ()})
+    # The data set's own columns, in a local file, on a small model of the same class.
+    rows = rows_for(task.head)
+    data = tmp_path / "rows.jsonl"
+    named = [{task.column(role): value for role, value in row.items()} for row in rows]
+    halved = [{**row, "label": row["label"] % 2} if "label" in row else row for row in named]
+    data.write_text("".join(json.dumps(row) + "\n" for row in halved))
+    local = task.model_copy(update={"dataset": str(data), "config": None, "split": None})
+    small = save_encoder(tmp_path / "small", "bert", task.head, context=400, labels=2)
+    loaded = load_model(str(small), head=task.head)
+    assert evaluator_for(loaded, [local], study.evaluation).evaluate().accuracy is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dse.config import CalibrationConfig, CalibrationSource
 from dse.errors import CalibrationError, did_you_mean
+from dse.models import context_tokens
 
 __all__ = [
     "BUILTIN_TEXTS",
@@ -117,8 +118,7 @@ def named_calibration(
 
 def longest_window(model: Any) -> int | None:
     """Longest sequence the model's position embeddings allow; None where its config does not say."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    return int(longest) if isinstance(longest, int) else None
+    return context_tokens(model)
 
 
 def _name(source: CalibrationSource) -> str:

@@ -108,9 +108,11 @@ class QuestionAnsweringTask(HeadTask):
         return score, self._contexts[window.document][begin[0] : finish[1]].strip()
 
     def _answers(self, position: int, value: Any) -> tuple[str, ...]:
-        """Accepted answers: SQuAD's `{text: [...]}`, a list of texts, or one text."""
+        """Accepted answers: SQuAD's `{text: [...]}` or list of `{text: ...}`, a list of texts, or one text."""
         texts = value.get("text") if isinstance(value, Mapping) else value
         texts = [texts] if isinstance(texts, str) else texts
+        if isinstance(texts, list):
+            texts = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in texts]
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise TaskError(
                 f"`answers` must be a text, a list of texts, or a mapping with a list `text`, but"

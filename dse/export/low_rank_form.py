@@ -53,6 +53,8 @@ def low_rank_config(
     model_class, config_class = type(model).__name__, type(model.config).__name__
     config: dict[str, Any] = model.config.to_diff_dict()
     config.pop("quantization_config", None)  # the weights are plain floats, wherever they came from
+    if getattr(model, "pooler", 0) is None:  # a body that was taken from under another head, without a pooler
+        config["add_pooling_layer"] = False
     return config | {
         "model_type": MODEL_TYPE_PREFIX + type(model.config).model_type,
         "architectures": [f"LowRank{model_class}"],

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dse.data import generation, make_facts, make_grammar, make_text
+from dse.data import generation, make_facts, make_grammar, make_sentence_pairs, make_text
 
 Documents = list[dict[str, Any]]
 
@@ -47,7 +47,7 @@ def sentences(documents: Documents, stem: str) -> set[str]:
     return {f"{document[stem]} {choice}" for document in documents for choice in document["choices"]}
 
 
-@pytest.mark.parametrize("module", [make_grammar, make_facts, make_text])
+@pytest.mark.parametrize("module", [make_grammar, make_facts, make_text, make_sentence_pairs])
 def test_committed_files_are_what_the_script_generates(module: ModuleType) -> None:
     for path, text in module.make_files().items():
         assert path.read_text(encoding="utf-8") == text, f"run python -m {module.__name__}"
@@ -65,8 +65,26 @@ def test_check_tells_a_stale_file_from_a_fresh_one(tmp_path: Path) -> None:
 
 
 def test_the_command_checks_the_committed_files() -> None:
-    for script in ("make_grammar", "make_facts", "make_text"):
+    for script in ("make_grammar", "make_facts", "make_text", "make_sentence_pairs"):
         subprocess.run([sys.executable, "-m", f"dse.data.{script}", "--check"], check=True, timeout=60)
+
+
+def test_sentence_pairs_are_of_three_degrees_and_unlike_the_calibration_text() -> None:
+    pairs = read_documents("dse_sentence_pairs")
+    degrees = collections.Counter(pair["degree"] for pair in pairs)
+    assert degrees == dict.fromkeys(("minimal_pair", "same_phenomenon", "different_phenomena"), 110)
+    assert len({(pair["sentence1"], pair["sentence2"]) for pair in pairs}) == len(pairs)
+    overlap = {
+        degree: sum(
+            len(set(p["sentence1"].split()) & set(p["sentence2"].split())) / len(set(p["sentence1"].split()))
+            for p in pairs
+            if p["degree"] == degree
+        )
+        for degree in degrees
+    }
+    assert overlap["minimal_pair"] > overlap["same_phenomenon"] > overlap["different_phenomena"]
+    everything = {pair[column] for pair in pairs for column in ("sentence1", "sentence2")}
+    assert not everything & set(read_calibration("grammar"))
 
 
 def test_grammar_has_enough_pairs_of_enough_phenomena(grammar: Documents) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets.config
+import huggingface_hub.constants
 import pytest
 from evaluation_support import TaskWriter, byte_tokenizer, task_writer, tiny_llama
 
+from dse.evaluation import hub_access
 from dse.models import LoadedModel
 
 
@@ -23,3 +26,14 @@ def loaded() -> LoadedModel:
 @pytest.fixture
 def write_task(tmp_path: Path) -> TaskWriter:
     return task_writer(tmp_path)
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine that neither reaches the hub nor ever did."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    hub_access._is_hub_reachable.cache_clear()
+    yield
+    hub_access._is_hub_reachable.cache_clear()

@@ -192,6 +192,17 @@ def test_questions_without_an_answer(tmp_path: Path) -> None:
     np.testing.assert_allclose(result.outcomes, expected)
 
 
+def test_answers_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    loaded = loaded_encoder("bert", "question_answering", context=400)
+    found = []
+    for index, wrap in enumerate((lambda a: a, lambda a: [a], lambda a: {"text": [a]}, lambda a: [{"text": a}])):
+        rows = [{**row, "answers": wrap(row["answers"]["text"][0])} for row in questions()]
+        data = write(tmp_path, rows, f"rows{index}.jsonl")
+        found.append(HeadEvaluator(loaded, [task(data, "question_answering")]).evaluate().tasks[0].outcomes)
+    for outcomes in found[1:]:
+        np.testing.assert_array_equal(outcomes, found[0])
+
+
 @pytest.mark.parametrize(
     ("answer", "accepted", "match", "f1"),
     [
@@ -394,6 +405,30 @@ def test_data_that_are_not_there_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TaskError, match=message) as caught:
             HeadEvaluator(loaded, [task(dataset, "classification")])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_hub_data_set_out_of_reach_is_said_in_one_line() -> None:
+    loaded = loaded_encoder("bert", "classification")
+    for dataset, config in (("nyu-mll/glue", "sst2"), ("nobody/has-this", None)):
+        with pytest.raises(
+            TaskError, match=r"needs the data set '.*' from the Hugging Face hub, which cannot"
+        ) as caught:
+            HeadEvaluator(loaded, [task(dataset, "classification", config=config, split="validation")])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_metric_that_the_head_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the metric of embedding tasks must be one of fidelity_sp.*'pearson'"):
+        task("pairs.csv", "embedding", metric="pearson")
+    with pytest.raises(ValueError, match=r"the columns of classification tasks are text, .*did you mean 'label'"):
+        task("rows.csv", "classification", columns={"labels": "gold"})
+    with pytest.raises(ValueError, match="`pooling` is for embedding tasks, but this one has `head: classification`"):
+        task("rows.csv", "classification", pooling="cls")
+    with pytest.raises(ValueError, match="needs a `split`"):
+        task("nyu-mll/glue", "classification", config="sst2")
+    with pytest.raises(ValueError, match="`split` is for data sets of the hub"):
+        task("rows.csv", "classification", split="test")
 
 
 def test_a_model_without_the_head_is_refused(tmp_path: Path) -> None:

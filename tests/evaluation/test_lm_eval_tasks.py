@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,12 @@ from dse.evaluation import (
     TaskSource,
     TaskSpec,
     builtin_tasks,
-    hub_access,
     lm_eval_tasks,
     resolve_task,
 )
 from dse.models import LoadedModel
 
 SHARED = Path(os.environ.get("DSE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "eval"
-
-
-@pytest.fixture
-def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine that neither reaches the hub nor ever did."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
-    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    hub_access._is_hub_reachable.cache_clear()
-    yield
-    hub_access._is_hub_reachable.cache_clear()
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -72,6 +72,8 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
     config_class = LowRankLlamaConfig
 
     def __init__(self, config: LowRankLlamaConfig, *args: Any, **kwargs: Any) -> None:
+        if getattr(config, "add_pooling_layer", True) is False:  # BERT's body was saved without its pooler
+            kwargs["add_pooling_layer"] = False
         # The base may look its parts up by the type of the config (AutoModel.from_config), so it is shown its own.
         config.__class__ = LlamaConfig
         try:
