@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from dse.cli.evaluate import bank_of_point
 from dse.cost import cost
 from dse.decomposition import AppliedPoint, apply_point
 from dse.design_point import DesignPoint
-from dse.errors import MeterUnavailableError, OutOfMemoryError, TrialError
+from dse.errors import ConfigError, MeterUnavailableError, OutOfMemoryError, TrialError
 from dse.measurement import (
     EnergyMeter,
     IdlePower,
@@ -28,6 +30,7 @@ from dse.measurement import (
     named_meter,
 )
 from dse.models import LoadedModel, load_model
+from dse.models.several_devices import spread_over
 from dse.study import StudyListener, finite, resolve_device
 
 __all__ = ["measure_command"]
@@ -49,23 +52,25 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
         seed=options.seed,
     )
     cells = grid_of(spec, list(itertools.product(options.batch, options.prompt, options.new)))
-    device = resolve_device(options.device)
-    meter, no_meter = _meter(options.meter, device)
+    devices = _devices(options.device)
+    meter, no_meter = _meter(options.meter, devices)
     listener.on_message(f"loading {options.model}")
     loaded = load_model(
         options.model,
         revision=options.revision,
         dtype=options.dtype,
-        device=str(device),
+        device=str(devices[0]) if len(devices) == 1 else "cpu",
         trust_remote_code=options.trust_remote_code,
     )
+    if len(devices) > 1:
+        spread_over(loaded.model, devices)
     point = DesignPoint.read(options.point, loaded.topology)
     for cell in cells:
         check_workload(loaded.model, cell)
     bank = bank_of_point(loaded, point, options, listener)
     applied = apply_point(loaded.model, loaded.topology, point, bank)
     try:
-        with device_lock(device):
+        with device_lock(*devices):
             idle = None if meter is None else measure_idle_power(meter)
             measured = [_Cell(loaded, applied, cell, meter, idle, listener).measure() for cell in cells]
     finally:
@@ -76,7 +81,7 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
         "point": point.to_json(),
         "is_dense": point.is_dense,
         "reduction": cost(loaded.topology, point).reduction,
-        "device": str(device),
+        "device": "+".join(map(str, devices)),
         "dtype": options.dtype,
         "mode": options.mode,
         "meter": None if meter is None else {"name": meter.name, "source": meter.source, "is_replay": meter.is_replay},
@@ -86,12 +91,27 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
     }
 
 
-def _meter(name: str, device: Any) -> tuple[EnergyMeter | None, str | None]:
+def _devices(names: str) -> list[torch.device]:
+    """One device, or several GPUs: `cuda:0,cuda:1`.
+
+    Raises:
+        ConfigError: One is none, is named twice, or is no GPU where there are several.
+    """
+    devices = [resolve_device(name.strip()) for name in names.split(",")]
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(d.type != "cuda" for d in devices)):
+        raise ConfigError(f"several devices must be different GPUs, as cuda:0,cuda:1, but got '{names}'")
+    visible = torch.cuda.device_count()
+    if len(devices) > 1 and any((device.index or 0) >= visible for device in devices):
+        raise ConfigError(f"`--device {names}` must be GPUs that torch sees, but it sees {visible}")
+    return devices
+
+
+def _meter(name: str, devices: Sequence[torch.device]) -> tuple[EnergyMeter | None, str | None]:
     """The meter, or why there is none; only one that was named outright must be here."""
     if name == "none":
         return None, "not asked for"
     try:
-        return named_meter(name, device), None
+        return named_meter(name, *devices), None
     except MeterUnavailableError as error:
         if name != "auto":
             raise

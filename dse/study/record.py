@@ -136,8 +136,24 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
     for name, entry in (("latency", record.latency), ("energy", record.energy), ("memory", record.memory)):
         if entry is not None and "is_valid" in entry:
             row[f"{name}_is_valid"], row[f"{name}_reason"] = entry["is_valid"], entry.get("reason", "")
+    for cell in (record.latency or {}).get("cells", ()):
+        row |= _cell_columns(cell)
     row["started_at"] = record.started_at
     return row
+
+
+def _cell_columns(cell: Mapping[str, Any]) -> dict[str, float | None]:
+    """Ratios of one further cell of the grid; none where it is invalid."""
+    if not cell["is_valid"]:
+        return {}
+    spec = cell["spec"]
+    name = f"cell.b{spec['batch_size']}_p{spec['prompt_tokens']}_n{spec['new_tokens']}"
+    columns: dict[str, float | None] = {}
+    for phase in ("prefill", "decode"):
+        if cell.get(phase) is not None:
+            ratio = Interval(*(cell[phase][key] for key in ("ratio", "ratio_low", "ratio_high")))
+            columns |= _interval_columns(f"{name}.{phase}_ratio", ratio)
+    return columns
 
 
 def _interval_columns(name: str, interval: Interval) -> dict[str, float | None]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,14 @@ def test_public_names_are_listed_and_exist():
     names = dse.measurement.__all__
     assert names == sorted(names)
     assert all(hasattr(dse.measurement, name) for name in names)
+
+
+def test_gpu_check_without_a_gpu_says_so_and_exits_3(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: run benchmarks/gpu_check.py itself")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--out", str(tmp_path / "report.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DSE_CACHE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert "no GPU: torch sees none on this machine" in done.stderr
+    assert not (tmp_path / "report.json").exists()
