@@ -23,8 +23,8 @@ Turn = tuple[float, ...]
 SIDES: tuple[Side, Side] = ("subject", "dense")
 
 TURN_TOKENS = 4
-"""Tokens one side decodes before the other's turn: on a machine shared with other work the fastest of four gives a
-ratio three times as steady as the fastest of two, from twice as many turns."""
+"""Tokens one side decodes before the other's turn: enough that one of them is undisturbed, short against what slows a
+machine for longer."""
 
 TURN_PREFILLS = 2
 """Prefills one side runs before the other's turn; the second one's generation is decoded."""

@@ -1,4 +1,4 @@
-"""A model over several devices: whole layers on each, in order, as even in bytes as layers allow."""
+"""A model over several devices: whole layers on each, in order, none far above its share of the bytes."""
 
 from __future__ import annotations
 

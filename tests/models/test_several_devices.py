@@ -18,7 +18,7 @@ def llama(layers: int) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize(("layers", "devices"), [(8, 2), (9, 3), (12, 4)])
-def test_whole_layers_in_order_as_even_as_they_allow(layers: int, devices: int) -> None:
+def test_whole_layers_in_order_no_device_far_above_its_share(layers: int, devices: int) -> None:
     model = llama(layers)
     gpus = [torch.device("cuda", index) for index in range(devices)]
     placed = device_map(model, gpus)
@@ -32,7 +32,7 @@ def test_whole_layers_in_order_as_even_as_they_allow(layers: int, devices: int) 
         sizes[gpus.index(device)] += sum(parameter.numel() for parameter in parameters)
     assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    assert max(sizes) - min(sizes) <= 2 * layer
+    assert max(sizes) <= sum(sizes) / devices + layer  # a layer above an even share at most
 
 
 def test_more_devices_than_layers_are_refused() -> None:
