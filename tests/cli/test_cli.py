@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -396,6 +397,23 @@ def test_recommend(dse: Run, finished_study: Path) -> None:
     assert "with 95 % confidence" in shown.out
     if advice["knee_trial"] not in (None, advice["trial"]):
         assert f"knee of the front: trial {advice['knee_trial']}" in shown.out
+
+
+def test_recommend_says_how_many_documents_would_settle_a_near_miss(dse: Run, finished_study: Path) -> None:
+    table = pd.read_csv(finished_study / "trials.csv").set_index("trial")
+    tolerance = max(0.0, table["accuracy_drop"].drop(0).min()) + 0.001
+    told = dse("recommend", finished_study, "--max-accuracy-drop", tolerance, "--json")
+    assert told.code == 0
+    advice = told.json
+    assert not advice["meets_bound"]
+    assert advice["trial"] == advice["estimate_trial"] == advice["near_miss_trial"]
+    row = table.loc[advice["trial"]]
+    drop, high = row["accuracy_drop"], row["accuracy_drop_high"]
+    assert advice["documents_to_settle"] == math.ceil(24 * ((high - drop) / (tolerance - drop)) ** 2 - 1e-9)
+    assert advice["more_documents"] == advice["documents_to_settle"] - 24
+    shown = dse("recommend", finished_study, "--max-accuracy-drop", tolerance).out
+    assert "by point estimate; not certified" in shown
+    assert f"about {advice['more_documents']:,} more documents" in " ".join(shown.split())
 
 
 def test_compare(dse: Run, finished_study: Path) -> None:
