@@ -11,7 +11,8 @@ from dse.cost import cost
 from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
-from dse.evaluation import PairedDrop, evaluator_for
+from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator, PairedDrop, evaluator_for
+from dse.files import cache_dir
 from dse.models import LoadedModel, load_model
 from dse.study import StudyListener, resolve_device
 
@@ -41,12 +42,13 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
     arithmetic = cost(loaded.topology, point)
     settings = EvaluationConfig(limit=options.limit, seed=options.seed, batch_size=options.batch_size)
     evaluator = evaluator_for(loaded, tasks, settings)
-    dense = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate dense", done, total))
+    cache = None if options.no_cache else EvaluationCache(cache_dir() / "evaluations")
+    dense, reused = _evaluate(evaluator, cache, DesignPoint.dense(), "", "evaluate dense", listener)
     result, drop, graded = dense, None, {}
     if not point.is_dense:
         bank = bank_of_point(loaded, point, options, listener)
         with decompose(loaded, point, bank):
-            result = evaluator.evaluate(lambda done, total: listener.on_phase("evaluate point", done, total))
+            result, reused = _evaluate(evaluator, cache, point, bank.identity(point), "evaluate point", listener)
         drop = result.accuracy_drop(dense)
         graded = {
             name: _drop_json(found)
@@ -60,6 +62,7 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
         "reduction": arithmetic.reduction,
         "parameters": arithmetic.parameters,
         **result.to_json(),
+        "cached_documents": reused,
         "accuracy": result.accuracy,
         "perplexity": result.perplexity,
         "dense": None
@@ -73,6 +76,24 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
 def _drop_json(drop: PairedDrop) -> dict[str, Any]:
     names = ("estimate", "low", "high", "documents", "p_value", "smallest_detectable", "test")
     return {name: getattr(drop, name) for name in names}
+
+
+def _evaluate(
+    evaluator: ModelEvaluator,
+    cache: EvaluationCache | None,
+    point: DesignPoint,
+    factors: str,
+    phase: str,
+    listener: StudyListener,
+) -> tuple[EvaluationResult, int]:
+    """The result, and how many documents' answers were known before."""
+    identity = evaluator.identity(point.id, factors)
+    answers = Answers() if cache is None else cache.read(identity)
+    result = evaluator.evaluate(lambda done, total: listener.on_phase(phase, done, total), answers=answers)
+    reused = answers.reused
+    if cache is not None and answers.scored:
+        cache.write(identity, answers)
+    return result, reused
 
 
 def bank_of_point(

@@ -100,6 +100,8 @@ def describe_trial(record: TrialRecord) -> str:
     head = f"trial {record.trial:<4}"
     if record.state == "failed":
         return f"{head} failed: {record.reason}"
+    if record.state == "stopped":
+        return f"{head} stopped at rung {record.rung}: {record.reason}"
     parts = ["dense" if not record.point["tensors"] else f"-{percent(record.cost['reduction'])} parameters"]
     accuracy = record.quantities.get("accuracy")
     if accuracy is not None and accuracy.value is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dse.config.calibration import CalibrationConfig, CalibrationSource
 from dse.config.dataset_task import HEAD_COLUMNS, HEAD_METRICS, LOCAL_SUFFIXES, DatasetTaskConfig, Head
 from dse.config.evaluation import AnyTaskConfig, EvaluationConfig, TaskConfig
+from dse.config.fidelity import FidelityConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.reading import load_search_space, load_study, parse_search_space, parse_study
 from dse.config.search_space import GroupConfig, LayerRange, LimitsConfig, Range, RankConfig, SearchSpaceConfig
@@ -21,6 +22,7 @@ __all__ = [
     "CalibrationSource",
     "DatasetTaskConfig",
     "EvaluationConfig",
+    "FidelityConfig",
     "GroupConfig",
     "Head",
     "LayerRange",

@@ -46,3 +46,4 @@ class EvaluationConfig(Section):
     masked_scoring: Literal["within_word", "original"] = Field(
         "within_word", description="pseudo-log-likelihood of masked language models: which tokens are masked together"
     )
+    divergence_tokens: int = Field(4096, ge=16, description="held-out tokens of the objective kl_divergence")

@@ -12,6 +12,7 @@ from dse.config._section import Section
 from dse.config.calibration import CalibrationConfig
 from dse.config.dataset_task import DatasetTaskConfig, Head
 from dse.config.evaluation import AnyTaskConfig, EvaluationConfig
+from dse.config.fidelity import FidelityConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.search_space import SearchSpaceConfig
 
@@ -64,6 +65,7 @@ class StudyConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     measurement: MeasurementConfig = MeasurementConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    fidelity: FidelityConfig | None = Field(None, description="none, auto, or the rungs of the fidelity ladder")
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     enqueue: list[dict[str, Any]] = Field([], description="design points to evaluate first, compact or expanded")
@@ -72,6 +74,17 @@ class StudyConfig(Section):
     @classmethod
     def _model_of_string(cls, value: Any) -> Any:
         return {"ref": value} if isinstance(value, str) else value
+
+    @field_validator("fidelity", mode="before")
+    @classmethod
+    def _fidelity_of_string(cls, value: Any) -> Any:
+        if value == "none":
+            return None
+        if isinstance(value, str):
+            if value != "auto":
+                raise ValueError("must be none, auto, or rungs such as {proxy_tokens: 2048, shares: [0.1, 0.3]}")
+            return {}
+        return value
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -108,6 +121,8 @@ class StudyConfig(Section):
         unserved = [name for name in names if name in _OF_TASKS]
         if not self.tasks and unserved:
             raise ValueError(f"`tasks` must name at least one task for the objective {' or '.join(unserved)}")
+        if self.fidelity is not None and not set(names) & set(_OF_TASKS):
+            raise ValueError(f"`fidelity` spares documents, so one of {', '.join(_OF_TASKS)} must be an objective")
         return self
 
     @property

@@ -3,6 +3,7 @@
 from dse.decomposition.calibration_text import BUILTIN_TEXTS as BUILTIN_TEXTS
 from dse.decomposition.calibration_text import CalibrationWindows as CalibrationWindows
 from dse.decomposition.calibration_text import calibration_windows as calibration_windows
+from dse.decomposition.calibration_text import held_out_windows as held_out_windows
 from dse.decomposition.calibration_text import longest_window as longest_window
 from dse.decomposition.calibration_text import named_calibration as named_calibration
 from dse.decomposition.factor_bank import FactorBank as FactorBank

@@ -21,6 +21,7 @@ __all__ = [
     "DEFAULT_TOKENS",
     "CalibrationWindows",
     "calibration_windows",
+    "held_out_windows",
     "longest_window",
     "named_calibration",
 ]
@@ -28,6 +29,9 @@ __all__ = [
 DEFAULT_TOKENS = 12288
 
 _DATA = Path(__file__).resolve().parent.parent / "data" / "calibration"
+_HELD_OUT_TEXT = _DATA.parent / "general_heldout.txt"
+_HELD_OUT_WINDOW = 128
+"""Tokens: the shorter a window, the more of them, and the better is known how much they differ."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +89,8 @@ def calibration_windows(
     Raises:
         CalibrationError: A text cannot be read, or all together are shorter than the tokens asked for.
     """
-    window = min(config.window, longest_window or config.window)
-    pieces = [_windows_of(tokenizer, _read(source), window, config.seed) for source in config.sources]
-    wanted = max(1, config.tokens // window)
-    counts = _shares([len(piece) for piece in pieces], [source.weight for source in config.sources], wanted)
+    pieces, counts, wanted = _drawn(tokenizer, config, longest_window)
+    window = pieces[0].shape[1]
     if sum(counts) < wanted:
         available = sum(len(piece) for piece in pieces) * window
         raise CalibrationError(
@@ -101,6 +103,43 @@ def calibration_windows(
     )
     digest = hashlib.sha256(f"{tuple(token_ids.shape)}".encode() + token_ids.numpy().tobytes())
     return CalibrationWindows(token_ids, digest.hexdigest()[:16], description)
+
+
+def held_out_windows(
+    tokenizer: Any, config: CalibrationConfig, tokens: int, *, longest_window: int | None = None
+) -> Tensor:
+    """Text of the same sources that calibration does not see, then general text that no source holds.
+
+    Args:
+        tokenizer: The model's Hugging Face tokenizer.
+        config: Of the calibration: its sources, and how many of their windows it takes.
+        tokens: Wanted.
+        longest_window: The model's context, where it is shorter than a window.
+
+    Returns:
+        Shape (windows, window), int64.
+
+    Raises:
+        CalibrationError: A text cannot be read, or what calibration leaves is too short.
+    """
+    pieces, counts, _ = _drawn(tokenizer, config, longest_window)
+    window = min(_HELD_OUT_WINDOW, pieces[0].shape[1])
+    wanted = max(2, tokens // window)
+    left = [_cut(piece[count:], window) for piece, count in zip(pieces, counts, strict=True)]
+    # Long sources give no more than their share, or one would stand for all.
+    shares = _shares([len(piece) for piece in left], [source.weight for source in config.sources], wanted)
+    found = [piece[:share] for piece, share in zip(left, shares, strict=True)]
+    missing = wanted - sum(shares)
+    if missing > 0:
+        general = _windows_of(tokenizer, _HELD_OUT_TEXT.read_text(encoding="utf-8"), window, config.seed)
+        found.append(general[:missing])
+    windows = torch.cat(found)
+    if len(windows) < wanted:
+        raise CalibrationError(
+            f"KL divergence needs {tokens} tokens of text that calibration does not see, but only"
+            f" {windows.numel()} are left; lower `calibration.tokens`, the tokens asked for, or name more text"
+        )
+    return windows
 
 
 def named_calibration(
@@ -157,6 +196,26 @@ def _read_dataset(source: CalibrationSource) -> str:
             f"calibration dataset '{source.dataset}' must be loadable, but: {reason}; without a hub, name a `file` or a"
             f" `builtin` ({', '.join(BUILTIN_TEXTS)})"
         ) from error
+
+
+def _drawn(
+    tokenizer: Any, config: CalibrationConfig, longest_window: int | None
+) -> tuple[list[Tensor], list[int], int]:
+    """Windows of each source in their order, how many of each calibration takes, and how many it wants."""
+    window = min(config.window, longest_window or config.window)
+    pieces = [_windows_of(tokenizer, _read(source), window, config.seed) for source in config.sources]
+    wanted = max(1, config.tokens // window)
+    return (
+        pieces,
+        _shares([len(piece) for piece in pieces], [source.weight for source in config.sources], wanted),
+        wanted,
+    )
+
+
+def _cut(windows: Tensor, window: int) -> Tensor:
+    """Windows cut into shorter ones, what is left over let go; shape (windows', window)."""
+    whole = windows.shape[1] // window
+    return windows[:, : whole * window].reshape(-1, window)
 
 
 def _windows_of(tokenizer: Any, text: str, window: int, seed: int) -> Tensor:

@@ -7,8 +7,9 @@ is exact because surgery never touches the head: dense and point share it.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,10 @@ class DenseDivergence:
     """KL divergence of any state of a model to the dense state it was in when this was made.
 
     Every position of every window counts, each conditioned on the window's tokens up to it.
+
+    Attributes:
+        windows: Number of windows.
+        fingerprint: 16 hexadecimal digits of the text.
     """
 
     def __init__(
@@ -70,6 +75,9 @@ class DenseDivergence:
             ModelError: The model's logits are not its head's output, so that they cannot be formed from what is kept.
         """
         self._model = model
+        self.windows = token_ids.shape[0]
+        digest = hashlib.sha256(f"{tuple(token_ids.shape)}".encode() + token_ids.cpu().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
         self._batches = torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1]))
         self._head = _head_of(model)
         _check_head(model, self._head, self._batches[0][:1])
@@ -79,6 +87,14 @@ class DenseDivergence:
     def tokens(self) -> int:
         """Positions compared."""
         return sum(batch.numel() for batch in self._batches)
+
+    def of_dense(self) -> Divergence:
+        """The dense model's own divergence: nothing, exactly."""
+        return self.of_windows([0.0] * self.windows)
+
+    def of_windows(self, means: Sequence[float]) -> Divergence:
+        """A divergence that was measured before, window by window."""
+        return Divergence(np.asarray(means, dtype=np.float64))
 
     def measure(self, progress: ProgressCallback = ignore_progress) -> Divergence:
         """KL(dense || the model as it is now).
@@ -93,10 +109,10 @@ class DenseDivergence:
         for dense, hidden in zip(self._dense, self._hidden_states(progress), strict=True):
             for dense_window, point_window in zip(dense, hidden, strict=True):
                 means.append(self._window(dense_window, point_window))
-        found = np.asarray(means, dtype=np.float64)
-        if not np.isfinite(found).all():
+        found = self.of_windows(means)
+        if not np.isfinite(found.windows).all():
             raise NonFiniteError("KL divergences must be finite, but a window's is not; the trial is void")
-        return Divergence(found)
+        return found
 
     def _window(self, dense: Tensor, point: Tensor) -> float:
         """Mean over one window's positions; both of shape (tokens, width)."""

@@ -46,9 +46,16 @@ class ModelEvaluator(Protocol):
     def within_share(self, share: float) -> Mapping[str, NDArray[np.bool_]]:
         """Which of each task's outcomes belong to the documents of a share."""
 
+    def digests(self, share: float = 1.0) -> list[str]:
+        """Of the documents of a share, as `Answers` know them."""
+
 
 def evaluator_for(
-    loaded: LoadedModel, tasks: Sequence[TaskConfig | DatasetTaskConfig], settings: EvaluationConfig
+    loaded: LoadedModel,
+    tasks: Sequence[TaskConfig | DatasetTaskConfig],
+    settings: EvaluationConfig,
+    *,
+    fresh: int = 0,
 ) -> ModelEvaluator:
     """Load the tasks and find every defect they have; make it while the model is dense.
 
@@ -56,6 +63,7 @@ def evaluator_for(
         loaded: The model.
         tasks: All of one kind: lm-eval's, or on data sets.
         settings: How they are run.
+        fresh: Documents for each task beyond those of its limit, in their place; 0 takes those of the limit.
 
     Raises:
         TaskError: A task cannot be found, read or scored, or lacks the metric asked for.
@@ -71,6 +79,7 @@ def evaluator_for(
             loaded,
             [TaskSpec(task.task, task.metric, task.weight, task.limit, task.num_fewshot) for task in by_lm_eval],
             limit=settings.limit,
+            fresh=fresh,
             seed=settings.seed,
             batch_size=settings.batch_size,
             max_length=settings.max_length,
@@ -81,6 +90,8 @@ def evaluator_for(
 
     if by_lm_eval:
         raise ConfigError("tasks must be all of lm-eval's kind or all on data sets, but got both; keep to one")
+    if fresh:
+        raise ConfigError("`fidelity.final_documents` is for lm-eval's tasks, but these are on data sets; leave it out")
     if settings.apply_chat_template:
         raise ConfigError("`apply_chat_template` is for lm-eval's tasks, but these are on data sets; set it to false")
     return HeadEvaluator(

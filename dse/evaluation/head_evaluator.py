@@ -148,6 +148,10 @@ class HeadEvaluator:
         """Which of each task's outcomes, in their order, belong to the documents of a share; shape (documents,)."""
         return {task.name: np.isin(np.arange(len(task.documents)), _positions(task, share)) for task in self._tasks}
 
+    def digests(self, share: float = 1.0) -> list[str]:
+        """Of the documents of a share, as `Answers` know them."""
+        return [task.digests[position] for task in self._tasks for position in _positions(task, share)]
+
     def _answered(self, task: HeadTask, positions: Sequence[int], tick: Tick) -> Mapping[int, DocumentAnswers]:
         while True:
             try:

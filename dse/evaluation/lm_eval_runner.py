@@ -66,6 +66,7 @@ class Evaluator:
         tasks: Sequence[TaskSpec],
         *,
         limit: int | None = None,
+        fresh: int = 0,
         seed: int = 0,
         batch_size: int | str = 16,
         max_length: int | None = None,
@@ -78,6 +79,7 @@ class Evaluator:
             loaded: The model; make the evaluator while it is dense, then evaluate it in any state.
             tasks: What to evaluate, by different names.
             limit: Documents for each task without a limit of its own, drawn by `seed`; None means all.
+            fresh: Documents for each task beyond those of its limit, in their place; 0 takes those of the limit.
             seed: Draws documents and few-shot examples.
             batch_size: Most rows in a batch; "auto" starts at 64 on a GPU (16 elsewhere) and halves where memory is
                 full.
@@ -112,7 +114,9 @@ class Evaluator:
                 _prepare(
                     spec,
                     source.name,
-                    build_leaves(spec, source, limit=spec.limit or limit, seed=seed, chat_template=template),
+                    build_leaves(
+                        spec, source, limit=spec.limit or limit, fresh=fresh, seed=seed, chat_template=template
+                    ),
                 )
                 for spec, source in zip(tasks, sources, strict=True)
             ]
@@ -199,6 +203,12 @@ class Evaluator:
             flags = [(leaf.name, document) in kept for leaf in task.leaves for document in leaf.documents]
             masks[task.name] = np.asarray(flags, dtype=np.bool_)
         return masks
+
+    def digests(self, share: float = 1.0) -> list[str]:
+        """Of the documents of a share, as `Answers` know them."""
+        return [
+            digest for task in self._tasks for leaf in share_of_leaves(task.leaves, share) for digest in leaf.digests
+        ]
 
     def _instances(self) -> Iterator[Any]:
         for task in self._tasks:

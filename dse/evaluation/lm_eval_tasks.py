@@ -93,9 +93,17 @@ class LeafTask:
 
 
 def build_leaves(
-    spec: TaskSpec, source: TaskSource, *, limit: int | None, seed: int, chat_template: Callable[..., str] | None
+    spec: TaskSpec,
+    source: TaskSource,
+    *,
+    limit: int | None,
+    seed: int,
+    chat_template: Callable[..., str] | None,
+    fresh: int = 0,
 ) -> list[LeafTask]:
     """Load a task (or the members of a group), draw its documents by seed, and build its requests.
+
+    With `fresh`, they are that many documents which the limit leaves out.
 
     Raises:
         TaskError: The task is unknown, malformed, needs a hub that cannot be reached, or has no document.
@@ -109,7 +117,12 @@ def build_leaves(
             task.set_config("num_fewshot", shots)
             task.set_fewshot_seed(seed)
         rows = [task.eval_docs for task in tasks]
-        chosen = _draw(source.name, [len(row) for row in rows], limit, seed)
+        chosen = _draw(source.name, [len(row) for row in rows], limit, seed, fresh)
+        if fresh and sum(map(len, chosen)) < fresh:
+            raise TaskError(
+                f"task '{spec.task}' must have {fresh} documents beyond its limit ({limit or 'all'}), but has"
+                f" {sum(map(len, chosen))}; lower `fidelity.final_documents` or the task's `limit`"
+            )
         leaves = [
             LeafTask(task, list(drawn), [row[index] for index in drawn], list(drawn.values()))
             for task, row, drawn in zip(tasks, rows, chosen, strict=True)
@@ -249,15 +262,16 @@ def _refuse_unsupported(name: str, task: Any) -> None:
         raise TaskError(f"a task must be text only, but '{name}' has images or sound; leave it out")
 
 
-def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int) -> list[dict[int, int]]:
+def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int, fresh: int) -> list[dict[int, int]]:
     """Indices drawn from each member, ascending, with their places in the draw.
 
     A smaller limit draws a part of what a larger one draws: the places below it.
     """
     order = [(member, index) for member, size in enumerate(sizes) for index in range(size)]
     random.Random(f"{seed}:{name}").shuffle(order)
+    drawn = order[:limit] if not fresh else order[limit:][:fresh] if limit is not None else []
     chosen: list[dict[int, int]] = [{} for _ in sizes]
-    for place, (member, index) in sorted(enumerate(order[:limit]), key=lambda drawn: drawn[1]):
+    for place, (member, index) in sorted(enumerate(drawn), key=lambda placed: placed[1]):
         chosen[member][index] = place
     return chosen
 

@@ -40,6 +40,7 @@ class Objective:
         label: What people read on an axis or a table's head.
         dense_reference_factor: The hypervolume reference is this factor times the dense model's value. A point worse
             than the reference adds nothing to the hypervolume.
+        fixed_reference: The hypervolume reference itself, where dense is at the ideal and a factor of it says nothing.
         ideal: The best value that can be thought of; it normalises the hypervolume.
         is_cost: Whether its ratio to dense counts as a saving (accuracy, perplexity and graded metrics do not).
     """
@@ -51,6 +52,7 @@ class Objective:
     dense_reference_factor: float
     ideal: float = 0.0
     is_cost: bool = True
+    fixed_reference: float | None = None
 
     @property
     def is_fraction(self) -> bool:
@@ -80,6 +82,16 @@ OBJECTIVES: Mapping[str, Objective] = _table(
     Objective("perplexity", "", "minimize", "Perplexity", 10.0, ideal=1.0, is_cost=False),
     Objective("choice_probability", "fraction", "maximize", "Choice probability", 0.0, ideal=1.0, is_cost=False),
     Objective("gold_log_likelihood", "nats", "maximize", "Gold log-likelihood", 3.0, ideal=0.0, is_cost=False),
+    # ln 10: what a perplexity of ten times dense comes to on text that the dense model itself would write.
+    Objective(
+        "kl_divergence",
+        "nats",
+        "minimize",
+        "KL divergence to dense",
+        0.0,
+        is_cost=False,
+        fixed_reference=math.log(10),
+    ),
     Objective("prefill_latency_s", "s", "minimize", "Prefill latency", 1.5),
     Objective("decode_latency_s", "s", "minimize", "Decode latency", 1.5),
     Objective("prefill_energy_j", "J", "minimize", "Prefill energy", 1.5),
@@ -143,7 +155,8 @@ def reference_value(objective: Objective, dense_value: float) -> float:
     """Coordinate of the hypervolume reference point, from the dense model's value in the same unit.
 
     Accuracy and choice probability: 0. Parameters and weight bytes: 1.1 x dense. Latency, energy and memory: 1.5 x
-    dense. Perplexity: 10 x. Gold log-likelihood: 3 x.
+    dense. Perplexity: 10 x. Gold log-likelihood: 3 x. KL divergence, of which
+    dense has none: ln 10.
 
     Raises:
         NonFiniteError: The dense value is NaN or infinite, so that nothing can be referred to it.
@@ -154,6 +167,8 @@ def reference_value(objective: Objective, dense_value: float) -> float:
             f"the dense model's {objective.name} must be finite to fix the hypervolume reference, but got {dense_value}"
         )
     reference = objective.dense_reference_factor * float(dense_value)
+    if objective.fixed_reference is not None:
+        reference = objective.fixed_reference
     if (reference - objective.ideal) * objective.sign <= 0:
         raise ConfigError(
             f"the reference of {objective.name} must be worse than its ideal {objective.ideal:g}, but the dense value"

@@ -18,7 +18,7 @@ from dse.pareto.table import FrontCell, FrontRow, front_rows, tied_rows
 
 __all__ = ["front_html"]
 
-_STATES = ("complete", "duplicate", "infeasible", "failed")
+_STATES = ("complete", "stopped", "duplicate", "infeasible", "failed")
 
 
 def front_html(

@@ -15,9 +15,9 @@ from dse.decomposition import FactorBank, apply_point
 from dse.design_point import DesignPoint
 from dse.errors import DseError, OutOfMemoryError, StudyError, TrialError
 from dse.evaluation import EvaluationResult, ModelEvaluator
-from dse.measurement import device_in_use
 from dse.models import LoadedModel
 from dse.study.evaluation_quantities import with_evaluation
+from dse.study.fidelity import Climber, Judge, Stop, climb
 from dse.study.measure_point import PhaseListener, PointMeasurer
 from dse.study.measurement_plan import MeasurementPlan
 from dse.study.objectives import Needs
@@ -37,12 +37,17 @@ class PointEvaluator:
     loaded: LoadedModel
     bank: FactorBank
     needs: Needs
-    evaluator: ModelEvaluator | None
+    climber: Climber
     plan: MeasurementPlan
     on_phase: PhaseListener = field(default=lambda phase, done, total: None)
 
+    @property
+    def evaluator(self) -> ModelEvaluator | None:
+        """Of the study's tasks; None without tasks."""
+        return self.climber.evaluator
+
     def evaluate(
-        self, blank: TrialRecord, point: DesignPoint, reference: Reference | None
+        self, blank: TrialRecord, point: DesignPoint, reference: Reference | None, judge: Judge | None = None
     ) -> tuple[TrialRecord, EvaluationResult | None]:
         """Evaluate one point on the resident model, which is dense again afterwards whatever happens.
 
@@ -50,6 +55,7 @@ class PointEvaluator:
             blank: The record so far: number, point, origin, cost.
             point: What to decompose.
             reference: The dense model's figures; None while it is itself being measured.
+            judge: Stops a trial that can no longer join the front; None evaluates everything.
 
         Returns:
             The record, and the evaluation with its per-document outcomes. A trial that failed is a record too: its
@@ -59,24 +65,33 @@ class PointEvaluator:
         run = PointRun(dataclasses.replace(blank, started_at=started_at))
         try:
             with _failures_of_a_trial():
-                self._run(run, point, reference)
+                stop = self._run(run, point, reference, judge)
         except TrialError as error:
             reason = str(error) if type(error) is TrialError else f"{type(error).__name__}: {error}"
             return run.finished("failed", reason), run.evaluation
+        if stop is not None:
+            run.record = dataclasses.replace(run.record, estimates=stop.estimates)
+            return run.finished("stopped", stop.reason), None
         return run.finished("complete"), run.evaluation
 
-    def _run(self, run: PointRun, point: DesignPoint, reference: Reference | None) -> None:
+    def _run(self, run: PointRun, point: DesignPoint, reference: Reference | None, judge: Judge | None) -> Stop | None:
         applied = None
         self.on_phase("decompose", 0, 1)
         try:
             with run.timed("decompose"):
                 applied = apply_point(self.loaded.model, self.loaded.topology, point, self.bank)
-            if self.evaluator is not None:
-                with device_in_use(self.loaded.device), run.timed("evaluate"):
-                    run.evaluation = self.evaluator.evaluate(lambda done, total: self.on_phase("evaluate", done, total))
-                dense = None if reference is None else reference.evaluation
-                run.record = with_evaluation(run.record, run.evaluation, dense)
-            PointMeasurer(self.loaded, self.needs, self.plan, self.on_phase).measure(run, applied, reference)
+            dense = None if reference is None else reference.evaluation
+            stop = climb(
+                self.climber,
+                run,
+                self.bank.identity(point),
+                judge,
+                lambda record, found: with_evaluation(record, found, dense),
+                self.on_phase,
+            )
+            if stop is None:
+                PointMeasurer(self.loaded, self.needs, self.plan, self.on_phase).measure(run, applied, reference)
+            return stop
         finally:
             if applied is not None:
                 with run.timed("undo"):

@@ -15,6 +15,7 @@ __all__ = ["check_same_facts", "study_facts"]
 _MUST_STAY = {
     "model_fingerprint": ("model weights", "pin `model.revision`"),
     "evaluation_fingerprint": ("tasks, documents or lm-eval version", "restore them"),
+    "divergence_fingerprint": ("held-out text", "restore it"),
     "calibration_fingerprint": ("calibration text", "restore it"),
 }
 """Fact to what it stands for and the remedy: trials from before and after would not compare."""
@@ -23,6 +24,7 @@ _MUST_STAY = {
 def study_facts(prepared: PreparedStudy) -> dict[str, Any]:
     """Model, data, device, versions and seeds of a study, JSON-safe."""
     calibration, evaluator = prepared.calibration, prepared.evaluator
+    divergence = evaluator.climber.divergence
     return {
         "environment": describe_environment(),
         "model_fingerprint": prepared.loaded.fingerprint,
@@ -34,6 +36,7 @@ def study_facts(prepared: PreparedStudy) -> dict[str, Any]:
         "calibration": None if calibration is None else calibration.description,
         "calibration_fingerprint": None if calibration is None else calibration.fingerprint,
         "evaluation_fingerprint": evaluator.evaluator.fingerprint if evaluator.evaluator else None,
+        "divergence_fingerprint": None if divergence is None else divergence.fingerprint,
         "energy_meter": evaluator.plan.meter.name if evaluator.plan.meter else None,
         "energy_source": evaluator.plan.meter.source if evaluator.plan.meter else None,
         "seeds": {

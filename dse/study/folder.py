@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,15 @@ class StudyFolder:
         self.front_html = path / "front.html"
         self.front_png = path / "front.png"
         self.log = path / "run.log"
+        self.answers = path / "answers"
 
     def outcomes(self, trial: int) -> Path:
         """Per-document outcomes of one trial."""
         return self.path / "outcomes" / f"trial-{trial:05d}.npz"
+
+    def drop_answers(self) -> None:
+        """Remove the answers that were kept for resuming alone."""
+        shutil.rmtree(self.answers, ignore_errors=True)
 
     def check_usable(self) -> None:
         """Refuse a folder that is neither free nor a study's. Nothing is written.

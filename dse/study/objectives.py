@@ -14,6 +14,7 @@ from dse.study.record import TrialRecord
 
 __all__ = ["Needs", "check_tasks_serve", "needs_of", "objective_values", "resolve_objectives"]
 
+_DIVERGENCE = {"kl_divergence"}
 _ACCURACY = {"accuracy", "perplexity"}
 _GRADED: Mapping[str, str] = {
     "choice_probability": "a multiple-choice task",
@@ -31,6 +32,7 @@ class Needs:
 
     Attributes:
         evaluation: Accuracy.
+        divergence: KL divergence to dense.
         latency: Prefill and decode.
         energy: Of both.
         memory: Peaks.
@@ -38,6 +40,7 @@ class Needs:
     """
 
     evaluation: bool
+    divergence: bool
     latency: bool
     energy: bool
     memory: bool
@@ -54,6 +57,7 @@ def needs_of(
     names = {entry.name for entry in objectives}
     return Needs(
         evaluation=has_tasks or bool(names & (_ACCURACY | _GRADED.keys())),
+        divergence=bool(names & _DIVERGENCE),
         latency=has_grid or bool(names & _LATENCY),
         energy=has_meter or bool(names & _ENERGY),
         memory=bool(names & _MEMORY),

@@ -36,8 +36,8 @@ class PointRun:
         begin = time.perf_counter()
         try:
             yield
-        finally:
-            self.seconds[phase] = time.perf_counter() - begin
+        finally:  # a phase may come in parts: a share of the documents, then the rest
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
     def finished(self, state: str, reason: str = "") -> TrialRecord:
         """The record with its outcome."""

@@ -9,10 +9,14 @@ from typing import Any
 
 from dse.cost import Cost
 
-__all__ = ["Interval", "PairedChange", "TrialRecord", "TrialState", "finite", "to_row"]
+__all__ = ["EVALUATED_STATES", "Interval", "PairedChange", "TrialRecord", "TrialState", "finite", "to_row"]
 
 TrialState = str
-"""complete, failed (reason given), duplicate (values of an earlier trial reused), infeasible, or interrupted."""
+"""complete, failed (reason given), stopped (could not join the front any more; see `rung`), duplicate (values of an
+earlier trial reused), infeasible, or interrupted."""
+
+EVALUATED_STATES = ("complete", "failed", "stopped")
+"""States that count against the budget."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,15 @@ class TrialRecord:
         reason: Why it failed or is infeasible; "" otherwise.
         duplicate_of: The trial whose values were reused.
         feasible: Whether the point keeps the space's limits.
+        rung: The rung of the fidelity ladder it reached (0 cost arithmetic, 1 proxy, then shares of the documents, the
+            last one all of them); None without a ladder.
+        cached_documents: Documents whose answers were known before this trial, so that `seconds` does not hold them.
         cost: Exact arithmetic of the point.
         quantities: Measured quantity to its value and interval, in SI units (accuracy, decode_latency_s, ...).
+        estimates: Objective to its estimate at the rung where the trial was stopped, with the interval that stopped it.
+        search_quantities: What the search's documents said of a quantity that fresh documents were asked about at the
+            end; `quantities` then holds the latter.
+        final_documents: Fresh documents at the end, over all tasks; 0 where there were none.
         ratios: Quantity to its ratio to dense, with interval.
         accuracy_drop: Dense minus point, paired over the same documents; positive is worse.
         graded_drops: The same for each graded metric.
@@ -75,8 +86,13 @@ class TrialRecord:
     reason: str = ""
     duplicate_of: int | None = None
     feasible: bool = True
+    rung: int | None = None
+    cached_documents: int = 0
     cost: Mapping[str, Any] = field(default_factory=dict)
     quantities: Mapping[str, Interval] = field(default_factory=dict)
+    estimates: Mapping[str, Interval] = field(default_factory=dict)
+    search_quantities: Mapping[str, Interval] = field(default_factory=dict)
+    final_documents: int = 0
     ratios: Mapping[str, Interval] = field(default_factory=dict)
     accuracy_drop: Interval | None = None
     graded_drops: Mapping[str, Interval] = field(default_factory=dict)
@@ -96,7 +112,7 @@ class TrialRecord:
         """Read `to_json`'s mapping; keys of a later version are passed over."""
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
-        for key in ("quantities", "ratios", "graded_drops"):
+        for key in ("quantities", "estimates", "search_quantities", "ratios", "graded_drops"):
             values[key] = {name: _interval(entry) for name, entry in values.get(key, {}).items()}
         if values.get("accuracy_drop") is not None:
             values["accuracy_drop"] = _interval(values["accuracy_drop"])
@@ -112,6 +128,7 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
         "origin": record.origin,
         "duplicate_of": record.duplicate_of,
         "feasible": record.feasible,
+        "rung": record.rung,
         "point_id": record.point_id,
         "point": record.point_text,
         "decomposed_tensors": len(record.point.get("tensors", {})),
@@ -120,6 +137,10 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
     row |= {name: record.cost[name] for name in cost_columns}
     for name, interval in record.quantities.items():
         row |= _interval_columns(name, interval)
+    for name, interval in record.estimates.items():
+        row |= _interval_columns(f"{name}_estimate", interval)
+    for name, interval in record.search_quantities.items():
+        row |= _interval_columns(f"{name}_search", interval)
     for name, interval in record.ratios.items():
         row |= _interval_columns(f"{name}_ratio", interval)
     if record.accuracy_drop is not None:
@@ -131,6 +152,7 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
             row[f"task.{task}.{metric}"] = value
             row[f"task.{task}.{metric}_stderr"] = stderr
         row[f"task.{task}.documents"] = result["documents"]
+    row |= {"cached_documents": record.cached_documents, "final_documents": record.final_documents}
     for phase, seconds in record.seconds.items():
         row[f"seconds_{phase}_s"] = seconds
     for name, entry in (("latency", record.latency), ("energy", record.energy), ("memory", record.memory)):

@@ -15,15 +15,18 @@ from typing import Any
 from dse.config import StudyConfig, load_study, parse_study
 from dse.design_point import DesignPoint
 from dse.errors import InvalidMeasurementError, StudyError, UserError
+from dse.evaluation import EvaluationCache
+from dse.files import cache_dir
 from dse.pareto import directions_of, reference_point
 from dse.study.evaluate_point import Reference, blank_record
 from dse.study.events import StudyListener, StudyProgress
 from dse.study.facts import check_same_facts, study_facts
+from dse.study.fidelity import LadderSession, final_pending, reevaluate_front
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts, noticing_interrupts
 from dse.study.objectives import objective_values
 from dse.study.proposals import first_points, unseen_feasible_levels
-from dse.study.record import TrialRecord, finite
+from dse.study.record import EVALUATED_STATES, TrialRecord, finite
 from dse.study.setup import PreparedStudy, prepare_study
 from dse.study.storage import Proposal, StudyStorage
 from dse.study.study import Study, begun_study, write_reports
@@ -41,6 +44,7 @@ def run_study(
     *,
     out: str | Path | None = None,
     trials: int | None = None,
+    use_cache: bool = True,
     listener: StudyListener | None = None,
 ) -> Study:
     """Run a study, or go on with one, until its budget of trials is spent.
@@ -49,6 +53,8 @@ def run_study(
         study: A study file, or what it holds as a mapping or a parsed config.
         out: Folder of the study; `runs/<study name>` by default.
         trials: Evaluated points in all, the dense model included; overrides the file.
+        use_cache: Whether answers of earlier evaluations of the same model, point and documents are used, and this
+            study's kept in the user's cache. Otherwise they lie in the study's folder until it is finished.
         listener: Told of progress.
 
     Returns:
@@ -73,10 +79,12 @@ def run_study(
             finished = Study(folder.path)
             write_reports(finished)
             return finished
-        prepared = prepare_study(config, watcher, None if begun is None else begun.attributes["objectives"])
+        cache = EvaluationCache(cache_dir() / "evaluations" if use_cache else folder.answers)
+        prepared = prepare_study(config, watcher, None if begun is None else begun.attributes["objectives"], cache)
         folder.write_config(config)
         with folder.logging_to_file(), noticing_interrupts() as interrupts:
             _Loop(prepared, folder, watcher, interrupts).run()
+        folder.drop_answers()
     return Study(folder.path)
 
 
@@ -88,6 +96,8 @@ def _config_of(study: StudyConfig | Mapping[str, Any] | str | Path) -> StudyConf
 
 def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> bool:
     """Whether nothing is left to do: no model needs loading to say so."""
+    if config.fidelity is not None and config.fidelity.final_documents and _has_pending(study):
+        return False
     if study.evaluated_trials >= config.budget.trials:
         listener.on_message(f"complete: all {config.budget.trials} trials are there")
         return True
@@ -99,6 +109,10 @@ def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> 
     return False
 
 
+def _has_pending(study: Study) -> bool:
+    return final_pending(study.front_records, study.attributes.get("final", {}))
+
+
 @dataclass
 class _Loop:
     """The state of a running study."""
@@ -108,6 +122,7 @@ class _Loop:
     listener: StudyListener
     interrupts: Interrupts
     storage: StudyStorage = field(init=False)
+    ladder: LadderSession = field(init=False)
     reference: Reference | None = None
     records: list[TrialRecord] = field(default_factory=list)
     by_point: dict[str, TrialRecord] = field(default_factory=dict)
@@ -117,6 +132,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         config = self.prepared.config
+        self.ladder = LadderSession(config.fidelity, self.prepared.objectives, self.folder.read_evaluation)
         self.storage = StudyStorage.open(
             self.folder.storage,
             directions_of(self.prepared.objectives),
@@ -140,6 +156,7 @@ class _Loop:
                 proposal = self.storage.ask(self.prepared.space.dimensions)
                 free = 0 if self._take(proposal) else free + 1
             self._take_idle_power("idle_power_after")
+            self._end()
         except BaseException:
             self.storage.close()
             with contextlib.suppress(UserError):  # what ended the run is worth more than its tables
@@ -160,7 +177,7 @@ class _Loop:
         """Bring the storage and this process to the same state; returns the free proposals in a row so far."""
         facts = study_facts(self.prepared)
         records, unfinished = self.storage.records(), self.storage.unfinished()
-        is_new = not any(record.state in ("complete", "failed") for record in records)
+        is_new = not any(record.state in EVALUATED_STATES for record in records)
         if not is_new:
             for notice in check_same_facts(self.folder.path, self.storage.attributes.get("facts", {}), facts):
                 self.listener.on_message(notice)
@@ -175,6 +192,7 @@ class _Loop:
                 self.storage.enqueue(self.prepared.space.dense_levels, "dense")
         for record in self.storage.records():
             self._remember(record)
+            self.ladder.add(record)
         if records or unfinished:
             budget = self.prepared.config.budget.trials
             self.listener.on_message(f"going on with {self.evaluated} of {budget} trials done")
@@ -200,7 +218,7 @@ class _Loop:
 
     def _remember(self, record: TrialRecord) -> None:
         self.records.append(record)
-        if record.state in ("complete", "failed"):
+        if record.state in EVALUATED_STATES:
             self.evaluated += 1
             self.by_point.setdefault(record.point_id, record)
 
@@ -213,6 +231,7 @@ class _Loop:
         blank = blank_record(proposal.trial, point, self.prepared.loaded.topology, proposal.origin, feasible)
         is_reference = point.is_dense and self.reference is None
         if not feasible and not is_reference:
+            blank = dataclasses.replace(blank, rung=0 if self.prepared.config.fidelity else None)
             reason = ", ".join(f"{name} exceeded by {value:.4g}" for name, value in violations.items() if value > 0)
             repaired = space.repair(proposal.levels, self._generator("repair", point.id))
             record = dataclasses.replace(blank, state="infeasible", reason=reason)
@@ -240,7 +259,12 @@ class _Loop:
             seconds={},
             reason=f"same point as trial {earlier.trial}{failed}",
         )
-        values = None if failed else objective_values(self.prepared.objectives, earlier)
+        values = None
+        if earlier.state == "stopped":
+            told = self.ladder.told(earlier, violations)
+            values, violations = told.values, dict(told.violations)
+        elif not failed:
+            values = objective_values(self.prepared.objectives, earlier)
         self.storage.tell(record, values, violations)
         self._remember(record)
 
@@ -250,7 +274,9 @@ class _Loop:
         self.listener.on_trial_start(self._progress(), blank)
         logger.info("trial %d: point %s (%s)", blank.trial, blank.point_id, blank.point_text)
         try:
-            record, evaluation = self.prepared.evaluator.evaluate(blank, point, self.reference)
+            record, evaluation = self.prepared.evaluator.evaluate(
+                blank, point, self.reference, self.ladder.judge(self.reference)
+            )
             if self.interrupts.requested:  # a library may have made another error of it
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -262,6 +288,9 @@ class _Loop:
                 values = objective_values(self.prepared.objectives, record)
             except InvalidMeasurementError as error:
                 record = dataclasses.replace(record, state="failed", reason=str(error))
+        if record.state == "stopped":
+            told = self.ladder.told(record, violations)
+            values, violations = told.values, dict(told.violations)
         is_reference = point.is_dense and self.reference is None
         if is_reference and values is None:
             # Without the dense model there is nothing to compare with: say why it failed and end.
@@ -275,6 +304,7 @@ class _Loop:
                 self.reference = Reference(evaluation, record)
                 self._begin_search(values)
         self._remember(record)
+        self.ladder.add(record, evaluation)
         self.evaluated_here += 1
         study = Study.running(self.folder, self.prepared.config, self.storage.attributes, self.records)
         study.write_tables()
@@ -282,6 +312,29 @@ class _Loop:
         self.listener.on_trial_end(self._progress(study), record)
         if record.state == "failed":
             self.prepared.evaluator.check_device()
+
+    def _end(self) -> None:
+        """The search is over: fresh documents have a say about the front, where the study keeps some."""
+        final, reference = self.prepared.final, self.reference
+        if final is None or reference is None:
+            return
+
+        def progress(done: int, total: int) -> None:
+            if self.interrupts.requested:
+                raise KeyboardInterrupt
+            self.listener.on_phase("evaluate the front", done, total)
+
+        self.listener.on_message("evaluating the front on documents that the search did not see")
+        reevaluate_front(
+            final,
+            reference.record,
+            lambda: (
+                Study.running(self.folder, self.prepared.config, self.storage.attributes, self.records).front_records
+            ),
+            self.storage.attributes.get("final", {}),
+            lambda known: self.storage.set_attribute("final", known),
+            progress,
+        )
 
     def _begin_search(self, values: list[float]) -> None:
         """The dense model is known: fix the reference of the hypervolume, and queue what is evaluated first."""
@@ -322,7 +375,7 @@ def _free_proposals(records: list[TrialRecord]) -> int:
     """Proposals at the end of these records that were settled without an evaluation."""
     count = 0
     for record in reversed(records):
-        if record.state in ("complete", "failed"):
+        if record.state in EVALUATED_STATES:
             break
         count += record.state != "interrupted"
     return count

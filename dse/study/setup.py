@@ -8,17 +8,26 @@ from dataclasses import dataclass
 import torch
 
 from dse.config import StudyConfig
-from dse.decomposition import METHODS, CalibrationWindows, FactorBank, calibration_windows, longest_window
+from dse.decomposition import (
+    METHODS,
+    CalibrationWindows,
+    FactorBank,
+    calibration_windows,
+    held_out_windows,
+    longest_window,
+)
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
-from dse.evaluation import ModelEvaluator, evaluator_for
+from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
+from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
 from dse.study.evaluate_point import PointEvaluator
 from dse.study.events import StudyListener
+from dse.study.fidelity import Climber, FinalEvaluator
 from dse.study.measurement_plan import MeasurementPlan, open_study_meter
-from dse.study.objectives import check_tasks_serve, needs_of, resolve_objectives
+from dse.study.objectives import Needs, check_tasks_serve, needs_of, resolve_objectives
 from dse.study.space import SearchSpace
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
@@ -35,10 +44,14 @@ class PreparedStudy:
     evaluator: PointEvaluator
     enqueued: tuple[DesignPoint, ...]
     calibration: CalibrationWindows | None
+    final: FinalEvaluator | None = None
 
 
 def prepare_study(
-    config: StudyConfig, listener: StudyListener, begun_with: Sequence[str] | None = None
+    config: StudyConfig,
+    listener: StudyListener,
+    begun_with: Sequence[str] | None = None,
+    cache: EvaluationCache | None = None,
 ) -> PreparedStudy:
     """Load the model, check the whole study against it, and build or open the factor bank.
 
@@ -48,6 +61,7 @@ def prepare_study(
         config: The study.
         listener: Told of progress.
         begun_with: Objectives of the trials that are there already; None for a new study.
+        cache: Where answers of evaluations are kept and looked for; None keeps none.
 
     Raises:
         UserError: Anything in the study that cannot be: model, space, task, objective, meter, calibration text.
@@ -68,10 +82,23 @@ def prepare_study(
     if needs.latency or needs.energy or needs.memory:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
-    evaluator = _evaluator(config, loaded, objectives) if config.tasks else None
+    evaluator = _evaluator(config, loaded) if config.tasks else None
+    if evaluator is not None:
+        check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
+    fidelity = config.fidelity
+    fresh = _evaluator(config, loaded, fidelity.final_documents) if fidelity and fidelity.final_documents else None
     bank, calibration = study_bank(config, loaded, space, listener)
-    point_evaluator = PointEvaluator(loaded, bank, needs, evaluator, plan, listener.on_phase)
-    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration)
+    climber = Climber(
+        loaded,
+        evaluator,
+        _divergence(config, loaded, needs, listener),
+        cache,
+        tuple(fidelity.shares) if fidelity else (),
+        fidelity is not None,
+    )
+    point_evaluator = PointEvaluator(loaded, bank, needs, climber, plan, listener.on_phase)
+    final = None if fresh is None else FinalEvaluator(loaded, bank, fresh, cache)
+    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration, final)
 
 
 def load_study_model(config: StudyConfig) -> LoadedModel:
@@ -125,10 +152,23 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
 
 
-def _evaluator(config: StudyConfig, loaded: LoadedModel, objectives: tuple[Objective, ...]) -> ModelEvaluator:
-    evaluator = evaluator_for(loaded, config.tasks, config.evaluation)
-    check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
-    return evaluator
+def _divergence(
+    config: StudyConfig, loaded: LoadedModel, needs: Needs, listener: StudyListener
+) -> DenseDivergence | None:
+    """The dense model's side of the KL divergence, where an objective or the ladder's proxy asks for one."""
+    tokens = config.evaluation.divergence_tokens if needs.divergence else 0
+    if not tokens and config.fidelity is not None:
+        tokens = config.fidelity.proxy_tokens
+    if not tokens:
+        return None
+    windows = held_out_windows(
+        loaded.tokenizer, config.calibration, tokens, longest_window=longest_window(loaded.model)
+    )
+    return DenseDivergence(loaded.model, windows, progress=listener.on_phase)
+
+
+def _evaluator(config: StudyConfig, loaded: LoadedModel, fresh: int = 0) -> ModelEvaluator:
+    return evaluator_for(loaded, config.tasks, config.evaluation, fresh=fresh)
 
 
 def _check_phases(objectives: tuple[Objective, ...], loaded: LoadedModel) -> None:

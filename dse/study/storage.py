@@ -179,7 +179,7 @@ class StudyStorage:
             violations: Constraint name to value, <= 0 feasible.
         """
         state = OptunaState.COMPLETE if values is not None else OptunaState.FAIL
-        if record.state == "infeasible":
+        if record.state == "infeasible" or (values is None and any(value > 0 for value in violations.values())):
             state = OptunaState.PRUNED
         with self.at_once():
             trial = optuna.trial.Trial(self._study, self._trial_id(record.trial))
@@ -234,7 +234,12 @@ def _storage_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite, SQLAlchemy and Optuna raise on a bad file or disk into one clear line."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+    except (
+        optuna.exceptions.StorageInternalError,
+        sqlalchemy.exc.SQLAlchemyError,
+        sqlite3.Error,
+        json.JSONDecodeError,  # an attribute that is no JSON any more
+    ) as error:
         reason = " ".join(str(error.__cause__ or error).split()).split(" [SQL")[0]
         if any(word in reason for word in _NO_ROOM):
             raise StorageFullError(

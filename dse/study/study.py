@@ -27,9 +27,10 @@ from dse.pareto import (
     tied_table,
 )
 from dse.study.compare import TrialComparison, compare_records
+from dse.study.fidelity import with_final_values
 from dse.study.folder import StudyFolder
 from dse.study.paired import PairedOutcomes
-from dse.study.record import TrialRecord, to_row
+from dse.study.record import EVALUATED_STATES, TrialRecord, to_row
 from dse.study.storage import StudyStorage
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Study:
         storage = StudyStorage.open_existing(self.folder.storage)
         try:
             self.attributes: dict[str, Any] = storage.attributes
-            self.records: list[TrialRecord] = storage.records()
+            self.records: list[TrialRecord] = _final(self.attributes, storage.records())
         finally:
             storage.close()
         if "objectives" not in self.attributes:
@@ -84,7 +85,12 @@ class Study:
     ) -> Study:
         """The study as the process that runs it knows it, without reading it all back after every trial."""
         study = cls.__new__(cls)
-        study.folder, study.config, study.attributes, study.records = folder, config, attributes, list(records)
+        study.folder, study.config, study.attributes, study.records = (
+            folder,
+            config,
+            attributes,
+            _final(attributes, records),
+        )
         return study
 
     @cached_property
@@ -94,8 +100,8 @@ class Study:
 
     @property
     def evaluated_trials(self) -> int:
-        """Trials that count against the budget: complete or failed."""
-        return sum(record.state in ("complete", "failed") for record in self.records)
+        """Trials that count against the budget: complete, failed or stopped."""
+        return sum(record.state in EVALUATED_STATES for record in self.records)
 
     @property
     def is_exhausted(self) -> bool:
@@ -202,6 +208,13 @@ class Study:
         return None if reference is None else front_hypervolume(self.trials(), self.objectives, reference)
 
     @property
+    def front_records(self) -> list[TrialRecord]:
+        """Records of the trials on the front."""
+        table = self.trials()
+        numbers = set(table.loc[table["on_front"].to_numpy(dtype=bool), "trial"])
+        return [record for record in self.records if record.trial in numbers]
+
+    @property
     def front_size(self) -> int:
         """Trials on the front."""
         return int(self.trials()["on_front"].sum())
@@ -255,6 +268,11 @@ class Study:
             "Versions": ", ".join(f"{k} {v}" for k, v in environment.get("packages", {}).items() if v),
         }
         return {key: str(value) for key, value in shown.items() if value}
+
+
+def _final(attributes: dict[str, Any], records: list[TrialRecord]) -> list[TrialRecord]:
+    """Records with what fresh documents said at the end, where there were any."""
+    return [with_final_values(record, attributes.get("final", {})) for record in records]
 
 
 def write_reports(study: Study) -> None:

@@ -22,6 +22,7 @@ def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None
         "perplexity",
         "choice_probability",
         "gold_log_likelihood",
+        "kl_divergence",
         "prefill_latency_s",
         "decode_latency_s",
         "prefill_energy_j",
@@ -33,7 +34,8 @@ def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None
     assert all(name == entry.name for name, entry in OBJECTIVES.items())
     graded = ["choice_probability", "gold_log_likelihood"]
     assert [name for name, entry in OBJECTIVES.items() if entry.direction == "maximize"] == ["accuracy", *graded]
-    assert [name for name, entry in OBJECTIVES.items() if not entry.is_cost] == ["accuracy", "perplexity", *graded]
+    quality = ["accuracy", "perplexity", *graded, "kl_divergence"]
+    assert [name for name, entry in OBJECTIVES.items() if not entry.is_cost] == quality
     assert [name for name, entry in OBJECTIVES.items() if entry.is_difference] == ["accuracy", *graded]
 
 

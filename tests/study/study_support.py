@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dse.study import Study, StudyListener, StudyProgress, TrialRecord
+from dse.study.record import EVALUATED_STATES
 
 
 @dataclass
@@ -42,7 +43,7 @@ def stop() -> None:
 
 
 def evaluated(study: Study) -> list[TrialRecord]:
-    return [record for record in study.records if record.state in ("complete", "failed")]
+    return [record for record in study.records if record.state in EVALUATED_STATES]
 
 
 SMALL_SPACE: dict[str, Any] = {

@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
         help="for whitened methods: general, grammar, facts, python_docs, or a text file (general)",
     )
     parser.add_argument("--calibration-tokens", type=positive, default=16384, metavar="N")
+    parser.add_argument("--no-cache", action="store_true", help="evaluate anew, and keep nothing in the user's cache")
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -20,6 +20,9 @@ def add(commands: Any) -> None:
     parser.add_argument("study", metavar="STUDY.yaml", help="study file")
     parser.add_argument("--trials", type=positive, metavar="N", help="evaluated points in all; overrides the file")
     parser.add_argument("--out", metavar="DIR", help="folder of the study (default: runs/<study name>)")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="evaluate everything anew, and keep nothing in the user's cache"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -30,11 +33,14 @@ def _run(options: argparse.Namespace) -> int:
     listener = TerminalListener()
     try:
         with listener:
-            study = run_study(options.study, out=options.out, trials=options.trials, listener=listener)
+            study = run_study(
+                options.study, out=options.out, trials=options.trials, use_cache=not options.no_cache, listener=listener
+            )
     except KeyboardInterrupt:
         again = ["dse", "run", options.study]
         again += ["--trials", str(options.trials)] if options.trials else []
         again += ["--out", options.out] if options.out else []
+        again += ["--no-cache"] if options.no_cache else []
         print(f"stopped; every finished trial is kept. Go on with:\n  {shlex.join(again)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     if options.json:

@@ -1,0 +1,37 @@
+"""The fidelity ladder: how far a trial is evaluated before it must show that it can join the front."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dse.config._section import Section
+
+__all__ = ["FidelityConfig"]
+
+
+class FidelityConfig(Section):
+    """Rungs, and how sure the study must be before it stops a trial."""
+
+    proxy_tokens: int = Field(
+        512, ge=0, description="held-out tokens of the first rung, KL divergence to dense; 0 leaves it out"
+    )
+    shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.05, 0.1, 0.2, 0.4], description="shares of the documents between the proxy and all of them, ascending"
+    )
+    least_chance: float = Field(
+        0.4, gt=0, lt=0.5, description="a trial climbs while its chance of leading the strongest rival is at least this"
+    )
+    tell: Literal["estimate", "bound", "infeasible", "nothing"] = Field(
+        "estimate", description="what the sampler hears of a stopped trial"
+    )
+    final_documents: int = Field(
+        0, ge=0, description="documents per task, unseen by the search, on which the final front is evaluated again"
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if sorted(set(self.shares)) != self.shares:
+            raise ValueError(f"`shares` must ascend, but got {self.shares}")
+        return self

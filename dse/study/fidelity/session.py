@@ -1,0 +1,53 @@
+"""A running study's side of the ladder: who is established, who judges, what the sampler hears, and the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dse.config import FidelityConfig
+from dse.evaluation import EvaluationResult
+from dse.pareto import Objective
+from dse.study.fidelity.judge import Established, Judge
+from dse.study.fidelity.telling import Told, told
+from dse.study.point_run import Reference
+from dse.study.record import TrialRecord
+
+__all__ = ["LadderSession"]
+
+
+@dataclass
+class LadderSession:
+    """Keeps the evaluations of the trials at the top rung, and makes a judge for each new trial.
+
+    Attributes:
+        config: None without a ladder: then nobody judges.
+        objectives: Of the study.
+        read_evaluation: An earlier run's evaluation by trial number.
+    """
+
+    config: FidelityConfig | None
+    objectives: Sequence[Objective]
+    read_evaluation: Callable[[int], EvaluationResult]
+    _established: dict[int, Established] = field(default_factory=dict)
+
+    def add(self, record: TrialRecord, evaluation: EvaluationResult | None = None) -> None:
+        """A trial is finished; one at the top rung is a rival of those to come."""
+        if self.config is None or record.state != "complete":
+            return
+        if evaluation is None and record.tasks:
+            evaluation = self.read_evaluation(record.trial)
+        self._established[record.trial] = Established(record, evaluation)
+
+    def judge(self, reference: Reference | None) -> Judge | None:
+        """Who stops the next trial; None for the dense model, and without a ladder."""
+        if self.config is None or reference is None:
+            return None
+        dense = Established(reference.record, reference.evaluation)
+        return Judge(self.objectives, dense, list(self._established.values()), 1.0 - 2.0 * self.config.least_chance)
+
+    def told(self, record: TrialRecord, violations: Mapping[str, float]) -> Told:
+        """What the sampler hears of a stopped trial."""
+        return told(
+            FidelityConfig().tell if self.config is None else self.config.tell, self.objectives, record, violations
+        )
