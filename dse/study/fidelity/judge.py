@@ -191,11 +191,10 @@ class Judge:
         shown = []
         for objective in self._objectives:
             entry = estimates[objective.name]
-            best = entry.low if objective.direction == "minimize" else entry.high
-            word = "at least" if objective.direction == "minimize" else "at most"
-            theirs = _value(objective, rival.record)
-            is_exact = entry.low == entry.high
-            shown.append(f"{objective.name} {'' if is_exact else f'{word} '}{best:.4g} against {theirs:.4g}")
+            told = f"{entry.value:.4g}"
+            if entry.low != entry.high:
+                told = f"about {told} ({entry.low:.4g} to {entry.high:.4g})"
+            shown.append(f"{objective.name} {told} against {_value(objective, rival.record):.4g}")
         return f"cannot join the front: trial {rival.record.trial} leads ({', '.join(shown)})"
 
 
