@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nvml_library import with_library
@@ -64,51 +63,43 @@ def test_doctor_lists_every_gpu_and_tries_its_meter(nvml_library: Path, folder: 
         assert float(tried.split()[0]) == pytest.approx(power, rel=0.05)
 
 
-def run_study(library: Path, folder: Path, name: str, **script: str) -> tuple[Any, list[dict[str, str]], Path]:
+def test_a_whole_study_with_the_energy_objective_and_one_trial_that_is_throttled(
+    nvml_library: Path, folder: Path
+) -> None:
+    from dse import open_study
+
+    # A trial asks four times (before and after prefill, and decode), the rest before the study once: this is trial 2.
     study = tiny_study(
         folder,
-        name=name,
+        name="metered",
         objectives=["parameters", "energy_per_token_j"],
         tasks=[],
         measurement={"meter": "nvml:0", "energy_windows": 1},
         budget={"trials": 4},
     )
-    path = write_study(folder / f"{name}.yaml", study)
-    done = dse(library, folder, "run", str(path), "--json", POWER="0:80", **script)
+    path = write_study(folder / "metered.yaml", study)
+    done = dse(nvml_library, folder, "run", str(path), "--json", POWER="0:80", THROTTLE="64", THROTTLE_CALL="11")
     assert done.returncode == 0, done.stderr
-    out = folder / "runs" / name
-    with (out / "front.csv").open(newline="") as stream:
-        return json.loads(done.stdout), list(csv.DictReader(stream)), out
-
-
-def test_a_whole_study_with_the_energy_objective(nvml_library: Path, folder: Path) -> None:
-    _, front, out = run_study(nvml_library, folder, "metered")
-    from dse import open_study
-
-    study = open_study(out)
+    finished = open_study(folder / "runs" / "metered")
+    with (finished.folder.path / "front.csv").open(newline="") as stream:
+        front = list(csv.DictReader(stream))
+    with (finished.folder.path / "trials.csv").open(newline="") as stream:
+        trials = list(csv.DictReader(stream))
     for row in front:
-        record = study.record(int(row["trial"]))
+        record = finished.record(int(row["trial"]))
         window = record.energy["decode"]["windows"][0]
         assert window["gross_j"] == pytest.approx(80 * window["duration_s"], rel=0.05)
-        tokens = window["repeats"] * 2  # two new tokens
-        assert float(row["energy_per_token_j"]) == pytest.approx(window["gross_j"] / tokens)
+        assert float(row["energy_per_token_j"]) == pytest.approx(window["gross_j"] / (window["repeats"] * 2))
         for column in ("prefill_energy_j", "prefill_energy_per_token_j", "net_energy_per_token_j"):
             assert row[column] != ""
         assert row["energy_is_valid"] == "True"
         assert record.energy["idle"]["power_w"] == pytest.approx(80, rel=0.05)
     for name in ("idle_power_before", "idle_power_after"):
-        assert study.attributes[name]["power_w"] == pytest.approx(80, rel=0.05)
-
-
-def test_an_invalid_measurement_is_missing_from_the_front_and_no_value(nvml_library: Path, folder: Path) -> None:
-    # A trial asks four times (before and after prefill, and decode), the rest before the study once: this is trial 2.
-    _, front, out = run_study(nvml_library, folder, "throttled", THROTTLE="64", THROTTLE_CALL="11")
-    with (out / "trials.csv").open(newline="") as stream:
-        trials = list(csv.DictReader(stream))
-    bad = [row for row in trials if row["state"] == "failed"]
-    assert len(bad) == 1
-    assert "throttled (hw_thermal_slowdown)" in bad[0]["reason"]
-    assert bad[0]["energy_per_token_j"] == ""
-    assert (bad[0]["energy_is_valid"], bad[0]["on_front"]) == ("False", "False")
-    assert bad[0]["trial"] not in [row["trial"] for row in front]
-    assert sum(row["state"] == "complete" for row in trials) == 3  # the study went on
+        assert finished.attributes[name]["power_w"] == pytest.approx(80, rel=0.05)
+    # An invalid measurement is missing, not a value: the trial failed with the reason, and the study went on.
+    (bad,) = [row for row in trials if row["state"] == "failed"]
+    assert "throttled (hw_thermal_slowdown)" in bad["reason"]
+    assert bad["energy_per_token_j"] == ""
+    assert (bad["energy_is_valid"], bad["on_front"]) == ("False", "False")
+    assert bad["trial"] not in [row["trial"] for row in front]
+    assert sum(row["state"] == "complete" for row in trials) == 3

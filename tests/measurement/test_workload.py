@@ -201,27 +201,28 @@ def test_compile_without_a_compiler_says_so(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_compiled_steps_generate_the_same_tokens_for_both_sides(llama):
+def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each_once(llama):
+    del llama.model.layers[1]  # compiling takes its time for every layer
+    llama.config.num_hidden_layers = 1
+    kept, other = llama.lm_head, torch.nn.Linear(32, 200, bias=False)
+    decoded = {"dense": [], "subject": []}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler stack's own
-        workload = Workload(llama, LatencySpec(prompt_tokens=6, new_tokens=3, mode="compile"))
-        dense = prefilled(workload, "dense")
-        kept = llama.lm_head.weight
-        llama.lm_head.weight = torch.nn.Parameter(-kept, requires_grad=False)  # the other side answers otherwise
-        subject = prefilled(workload, "subject")
-        expected_subject = greedy_without_cache(llama, workload.prompt, 3)
-        decoded = []
-        for _ in range(2):
-            decoded.append(subject.next_tokens)
-            workload.step(subject, "subject")
-        llama.lm_head.weight = kept
-        expected = greedy_without_cache(llama, workload.prompt, 3)
-        fed = []
-        for _ in range(2):
-            fed.append(dense.next_tokens)
-            workload.step(dense, "dense")
-    assert torch.equal(torch.cat([*fed, dense.next_tokens], dim=1), expected)
-    assert torch.equal(torch.cat([*decoded, subject.next_tokens], dim=1), expected_subject)
+        workload = Workload(llama, LatencySpec(prompt_tokens=6, new_tokens=4, mode="compile"))
+        expected, generations = {}, {}
+        for side, head in (("dense", kept), ("subject", other)):
+            llama.lm_head = head
+            expected[side] = greedy_without_cache(llama, workload.prompt, 4)
+            generations[side] = prefilled(workload, side)
+        programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for _ in range(4):  # by turns, as they are measured
+            for side, head in (("dense", kept), ("subject", other)):
+                llama.lm_head = head
+                decoded[side].append(generations[side].next_tokens)
+                workload.step(generations[side], side)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
+    for side, tokens in decoded.items():
+        assert torch.equal(torch.cat(tokens, dim=1), expected[side])
 
 
 def test_encoders_have_no_decode(bert):
