@@ -1,0 +1,70 @@
+"""Hidden states on their way to the output head, which takes many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dse.evaluation.scoring.target_head import TargetHead
+
+__all__ = ["Score", "StateQueue"]
+
+Score = tuple[float, bool]
+"""(log-likelihood, whether every scored token has the largest logit)."""
+
+# A wide product on few rows is bound by reading the head's weights, so states wait for each other: 512 of 4,096 floats
+# are 8 MB.
+_STATES_AT_ONCE = 512
+
+
+class StateQueue:
+    """Collects states until a product with the head is worth while, then hands on finished scores.
+
+    Args:
+        head: Scores targets.
+        keep: Called with (index of the query, score) of finished queries.
+    """
+
+    def __init__(self, head: TargetHead, keep: Callable[[Sequence[tuple[int, Score]]], None]) -> None:
+        self._head, self._keep = head, keep
+        self._states: list[Tensor] = []
+        self._asked: list[tuple[int, list[int], tuple[int, ...]]] = []
+        self._count = 0
+
+    def add(self, states: Tensor, asked: Sequence[tuple[int, list[int], tuple[int, ...]]]) -> None:
+        """Queue states.
+
+        Args:
+            states: Shape (states, width).
+            asked: (index of the query, its states in order, the tokens that they predict).
+        """
+        self._asked += [(index, [self._count + place for place in places], targets) for index, places, targets in asked]
+        self._states.append(states)
+        self._count += states.shape[0]
+        if self._count >= _STATES_AT_ONCE:
+            self.flush()
+
+    def add_logits(self, index: int, logits: Tensor, targets: tuple[int, ...]) -> None:
+        """Finish a query from its logits, shape (targets, vocabulary)."""
+        rows, tokens = torch.arange(len(targets)), torch.tensor(targets, device=logits.device)
+        own = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[rows, tokens]
+        is_greedy = bool((logits[rows, tokens] >= logits.amax(dim=-1)).all())
+        self._keep([(index, (float(own.double().sum()), is_greedy))])
+
+    def flush(self) -> None:
+        """Send everything through the head."""
+        if not self._asked:
+            return
+        positions = [place for _, places, _ in self._asked for place in places]
+        targets = [token for _, _, tokens in self._asked for token in tokens]
+        found = self._head.score(torch.cat(self._states), positions, targets)
+        scores, begin = [], 0
+        for index, places, _ in self._asked:
+            part = slice(begin, begin + len(places))
+            begin = part.stop
+            score = float(found.log_probabilities[part].sum()), bool(found.is_largest[part].all())
+            scores.append((index, score))
+        self._states, self._asked, self._count = [], [], 0
+        self._keep(scores)

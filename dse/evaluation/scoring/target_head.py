@@ -1,0 +1,107 @@
+"""Log-probabilities of given tokens from hidden states, without the logits of all the others.
+
+The output head is the widest matrix of a small model (49,152 x 576 in SmolLM2: a quarter of its operations), and its
+logits are far larger than anything else (200 KB a token). So it is applied only to positions that predict a scored
+token, to many of them at once, and a slice of the vocabulary at a time: a slice of logits stays in the cache while its
+maximum and its sum of exponentials are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = ["TargetHead", "TargetScores"]
+
+_SLICE_TOKENS = 4096
+"""Vocabulary a slice on a CPU: 512 positions x 4,096 logits are 8 MB, which a last-level cache holds."""
+
+_GPU_LOGITS = 2**28
+"""Logits at a time on an accelerator, 1 GiB in float32."""
+
+# What architectures do to logits after the head, by the key of their config. All are elementwise and increasing.
+_AFTER_HEAD: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TargetScores:
+    """Scores of targets, in the order asked for.
+
+    Attributes:
+        log_probabilities: float64, shape (targets,).
+        is_largest: Whether no token has a larger logit, shape (targets,).
+    """
+
+    log_probabilities: NDArray[np.float64]
+    is_largest: NDArray[np.bool_]
+
+
+class TargetHead:
+    """The output head of a causal language model, applied where it is asked for.
+
+    Whether it computes what the model itself does is for the caller to verify: an architecture may do something to its
+    logits that no entry of the table above knows.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        config = model.config.get_text_config()
+        found = [(after, getattr(config, key, None)) for key, after in _AFTER_HEAD.items()]
+        self._after = [(after, float(value)) for after, value in found if isinstance(value, int | float) and value]
+
+    def score(self, hidden: Tensor, positions: Sequence[int], targets: Sequence[int]) -> TargetScores:
+        """Score `targets[i]` as predicted by the hidden state `positions[i]`.
+
+        Args:
+            hidden: Hidden states before the head, shape (states, width).
+            positions: Which of them, shape (targets,).
+            targets: Token ids, shape (targets,).
+        """
+        # In order of tokens, the targets of a slice of the vocabulary stand together.
+        order = np.argsort(np.asarray(targets), kind="stable")
+        ids, rows = np.asarray(targets)[order], torch.as_tensor(np.asarray(positions)[order], device=hidden.device)
+        tokens = torch.as_tensor(ids, device=hidden.device)
+        own = torch.zeros(len(ids), device=hidden.device)
+        # Log of the sum of exponentials, slice by slice, about the highest logit so far (Milakov, Gimelshein 2018).
+        highest = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
+        total = torch.zeros_like(highest)
+        begin = 0
+        for start, logits in self._slices(hidden):
+            end = int(np.searchsorted(ids, start + logits.shape[1]))
+            own[begin:end] = logits[rows[begin:end], tokens[begin:end] - start]
+            begin = end
+            above = torch.maximum(highest, logits.amax(dim=1))
+            total = total * torch.exp(highest - above) + logits.sub_(above[:, None]).exp_().sum(dim=1)
+            highest = above
+        scores = own.double() - (highest.double() + total.double().log())[rows]
+        is_largest = own >= highest[rows]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return TargetScores(scores.cpu().numpy()[back], is_largest.cpu().numpy()[back])
+
+    def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first token, logits of a slice of the vocabulary), one slice at a time."""
+        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if type(head) is not nn.Linear:  # decomposed, or an architecture's own: only whole
+            yield 0, self._finish(head(hidden))
+            return
+        width = _SLICE_TOKENS if hidden.device.type == "cpu" else max(1, _GPU_LOGITS // max(1, hidden.shape[0]))
+        for start in range(0, head.weight.shape[0], width):
+            part = slice(start, start + width)
+            bias = None if head.bias is None else head.bias[part]
+            yield start, self._finish(nn.functional.linear(hidden, head.weight[part], bias))
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        for after, value in self._after:
+            logits = after(logits, value)
+        return logits.float()
