@@ -23,6 +23,7 @@ from dse.evaluation.task_spec import TaskSource, TaskSpec, builtin_tasks, resolv
 if TYPE_CHECKING:
     from dse.evaluation.head_evaluator import HeadEvaluator
     from dse.evaluation.lm_eval_runner import Evaluator
+    from dse.evaluation.lm_eval_shared_prefix import SharedPrefixLM
 
 __all__ = [
     "GRADED_METRICS",
@@ -36,6 +37,7 @@ __all__ = [
     "PairedDrop",
     "PairedInterval",
     "PairedRatio",
+    "SharedPrefixLM",
     "TaskResult",
     "TaskSource",
     "TaskSpec",
@@ -61,4 +63,8 @@ def __getattr__(name: str) -> Any:
         from dse.evaluation.head_evaluator import HeadEvaluator
 
         return HeadEvaluator
+    if name == "SharedPrefixLM":
+        from dse.evaluation.lm_eval_shared_prefix import SharedPrefixLM
+
+        return SharedPrefixLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

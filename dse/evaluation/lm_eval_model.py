@@ -1,4 +1,4 @@
-"""The resident model as an lm-eval model: scored in place, in batches that fit, with every score checked."""
+"""The resident model as an lm-eval model: scored in place, with every score checked."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dse.errors import ModelError, NonFiniteError, TaskError
+from dse.evaluation.lm_eval_shared_prefix import Request, SharedPrefixLM
+from dse.evaluation.scoring import Score
 from dse.models import LoadedModel
 
-__all__ = ["ScoringLM"]
+__all__ = ["TOKENS_PER_ROW", "ScoringLM"]
 
-# Room for one batch's logits and their log-softmax. 512 MiB is 1,365 tokens of a 49,152-word vocabulary; larger
-# batches are not faster on a CPU, and a study must fit beside the model in 3 GiB.
-_CPU_LOGITS_BYTES = 2**29
-
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""(texts or None, context tokens, continuation tokens), as `HFLM._loglikelihood_tokens` takes it."""
+TOKENS_PER_ROW = 128
+"""A study's `batch_size` counts rows of this length: batches are filled by tokens."""
 
 
-class ScoringLM(HFLM):  # type: ignore[misc]
-    """`HFLM` around a model that surgery changes between calls.
+class ScoringLM(SharedPrefixLM):
+    """`SharedPrefixLM` around a model that surgery changes between calls.
 
-    It keeps only what cannot go stale: the tokens of a request. Scores are those of `HFLM` in float32 log-softmax;
-    batches hold at most `batch_size` rows and as many tokens as their logits have room for.
+    It keeps only what cannot go stale: the tokens of a request, and how this architecture may share work.
 
     Attributes:
-        rows: Most rows in a batch; may be lowered between calls.
+        rows: A batch holds at most so many times 128 tokens, and on a CPU no more than serve it; may be lowered between
+            calls.
         tick: Called with the number of requests just finished.
     """
 
@@ -46,15 +44,14 @@ class ScoringLM(HFLM):  # type: ignore[misc]
         with _ties_untouched(loaded.model):
             # HFLM gives the tokenizer a padding token; a copy keeps the model's own as it is for export.
             super().__init__(
-                pretrained=loaded.model,
+                loaded.model,
                 tokenizer=copy.deepcopy(tokenizer),
-                batch_size=batch_size,
                 max_length=max_length,
                 softmax_dtype="float32",
             )
         self.rows = batch_size
         self.tick: Callable[[int], None] = lambda _: None
-        self._owners: dict[tuple[Any, ...], Any] = {}
+        self._asked: list[Any] = []
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     @property
@@ -91,14 +88,14 @@ class ScoringLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of every request."""
-        self._owners = {request.args: request for request in requests}
+        self._asked = list(requests)
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of every whole text; documents go in slices, so that progress shows."""
+        self._asked = []
         scores: list[float] = []
-        self.batch_size_per_gpu = self.rows
         for start in range(0, len(requests), self.rows):
             part = requests[start : start + self.rows]
             found = super().loglikelihood_rolling(part, disable_tqdm=True)
@@ -116,61 +113,22 @@ class ScoringLM(HFLM):  # type: ignore[misc]
         probe = torch.tensor([self.tok_encode(requests[0].args[0])[: self.max_length]], device=self.device)
         if probe.numel():
             _check_finite(float(self._model_call(probe).sum()), requests[0])
-        self.batch_size_per_gpu = self.rows
         self.cache_hook = _Ticker(self.tick)
-        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return texts
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _finished(self, found: Sequence[tuple[int, Score]], bar: tqdm[Any]) -> None:
+        """Refuse what is not finite as soon as it is known: a trial that is void need not be scored to its end."""
+        if not self._asked:  # windows of whole texts
+            return
+        for index, (score, _) in found:
+            _check_finite(score, self._asked[index])
+        self.tick(len(found))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        self.batch_size_per_gpu = self.rows
-        scores: list[tuple[float, bool] | None] = [None] * len(requests)
-        for batch in self._batches(requests):
-            found = super()._loglikelihood_tokens([requests[index] for index in batch], disable_tqdm=True)
-            for index, score in zip(batch, found, strict=True):
-                scores[index] = score
-                texts = requests[index][0]
-                if texts is not None:
-                    _check_finite(score[0], self._owners[texts])
-            if requests[batch[0]][0] is not None:
-                self.tick(len(batch))
-        return [score for score in scores if score is not None]
-
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Indices of requests, longest first, in batches of at most `rows` rows and the tokens that have room.
-
-        Requests that differ in their last token only share a row in `HFLM`, so they must share a batch.
-        """
-
-        def inputs(index: int) -> tuple[int, ...]:
-            _, context, continuation = requests[index]
-            return tuple(context + continuation[:-1])
-
-        most_tokens = self._tokens_with_room()
-        batch: list[int] = []
-        seen: set[tuple[int, ...]] = set()
-        longest = 0
-        for row, index in sorted(
-            ((inputs(i), i) for i in range(len(requests))), key=lambda pair: (-len(pair[0]), pair)
-        ):
-            is_new = row not in seen
-            if batch and is_new and (len(seen) == self.rows or (len(seen) + 1) * longest > most_tokens):
-                yield batch
-                batch, seen = [], set()
-            if not batch:
-                longest = min(len(row), self.max_length)
-            batch.append(index)
-            seen.add(row)
-        if batch:
-            yield batch
-
-    def _tokens_with_room(self) -> int:
-        room = _CPU_LOGITS_BYTES
-        if self.device.type == "cuda":
-            room = torch.cuda.mem_get_info(self.device)[0] // 4
-        bytes_per_token = self.config.get_text_config().vocab_size * (self.model.dtype.itemsize + 4)
-        return max(1, int(room // bytes_per_token))
+    ) -> list[Score]:
+        self.batch_tokens = self.rows * TOKENS_PER_ROW
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
 
 class _Ticker:

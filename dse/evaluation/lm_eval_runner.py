@@ -81,8 +81,8 @@ class Evaluator:
             limit: Documents for each task without a limit of its own, drawn by `seed`; None means all.
             fresh: Documents for each task beyond those of its limit, in their place; 0 takes those of the limit.
             seed: Draws documents and few-shot examples.
-            batch_size: Most rows in a batch; "auto" starts at 64 on a GPU (16 elsewhere) and halves where memory is
-                full.
+            batch_size: A batch holds at most this many times 128 tokens, and on a CPU no more than serve it; "auto"
+                starts at 64 on a GPU (16 elsewhere) and halves where memory is full.
             max_length: Tokens of context, None for the model's own; longer requests lose their beginning, longer
                 texts of a perplexity are scored window by window.
             apply_chat_template: Wrap each prompt in the tokenizer's chat template.

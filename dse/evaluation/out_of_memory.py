@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from dse.errors import OutOfMemoryError
+from dse.out_of_memory import is_out_of_memory
 
 __all__ = ["out_of_memory_named"]
 
-# The CPU allocator raises a plain RuntimeError, known only by its words.
-_OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory")
 
 
 @contextmanager
@@ -25,10 +22,9 @@ def out_of_memory_named(rows: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is a plain one
-        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_full and not any(words in str(error) for words in _OUT_OF_MEMORY_WORDS):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
-            f"the device must have room for a batch of the evaluation, but {rows} rows do not fit; "
+            f"the device must have room for a batch of the evaluation, but `batch_size` {rows} does not fit; "
             f"lower `batch_size` or `max_length`"
         ) from error

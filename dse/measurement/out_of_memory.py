@@ -6,16 +6,13 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-import torch
-
 from dse.errors import OutOfMemoryError
+from dse.out_of_memory import is_out_of_memory
 
 __all__ = ["bytes_asked", "out_of_memory_errors"]
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _ASKED = re.compile(r"tried to allocate (?:more than )?([0-9.]+) *(bytes|KiB|MiB|GiB|TiB)", re.IGNORECASE)
-# torch's CPU allocator raises a plain RuntimeError, known only by its words.
-_CPU_MARKS = ("can't allocate memory", "not enough memory")
 
 
 def bytes_asked(message: str) -> int | None:
@@ -40,11 +37,9 @@ def out_of_memory_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        message = str(error)
-        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_full and not any(mark in message for mark in _CPU_MARKS):
+        if not is_out_of_memory(error):
             raise
-        asked = bytes_asked(message)
+        asked = bytes_asked(str(error))
         amount = "an amount that the allocator does not say" if asked is None else f"{asked} bytes"
         raise OutOfMemoryError(
             f"the device must have room for {doing}, but an allocation of {amount} failed; "

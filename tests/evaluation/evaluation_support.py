@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, context: int = 64, tied: b
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     return LoadedModel("tiny", None, model, tokenizer, topology_of(model), torch.device("cpu"), torch.float32)
+
+
+@contextmanager
+def watched_inputs(loaded: LoadedModel, shapes: list[tuple[int, int]]) -> Iterator[None]:
+    """Notes (rows, tokens) of every forward pass."""
+
+    def note(_: object, __: object, keywords: dict[str, Any]) -> None:
+        shapes.append(tuple(keywords["input_ids"].shape))
+
+    hook = loaded.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    yield
+    hook.remove()
 
 
 def sentence(seed: int, length: int) -> str:

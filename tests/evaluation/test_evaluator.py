@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from evaluation_support import TaskWriter, byte_tokenizer, tiny_llama, word_tokenizer
+from evaluation_support import TaskWriter, byte_tokenizer, tiny_llama, watched_inputs, word_tokenizer
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
@@ -199,31 +199,30 @@ def test_fingerprint_changes_with_what_scores_depend_on(loaded: LoadedModel, wri
     assert len({base, *others}) == 1 + len(others)
 
 
-def test_batches_that_must_be_small_give_the_same_scores(
-    loaded: LoadedModel, write_task: TaskWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_that_must_be_small_give_the_same_scores(loaded: LoadedModel, write_task: TaskWriter) -> None:
     tasks = specs(write_task("choice"), write_task("rolling"))
     expected = Evaluator(loaded, tasks).evaluate()
+    evaluator = Evaluator(loaded, tasks, batch_size=1)
+    evaluator.evaluate()
     shapes: list[tuple[int, int]] = []
-    hook = loaded.model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    bytes_per_token = loaded.model.config.vocab_size * 8
-    monkeypatch.setattr("dse.evaluation.lm_eval_model._CPU_LOGITS_BYTES", 100 * bytes_per_token)
-    found = Evaluator(loaded, tasks, batch_size=16).evaluate()
-    hook.remove()
-    assert all(rows * tokens <= 100 for rows, tokens in shapes)
+    with watched_inputs(loaded, shapes):
+        found = evaluator.evaluate()
+    assert all(rows * tokens <= 128 for rows, tokens in shapes)
     assert any(rows > 1 for rows, _ in shapes)
     for before, after in zip(expected.tasks, found.tasks, strict=True):
         np.testing.assert_allclose(before.outcomes, after.outcomes, atol=1e-4)
 
 
-def test_choices_of_one_token_share_a_row(write_task: TaskWriter) -> None:
+def test_choices_of_one_token_share_their_prompt(write_task: TaskWriter) -> None:
     loaded = tiny_llama(word_tokenizer())
     path = write_task("choice", rows=6, doc_to_choice=["red", "blue", "cat", "dog"])
-    rows: list[int] = []
-    hook = loaded.model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
-    Evaluator(loaded, specs(path), batch_size=2).evaluate()
-    hook.remove()
-    assert sum(rows) == 6
+    evaluator = Evaluator(loaded, specs(path))
+    evaluator.evaluate()
+    shapes: list[tuple[int, int]] = []
+    with watched_inputs(loaded, shapes):
+        evaluator.evaluate()
+    # Prompts of 5 to 8 tokens (Q : ... A :), of which only the first two are common to all.
+    assert sum(rows * tokens for rows, tokens in shapes) <= 6 * 10
 
 
 def test_ties_and_tokenizer_of_the_model_stay_as_they_are(write_task: TaskWriter) -> None:
@@ -247,14 +246,14 @@ def test_not_a_number_names_task_and_document(loaded: LoadedModel, write_task: T
 
 
 class _SmallDevice(nn.Module):
-    """A head on a device with room for `most_rows` rows."""
+    """A head on a device with room for the logits of `most_states` positions."""
 
-    def __init__(self, head: nn.Module, most_rows: int, error: type[Exception], message: str) -> None:
+    def __init__(self, head: nn.Module, most_states: int, error: type[Exception], message: str) -> None:
         super().__init__()
-        self.head, self.most_rows, self.error, self.message = head, most_rows, error, message
+        self.head, self.most_states, self.error, self.message = head, most_states, error, message
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.shape[0] > self.most_rows:
+        if hidden[..., 0].numel() > self.most_states:
             raise self.error(self.message)
         return self.head(hidden)
 
@@ -273,13 +272,13 @@ def test_full_memory_is_named_and_auto_batches_shrink(
     tasks = specs(write_task("choice"))
     fixed, auto = Evaluator(loaded, tasks, batch_size=16), Evaluator(loaded, tasks, batch_size="auto")
     expected = fixed.evaluate()
-    with replaced(loaded.model, "lm_head", _SmallDevice(loaded.model.lm_head, 3, error, message)):
-        with pytest.raises(OutOfMemoryError, match="16 rows do not fit"):
+    with replaced(loaded.model, "lm_head", _SmallDevice(loaded.model.lm_head, 300, error, message)):
+        with pytest.raises(OutOfMemoryError, match="`batch_size` 16 does not fit"):
             fixed.evaluate()
         assert auto.evaluate().accuracy == expected.accuracy
     with (
         replaced(loaded.model, "lm_head", _SmallDevice(loaded.model.lm_head, 0, error, message)),
-        pytest.raises(OutOfMemoryError, match="1 rows"),
+        pytest.raises(OutOfMemoryError, match="`batch_size` 1 does"),
     ):
         auto.evaluate()
 

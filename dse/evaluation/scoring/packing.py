@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 __all__ = ["Query", "Row", "pack"]
 
 _MOST_NODES = 256
-"""Packed rows grow no longer: beyond, pairs cost more than shared tokens save."""
+"""Trees grow no larger: beyond, pairs cost more than shared tokens save."""
+
+_LEAST_SAVED = 0.05
+"""Share of a sequence's own work that joining a tree must save: a mask of its own is not free."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,13 @@ class Row:
         return result
 
 
-def pack(queries: Sequence[Query], *, pair_cost: float, most_nodes: int = _MOST_NODES) -> list[Row]:
+def pack(
+    queries: Sequence[Query],
+    *,
+    pair_cost: float,
+    most_nodes: int = _MOST_NODES,
+    least_saved: float = _LEAST_SAVED,
+) -> list[Row]:
     """Pack queries into rows so that the estimated work is small.
 
     In lexicographic order the longest beginning that a sequence shares with any before it is the one it shares with
@@ -114,7 +123,8 @@ def pack(queries: Sequence[Query], *, pair_cost: float, most_nodes: int = _MOST_
     Args:
         queries: What to score.
         pair_cost: Work of one attended pair relative to one node through all matrices: 2 w / P.
-        most_nodes: Longest row of more than one sequence.
+        most_nodes: Largest tree of more than one sequence.
+        least_saved: Share of a sequence's own work that joining a row must save; -inf joins whatever begins alike.
 
     Returns:
         Rows, longest first; every query stands in exactly one.
@@ -130,8 +140,9 @@ def pack(queries: Sequence[Query], *, pair_cost: float, most_nodes: int = _MOST_
         shared = _shared(before, inputs)
         if rows:
             grown = len(rows[-1]) + len(inputs) - shared
-            is_cheaper = work(grown) < work(len(rows[-1])) + work(len(inputs))
-            if grown == len(rows[-1]) or (shared and is_cheaper and grown <= most_nodes):
+            saved = work(len(rows[-1])) + work(len(inputs)) - work(grown)
+            is_worthwhile = shared > 0 and saved > least_saved * work(len(inputs))
+            if grown == len(rows[-1]) or (is_worthwhile and grown <= most_nodes):
                 rows[-1].add(inputs, shared)
                 rows[-1].ask(index, queries[index])
                 before = inputs

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from dse.evaluation.scoring.packing import Query, Row, pack
-from dse.evaluation.scoring.states import Score, StateQueue
+from dse.evaluation.scoring.states import Keep, Score, StateQueue
 from dse.evaluation.scoring.target_head import TargetHead
 from dse.evaluation.scoring.trunk import Trunk, by_context, row_batches
+from dse.out_of_memory import is_out_of_memory
 
 __all__ = ["Scorer", "Strategy"]
 
@@ -43,7 +45,8 @@ class Scorer:
     then the plain pass. So an architecture that this module has never heard of is slower, never wrong.
 
     Attributes:
-        batch_tokens: Most tokens in a forward pass; None chooses by device. May be changed between calls.
+        batch_tokens: Most tokens in a forward pass, padding included, where the device's own choice should be less;
+            a longer sequence goes alone. May be changed between calls.
         strategies: The way found right for each kind of row so far.
     """
 
@@ -54,12 +57,12 @@ class Scorer:
         self._pair_cost = _pair_cost(model)
 
     @torch.inference_mode()
-    def score(self, queries: Sequence[Query], finished: Callable[[Sequence[int]], None] | None = None) -> list[Score]:
+    def score(self, queries: Sequence[Query], finished: Keep | None = None) -> list[Score]:
         """Score queries; what they share is computed once.
 
         Args:
             queries: What to score.
-            finished: Called with the indices of queries whose scores are there.
+            finished: Called with (index, score) of queries as they are finished; what it raises ends the call.
 
         Returns:
             One score a query, in order.
@@ -71,7 +74,7 @@ class Scorer:
             for index, score in found:
                 scores[index] = score
             if finished is not None:
-                finished([index for index, _ in found])
+                finished(found)
 
         kinds: dict[Kind, list[Row]] = {}
         for row in pack(queries, pair_cost=self._pair_cost):
@@ -114,11 +117,10 @@ class Scorer:
                 found[index] = score
 
         try:
-            self._run(way, pack(sample, pair_cost=0.0), sample, keep)
-        except torch.OutOfMemoryError:
-            raise
-        except _REFUSALS:
-            if way == "plain":
+            as_one_tree = pack(sample, pair_cost=0.0, most_nodes=sys.maxsize, least_saved=-math.inf)
+            self._run(way, as_one_tree, sample, keep)
+        except _REFUSALS as error:
+            if way == "plain" or is_out_of_memory(error):
                 raise
             return None
         return found
@@ -135,9 +137,9 @@ class Scorer:
         way: Strategy,
         rows: Sequence[Row],
         queries: Sequence[Query],
-        keep: Callable[[Sequence[tuple[int, Score]]], None],
+        keep: Keep,
     ) -> None:
-        queue = StateQueue(self._head, keep)
+        queue = StateQueue(self._head, keep, most_states=self._batch_tokens())
         if way == "packed":
             for batch in row_batches(rows, self._batch_tokens()):
                 hidden = self._trunk.packed(batch)
@@ -172,9 +174,8 @@ class Scorer:
                 queue.add_logits(index, own[len(part) - queries[index].scored : len(part)], queries[index].targets)
 
     def _batch_tokens(self) -> int:
-        if self.batch_tokens is not None:
-            return self.batch_tokens
-        return _CPU_BATCH_TOKENS if self._trunk.device.type == "cpu" else _GPU_BATCH_TOKENS
+        best = _CPU_BATCH_TOKENS if self._trunk.device.type == "cpu" else _GPU_BATCH_TOKENS
+        return best if self.batch_tokens is None else min(best, self.batch_tokens)
 
 
 def _pair_cost(model: PreTrainedModel) -> float:

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from dse.evaluation.scoring.target_head import TargetHead
 
-__all__ = ["Score", "StateQueue"]
+__all__ = ["Keep", "Score", "StateQueue"]
 
 Score = tuple[float, bool]
 """(log-likelihood, whether every scored token has the largest logit)."""
+
+Keep = Callable[[Sequence[tuple[int, Score]]], None]
+"""Takes (index of the query, score) of finished queries."""
 
 # A wide product on few rows is bound by reading the head's weights, so states wait for each other: 512 of 4,096 floats
 # are 8 MB.
@@ -25,10 +28,12 @@ class StateQueue:
     Args:
         head: Scores targets.
         keep: Called with (index of the query, score) of finished queries.
+        most_states: In one product with the head.
     """
 
-    def __init__(self, head: TargetHead, keep: Callable[[Sequence[tuple[int, Score]]], None]) -> None:
+    def __init__(self, head: TargetHead, keep: Keep, *, most_states: int = _STATES_AT_ONCE) -> None:
         self._head, self._keep = head, keep
+        self._most_states = min(most_states, _STATES_AT_ONCE)
         self._states: list[Tensor] = []
         self._asked: list[tuple[int, list[int], tuple[int, ...]]] = []
         self._count = 0
@@ -43,12 +48,13 @@ class StateQueue:
         self._asked += [(index, [self._count + place for place in places], targets) for index, places, targets in asked]
         self._states.append(states)
         self._count += states.shape[0]
-        if self._count >= _STATES_AT_ONCE:
+        if self._count >= self._most_states:
             self.flush()
 
     def add_logits(self, index: int, logits: Tensor, targets: tuple[int, ...]) -> None:
         """Finish a query from its logits, shape (targets, vocabulary)."""
-        rows, tokens = torch.arange(len(targets)), torch.tensor(targets, device=logits.device)
+        rows = torch.arange(len(targets), device=logits.device)
+        tokens = torch.tensor(targets, device=logits.device)
         own = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[rows, tokens]
         is_greedy = bool((logits[rows, tokens] >= logits.amax(dim=-1)).all())
         self._keep([(index, (float(own.double().sum()), is_greedy))])
@@ -59,7 +65,7 @@ class StateQueue:
             return
         positions = [place for _, places, _ in self._asked for place in places]
         targets = [token for _, _, tokens in self._asked for token in tokens]
-        found = self._head.score(torch.cat(self._states), positions, targets)
+        found = self._head.score(torch.cat(self._states), positions, targets, most_states=self._most_states)
         scores, begin = [], 0
         for index, places, _ in self._asked:
             part = slice(begin, begin + len(places))

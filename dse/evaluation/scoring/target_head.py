@@ -8,6 +8,7 @@ maximum and its sum of exponentials are taken.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,17 +60,30 @@ class TargetHead:
         found = [(after, getattr(config, key, None)) for key, after in _AFTER_HEAD.items()]
         self._after = [(after, float(value)) for after, value in found if isinstance(value, int | float) and value]
 
-    def score(self, hidden: Tensor, positions: Sequence[int], targets: Sequence[int]) -> TargetScores:
+    def score(
+        self, hidden: Tensor, positions: Sequence[int], targets: Sequence[int], *, most_states: int = sys.maxsize
+    ) -> TargetScores:
         """Score `targets[i]` as predicted by the hidden state `positions[i]`.
 
         Args:
             hidden: Hidden states before the head, shape (states, width).
             positions: Which of them, shape (targets,).
             targets: Token ids, shape (targets,).
+            most_states: In one product with the head.
         """
+        places, tokens = np.asarray(positions), np.asarray(targets)
+        log_probabilities, is_largest = np.empty(len(tokens)), np.empty(len(tokens), dtype=np.bool_)
+        for start in range(0, hidden.shape[0], most_states):
+            chosen = np.flatnonzero((places >= start) & (places < start + most_states))
+            if chosen.size:
+                part = self._score(hidden[start : start + most_states], places[chosen] - start, tokens[chosen])
+                log_probabilities[chosen], is_largest[chosen] = part.log_probabilities, part.is_largest
+        return TargetScores(log_probabilities, is_largest)
+
+    def _score(self, hidden: Tensor, positions: NDArray[np.int64], targets: NDArray[np.int64]) -> TargetScores:
         # In order of tokens, the targets of a slice of the vocabulary stand together.
-        order = np.argsort(np.asarray(targets), kind="stable")
-        ids, rows = np.asarray(targets)[order], torch.as_tensor(np.asarray(positions)[order], device=hidden.device)
+        order = np.argsort(targets, kind="stable")
+        ids, rows = targets[order], torch.as_tensor(positions[order], device=hidden.device)
         tokens = torch.as_tensor(ids, device=hidden.device)
         own = torch.zeros(len(ids), device=hidden.device)
         # Log of the sum of exponentials, slice by slice, about the highest logit so far (Milakov, Gimelshein 2018).
