@@ -31,8 +31,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     It differs in how log-likelihoods are computed, not in what they are: sequences that begin alike are packed as
     prefix trees, the output head is applied where a token is scored, and batches are filled by tokens. See
-    `dse.evaluation.scoring`. `lm_eval` knows it as the model `dse` once this module is imported; the command
-    `dse lm-eval` does that.
+    `dse.evaluation.scoring`. lm-eval knows it as the model `dse` once this module is imported, which
+    `python -m dse.evaluation.lm_eval_command` does before it starts lm-eval.
 
     Args:
         pretrained: As in `HFLM`: a hub id, a folder or a model.
