@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dse.evaluation.scoring.packing import Query, Row
+from dse.evaluation.scoring.packing import Query, Row, balanced
 
 __all__ = ["Trunk", "by_context", "row_batches"]
+
+_JOINED_NODES = 192
+"""Trees are joined to rows of about this length: equal rows need no padding, and their pairs cost little yet."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +109,20 @@ class Trunk:
 
 
 def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Rows in batches of at most `most_tokens` tokens, padding included; chains apart, since they need no mask."""
-    for is_chain in (True, False):
-        batch: list[Row] = []
-        for row in rows:  # longest first, so that neighbours are padded little
-            if row.is_chain is not is_chain:
-                continue
-            if batch and (len(batch) + 1) * len(batch[0]) > most_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
+    """Rows of one kind in batches of at most `most_tokens` tokens, padding included.
+
+    Args:
+        rows: All chains, which need no mask and stay apart, or all trees, which are joined; longest first.
+        most_tokens: A longer row goes alone.
+    """
+    batch: list[Row] = []
+    for row in rows if rows[0].is_chain else balanced(rows, min(_JOINED_NODES, most_tokens)):
+        if batch and (len(batch) + 1) * len(batch[0]) > most_tokens:
             yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def by_context(queries: Sequence[Query], indices: Sequence[int]) -> dict[tuple[int, ...], list[int]]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dse.evaluation.scoring import Query, Row, pack
+from dse.evaluation.scoring.packing import balanced
 
 
 @st.composite
@@ -76,3 +77,19 @@ def test_sharing_must_be_worth_the_pairs() -> None:
     half = [Query((*range(20), *range(100 + 50 * i, 121 + 50 * i)), 1) for i in range(2)]
     assert [len(row) for row in pack(half, pair_cost=1e-4)] == [60]
     assert [len(row) for row in pack(half, pair_cost=1.0)] == [40, 40]
+
+
+@given(queries().filter(bool), st.integers(1, 60))
+def test_joined_trees_stay_what_they_were(asked: list[Query], nodes: int) -> None:
+    rows = pack(asked, pair_cost=0.0, most_nodes=12)
+    joined = balanced(rows, nodes)
+    assert sum(map(len, joined)) == sum(map(len, rows))
+    # Graham's bound for the longest-first rule, and no row more than needed.
+    aim = max(nodes, len(rows[0]))
+    assert len(joined) <= -(-sum(map(len, rows)) // aim)
+    assert len(joined[0]) <= 4 / 3 * max(sum(map(len, rows)) / len(joined), aim) + 1
+    for row in joined:
+        np.testing.assert_array_equal(row.attends().sum(axis=1), np.asarray(row.depths) + 1)
+        for index, predicting in row.queries:
+            seen = np.flatnonzero(row.attends()[predicting[-1]])
+            assert tuple(row.tokens[node] for node in seen) == asked[index].inputs
