@@ -40,7 +40,7 @@ class EvaluationConfig(Section):
 
     limit: int | None = Field(None, ge=1, description="documents per task, drawn by seed; null means all")
     seed: int = Field(0, ge=0)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="batches hold at most this many times 128 tokens")
     max_length: int | None = Field(None, ge=16)
     apply_chat_template: bool = False
     masked_scoring: Literal["within_word", "original"] = Field(

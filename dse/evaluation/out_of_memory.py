@@ -11,7 +11,6 @@ from dse.out_of_memory import is_out_of_memory
 __all__ = ["out_of_memory_named"]
 
 
-
 @contextmanager
 def out_of_memory_named(rows: int) -> Iterator[None]:
     """Raise `OutOfMemoryError` for the several ways in which torch runs out of memory.

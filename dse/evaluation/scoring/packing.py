@@ -170,26 +170,30 @@ def pack(
     return sorted(rows, key=lambda row: -len(row))
 
 
-def balanced(rows: Sequence[Row], nodes: int) -> list[Row]:
+def balanced(rows: Sequence[Row], most_nodes: int) -> list[Row]:
     """Join trees into rows of nearly equal length, so that a batch of them is padded little.
 
-    The largest goes first, each into the row that is shortest so far (Graham 1969).
+    The largest goes first, each into the row that is shortest so far (Graham 1969); into one row more where that
+    makes a row too long.
 
     Args:
         rows: Longest first.
-        nodes: Length to aim at; the longest tree's own if that is more.
+        most_nodes: Longest row of more than one tree.
 
     Returns:
         Rows, longest first.
     """
-    total = sum(map(len, rows))
-    parts: list[list[Row]] = [[] for _ in range(-(-total // max(nodes, len(rows[0]))))]
-    heap = [(0, index) for index in range(len(parts))]
-    for row in rows:
-        length, index = heapq.heappop(heap)
-        parts[index].append(row)
-        heapq.heappush(heap, (length + len(row), index))
-    return sorted((Row.joined(part) for part in parts if part), key=lambda row: -len(row))
+    longest = max(most_nodes, len(rows[0]))
+    for count in range(-(-sum(map(len, rows)) // longest), len(rows) + 1):
+        parts: list[list[Row]] = [[] for _ in range(count)]
+        heap = [(0, index) for index in range(count)]
+        for row in rows:
+            length, index = heapq.heappop(heap)
+            parts[index].append(row)
+            heapq.heappush(heap, (length + len(row), index))
+        if max(heap)[0] <= longest:
+            break
+    return sorted((Row.joined(part) for part in parts), key=lambda row: -len(row))
 
 
 def _shared(before: Sequence[int], after: Sequence[int]) -> int:
