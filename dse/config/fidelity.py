@@ -15,7 +15,7 @@ class FidelityConfig(Section):
     """Rungs, and how sure the study must be before it stops a trial."""
 
     proxy_tokens: int = Field(
-        512, ge=0, description="held-out tokens of the first rung, KL divergence to dense; 0 leaves it out"
+        256, ge=0, description="held-out tokens of the first rung, KL divergence to dense; 0 leaves it out"
     )
     shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.05, 0.1, 0.2, 0.4], description="shares of the documents between the proxy and all of them, ascending"
