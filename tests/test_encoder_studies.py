@@ -230,3 +230,25 @@ def test_shipped_studies_of_bert_fit_its_config(tmp_path: Path, name: str, model
     small = save_encoder(tmp_path / "small", "bert", task.head, context=400, labels=2)
     loaded = load_model(str(small), head=task.head)
     assert evaluator_for(loaded, [local], study.evaluation).evaluate().accuracy is not None
+
+
+@pytest.mark.usefixtures("own_cache", "own_process")
+def test_the_command_evaluates_a_task_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dse.cli.main import main
+
+    model = save_encoder(tmp_path / "model", "roberta", "classification")
+    tasks_for("classification", tmp_path)
+    (tmp_path / "mine.yaml").write_text("{dataset: rows.jsonl, head: classification}")
+    point = '{"method": "svd", "rank": 2, "roles": ["query"]}'
+    arguments = ["evaluate", "--model", str(model), "--task", str(tmp_path / "mine.yaml"), "--point", point]
+    capsys.readouterr()
+    assert main([*arguments, "--limit", "10", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["tasks"][0]["task"], document["tasks"][0]["documents"]) == ("mine", 10)
+    assert document["accuracy"] == document["tasks"][0]["value"]
+    assert document["accuracy_drop"]["documents"] == 10
+    assert main(arguments) == 0
+    assert "mine" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("{dataset: rows.jsonl, head: classification, colums: {}}")
+    assert main(arguments) == 2
+    assert "unknown key 'colums'; did you mean 'columns'?" in capsys.readouterr().err
