@@ -47,3 +47,8 @@ class EvaluationConfig(Section):
         "within_word", description="pseudo-log-likelihood of masked language models: which tokens are masked together"
     )
     divergence_tokens: int = Field(4096, ge=16, description="held-out tokens of the objective kl_divergence")
+    compare_float32: bool | None = Field(
+        None,
+        description="with a half-precision model, evaluate the dense model in float32 too and report the difference;"
+        " null does so up to two billion parameters",
+    )

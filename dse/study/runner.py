@@ -15,7 +15,7 @@ from typing import Any
 from dse.config import StudyConfig, load_study, parse_study
 from dse.design_point import DesignPoint
 from dse.errors import InvalidMeasurementError, StudyError, UserError
-from dse.evaluation import EvaluationCache
+from dse.evaluation import EvaluationCache, EvaluationResult
 from dse.files import cache_dir
 from dse.pareto import directions_of, reference_point
 from dse.study.evaluate_point import Reference, blank_record
@@ -25,6 +25,7 @@ from dse.study.fidelity import LadderSession, final_pending, reevaluate_front
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts, noticing_interrupts
 from dse.study.objectives import objective_values
+from dse.study.precision import compare_with_float32
 from dse.study.proposals import first_points, unseen_feasible_levels
 from dse.study.record import EVALUATED_STATES, TrialRecord, finite
 from dse.study.setup import PreparedStudy, prepare_study
@@ -303,6 +304,8 @@ class _Loop:
             if is_reference and values is not None:
                 self.reference = Reference(evaluation, record)
                 self._begin_search(values)
+        if is_reference:
+            self._report_precision(evaluation)
         self._remember(record)
         self.ladder.add(record, evaluation)
         self.evaluated_here += 1
@@ -335,6 +338,12 @@ class _Loop:
             lambda known: self.storage.set_attribute("final", known),
             progress,
         )
+
+    def _report_precision(self, evaluation: EvaluationResult | None) -> None:
+        """Keep what half precision does to the dense model's metrics, where the model is held so."""
+        differences = compare_with_float32(self.prepared.config, self.prepared.loaded, evaluation, self.listener)
+        if differences is not None:
+            self.storage.set_attribute("float32", differences)
 
     def _begin_search(self, values: list[float]) -> None:
         """The dense model is known: fix the reference of the hypervolume, and queue what is evaluated first."""

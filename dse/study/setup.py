@@ -28,6 +28,7 @@ from dse.study.events import StudyListener
 from dse.study.fidelity import Climber, FinalEvaluator
 from dse.study.measurement_plan import MeasurementPlan, open_study_meter
 from dse.study.objectives import Needs, check_tasks_serve, needs_of, resolve_objectives
+from dse.study.precision import half_precision_notice
 from dse.study.space import SearchSpace
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
@@ -74,6 +75,8 @@ def prepare_study(
     plan = MeasurementPlan.of(config, meter)
     listener.on_message(f"loading {config.model.ref}")
     loaded = load_study_model(config)
+    if notice := half_precision_notice(loaded):
+        listener.on_message(notice)
     _check_phases(objectives, loaded)
     space = SearchSpace.from_config(config.space, loaded.topology)
     enqueued = _enqueued_points(config, loaded, space)

@@ -249,6 +249,14 @@ class Study:
         candidates = front[~front["is_dense"]]
         return None if candidates.empty else int(candidates["trial"].iloc[0])
 
+    def _float32_words(self) -> str:
+        """What the dense model scores in float32, where it was compared."""
+        found = self.attributes.get("float32", {})
+        return ", ".join(
+            f"{task} {entry['metric']} {entry['float32']:.4f} (here {entry['value']:.4f})"
+            for task, entry in found.items()
+        )
+
     def facts(self) -> dict[str, str]:
         """What the report says about the study."""
         facts = self.attributes.get("facts", {})
@@ -259,6 +267,7 @@ class Study:
             "Model fingerprint": facts.get("model_fingerprint"),
             "Search space": f"{self.config.space.name} ({facts.get('number_of_points', '?')} points)",
             "Device and dtype": f"{facts.get('device')}, {facts.get('dtype')}",
+            "In float32 instead": self._float32_words(),
             "Calibration text": facts.get("calibration"),
             "Energy meter": facts.get("energy_meter") or "none",
             "Hypervolume": None if hypervolume is None else f"{hypervolume:.4f} (share of the box to the ideal point)",
