@@ -3,7 +3,8 @@
     python benchmarks/fidelity.py --task arc_easy.yaml [--limit 120] [--trials 60] [--seeds 0 1]
 
 Same space, seed and number of trials; accuracy and parameters are the objectives, so that nothing but evaluation takes
-time. No answer is shared between the runs, each of which is a process of its own on one thread. Evaluation time is the
+time. No answer is shared between the runs, each of which is a process of its own on one thread, side by
+side. Evaluation time is the
 proxy's and the documents', in wall-clock and in CPU seconds; the latter are the robust ones on a machine that others
 use. Front points of both runs have been evaluated on all documents, so their hypervolumes are at full fidelity, against
 one reference. A table for people; one JSON document as the last line for machines.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,10 @@ def main() -> None:
         f"{'seed':>4} {'ladder':>7} {'CPU s':>8} {'wall s':>8} {'hypervolume':>12} {'front':>6}  trials by rung reached"
     )
     for seed in options.seeds:
-        pair = {}
-        for name, fidelity in (("with", options.fidelity), ("without", None)):
-            found = pair[name] = in_a_process(study_of(options, seed, fidelity))
+        studies = {"with": study_of(options, seed, options.fidelity), "without": study_of(options, seed, None)}
+        with ThreadPoolExecutor() as both:  # side by side, so that both meet the machine as it is then
+            pair = dict(zip(studies, both.map(in_a_process, studies.values()), strict=True))
+        for name, found in pair.items():
             print(
                 f"{seed:>4} {name:>7} {found['cpu_s']:>8.1f} {found['wall_s']:>8.1f} {found['hypervolume']:>12.4f}"
                 f" {len(found['front']):>6}  {found['rungs']}",
