@@ -2,12 +2,11 @@
 
     python benchmarks/fidelity.py --task arc_easy.yaml [--limit 120] [--trials 60] [--seeds 0 1]
 
-Same space, seed and number of trials; accuracy and parameters are the objectives, so that nothing but evaluation takes
-time. No answer is shared between the runs, each of which is a process of its own on one thread, side by
-side. Evaluation time is the
-proxy's and the documents', in wall-clock and in CPU seconds; the latter are the robust ones on a machine that others
-use. Front points of both runs have been evaluated on all documents, so their hypervolumes are at full fidelity, against
-one reference. A table for people; one JSON document as the last line for machines.
+Same space, seed and number of trials; accuracy and parameters are the objectives, so that nothing but evaluation
+takes time. No answer is shared between the runs, each of which is a process of its own on one thread, side by side.
+Evaluation time is the proxy's and the documents', in wall-clock and in CPU seconds; the latter are the robust ones on
+a machine that others use. Front points of both runs have been evaluated on all documents, so their hypervolumes are
+at full fidelity, against one reference. A table for people; one JSON document as the last line for machines.
 """
 
 from __future__ import annotations

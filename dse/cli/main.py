@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dse.cli.commands import COMMANDS
 from dse.cli.commands._base import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
@@ -63,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage text in front."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, which before Python 3.13 turns a value that is `--` into an empty list."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == []:
+                self.error(f"`--` cannot be the value of --{name.replace('_', '-')}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")

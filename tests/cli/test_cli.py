@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_study import environment, merged, tiny_study, write_study
 
@@ -224,6 +224,7 @@ POINTS = st.one_of(
 
 
 @given(POINTS)
+@example("--")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_point_is_read_or_refused(dse: Run, tiny_folder: Path, tmp_path: Path, point: str) -> None:
     for text in (point, str(tmp_path / "point.json")):
