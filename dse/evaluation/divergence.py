@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dse.errors import ModelError, NonFiniteError
+from dse.evaluation.scoring import TargetHead
 from dse.evaluation.statistics import Interval, student_quantile
 from dse.progress import ProgressCallback, ignore_progress
 
@@ -168,20 +169,7 @@ def _head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         raise ModelError(
             f"kl_divergence needs a model with an output head, but {type(model).__name__} has none; leave it out"
         )
-    config: Any = model.config.get_text_config()
-    cap, scale, divisor = (
-        getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    )
-
-    def logits(hidden: Tensor) -> Tensor:
-        found: Tensor = head(hidden)
-        if scale:  # Cohere
-            found = found * scale
-        if divisor:  # Granite
-            found = found / divisor
-        return torch.tanh(found / cap) * cap if cap else found  # Gemma 2 and 3
-
-    return logits
+    return TargetHead(model).logits
 
 
 def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor], token_ids: Tensor) -> None:

@@ -60,6 +60,11 @@ class TargetHead:
         found = [(after, getattr(config, key, None)) for key, after in _AFTER_HEAD.items()]
         self._after = [(after, float(value)) for after, value in found if isinstance(value, int | float) and value]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, float32, shape (..., vocabulary), of states of shape (..., width)."""
+        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return self._finish(head(hidden))
+
     def score(
         self, hidden: Tensor, positions: Sequence[int], targets: Sequence[int], *, most_states: int = sys.maxsize
     ) -> TargetScores:
@@ -107,7 +112,7 @@ class TargetHead:
         """(first token, logits of a slice of the vocabulary), one slice at a time."""
         head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if type(head) is not nn.Linear:  # decomposed, or an architecture's own: only whole
-            yield 0, self._finish(head(hidden))
+            yield 0, self.logits(hidden)
             return
         width = _SLICE_TOKENS if hidden.device.type == "cpu" else max(1, _GPU_LOGITS // max(1, hidden.shape[0]))
         for start in range(0, head.weight.shape[0], width):
