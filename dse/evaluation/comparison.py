@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +16,10 @@ from dse.evaluation.paired_tests import drop_with_test
 from dse.evaluation.result import EvaluationResult, TaskResult
 from dse.evaluation.statistics import PairedDrop, PairedRatio
 
-__all__ = ["MEAN", "Comparison", "compare_evaluations"]
+__all__ = ["HELD_OUT_TEXT", "MEAN", "Comparison", "compare_divergences", "compare_evaluations"]
 
 MEAN = "mean over tasks"
+HELD_OUT_TEXT = "held-out text"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Comparison:
     """One quantity of two evaluations.
 
     Attributes:
-        task: Its task, or `MEAN`.
+        task: Its task, or `MEAN`, or `HELD_OUT_TEXT`.
         metric: What was measured.
         first: Value of the first evaluation.
         second: Value of the second.
@@ -81,6 +82,23 @@ def compare_evaluations(first: EvaluationResult, second: EvaluationResult) -> tu
         for row in (_of_metric(before, after), *_of_graded(before, after))
     ]
     return (*rows, *_means(first, second))
+
+
+def compare_divergences(first: Sequence[float], second: Sequence[float]) -> Comparison:
+    """KL divergences to dense of two points on the same windows of text.
+
+    Args:
+        first: Mean of each window, nats per token, shape (windows,): what the change refers to.
+        second: Of the other point, on the same windows.
+
+    Raises:
+        TaskError: The two were measured on other windows.
+    """
+    before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    paired = drop_with_test([before], [after])
+    errors = [float(w.std(ddof=1)) / math.sqrt(w.size) if w.size > 1 else None for w in (before, after)]
+    means = float(before.mean()), float(after.mean())
+    return _row(HELD_OUT_TEXT, "kl_divergence", means, (errors[0], errors[1]), paired)
 
 
 def _of_metric(before: TaskResult, after: TaskResult) -> Comparison:

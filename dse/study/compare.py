@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dse.errors import StudyError
-from dse.evaluation.comparison import Comparison, compare_evaluations
+from dse.evaluation.comparison import Comparison, compare_divergences, compare_evaluations
 from dse.pareto import OBJECTIVES
 from dse.study.folder import StudyFolder
 from dse.study.record import Interval, TrialRecord
@@ -46,7 +46,8 @@ class TrialComparison:
         second: Likewise.
         first_point: Design point of the first.
         second_point: Of the second.
-        quality: Tasks and means, paired by document; empty where the study evaluates none.
+        quality: Tasks and means, paired by document, and the KL divergence, paired by window; empty where the study
+            measures none.
         costs: Parameters, bytes, and whatever was measured.
     """
 
@@ -75,6 +76,8 @@ def compare_records(folder: StudyFolder, first: TrialRecord, second: TrialRecord
     quality: tuple[Comparison, ...] = ()
     if first.tasks and second.tasks:
         quality = compare_evaluations(folder.read_evaluation(first.trial), folder.read_evaluation(second.trial))
+    if first.divergence_windows and second.divergence_windows:
+        quality = (*quality, compare_divergences(first.divergence_windows, second.divergence_windows))
     costs = [_cost_of(name, first, second) for name, entry in OBJECTIVES.items() if entry.is_cost]
     return TrialComparison(
         first=first.trial,

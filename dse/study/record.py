@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -70,6 +70,7 @@ class TrialRecord:
         accuracy_drop: Dense minus point, paired over the same documents; positive is worse.
         graded_drops: The same for each graded metric.
         tasks: Task to its metrics, standard errors and number of documents.
+        divergence_windows: KL divergence to dense of each window of held-out text, nats per token; where measured.
         latency: The latency measurement in full: distributions, device, clock, validity.
         energy: The energy measurement in full.
         memory: The memory measurement in full.
@@ -97,6 +98,7 @@ class TrialRecord:
     accuracy_drop: Interval | None = None
     graded_drops: Mapping[str, Interval] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    divergence_windows: Sequence[float] = ()
     latency: Mapping[str, Any] | None = None
     energy: Mapping[str, Any] | None = None
     memory: Mapping[str, Any] | None = None

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from study_support import Watcher, evaluated, outcome
 from tiny_study import save_choice_task, save_tiny_model, tiny_study
@@ -220,6 +221,12 @@ def test_kl_divergence_is_an_objective_of_its_own(folder: Path, tmp_path: Path) 
     rest = table[(table["state"] == "complete") & (table["decomposed_tensors"] > 0)]
     assert (rest["kl_divergence_low"] <= rest["kl_divergence"]).all()
     assert (rest["kl_divergence"] > 0).all()
+    first, second = [record for record in found.records if record.state == "complete" and record.point["tensors"]][:2]
+    (row,) = found.compare(first.trial, second.trial).quality
+    differences = np.subtract(second.divergence_windows, first.divergence_windows)
+    assert row.metric == "kl_divergence"
+    assert row.change == pytest.approx(differences.mean())
+    assert row.low < row.change < row.high
     assert found.hypervolume is not None
     assert found.hypervolume > 0
 

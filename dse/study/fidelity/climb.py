@@ -82,7 +82,8 @@ def climb(
             **run.record.quantities,
             "kl_divergence": Interval(interval.estimate, interval.low, interval.high),
         }
-        run.record = dataclasses.replace(run.record, quantities=quantities)
+        windows = tuple(float(value) for value in found.windows)
+        run.record = dataclasses.replace(run.record, quantities=quantities, divergence_windows=windows)
         if climber.evaluator is not None and climber.shares:
             save()
         _reached(climber, run, PROXY_RUNG)
