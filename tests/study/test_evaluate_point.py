@@ -41,7 +41,7 @@ def test_the_model_is_dense_again_whatever_happens(
     def on_phase(name: str, done: int, total: int) -> None:
         nonlocal count
         count += name == phase
-        if count == (1 if phase == "decompose" else 2):
+        if count == (2 if phase == "latency" else 1):
             raise error("stop")
 
     prepared.evaluator.on_phase = on_phase
