@@ -68,7 +68,7 @@ def run(study: dict[str, Any], out: Path) -> dict[str, Any]:
         "wall_s": sum(r.seconds.get("evaluate", 0.0) + r.seconds.get("kl_divergence", 0.0) for r in evaluated),
         "cpu_s": clock.cpu_s,
         "hypervolume": finished.hypervolume,
-        "front": [[r.quantities["accuracy"].value, r.cost["parameters"]] for r in finished.front_records],
+        "front": [[r.quantities["accuracy"].value, r.cost["parameters"], r.point] for r in finished.front_records],
         "rungs": {
             str(rung): sum(r.rung == rung for r in evaluated) for rung in sorted({r.rung or 0 for r in evaluated})
         },
