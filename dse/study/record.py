@@ -116,6 +116,7 @@ class TrialRecord:
         values = {key: value for key, value in data.items() if key in known}
         for key in ("quantities", "estimates", "search_quantities", "ratios", "graded_drops"):
             values[key] = {name: _interval(entry) for name, entry in values.get(key, {}).items()}
+        values["divergence_windows"] = tuple(values.get("divergence_windows", ()))  # JSON has no tuples
         if values.get("accuracy_drop") is not None:
             values["accuracy_drop"] = _interval(values["accuracy_drop"])
         return cls(**values)
