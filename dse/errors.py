@@ -12,6 +12,8 @@ DseError
 │   ├── CalibrationError           calibration text is missing or too short
 │   ├── StudyError                 a study folder is missing, locked or another study's
 │   ├── MeterUnavailableError      energy was asked for and no meter exists
+│   ├── ProfileError               a sensitivity profile is damaged, or of another model or text
+│   ├── AllocationError            a budget no allocation reaches, or constraints that exclude each other
 │   ├── StorageFullError           the disk is full or not writable
 │   └── ExportError                an export could not be written or did not verify
 └── TrialError                     one trial failed: recorded with its reason, the study goes on
@@ -31,6 +33,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AllocationError",
     "CalibrationError",
     "ConfigError",
     "DseError",
@@ -41,6 +44,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "PointError",
+    "ProfileError",
     "RankError",
     "StorageFullError",
     "StudyError",
@@ -94,6 +98,14 @@ class StudyError(UserError):
 
 class MeterUnavailableError(UserError):
     """Energy was asked for where no energy meter exists."""
+
+
+class ProfileError(UserError):
+    """A sensitivity profile is missing, damaged, or of another model, calibration text or set of methods."""
+
+
+class AllocationError(UserError):
+    """No allocation reaches the budget, or the constraints exclude each other."""
 
 
 class StorageFullError(UserError):
