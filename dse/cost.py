@@ -1,5 +1,7 @@
 """Exact cost of a design point, by arithmetic on shapes alone: no weights, no torch.
 
+A removed block saves all its parameters and FLOPs, attention over the cache and the cache itself included.
+
 With m = out_features and n = in_features, a dense weight has mn parameters and costs 2mn FLOPs a token (one multiply
 and one add per entry). Two factors of rank r hold r(m + n) and cost 2r(m + n); Tucker keeps an r x r core between them
 and pays r^2 more of both. The break-even rank is the largest r at which the factors are not larger than the weight.
@@ -14,9 +16,18 @@ from typing import Any
 from dse.callable_module import make_callable
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import DecomposableTensor, RemovableBlock, Topology
 
-__all__ = ["Cost", "break_even_rank", "check_point", "cost", "factor_parameters", "has_core", "point_problems"]
+__all__ = [
+    "Cost",
+    "break_even_rank",
+    "check_point",
+    "cost",
+    "factor_parameters",
+    "has_core",
+    "parameters_saved",
+    "point_problems",
+]
 
 DEFAULT_PROMPT_TOKENS = 512
 
@@ -38,6 +49,23 @@ def break_even_rank(out_features: int, in_features: int, *, core: bool = False) 
     return max(1, (math.isqrt((m + n) ** 2 + 4 * m * n) - (m + n)) // 2)
 
 
+def parameters_saved(topology: Topology, point: DesignPoint) -> int:
+    """Parameters that `point` does without, layers passed by included.
+
+    Raises:
+        PointError: It names what the model does not have.
+    """
+    passed = topology.passed_layers(point.removed)
+    rest = {block.layer: block.rest_parameters for block in topology.blocks if block.layer in passed}
+    blocks = sum(topology.blocks_by_name[name].parameters for name in point.removed)
+    factors = sum(
+        topology[name].parameters - factor_parameters(topology[name], choice)
+        for name, choice in point
+        if not choice.is_removal
+    )
+    return factors + blocks + sum(rest.values())
+
+
 def factor_parameters(tensor: DecomposableTensor, choice: TensorChoice) -> int:
     """Parameters of the factors (and core) that replace the weight; the bias is not counted."""
     core = choice.rank**2 if has_core(choice.method) else 0
@@ -47,12 +75,18 @@ def factor_parameters(tensor: DecomposableTensor, choice: TensorChoice) -> int:
 def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
     """Everything that keeps `point` from being applied to a model of this topology, in order."""
     problems: list[PointError] = []
+    taken: dict[str, str] = {}
     for name, choice in point:
         try:
-            tensor = topology[name]
+            part = topology.part(name)
         except PointError as error:
             problems.append(error)
             continue
+        problems += _overlaps(topology, name, taken)
+        if isinstance(part, RemovableBlock) or choice.is_removal:
+            problems += _removal_misused(part, choice)
+            continue
+        tensor = part
         limit = break_even_rank(*tensor.shape, core=has_core(choice.method))
         if choice.rank > limit:
             problems.append(
@@ -61,7 +95,67 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
                     f" {tensor.in_features}), but got rank={choice.rank}; lower it or leave the tensor dense."
                 )
             )
+    return problems + _attention_problems(topology, point)
+
+
+def _overlaps(topology: Topology, name: str, taken: dict[str, str]) -> list[PointError]:
+    """Whether a tensor of this part belongs to an earlier one too; `taken` (tensor to part) is added to."""
+    problems = []
+    for tensor in topology.tensors_of(name):
+        if tensor in taken:
+            problems.append(
+                PointError(
+                    f"a point must name a tensor once, but '{tensor}' is part of both '{taken[tensor]}' and '{name}';"
+                    " leave one of them out"
+                )
+            )
+            break
+    taken.update(dict.fromkeys(topology.tensors_of(name), name))
     return problems
+
+
+def _removal_misused(part: DecomposableTensor | RemovableBlock, choice: TensorChoice) -> list[PointError]:
+    if isinstance(part, RemovableBlock) and not choice.is_removal:
+        return [
+            PointError(
+                f"a block can only be removed, but '{part.name}' is given method '{choice.method}'; name its tensors"
+                f" ({', '.join(part.tensors)})"
+            )
+        ]
+    if not isinstance(part, RemovableBlock) and choice.is_removal:
+        return [
+            PointError(
+                f"only attention and MLP blocks can be removed, but '{part.name}' is a tensor; remove the block around"
+                f" it, for example 'layers.{part.layer or 0}.mlp'"
+            )
+        ]
+    return []
+
+
+def _attention_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
+    """Without any attention no token sees another; without any of a kind, its KV cache has no length."""
+    attention = [block for block in topology.blocks if block.role == "attention"]
+    if not attention:
+        return []
+    gone = set(point.removed)
+    if len(attention) == topology.layer_count and gone.issuperset(block.name for block in attention):
+        return [
+            PointError(
+                f"one attention block must remain, but the point removes all {len(attention)}; no token would see"
+                " another"
+            )
+        ]
+    kinds = {block.cache_kind for block in attention}
+    for kind in sorted(kinds) if len(kinds) > 1 else ():
+        of_kind = [block for block in attention if block.cache_kind == kind]
+        if gone.issuperset(block.name for block in of_kind):
+            return [
+                PointError(
+                    f"one attention block of every kind must remain, since the KV cache is laid out by kind, but the"
+                    f" point removes all {len(of_kind)} of '{kind}'; keep one, such as '{of_kind[0].name}'"
+                )
+            ]
+    return []
 
 
 def check_point(topology: Topology, point: DesignPoint) -> None:
@@ -94,8 +188,8 @@ class Cost:
             needs it.
         flops_decode_per_token: FLOPs to generate one token behind `prompt_tokens` cached ones, output head included;
             None for encoders, which generate nothing.
-        kv_cache_bytes_per_token: Bytes a token adds to the KV cache (decomposition does not change it); None for
-            encoders.
+        kv_cache_bytes_per_token: Bytes a token adds to the KV cache (decomposition does not change it, removed
+            attention blocks do without); None for encoders.
         prompt_tokens: The prompt length that the attention terms assume.
     """
 
@@ -129,37 +223,46 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
     if prompt_tokens < 1:
         raise ConfigError(f"`prompt_tokens >= 1` must hold, but got {prompt_tokens}")
     check_point(topology, point)
-    saved = sum(topology[name].parameters - factor_parameters(topology[name], choice) for name, choice in point)
+    saved = parameters_saved(topology, point)
     parameters = topology.parameters_dense - saved
-    layer_matrices = (
-        sum(t.parameters for t in topology.tensors if t.layer is not None) + topology.other_matmul_parameters
-    )
-    outside = sum(
-        t.parameters - factor_parameters(t, point.by_name[t.name])
-        for t in topology.tensors
-        if t.layer is None and t.name in point.by_name
-    )
-    matmul, head = layer_matrices - (saved - outside), topology.head_parameters - outside
+    removed = [topology.blocks_by_name[name] for name in point.removed]
+    matmul, head = _matmul_entries(topology, point)
     # Scores and weighted sum are two products of (tokens seen) x (attention width) each; a causal prompt sees half.
-    attention = 4 * topology.layer_count * topology.attention_width
+    width = topology.layer_count * topology.attention_width - sum(block.attention_width for block in removed)
+    cached = topology.layer_count * topology.key_value_width - sum(block.key_value_width for block in removed)
+    attention = 4 * width
     seen_in_prefill = (prompt_tokens + 1) / 2 if topology.is_decoder else prompt_tokens
     head_share = head / prompt_tokens if topology.is_decoder else head
     return Cost(
         parameters_dense=topology.parameters_dense,
         parameters=parameters,
         reduction=1 - parameters / topology.parameters_dense,
-        weight_bytes=round(parameters * topology.bytes_per_parameter) + topology.buffers_bytes,
+        weight_bytes=round(parameters * topology.bytes_per_parameter)
+        + topology.buffers_bytes
+        - sum(block.buffers_bytes for block in removed),
         flops_prefill_per_token=round(2 * (matmul + head_share) + attention * seen_in_prefill),
         flops_decode_per_token=(
             round(2 * (matmul + head) + attention * (prompt_tokens + 1)) if topology.is_decoder else None
         ),
-        kv_cache_bytes_per_token=(
-            round(2 * topology.layer_count * topology.key_value_width * topology.bytes_per_parameter)
-            if topology.is_decoder
-            else None
-        ),
+        kv_cache_bytes_per_token=(round(2 * cached * topology.bytes_per_parameter) if topology.is_decoder else None),
         prompt_tokens=prompt_tokens,
     )
+
+
+def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:
+    """Entries that multiply a token inside the layers (and in other matrices), and in the output head."""
+    inside = sum(t.parameters for t in topology.tensors if t.layer is not None) + topology.other_matmul_parameters
+    head = topology.head_parameters
+    for name, choice in point:
+        if choice.is_removal:
+            inside -= topology.blocks_by_name[name].matmul_parameters
+            continue
+        saved = topology[name].parameters - factor_parameters(topology[name], choice)
+        if topology[name].layer is None:
+            head -= saved
+        else:
+            inside -= saved
+    return inside, head
 
 
 make_callable(__name__)

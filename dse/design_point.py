@@ -1,4 +1,4 @@
-"""A design point: which tensors are replaced by low-rank factors, by which method, at which rank."""
+"""A design point: which tensors are replaced by low-rank factors, by which method, at which rank; which blocks go."""
 
 from __future__ import annotations
 
@@ -13,34 +13,56 @@ from typing import Any
 from dse.errors import PointError, did_you_mean
 from dse.topology import Topology
 
-__all__ = ["METHOD_NAMES", "DesignPoint", "TensorChoice"]
+__all__ = ["METHOD_NAMES", "REMOVED", "DesignPoint", "TensorChoice"]
 
 METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd")
 """Decomposition methods a point may name; `dse.decomposition` maps each to its function."""
+
+REMOVED = "removed"
+"""The method of a block that is removed as a whole, the limit of rank 0."""
 
 _COMPACT_KEYS = ("method", "rank", "layers", "roles")
 
 
 @dataclass(frozen=True, order=True)
 class TensorChoice:
-    """How one tensor is decomposed.
+    """How one tensor is decomposed, or that a block is removed.
 
     Attributes:
-        method: One of `METHOD_NAMES`.
-        rank: Columns kept, at least 1; the upper end depends on the tensor (see `dse.cost.break_even_rank`).
+        method: One of `METHOD_NAMES`, or `removed` for an attention or MLP block.
+        rank: Columns kept, at least 1; the upper end depends on the tensor (see `dse.cost.break_even_rank`). 0 for a
+            removed block, and for nothing else.
     """
 
     method: str
     rank: int
 
     def __post_init__(self) -> None:
-        if self.method not in METHOD_NAMES:
+        known = (*METHOD_NAMES, REMOVED)
+        if self.method not in known:
             raise PointError(
-                f"`method` must be one of {', '.join(METHOD_NAMES)}, but got '{self.method}'"
-                f"{did_you_mean(str(self.method), METHOD_NAMES)}"
+                f"`method` must be one of {', '.join(known)}, but got '{self.method}'"
+                f"{did_you_mean(str(self.method), known)}"
             )
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise PointError(f"`rank >= 1` must hold and be an integer, but got rank={self.rank!r}")
+        is_integer = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if self.is_removal:
+            if not is_integer or self.rank != 0:
+                raise PointError(
+                    f"`rank = 0` must hold for method '{REMOVED}', which keeps nothing, but got rank={self.rank!r}"
+                )
+        elif not is_integer or self.rank < 1:
+            hint = f'; {{"method": "{REMOVED}", "rank": 0}} removes a block' if is_integer and self.rank == 0 else ""
+            raise PointError(f"`rank >= 1` must hold and be an integer, but got rank={self.rank!r}{hint}")
+
+    @classmethod
+    def removal(cls) -> TensorChoice:
+        """The choice that removes a block."""
+        return cls(REMOVED, 0)
+
+    @property
+    def is_removal(self) -> bool:
+        """Whether the block is removed rather than decomposed."""
+        return self.method == REMOVED
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,8 @@ class DesignPoint:
     """One configuration of the design space; every tensor it does not name stays dense.
 
     Attributes:
-        choices: (tensor name, choice) pairs, sorted by name, so that equal points compare and hash equal.
+        choices: (name, choice) pairs of tensors and removed blocks, sorted by name, so that equal points compare and
+            hash equal.
     """
 
     choices: tuple[tuple[str, TensorChoice], ...] = ()
@@ -75,10 +98,14 @@ class DesignPoint:
     ) -> DesignPoint:
         """The compact form: one method and rank for these roles of these layers.
 
+        With method `removed` and rank 0 the roles are those of blocks: `attention`, `mlp`, or "all" for both.
+
         Raises:
             PointError: A layer, role, method or rank is not one.
         """
         choice = TensorChoice(method, rank)
+        if choice.is_removal and roles == "all":
+            roles = ["attention", "mlp"]
         return cls(tuple((name, choice) for name in topology.select(layers, roles)))
 
     @classmethod
@@ -128,13 +155,13 @@ class DesignPoint:
             raise PointError(f"`tensors` must map tensor names to choices, but got {_short(tensors)}")
         choices = {}
         for name, entry in tensors.items():
-            tensor = topology[str(name)]
+            part = topology.part(str(name))
             if not isinstance(entry, Mapping):
                 raise PointError(
                     f'the choice for \'{name}\' must be like {{"method": "svd", "rank": 64}}, but got {_short(entry)}'
                 )
             _refuse_unknown(entry, ("method", "rank"))
-            choices[tensor.name] = _choice(entry)
+            choices[part.name] = _choice(entry)
         return cls.of(choices)
 
     @classmethod
@@ -152,8 +179,13 @@ class DesignPoint:
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorChoice]:
-        """Tensor name to choice."""
+        """Name of a tensor or block to choice."""
         return dict(self.choices)
+
+    @cached_property
+    def removed(self) -> tuple[str, ...]:
+        """Names of the blocks that are removed."""
+        return tuple(name for name, choice in self.choices if choice.is_removal)
 
     @property
     def is_dense(self) -> bool:
@@ -177,11 +209,12 @@ class DesignPoint:
     def compact(self, topology: Topology) -> dict[str, Any] | None:
         """The compact form, or None where the point is not uniform over layers x roles."""
         methods = {choice for _, choice in self.choices}
-        if len(methods) != 1 or any(topology[name].layer is None for name, _ in self.choices):
+        parts = [topology.part(name) for name, _ in self.choices]
+        if len(methods) != 1 or any(part.layer is None for part in parts):
             return None
         choice = next(iter(methods))
-        layers = sorted({layer for name, _ in self.choices if (layer := topology[name].layer) is not None})
-        roles = [role for role in topology.roles if any(topology[name].role == role for name, _ in self.choices)]
+        layers = sorted({part.layer for part in parts if part.layer is not None})
+        roles = [role for role in topology.part_roles if any(part.role == role for part in parts)]
         if set(topology.select(layers, roles)) != set(self.by_name):
             return None
         all_roles = roles == list(topology.roles)

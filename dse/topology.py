@@ -11,7 +11,10 @@ from functools import cached_property
 
 from dse.errors import PointError, did_you_mean
 
-__all__ = ["DecomposableTensor", "Topology"]
+__all__ = ["DecomposableTensor", "RemovableBlock", "Topology"]
+
+
+_BLOCK_ROLES = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,53 @@ class DecomposableTensor:
 
 
 @dataclass(frozen=True)
+class RemovableBlock:
+    """An attention or MLP block that the residual stream can pass by: a point removes it as a whole, at rank 0.
+
+    That the layer without it computes exactly what it would compute if the block gave zeros was verified when the
+    topology was made (`dse.models.blocks`).
+
+    Attributes:
+        name: Canonical name, `layers.<layer>.attention` or `layers.<layer>.mlp`.
+        module: Path of its module in the Hugging Face model, for example `model.layers.3.self_attn`.
+        layer: 0-based index of the layer.
+        role: `attention` or `mlp`.
+        layer_module: Path of the layer, for example `model.layers.3`.
+        tensors: Names of the decomposable tensors inside, which go with it.
+        norms: Paths of the norms in front of it and behind it that nothing else reads; they go with it.
+        parameters: All parameters that go with it: matrices, biases, norms.
+        matmul_parameters: Entries of its matrices that multiply one token (of routed experts only those chosen).
+        buffers_bytes: Bytes of its persistent buffers.
+        returned_items: What its module returns: 1 for a tensor, n for a tuple of n whose first is the output.
+        rest_parameters: Parameters of the layer outside its removable blocks (a norm that both read, for example);
+            they go when the layer's attention and MLP are both removed and the whole layer is passed by.
+        layer_returned_items: What the layer returns, as `returned_items`.
+        attention_width: Sum over query heads of the head size; 0 for an MLP.
+        key_value_width: Sum over key/value heads of the head size; 0 for an MLP.
+        cache_module: Path of the module that holds the index into the KV cache; "" for an MLP and in encoders.
+        cache_kind: Kind of its KV cache (`full_attention`, `sliding_attention`); caches are laid out by kind.
+    """
+
+    name: str
+    module: str
+    layer: int
+    role: str
+    layer_module: str
+    tensors: tuple[str, ...]
+    norms: tuple[str, ...]
+    parameters: int
+    matmul_parameters: int
+    buffers_bytes: int = 0
+    returned_items: int = 1
+    rest_parameters: int = 0
+    layer_returned_items: int = 1
+    attention_width: int = 0
+    key_value_width: int = 0
+    cache_module: str = ""
+    cache_kind: str = ""
+
+
+@dataclass(frozen=True)
 class Topology:
     """The decomposable tensors of a model and the sizes that cost arithmetic needs.
 
@@ -67,6 +117,9 @@ class Topology:
         is_decoder: Whether the model generates tokens left to right.
         other_matmul_parameters: Entries of matrices that multiply every token but are not decomposable.
         unmapped: Paths of linear modules inside the layers that no role names; they are left alone.
+        blocks: Blocks that may be removed, in order of layers, attention before MLP; empty where the residual stream
+            cannot pass them by.
+        blocks_refused: Why a block that one would expect may not be removed, by its name.
     """
 
     architecture: str
@@ -82,6 +135,35 @@ class Topology:
     is_decoder: bool = True
     other_matmul_parameters: int = 0
     unmapped: tuple[str, ...] = field(default=())
+    blocks: tuple[RemovableBlock, ...] = field(default=())
+    blocks_refused: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def blocks_by_name(self) -> Mapping[str, RemovableBlock]:
+        """Canonical name to removable block."""
+        return {block.name: block for block in self.blocks}
+
+    def part(self, name: str) -> DecomposableTensor | RemovableBlock:
+        """Whatever a point may name: a tensor or a removable block.
+
+        Raises:
+            PointError: Nothing has that name, or the block cannot be removed (with the reason).
+        """
+        if name in self.blocks_by_name:
+            return self.blocks_by_name[name]
+        if name in self.blocks_refused:
+            raise PointError(f"'{name}' must be passed by exactly to be removed, but {self.blocks_refused[name]}")
+        return self[name]
+
+    def tensors_of(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors that a part of this name takes up: itself, or the tensors inside the block."""
+        part = self.part(name)
+        return part.tensors if isinstance(part, RemovableBlock) else (part.name,)
+
+    def passed_layers(self, removed: Iterable[str]) -> tuple[int, ...]:
+        """Layers of which the attention and the MLP are both among these removed blocks: nothing of them is left."""
+        layers = [self.blocks_by_name[name].layer for name in removed]
+        return tuple(sorted({layer for layer in layers if layers.count(layer) == len(_BLOCK_ROLES)}))
 
     @cached_property
     def by_name(self) -> Mapping[str, DecomposableTensor]:
@@ -92,6 +174,11 @@ class Topology:
     def roles(self) -> tuple[str, ...]:
         """Roles inside the layers, in order of first appearance."""
         return tuple(dict.fromkeys(tensor.role for tensor in self.tensors if tensor.layer is not None))
+
+    @cached_property
+    def part_roles(self) -> tuple[str, ...]:
+        """Roles of everything inside the layers that a point may name: tensors, then removable blocks."""
+        return (*self.roles, *(role for role in _BLOCK_ROLES if any(b.role == role for b in self.blocks)))
 
     def __getitem__(self, name: str) -> DecomposableTensor:
         """Return the tensor called `name`.
@@ -108,11 +195,11 @@ class Topology:
             ) from None
 
     def select(self, layers: Iterable[int] | str = "all", roles: Iterable[str] | str = "all") -> tuple[str, ...]:
-        """Names of the tensors in these layers with these roles, in topology order.
+        """Names of the parts in these layers with these roles: tensors in topology order, then removable blocks.
 
         Args:
             layers: 0-based layer indices, or "all".
-            roles: Role names, or "all" (those inside the layers).
+            roles: Role names, or "all" (every tensor inside the layers); `attention` and `mlp` name removable blocks.
 
         Raises:
             PointError: A layer or role does not exist in this model.
@@ -128,9 +215,16 @@ class Topology:
                 raise PointError(
                     f"`0 <= layer < {self.layer_count}` must hold for {self.architecture}, but got layer={layer}"
                 )
-        for role in sorted(wanted_roles - set(self.roles)):
+        for role in sorted(wanted_roles - set(self.part_roles)):
+            self._refuse_block_role(role)
             raise PointError(
-                f"a role must be one of {', '.join(self.roles)} for {self.architecture}, but got '{role}'"
-                f"{did_you_mean(role, self.roles)}"
+                f"a role must be one of {', '.join(self.part_roles)} for {self.architecture}, but got '{role}'"
+                f"{did_you_mean(role, self.part_roles)}"
             )
-        return tuple(t.name for t in self.tensors if t.layer in wanted_layers and t.role in wanted_roles)
+        parts: tuple[DecomposableTensor | RemovableBlock, ...] = (*self.tensors, *self.blocks)
+        return tuple(p.name for p in parts if p.layer in wanted_layers and p.role in wanted_roles)
+
+    def _refuse_block_role(self, role: str) -> None:
+        for name, reason in self.blocks_refused.items():
+            if name.endswith(f".{role}"):
+                raise PointError(f"'{name}' must be passed by exactly to be removed, but {reason}")

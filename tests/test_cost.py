@@ -198,6 +198,26 @@ def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which:
     assert one_token == seen.get("aten.mm", 0) + seen.get("aten.addmm", 0)
 
 
+def test_removed_blocks_save_what_they_hold_compute_and_cache() -> None:
+    model = tiny()
+    topology = topology_of(model)
+    removed = ("layers.0.attention", "layers.1.attention", "layers.1.mlp", "layers.2.mlp")
+    point = DesignPoint.of(dict.fromkeys(removed, TensorChoice.removal()) | {"layers.2.query": TensorChoice("svd", 3)})
+    found, dense = cost(topology, point, prompt_tokens=16), cost(topology, DesignPoint.dense(), prompt_tokens=16)
+    really_decompose(model, topology, DesignPoint.of({"layers.2.query": TensorChoice("svd", 3)}))
+    layers = model.model.layers
+    gone = [layers[0].self_attn, layers[0].input_layernorm, *layers[1].children()]
+    gone += [layers[2].mlp, layers[2].post_attention_layernorm]
+    inside = {id(parameter): parameter for part in gone for parameter in part.parameters()}
+    held = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in inside.values())
+    assert found.parameters == held
+    matrices = sum(p.numel() for p in inside.values() if p.ndim == 2) + 32 * 32 - 3 * (32 + 32)
+    attention = 2 * 4 * topology.attention_width
+    assert dense.flops_decode_per_token - found.flops_decode_per_token == 2 * matrices + attention * 17
+    assert dense.flops_prefill_per_token - found.flops_prefill_per_token == 2 * matrices + attention * 17 / 2
+    assert found.kv_cache_bytes_per_token * 3 == dense.kv_cache_bytes_per_token
+
+
 def test_a_decomposed_head_saves_where_the_head_works() -> None:
     model = tiny(tie_word_embeddings=False)
     topology = topology_of(model, {"lm_head": "head"})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import PointError
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import DecomposableTensor, RemovableBlock, Topology
 
 ROLES = ("query", "key", "up", "down")
 TOPOLOGY = Topology(
@@ -43,6 +44,29 @@ json_values = st.recursive(
     ),
     max_leaves=12,
 )
+
+
+@pytest.mark.parametrize(("method", "rank"), [("removed", 1), ("removed", -1), ("removed", False), ("svd", 0)])
+def test_rank_0_goes_with_removal_and_nothing_else(method: str, rank: int) -> None:
+    with pytest.raises(PointError, match=r"`rank (= 0|>= 1)` must hold"):
+        TensorChoice(method, rank)
+    assert TensorChoice("removed", 0) == TensorChoice.removal()
+
+
+def test_removed_blocks_read_back_in_both_forms() -> None:
+    block = RemovableBlock("layers.2.mlp", "model.layers.2.mlp", 2, "mlp", "model.layers.2", (), (), 7, 7)
+    reasons = {"layers.1.mlp": "it is not alone"}
+    topology = dataclasses.replace(TOPOLOGY, blocks=(block,), blocks_refused=reasons)
+    point = DesignPoint.of({"layers.2.mlp": TensorChoice.removal(), "layers.1.up": TensorChoice("svd", 3)})
+    assert DesignPoint.read(point.canonical_json, topology) == point
+    assert point.removed == ("layers.2.mlp",)
+    assert point.compact(topology) is None
+    alone = DesignPoint.of({"layers.2.mlp": TensorChoice.removal()})
+    assert alone.compact(topology) == {"method": "removed", "rank": 0, "layers": [2], "roles": ["mlp"]}
+    assert DesignPoint.from_json(alone.compact(topology) or {}, topology) == alone
+    with pytest.raises(PointError, match=r"'layers.1.mlp' must be passed by exactly .* but it is not alone"):
+        DesignPoint.from_json({"tensors": {"layers.1.mlp": {"method": "removed", "rank": 0}}}, topology)
+    assert topology.tensors_of("layers.1.up") == ("layers.1.up",)
 
 
 @settings(deadline=None)

@@ -8,7 +8,14 @@ from typing import Any
 
 from dse.config import DatasetTaskConfig, EvaluationConfig, TaskConfig, load_dataset_task
 from dse.cost import cost
-from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration
+from dse.decomposition import (
+    METHODS,
+    FactorBank,
+    decompose,
+    longest_window,
+    named_calibration,
+    requests_of_points,
+)
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
 from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator, PairedDrop, evaluator_for
@@ -105,7 +112,7 @@ def bank_of_point(
         CalibrationError: The calibration text is missing or too short.
     """
     calibration = None
-    if any(METHODS[choice.method].is_calibrated for _, choice in point):
+    if any(METHODS[method].is_calibrated for method in requests_of_points([point])):
         calibration = named_calibration(
             loaded.tokenizer,
             options.calibration,

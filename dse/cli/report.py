@@ -158,10 +158,7 @@ def study_json(study: Study) -> dict[str, Any]:
 
 def print_cost(model: str, topology: Topology, point: DesignPoint, result: Cost) -> None:
     """A point's cost beside the dense model's."""
-    table = Table(
-        title=f"{escape(model)} ({topology.architecture}), point {point.id}:"
-        f" {len(point)} of {len(topology.tensors)} tensors"
-    )
+    table = Table(title=f"{escape(model)} ({topology.architecture}), point {point.id}: {_changes(topology, point)}")
     table.add_column("")
     table.add_column("value", justify="right")
     rows = (
@@ -178,6 +175,13 @@ def print_cost(model: str, topology: Topology, point: DesignPoint, result: Cost)
     _console().print(table)
 
 
+def _changes(topology: Topology, point: DesignPoint) -> str:
+    """How many tensors are decomposed and blocks removed."""
+    removed = point.removed
+    tensors = f"{len(point) - len(removed)} of {len(topology.tensors)} tensors"
+    return f"{tensors}, {len(removed)} of {len(topology.blocks)} blocks removed" if removed else tensors
+
+
 def print_space(description: Mapping[str, Any]) -> None:
     """What a space contains."""
     table = Table(
@@ -192,6 +196,7 @@ def print_space(description: Mapping[str, Any]) -> None:
         ("layers", f"{len(layers)}: {_ranges(layers)}"),
         ("roles", ", ".join(description["roles"])),
         ("tensors", str(description["tensors"])),
+        ("removable blocks of the model", str(description["removable_blocks"])),
         ("dimensions", f"{description['dimensions']} ({description['kind']})"),
     ]
     for role, ranks in description["ranks"].items():

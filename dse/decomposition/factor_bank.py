@@ -118,8 +118,8 @@ class FactorBank:
         return tuple(self._stores)
 
     def identity(self, point: DesignPoint) -> str:
-        """Of the factors that this point is made of: model, method and calibration text of each; "" for dense."""
-        methods = sorted({choice.method for _, choice in point})
+        """Of the factors that this point is made of: model, method and calibration text of each; "" without factors."""
+        methods = sorted({choice.method for _, choice in point if not choice.is_removal})
         return " ".join(self._stores[method].folder.name for method in methods)
 
     @property
@@ -133,6 +133,8 @@ def requests_of_points(points: Iterable[DesignPoint]) -> dict[str, dict[str, int
     ranks: dict[str, dict[str, int]] = {}
     for point in points:
         for name, choice in point:
+            if choice.is_removal:
+                continue
             of_method = ranks.setdefault(choice.method, {})
             of_method[name] = max(choice.rank, of_method.get(name, 0))
     return ranks
@@ -197,7 +199,10 @@ def _fill(
 
 
 def _dense_weight(loaded: LoadedModel, name: str) -> Tensor:
-    module: nn.Module = loaded.model.get_submodule(loaded.topology[name].module)
-    if isinstance(module, LowRankLinear):
+    try:
+        module: nn.Module | None = loaded.model.get_submodule(loaded.topology[name].module)
+    except AttributeError:  # its block is removed
+        module = None
+    if module is None or isinstance(module, LowRankLinear):
         raise PointError(f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first")
     return as_matrix(module).detach()

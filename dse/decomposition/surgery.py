@@ -11,6 +11,7 @@ from torch import nn
 
 from dse.cost import point_problems
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
+from dse.decomposition.removal import Swap, removal_problems, removal_swaps
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
@@ -32,34 +33,34 @@ class AppliedPoint:
 
     def __init__(self, point: DesignPoint) -> None:
         self.point = point
-        self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._swaps: list[Swap] = []
 
     @property
     def is_applied(self) -> bool:
         """Whether the factors are in the model rather than the dense modules."""
-        return bool(self._swaps) and getattr(self._swaps[0][0], self._swaps[0][1]) is self._swaps[0][3]
+        return bool(self._swaps) and getattr(self._swaps[0].owner, self._swaps[0].attribute) is self._swaps[0].point
 
     def use_dense(self) -> None:
         """Put the dense modules in; they were never altered, so the weights are bit-identical."""
-        for parent, attribute, dense, _ in self._swaps:
-            setattr(parent, attribute, dense)
+        for swap in self._swaps:
+            setattr(swap.owner, swap.attribute, swap.dense)
 
     def use_point(self) -> None:
         """Put the low-rank modules in again."""
-        for parent, attribute, _, low_rank in self._swaps:
-            setattr(parent, attribute, low_rank)
+        for swap in self._swaps:
+            setattr(swap.owner, swap.attribute, swap.point)
 
     def undo(self) -> None:
         """Restore the dense modules for good and let the factors go."""
         self.use_dense()
         self._swaps.clear()
 
-    def _add(self, parent: nn.Module, attribute: str, dense: nn.Module, low_rank: nn.Module) -> None:
-        self._swaps.append((parent, attribute, dense, low_rank))
+    def _add(self, swap: Swap) -> None:
+        self._swaps.append(swap)
 
 
 def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source: FactorSource) -> AppliedPoint:
-    """Replace the tensors that `point` names by low-rank modules.
+    """Replace the tensors that `point` names by low-rank modules, and take out the blocks that it removes.
 
     All is resolved and checked before anything is replaced; if a factor cannot be had half-way, nothing was replaced.
 
@@ -78,16 +79,24 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
     """
     problems = point_problems(topology, point)
     problems += [p for name, _ in point if name in topology.by_name for p in _module_problems(model, topology[name])]
+    for name in point.removed:
+        if name in topology.blocks_by_name:
+            problems += removal_problems(model, topology.blocks_by_name[name])
     if problems:
         kind = RankError if all(isinstance(problem, RankError) for problem in problems) else PointError
         head = "" if len(problems) == 1 else f"{len(problems)} problems with this point, nothing was changed: "
         raise kind(head + " | ".join(str(problem) for problem in problems))
     applied = AppliedPoint(point)
     for name, choice in point:
+        if choice.is_removal:
+            continue
         tensor = topology[name]
         parent_path, _, attribute = tensor.module.rpartition(".")
         dense = model.get_submodule(tensor.module)
-        applied._add(model.get_submodule(parent_path), attribute, dense, _low_rank(dense, source.factors(name, choice)))
+        low_rank = _low_rank(dense, source.factors(name, choice))
+        applied._add(Swap(model.get_submodule(parent_path), attribute, dense, low_rank))
+    for swap in removal_swaps(model, topology, point.removed):
+        applied._add(swap)
     try:
         applied.use_point()
     except BaseException:  # an interrupt between two swaps must not leave half a point in the model

@@ -20,13 +20,18 @@ __all__ = ["merged_state", "write_dense_form"]
 def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> dict[str, Tensor]:
     """Weights of `model` by name, with the low-rank modules of `point` multiplied out.
 
+    The architecture has a place for every block, so removed blocks are filled with zeros: they give zero, as if they
+    were not there, to the bit.
+
     Args:
         model: Holds the low-rank modules now; it is not changed.
         topology: Names the modules of the point.
         point: What is applied.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
-    for name, _ in point:
+    for name, choice in point:
+        if choice.is_removal:
+            continue
         tensor = topology[name]
         module = model.get_submodule(tensor.module)
         assert isinstance(module, LowRankLinear)  # noqa: S101 - surgery has put it there
@@ -37,7 +42,22 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
         product = (left if module.core is None else left @ module.core.detach().cpu().double()) @ right
         weight = product.to(module.left.dtype)
         state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
-    return state
+    return state | _zeros_of_removed(model, state) if point.removed else state
+
+
+def _zeros_of_removed(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    dense = _shell(model).state_dict()
+    return {name: torch.zeros(t.shape, dtype=model.dtype) for name, t in dense.items() if name not in state}
+
+
+def _shell(model: PreTrainedModel) -> PreTrainedModel:
+    """The architecture without memory; it takes weights over."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain floats, wherever they came from
+    with torch.device("meta"):
+        shell: PreTrainedModel = type(model)(config)
+    return shell
 
 
 def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
@@ -48,13 +68,9 @@ def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: P
         state: Its dense weights by name, from `merged_state`.
         folder: An existing folder.
     """
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain floats, wherever they came from
     # A shell without memory takes the tensors over. The resident model itself will not do: `save_pretrained` writes to
     # its config, and would undo the conversions of the file that it came from, down to the names of a GGUF.
-    with torch.device("meta"):
-        shell = type(model)(config)
+    shell = _shell(model)
     shell.load_state_dict(state, strict=True, assign=True)
     if shell.can_generate():
         shell.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the model's own is written apart, unvalidated

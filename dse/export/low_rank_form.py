@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from importlib import resources
@@ -12,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from dse.decomposition import LowRankLinear
+from dse.decomposition.removal import removal_plan
 from dse.design_point import DesignPoint
 from dse.export.weights import write_weights
 from dse.topology import Topology
@@ -43,9 +45,12 @@ def write_low_rank_form(
 def low_rank_config(
     model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...]
 ) -> dict[str, Any]:
-    """config.json: the architecture's own, under a model type of its own, with the form of every low-rank module."""
+    """config.json: the architecture's own, under a model type of its own, with the form of every low-rank module and
+    what is removed."""
     low_rank = {}
-    for name, _ in point:
+    for name, choice in point:
+        if choice.is_removal:
+            continue
         path = topology[name].module
         module = model.get_submodule(path)
         assert isinstance(module, LowRankLinear)  # noqa: S101 - surgery has put it there
@@ -55,6 +60,8 @@ def low_rank_config(
     config.pop("quantization_config", None)  # the weights are plain floats, wherever they came from
     if getattr(model, "pooler", 0) is None:  # a body that was taken from under another head, without a pooler
         config["add_pooling_layer"] = False
+    if point.removed:
+        config["removed"] = dataclasses.asdict(removal_plan(topology, point.removed))
     return config | {
         "model_type": MODEL_TYPE_PREFIX + type(model.config).model_type,
         "architectures": [f"LowRank{model_class}"],

@@ -101,21 +101,34 @@ def _front_matter(content: CardContent) -> str:
 
 
 def _introduction(content: CardContent) -> str:
-    name, count, total = text(content.base_model), len(content.point), len(content.topology.tensors)
+    name, total = text(content.base_model), len(content.topology.tensors)
+    count = len(content.point) - len(content.point.removed)
     if not content.point.choices:
         return f"# {name}\n\nThe dense model, as it was given to lowrank-dse: nothing is decomposed."
+    changes = [f"{count} of its {total} weight matrices replaced by"] if count else []
+    removed = _removed(content)
     if content.is_dense:
+        parts = [f"{c} low-rank approximations, multiplied out to dense matrices again" for c in changes]
+        parts += [f"{removed} filled with zeros" for _ in (removed,) if removed]
         return (
-            f"# {name}, low-rank factors multiplied out\n\n"
-            f"{name} with {count} of its {total} weight matrices replaced by low-rank approximations, multiplied out to"
-            " dense matrices again. It runs wherever the base model runs, and **saves nothing**: it has as many"
-            " parameters, takes as much disk and memory, and computes as much as the base model. Use the low-rank form"
-            " of the export where size and speed matter. It was not retrained."
+            f"# {name}, {'low-rank factors multiplied out' if count else 'removed blocks filled with zeros'}\n\n"
+            f"{name} with {' and '.join(parts)}. It runs wherever the base model runs, and **saves nothing**: it has as"
+            " many parameters, takes as much disk and memory, and computes as much as the base model. Use the low-rank"
+            " form of the export where size and speed matter. It was not retrained."
         )
+    parts = [f"{c} products of low-rank factors" for c in changes] + ([f"without {removed}"] if removed else [])
     return (
         f"# {name} with {percent(content.reduction)} fewer parameters\n\n"
-        f"{name} with {count} of its {total} weight matrices replaced by products of low-rank factors. It was not"
-        " retrained."
+        f"{name} {'' if not count else 'with '}{' and '.join(parts)}. It was not retrained."
+    )
+
+
+def _removed(content: CardContent) -> str:
+    """The removed blocks in words: `2 of its 24 attention blocks and 1 of its 24 MLP blocks`."""
+    roles = [content.topology.blocks_by_name[name].role for name in content.point.removed]
+    layers, words = content.topology.layer_count, {"attention": "attention", "mlp": "MLP"}
+    return " and ".join(
+        f"{roles.count(role)} of its {layers} {word} blocks" for role, word in words.items() if role in roles
     )
 
 

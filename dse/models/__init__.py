@@ -6,6 +6,7 @@ from dse.models.demo import DEMO_MODELS, demo_model_folder
 from dse.models.fingerprint import model_fingerprint
 from dse.models.heads import Head, context_tokens, head_of
 from dse.models.load import DTYPES, LoadedModel, load_model, load_topology
+from dse.models.removed import PassedLayer, RemovedBlock
 from dse.models.topology import topology_of
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "DTYPES",
     "Head",
     "LoadedModel",
+    "PassedLayer",
+    "RemovedBlock",
     "context_tokens",
     "demo_model_folder",
     "head_of",

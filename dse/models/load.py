@@ -67,10 +67,11 @@ class LoadedModel:
         Raises:
             ModelError: It is asked for the first time while a point is applied or after weights were changed.
         """
+        modules = dict(self.model.named_modules())
         for tensor in self.topology.tensors:
-            if type(self.model.get_submodule(tensor.module)).__name__ not in ("Linear", "Conv1D"):
+            if type(modules.get(tensor.module)).__name__ not in ("Linear", "Conv1D"):
                 raise ModelError(
-                    f"the fingerprint must be taken of the dense model, but '{tensor.name}' is decomposed; undo the"
+                    f"the fingerprint must be taken of the dense model, but '{tensor.name}' is not dense; undo the"
                     f" point first, or read `.fingerprint` before applying it"
                 )
         if _in_place_changes(self.model) != self._versions:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from dse.errors import ModelError
 
-__all__ = ["ROLE_ORDER", "ROLE_SUFFIXES", "check_role_names", "role_of", "suffix_match"]
+__all__ = ["ROLE_ORDER", "ROLE_SUFFIXES", "block_role_of", "check_role_names", "role_of", "suffix_match"]
 
 ROLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "query": ("q_proj", "query_proj", "q_lin", "self.query", "attn.q", "attn.wq", "attention.wq"),
@@ -62,6 +62,8 @@ ROLE_ORDER: tuple[str, ...] = (
 )
 """The roles in the order of a forward pass through one layer."""
 
+_ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
+
 _ROLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARED_EXPERT = re.compile(r"(^|\.)shared_experts?\.")
 _ROUTED_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
@@ -94,6 +96,19 @@ def role_of(path: str, role_names: Mapping[str, str]) -> str | None:
     if _SHARED_EXPERT.search(path):
         return f"shared_{role}" if f"shared_{role}" in _SHARED_EXPERT_ROLES else None
     return role
+
+
+def block_role_of(roles: Iterable[str], paths: Iterable[str]) -> str | None:
+    """`attention` or `mlp` for a part of a layer that holds these roles, or None where it is neither or both.
+
+    Args:
+        roles: Of the decomposable tensors inside.
+        paths: Of all modules inside, for experts, which have no role.
+    """
+    found = {"attention" if role in _ATTENTION_ROLES else "mlp" for role in roles if role in ROLE_ORDER}
+    if not found and any(_ROUTED_EXPERT.search(path) for path in paths):
+        return "mlp"
+    return found.pop() if len(found) == 1 else None
 
 
 def check_role_names(role_names: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +15,8 @@ from dse.topology import DecomposableTensor
 __all__ = [
     "attention_widths",
     "is_causal",
+    "layer_attention_widths",
+    "matmul_entries",
     "other_in_layers",
     "other_outside_layers",
     "output_head",
@@ -53,20 +55,24 @@ def other_in_layers(
     model: PreTrainedModel, block_path: str, blocks: nn.ModuleList, mapped: set[str]
 ) -> tuple[int, tuple[str, ...]]:
     """Entries per token of the layers' matrices that are not decomposable, and the paths of their modules."""
+    found = [
+        entry for i, block in enumerate(blocks) for entry in matmul_entries(model, f"{block_path}.{i}", block, mapped)
+    ]
+    return sum(entries for _, entries in found), tuple(path for path, _ in found)
+
+
+def matmul_entries(model: PreTrainedModel, prefix: str, part: nn.Module, mapped: set[str]) -> Iterator[tuple[str, int]]:
+    """Path and entries per token of each module in `part` (at `prefix`) that multiplies and is not among `mapped`."""
     experts = _Experts.of(model)
-    entries, unmapped = 0, []
-    for i, block in enumerate(blocks):
-        for path, module in block.named_modules(prefix=f"{block_path}.{i}"):
-            if path in mapped or isinstance(module, nn.Embedding):
-                continue
-            # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
-            matrices = [
-                p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and not name.endswith("bias")
-            ]
-            if matrices:
-                entries += experts.entries(path, sum(p.numel() for p in matrices))
-                unmapped.append(path)
-    return entries, tuple(unmapped)
+    for path, module in part.named_modules(prefix=prefix):
+        if path in mapped or isinstance(module, nn.Embedding):
+            continue
+        # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
+        matrices = [
+            p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and not name.endswith("bias")
+        ]
+        if matrices:
+            yield path, experts.entries(path, sum(p.numel() for p in matrices))
 
 
 def other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:
@@ -101,23 +107,43 @@ def attention_widths(model: PreTrainedModel, tensors: list[DecomposableTensor], 
     Read off the matrices, which hold where a config leaves the head size to a default: the attention output takes what
     the query heads give, and a fused projection gives queries, keys and values side by side.
     """
-    by_layer: dict[tuple[int | None, str], DecomposableTensor] = {(t.layer, t.role): t for t in tensors}
-    attention = [t.in_features for t in tensors if t.role == "attention_output"]
-    key_value = []
-    for (layer, role), tensor in by_layer.items():
-        output = by_layer.get((layer, "attention_output"))
-        if role == "key":
-            key_value.append(tensor.out_features)
-        elif role == "query_key_value" and output is not None:
-            key_value.append((tensor.out_features - output.in_features) // 2)
+    by_layer: dict[int | None, list[DecomposableTensor]] = {}
+    for tensor in tensors:
+        by_layer.setdefault(tensor.layer, []).append(tensor)
+    found = [_attention_widths(of_layer) for of_layer in by_layer.values()]
+    attention = [width for width, _ in found if width is not None]
+    key_value = [width for _, width in found if width is not None]
+    by_config = _config_attention_widths(model)
+    return (
+        round(sum(attention) / layers) if attention else by_config[0],
+        round(sum(key_value) / layers) if key_value else by_config[1],
+    )
+
+
+def layer_attention_widths(model: PreTrainedModel, tensors: list[DecomposableTensor]) -> tuple[int, int]:
+    """`attention_widths` of one layer, from its tensors."""
+    attention, key_value = _attention_widths(tensors)
+    by_config = _config_attention_widths(model)
+    return (by_config[0] if attention is None else attention, by_config[1] if key_value is None else key_value)
+
+
+def _attention_widths(tensors: list[DecomposableTensor]) -> tuple[int | None, int | None]:
+    by_role = {tensor.role: tensor for tensor in tensors}
+    output, fused = by_role.get("attention_output"), by_role.get("query_key_value")
+    key_value = None
+    if "key" in by_role:
+        key_value = by_role["key"].out_features
+    elif fused is not None and output is not None:
+        key_value = (fused.out_features - output.in_features) // 2
+    return None if output is None else output.in_features, key_value
+
+
+def _config_attention_widths(model: PreTrainedModel) -> tuple[int, int]:
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 0
     head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    return (
-        round(sum(attention) / layers) if attention else heads * head_size,
-        round(sum(key_value) / layers) if key_value else key_value_heads * head_size,
-    )
+    return heads * head_size, key_value_heads * head_size
 
 
 def is_causal(model: PreTrainedModel, block: nn.Module) -> bool:

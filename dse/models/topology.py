@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
+from dse.models.blocks import find_blocks
+from dse.models.removed import PassedLayer
 from dse.models.roles import ROLE_ORDER, check_role_names, role_of, suffix_match
 from dse.models.sizes import (
     attention_widths,
@@ -65,6 +67,8 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
     parameters = list(model.parameters())
     parameter_count = sum(p.numel() for p in parameters)
     attention_width, key_value_width = attention_widths(model, inside, len(blocks))
+    is_decoder = is_causal(model, blocks[0])
+    removable, refused = find_blocks(model, block_path, blocks, inside, tied, is_decoder=is_decoder)
     return Topology(
         architecture=type(model).__name__,
         model_type=str(model.config.model_type),
@@ -76,9 +80,11 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
         head_parameters=head.weight.numel() if isinstance(head, nn.Linear) else 0,
         attention_width=attention_width,
         key_value_width=key_value_width,
-        is_decoder=is_causal(model, blocks[0]),
+        is_decoder=is_decoder,
         other_matmul_parameters=other + other_outside_layers(model, modules, head),
         unmapped=unmapped,
+        blocks=removable,
+        blocks_refused=refused,
     )
 
 
@@ -87,7 +93,9 @@ def _repeated_block(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     found = [
         (sum(p.numel() for p in module.parameters()), path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_has_matrix(child) for child in module)
+        if isinstance(module, nn.ModuleList)
+        and any(_has_matrix(child) for child in module)
+        and all(_has_matrix(child) or _is_passed(child) for child in module)
     ]
     if not found:
         raise UnknownArchitectureError(
@@ -102,6 +110,11 @@ def _repeated_block(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f" {len({id(block) for block in blocks})} blocks at '{path}'; models that share layers are not supported"
         )
     return path, blocks
+
+
+def _is_passed(module: nn.Module) -> bool:
+    """Whether it stands for a layer of which nothing is left, as in an export of dse."""
+    return type(module).__name__ == PassedLayer.__name__
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -287,7 +287,7 @@ def test_fingerprint_is_of_the_dense_model_only(llama_folder: Path) -> None:
     first, second = load_model(str(llama_folder)), load_model(str(llama_folder))
     layer = first.model.model.layers[0].mlp
     dense, layer.up_proj = layer.up_proj, torch.nn.Identity()
-    with pytest.raises(ModelError, match=r"'layers.0.up' is decomposed; undo the point first"):
+    with pytest.raises(ModelError, match=r"'layers.0.up' is not dense; undo the point first"):
         _ = first.fingerprint
     layer.up_proj = dense
     assert first.fingerprint == second.fingerprint

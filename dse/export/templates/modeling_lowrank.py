@@ -11,7 +11,8 @@ It needs torch and transformers alone. Load it with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`config.low_rank` names every module that is replaced, with its rank and whether it keeps a core and a bias.
+`config.low_rank` names every module that is replaced, with its rank and whether it keeps a core and a bias;
+`config.removed` names the blocks and layers that are left out, which the residual stream passes by.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class LowRankLlamaConfig(LlamaConfig):
     model_type = "lowrank-llama"
 
     low_rank: dict[str, Any] | None = None
+    removed: dict[str, Any] | None = None
 
 
 class LowRankLinear(nn.Module):
@@ -66,8 +68,37 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.right.shape[1]}, out_features={self.left.shape[0]}, rank={self.left.shape[1]}{core}"
 
 
+class RemovedBlock(nn.Module):
+    """Stands in for an attention or MLP block that is left out; gives a zero that any residual stream takes."""
+
+    def __init__(self, returned_items: int) -> None:
+        super().__init__()
+        self.returned_items = returned_items
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """One zero without dimensions, in the form in which the block gave its output."""
+        hidden = next(value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor))
+        zero = hidden.new_zeros(())
+        return zero if self.returned_items == 1 else (zero, *[None] * (self.returned_items - 1))
+
+
+class PassedLayer(nn.Module):
+    """Stands in for a layer of which nothing is left; hands its input on."""
+
+    def __init__(self, dense: nn.Module, returned_items: int) -> None:
+        super().__init__()
+        for name, value in vars(dense).items():
+            if not name.startswith("_") and isinstance(value, (str, int, float, bool)):
+                setattr(self, name, value)
+        self.returned_items = returned_items
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """The hidden states as they came."""
+        return hidden_states if self.returned_items == 1 else (hidden_states, *[None] * (self.returned_items - 1))
+
+
 class LowRankLlamaForCausalLM(LlamaForCausalLM):
-    """The base model with the modules of `config.low_rank` replaced by `LowRankLinear`."""
+    """The base model with the modules of `config.low_rank` replaced by `LowRankLinear`, without those removed."""
 
     config_class = LowRankLlamaConfig
 
@@ -81,14 +112,29 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
         finally:
             config.__class__ = LowRankLlamaConfig
         for path, form in (config.low_rank or {}).items():
-            parent_path, _, name = path.rpartition(".")
             dense = self.get_submodule(path)
             # GPT-2's Conv1D stores its weight as (in_features, out_features).
             out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
             low_rank = LowRankLinear(out_features, in_features, form["rank"], core=form["core"], bias=form["bias"])
-            setattr(self.get_submodule(parent_path), name, low_rank)
+            self._replace(path, low_rank)
+        self._leave_out(**(config.removed or {}))
         self.post_init()
         self._tp_plan = {}  # the base's plan splits dense matrices over devices; it does not fit factors
+
+    def _leave_out(self, blocks: Any = (), norms: Any = (), layers: Any = (), cache_slots: Any = ()) -> None:
+        """Take out the blocks and layers of `config.removed`; attention that remains moves up in the KV cache."""
+        for path in cache_slots:
+            self.get_submodule(path).layer_idx = cache_slots[path]
+        for path in blocks:
+            self._replace(path, RemovedBlock(blocks[path]))
+        for path in norms:
+            self._replace(path, nn.Identity())
+        for path in layers:
+            self._replace(path, PassedLayer(self.get_submodule(path), layers[path]))
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent_path, _, name = path.rpartition(".")
+        setattr(self.get_submodule(parent_path), name, module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -222,6 +222,7 @@ class SearchSpace(ABC):
             "layers": list(self.layers),
             "roles": list(self.roles),
             "tensors": len(self.tensor_names()),
+            "removable_blocks": len(self.topology.blocks),
             "dimensions": len(self.dimensions),
             "ranks": self._rank_listing(),
             "number_of_points": count,

@@ -1,0 +1,313 @@
+"""Which attention and MLP blocks the residual stream can pass by, found by structure and verified by running the layer.
+
+A block may be removed where the layer adds its output to what came in, so that a block of zeros changes nothing. No
+list of families says so: each layer is run once with every block that holds matrices replaced by one that gives zero.
+If and only if the layer then hands on its input to the bit, its blocks are removable. What is left of a layer without
+its matrices is a few norms, so this costs a millisecond whatever the model's size, and works from a config alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dse.models.removed import RemovedBlock
+from dse.models.roles import block_role_of
+from dse.models.sizes import layer_attention_widths, matmul_entries, persistent_buffer_bytes
+from dse.topology import DecomposableTensor, RemovableBlock
+
+__all__ = ["find_blocks"]
+
+_RETURNED_ITEMS = (2, 1, 3)
+"""Forms tried: a zero without dimensions cannot be unpacked nor a tuple added, so at most one of them runs."""
+_PROBE_TOKENS = 3
+_ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """A layer whose blocks may be removed: the form of each, and the norms that belong to it alone."""
+
+    returned_items: Mapping[str, int]
+    norms: Mapping[str, tuple[str, ...]]
+    layer_returned_items: int
+
+
+class _Unverified(Exception):  # noqa: N818 - carries a reason, not an error
+    """The layer could not be shown to pass its blocks by."""
+
+
+def find_blocks(
+    model: PreTrainedModel,
+    block_path: str,
+    layers: nn.ModuleList,
+    tensors: Iterable[DecomposableTensor],
+    tied: set[int],
+    *,
+    is_decoder: bool,
+) -> tuple[tuple[RemovableBlock, ...], dict[str, str]]:
+    """The removable blocks of every layer, and why others are not.
+
+    Args:
+        model: The model, on any device, the meta device included.
+        block_path: Path of the list of layers.
+        layers: The layers.
+        tensors: The decomposable tensors inside them.
+        tied: Identities of parameters that carry more than one name.
+        is_decoder: Whether attention keeps a KV cache.
+
+    Returns:
+        Blocks in order of layers, attention before MLP, and block name to the reason why it may not be removed.
+    """
+    by_layer: dict[int, list[DecomposableTensor]] = {i: [] for i in range(len(layers))}
+    for tensor in tensors:
+        if tensor.layer is not None:
+            by_layer[tensor.layer].append(tensor)
+    blocks: list[RemovableBlock] = []
+    refused: dict[str, str] = {}
+    cannot_cache = _cache_problem(model) if is_decoder else ""
+    for i, layer in enumerate(layers):
+        path = f"{block_path}.{i}"
+        try:
+            found = _layer_blocks(model, path, i, layer, by_layer[i], tied, is_decoder=is_decoder)
+        except _Unverified as reason:
+            refused |= {f"layers.{i}.{role}": str(reason) for role in ("attention", "mlp")}
+            continue
+        for role in ("attention", "mlp"):
+            if role not in found:
+                refused[f"layers.{i}.{role}"] = f"layer {i} holds no module that is its {role} block alone"
+            elif role == "attention" and (problem := cannot_cache or found[role][1]):
+                refused[f"layers.{i}.{role}"] = problem
+            else:
+                blocks.append(found[role][0])
+    return _all_attention_or_none(blocks, refused, len(layers), {t.name for ts in by_layer.values() for t in ts})
+
+
+def _all_attention_or_none(
+    blocks: list[RemovableBlock], refused: dict[str, str], layers: int, taken: set[str]
+) -> tuple[tuple[RemovableBlock, ...], dict[str, str]]:
+    """Slots of the KV cache are handed round among all attention blocks, so all of them must be known."""
+    attention = [block for block in blocks if block.role == "attention"]
+    if attention and attention[0].cache_module and len(attention) < layers:
+        blocks = [block for block in blocks if block.role != "attention"]
+        refused |= {b.name: "not every layer's attention can be, and they share one KV cache" for b in attention}
+    # A caller's own role may be called `mlp`: then the word is the tensor's.
+    kept = tuple(block for block in blocks if block.name not in taken)
+    return kept, {name: reason for name, reason in refused.items() if name not in taken}
+
+
+def _cache_problem(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "is_encoder_decoder", False):
+        return "its layers read the keys and values of other layers"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= set(_ATTENTION_KINDS):
+        return f"its layers keep caches of other kinds ({', '.join(sorted(kinds - set(_ATTENTION_KINDS)))})"
+    return ""
+
+
+def _layer_blocks(
+    model: PreTrainedModel,
+    path: str,
+    index: int,
+    layer: nn.Module,
+    tensors: list[DecomposableTensor],
+    tied: set[int],
+    *,
+    is_decoder: bool,
+) -> dict[str, tuple[RemovableBlock, str]]:
+    """Role to the layer's block and to what forbids removing it ("" where nothing does).
+
+    Raises:
+        _Unverified: The layer does not pass its blocks by.
+    """
+    heavy = {name: child for name, child in layer.named_children() if any(p.ndim >= 2 for p in child.parameters())}
+    roles = {role: names for role in ("attention", "mlp") if (names := _children_of(role, path, heavy, tensors))}
+    if any(id(parameter) in tied for child in heavy.values() for parameter in child.parameters()):
+        raise _Unverified(f"layer {index} shares weights with another part of the model")
+    if not roles or set(heavy) != {name for names in roles.values() for name in names}:
+        raise _Unverified(f"layer {index} holds parts with matrices that are neither attention nor MLP")
+    verified = _verify(layer, tuple(heavy), model.config.get_text_config().hidden_size)
+    found = {}
+    single = {role: names[0] for role, names in roles.items() if len(names) == 1 and _is_block(heavy[names[0]])}
+    for role, name in single.items():
+        inside = [t for t in tensors if t.module.startswith(f"{path}.{name}.")]
+        parts = [heavy[name], *(layer.get_submodule(norm) for norm in verified.norms[name])]
+        cache_module, problem = _cache_module(heavy[name], f"{path}.{name}", index, is_decoder, role)
+        widths = layer_attention_widths(model, tensors) if role == "attention" else (0, 0)
+        kinds = getattr(model.config.get_text_config(), "layer_types", None)
+        block = RemovableBlock(
+            name=f"layers.{index}.{role}",
+            module=f"{path}.{name}",
+            layer=index,
+            role=role,
+            layer_module=path,
+            tensors=tuple(tensor.name for tensor in inside),
+            norms=tuple(f"{path}.{norm}" for norm in verified.norms[name]),
+            parameters=sum(p.numel() for part in parts for p in part.parameters()),
+            matmul_parameters=sum(t.parameters for t in inside)
+            + sum(n for _, n in matmul_entries(model, f"{path}.{name}", heavy[name], {t.module for t in inside})),
+            buffers_bytes=sum(persistent_buffer_bytes(part) for part in parts),
+            returned_items=verified.returned_items[name],
+            layer_returned_items=verified.layer_returned_items,
+            attention_width=widths[0],
+            key_value_width=widths[1],
+            cache_module=cache_module,
+            cache_kind=(kinds[index] if kinds else _ATTENTION_KINDS[0]) if cache_module else "",
+        )
+        found[role] = (block, problem)
+    return _with_rest(found, layer)
+
+
+def _with_rest(found: dict[str, tuple[RemovableBlock, str]], layer: nn.Module) -> dict[str, tuple[RemovableBlock, str]]:
+    """The same, with the parameters of the layer that are in none of its blocks."""
+    rest = sum(p.numel() for p in layer.parameters()) - sum(block.parameters for block, _ in found.values())
+    return {
+        role: (RemovableBlock(**{**vars(block), "rest_parameters": rest}), why) for role, (block, why) in found.items()
+    }
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _children_of(
+    role: str, path: str, heavy: Mapping[str, nn.Module], tensors: list[DecomposableTensor]
+) -> tuple[str, ...]:
+    """The layer's own children that are this block, or parts of it."""
+    roles = {tensor.module: tensor.role for tensor in tensors}
+    chosen = []
+    for name, child in heavy.items():
+        prefix = f"{path}.{name}"
+        inside = [r for module, r in roles.items() if module == prefix or module.startswith(f"{prefix}.")]
+        if block_role_of(inside, (n for n, _ in child.named_modules())) == role:
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def _cache_module(block: nn.Module, path: str, index: int, is_decoder: bool, role: str) -> tuple[str, str]:
+    """Path of the module that knows its slot in the KV cache, and what is wrong where none can be told."""
+    if not is_decoder or role != "attention":
+        return "", ""
+    holders = [n for n, module in block.named_modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    if len(holders) != 1 or block.get_submodule(holders[0]).layer_idx != index:
+        return "", f"layer {index}'s attention does not say which slot of the KV cache is its own"
+    return f"{path}.{holders[0]}".rstrip("."), ""
+
+
+def _verify(layer: nn.Module, heavy: tuple[str, ...], width: int) -> _Verified:
+    """Run the layer without its matrices.
+
+    Raises:
+        _Unverified: It does not hand on its input.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _PROBE_TOKENS, width, generator=generator)
+    for forms in itertools.product(_RETURNED_ITEMS, repeat=len(heavy)):
+        stubs = {name: _Recorder(items) for name, items in zip(heavy, forms, strict=True)}
+        skeleton = _skeleton(layer, stubs, generator)
+        norms = _norms_by_block(skeleton, stubs, hidden)
+        if norms is None:
+            continue
+        for name in itertools.chain.from_iterable(norms.values()):
+            skeleton._modules[name] = nn.Identity()
+        output = _run(skeleton, hidden)
+        items = len(output) if isinstance(output, tuple) else 1
+        value = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(value, Tensor) and value.shape == hidden.shape and torch.equal(value, hidden):
+            return _Verified(dict(zip(heavy, forms, strict=True)), norms, items)
+    raise _Unverified(
+        f"a layer of {type(layer).__name__} does not hand on its input when its blocks give zero (it normalises or"
+        " scales the sum, or adds the residual inside a block)"
+    )
+
+
+class _Recorder(RemovedBlock):
+    """A removed block that remembers the tensor it was handed and the zero it gave."""
+
+    def __init__(self, returned_items: int) -> None:
+        super().__init__(returned_items)
+        self.seen: list[Tensor] = []
+        self.given: list[Tensor] = []
+
+    def forward(self, *arguments: object, **keywords: object) -> Tensor | tuple[Tensor | None, ...]:
+        output = super().forward(*arguments, **keywords)
+        self.seen += [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)][:1]
+        self.given.append(output if isinstance(output, Tensor) else output[0])  # type: ignore[arg-type]
+        return output
+
+
+def _skeleton(layer: nn.Module, stubs: Mapping[str, nn.Module], generator: torch.Generator) -> nn.Module:
+    """A copy of the layer on the CPU without its matrices; what else it holds gets random weights."""
+    skeleton = copy.copy(layer)
+    vars(skeleton).pop("forward", None)  # libraries that place layers on devices put one there
+    others = {name: child for name, child in layer.named_children() if name not in stubs}
+    copies = {name: copy.deepcopy(child).to_empty(device="cpu").float().eval() for name, child in others.items()}
+    skeleton._modules = {name: stubs.get(name) or copies.get(name) for name in layer._modules}
+    skeleton._parameters = {
+        name: None if p is None else nn.Parameter(torch.empty(p.shape), requires_grad=False)
+        for name, p in layer._parameters.items()
+    }
+    skeleton.training = False
+    with torch.no_grad():
+        for parameter in skeleton.parameters():
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+    return skeleton
+
+
+def _norms_by_block(
+    skeleton: nn.Module, stubs: Mapping[str, _Recorder], hidden: Tensor
+) -> dict[str, tuple[str, ...]] | None:
+    """Block to the modules beside it that only it reads, or that only read it; None where the layer cannot be run."""
+    read: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
+
+    def remember(name: str, arguments: tuple[object, ...], output: object) -> None:
+        if arguments and isinstance(arguments[0], Tensor) and isinstance(output, Tensor):
+            read[name], written[name] = arguments[0], output
+
+    handles = [
+        child.register_forward_hook(lambda _m, arguments, output, name=name: remember(name, arguments, output))
+        for name, child in skeleton.named_children()
+        if name not in stubs
+    ]
+    try:
+        if _run(skeleton, hidden) is None:
+            return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    norms = {}
+    for block, stub in stubs.items():
+        others = [tensor for name, other in stubs.items() if name != block for tensor in other.seen]
+        before = [
+            name
+            for name, output in written.items()
+            if any(output is seen for seen in stub.seen) and not any(output is seen for seen in others)
+        ]
+        behind = [name for name, value in read.items() if any(value is given for given in stub.given)]
+        norms[block] = (*before, *behind)
+    return norms
+
+
+def _run(skeleton: nn.Module, hidden: Tensor) -> object | None:
+    """The layer's output, or None where it cannot be run in this form; stubs need no mask, position or cache."""
+    forward = type(skeleton).forward
+    needed = [
+        p.name
+        for p in list(inspect.signature(forward).parameters.values())[2:]
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    try:
+        with torch.no_grad():
+            output: object = forward(skeleton, hidden, **dict.fromkeys(needed))
+    except Exception:  # noqa: BLE001 - whatever a layer raises here means that it does not take blocks of this form
+        return None
+    return output
