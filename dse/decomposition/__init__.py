@@ -9,6 +9,8 @@ from dse.decomposition.calibration_text import named_calibration as named_calibr
 from dse.decomposition.factor_bank import FactorBank as FactorBank
 from dse.decomposition.factor_bank import RankRequests as RankRequests
 from dse.decomposition.factor_bank import requests_of_points as requests_of_points
+from dse.decomposition.fisher_svd import fisher_svd as fisher_svd
+from dse.decomposition.gradient_gram import GradientGrams as GradientGrams
 from dse.decomposition.gram import iterate_grams as iterate_grams
 from dse.decomposition.low_rank import LowRankFactors as LowRankFactors
 from dse.decomposition.low_rank import LowRankLinear as LowRankLinear

@@ -19,6 +19,7 @@ from dse.decomposition.calibration_text import (
     named_calibration,
 )
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
+from dse.decomposition.gradient_gram import GradientGrams
 from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
 from dse.decomposition.methods import METHODS, factorise
@@ -71,7 +72,8 @@ class FactorBank:
                 (general, grammar, facts, python_docs) or of a text file.
             folder: Where banks live; the user's cache by default.
             gram_budget_bytes: Memory for Gram matrices; less means more passes over the calibration text.
-            progress: Called as ("calibrate", tokens, tokens) and ("decompose", tensors, tensors).
+            progress: Called as ("calibrate", tokens, tokens), ("gradients", tokens, tokens) and ("decompose", tensors,
+                tensors).
 
         Raises:
             CalibrationError: A calibrated method was asked for without calibration text.
@@ -175,12 +177,18 @@ def _fill(
 ) -> None:
     """Decompose `ranks` tensor by tensor into `store`."""
     names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.name in ranks)
+    gradients = None
+    if METHODS[method].needs_gradients and calibration is not None:
+        gradients = GradientGrams(
+            loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
+        )
     done = 0
 
     def decompose(name: str, gram: Tensor | None) -> None:
         nonlocal done
         progress("decompose", done, len(names))
-        store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram))
+        gradient_gram = None if gradients is None else gradients.take(name)
+        store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
         done += 1
         progress("decompose", done, len(names))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dse.decomposition.fisher_svd import fisher_svd
 from dse.decomposition.low_rank import LowRankFactors
 from dse.decomposition.truncated_svd import truncated_svd
 from dse.decomposition.tucker import tucker, tucker_merged
@@ -22,13 +23,16 @@ class Method:
 
     Attributes:
         name: As design points and study files write it.
-        function: `(weight, rank)` to factors, or `(weight, rank, gram)` where the method is calibrated.
+        function: `(weight, rank)` to factors; `(weight, rank, gram)` where the method is calibrated, and
+            `(weight, rank, gram, gradient_gram)` where it weighs by gradients.
         is_calibrated: Whether it needs the Gram matrix of calibration activations.
+        needs_gradients: Whether it also needs the Gram matrix of output gradients.
     """
 
     name: str
     function: Callable[..., LowRankFactors]
     is_calibrated: bool = False
+    needs_gradients: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -36,10 +40,13 @@ METHODS: Mapping[str, Method] = {
     "tucker_merged": Method("tucker_merged", tucker_merged),
     "svd": Method("svd", truncated_svd),
     "whitened_svd": Method("whitened_svd", whitened_svd, is_calibrated=True),
+    "fisher_svd": Method("fisher_svd", fisher_svd, is_calibrated=True, needs_gradients=True),
 }
 
 
-def factorise(weight: Tensor, method: str, rank: int, gram: Tensor | None = None) -> LowRankFactors:
+def factorise(
+    weight: Tensor, method: str, rank: int, gram: Tensor | None = None, gradient_gram: Tensor | None = None
+) -> LowRankFactors:
     """Decompose one weight.
 
     Args:
@@ -47,9 +54,10 @@ def factorise(weight: Tensor, method: str, rank: int, gram: Tensor | None = None
         method: A key of `METHODS`.
         rank: Columns kept.
         gram: Shape (in_features, in_features); needed by calibrated methods, ignored by the others.
+        gradient_gram: Shape (out_features, out_features); needed by methods that weigh by gradients.
 
     Raises:
-        CalibrationError: A calibrated method was asked for without a Gram matrix.
+        CalibrationError: A calibrated method was asked for without the Gram matrices it needs.
         RankError: `rank` lies outside its interval.
     """
     entry = METHODS[method]
@@ -59,4 +67,8 @@ def factorise(weight: Tensor, method: str, rank: int, gram: Tensor | None = None
         raise CalibrationError(
             f"method '{method}' needs calibration activations, but none were given; name calibration text"
         )
-    return entry.function(weight, rank, gram)
+    if not entry.needs_gradients:
+        return entry.function(weight, rank, gram)
+    if gradient_gram is None:
+        raise CalibrationError(f"method '{method}' needs gradients on calibration text, but none were given")
+    return entry.function(weight, rank, gram, gradient_gram)

@@ -12,7 +12,7 @@ from dse.decomposition.low_rank import LowRankFactors
 from dse.decomposition.rank_check import check_rank
 from dse.errors import CalibrationError, NonFiniteError
 
-__all__ = ["cholesky_with_damping", "whitened_svd"]
+__all__ = ["check_gram", "cholesky_with_damping", "leading_eigenvectors", "whitened_svd"]
 
 logger = logging.getLogger("dse")
 
@@ -49,21 +49,27 @@ def whitened_svd(weight: Tensor, rank: int, gram: Tensor) -> LowRankFactors:
     Source: SVD-LLM (Wang et al., arXiv 2403.07378), truncation-aware data whitening.
     """
     check_rank(weight, rank)
-    _check_gram(gram, weight.shape[1])
+    check_gram(gram, weight.shape[1])
     wide, moments = weight.to(torch.float64), gram.to(torch.float64)
     if weight.shape[0] <= weight.shape[1]:
-        left = _leading_eigenvectors(wide @ moments @ wide.T, rank)
+        left = leading_eigenvectors(wide @ moments @ wide.T, rank)
         right = left.T @ wide
     else:
         cholesky = cholesky_with_damping(moments)
         whitened = wide @ cholesky
-        directions = _leading_eigenvectors(whitened.T @ whitened, rank)
+        directions = leading_eigenvectors(whitened.T @ whitened, rank)
         left = whitened @ directions
         right = torch.linalg.solve_triangular(cholesky.T, directions, upper=True).T
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
 
 
-def _check_gram(gram: Tensor, in_features: int) -> None:
+def check_gram(gram: Tensor, in_features: int) -> None:
+    """Refuse what cannot be the Gram matrix of this many features.
+
+    Raises:
+        CalibrationError: It has another size or there was no activation at all.
+        NonFiniteError: It holds NaN or infinity.
+    """
     if tuple(gram.shape) != (in_features, in_features):
         raise CalibrationError(
             f"a Gram matrix of {in_features} x {in_features} must go with this weight, but got {tuple(gram.shape)}"
@@ -114,7 +120,7 @@ def say_damping_once() -> None:
     )
 
 
-def _leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the `rank` largest eigenvalues, largest first, as columns."""
     vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
     return vectors[:, -rank:].flip(-1)

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import tucker as tensorly_tucker
 
-from dse.decomposition import METHODS, LowRankFactors, factorise, truncated_svd, tucker, tucker_merged, whitened_svd
+from dse.decomposition import (
+    METHODS,
+    LowRankFactors,
+    factorise,
+    fisher_svd,
+    truncated_svd,
+    tucker,
+    tucker_merged,
+    whitened_svd,
+)
 from dse.design_point import METHOD_NAMES
 from dse.errors import CalibrationError, NonFiniteError, RankError
 
@@ -28,6 +37,11 @@ def gram_of(n: int, seed: int = 1, tokens: int = 200) -> torch.Tensor:
     return activations.T @ activations / tokens
 
 
+def gradients_of(m: int, seed: int = 2) -> torch.Tensor:
+    """A Gram matrix of output gradients, spread over two orders of magnitude."""
+    return gram_of(m, seed, tokens=300)
+
+
 def weight_of(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -41,16 +55,17 @@ def test_methods_are_those_that_points_may_name() -> None:
 class TestEveryMethod:
     def test_full_rank_gives_the_weight_back(self, method: str, shape: tuple[int, int]) -> None:
         weight = weight_of(shape)
-        factors = factorise(weight, method, min(shape), gram_of(shape[1]))
+        factors = factorise(weight, method, min(shape), gram_of(shape[1]), gradients_of(shape[0]))
         torch.testing.assert_close(factors.product(), weight, atol=2e-4, rtol=1e-4)
 
     def test_truncating_equals_decomposing_at_the_smaller_rank(self, method: str, shape: tuple[int, int]) -> None:
-        weight, gram = weight_of(shape), gram_of(shape[1])
-        sliced = factorise(weight, method, 6, gram).truncated(2)
-        torch.testing.assert_close(sliced.product(), factorise(weight, method, 2, gram).product(), atol=1e-4, rtol=1e-3)
+        weight, grams = weight_of(shape), (gram_of(shape[1]), gradients_of(shape[0]))
+        sliced = factorise(weight, method, 6, *grams).truncated(2)
+        expected = factorise(weight, method, 2, *grams)
+        torch.testing.assert_close(sliced.product(), expected.product(), atol=1e-4, rtol=1e-3)
 
     def test_shapes_dtype_and_layout(self, method: str, shape: tuple[int, int]) -> None:
-        factors = factorise(weight_of(shape).to(torch.bfloat16), method, 3, gram_of(shape[1]))
+        factors = factorise(weight_of(shape).to(torch.bfloat16), method, 3, gram_of(shape[1]), gradients_of(shape[0]))
         assert factors.left.shape == (shape[0], 3)
         assert factors.right.shape == (3, shape[1])
         assert (factors.core is not None) == (method == "tucker")
@@ -61,13 +76,13 @@ class TestEveryMethod:
     @pytest.mark.parametrize("rank", [0, -3, 100])
     def test_a_rank_outside_is_refused_with_the_interval(self, method: str, shape: tuple[int, int], rank: int) -> None:
         with pytest.raises(RankError, match=rf"`1 <= rank <= {min(shape)}` .* got rank={rank}"):
-            factorise(weight_of(shape), method, rank, gram_of(shape[1]))
+            factorise(weight_of(shape), method, rank, gram_of(shape[1]), gradients_of(shape[0]))
 
     def test_a_weight_that_is_not_finite_is_refused(self, method: str, shape: tuple[int, int]) -> None:
         weight = weight_of(shape)
         weight[1, 1] = float("nan")
         with pytest.raises(NonFiniteError):
-            factorise(weight, method, 2, gram_of(shape[1]))
+            factorise(weight, method, 2, gram_of(shape[1]), gradients_of(shape[0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -156,6 +171,46 @@ def test_whitening_refuses_what_is_no_gram() -> None:
         whitened_svd(weight, 2, torch.full((8, 8), float("inf")))
     with pytest.raises(CalibrationError, match="needs calibration"):
         factorise(weight, "whitened_svd", 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fisher_error_is_the_tail_of_the_two_sided_singular_values(shape: tuple[int, int]) -> None:
+    """Against an SVD of the whitened matrix itself, and the divergence it stands for."""
+    weight, gram, gradients = weight_of(shape).double(), gram_of(shape[1]).double(), gradients_of(shape[0]).double()
+    metric = gradients + 0.1 * gradients.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
+    whitened = torch.linalg.cholesky(metric).T @ weight @ torch.linalg.cholesky(gram)
+    for rank in (1, 3, 5):
+        tail = torch.linalg.svdvals(whitened)[rank:].square().sum()
+        residual = weight - fisher_svd(weight, rank, gram, gradients).product()
+        error = torch.trace(metric @ residual @ gram @ residual.T)
+        torch.testing.assert_close(error, tail, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1.0])
+def test_fisher_with_outputs_that_count_alike_is_whitening(shape: tuple[int, int], scale: float) -> None:
+    weight, gram = weight_of(shape), gram_of(shape[1])
+    found = fisher_svd(weight, 3, gram, scale * torch.eye(shape[0])).product()
+    torch.testing.assert_close(found, whitened_svd(weight, 3, gram).product(), atol=1e-4, rtol=1e-3)
+
+
+def test_fisher_spares_the_outputs_that_the_loss_hangs_on() -> None:
+    weight, gram = weight_of((12, 8)), torch.eye(8)
+    importance = torch.ones(12)
+    importance[4] = 1e6
+    residual = weight - fisher_svd(weight, 1, gram, torch.diag(importance)).product()
+    assert float(residual[4].norm()) < 0.05 * float(weight[4].norm())
+    assert float(residual.norm()) > float((weight - whitened_svd(weight, 1, gram).product()).norm())
+
+
+def test_fisher_refuses_what_is_no_gram_of_gradients() -> None:
+    weight, gram = weight_of((12, 8)), gram_of(8)
+    with pytest.raises(CalibrationError, match="12 x 12"):
+        fisher_svd(weight, 2, gram, torch.eye(8))
+    with pytest.raises(NonFiniteError, match="gradients"):
+        fisher_svd(weight, 2, gram, torch.full((12, 12), float("nan")))
+    with pytest.raises(CalibrationError, match="needs gradients"):
+        factorise(weight, "fisher_svd", 2, gram)
 
 
 def test_tucker_equals_tensorly_at_that_rank_and_restores_its_backend() -> None:
