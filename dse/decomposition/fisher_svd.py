@@ -23,9 +23,9 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
     To second order, changing W by E costs the model a divergence of 1/2 vec(E)^T F vec(E) nats per token, where F is
     the Fisher matrix E[(x x^T) (x) (g g^T)] of the layer's inputs x and of the loss's gradients g by its outputs. With
     inputs and gradients taken as independent (K-FAC), F = G (x) D, and the divergence is 1/2 ||D^(1/2) E G^(1/2)||_F^2.
-    So with D = L L^T and G = S S^T, truncating the SVD L^T W S = U C V^T gives the optimum W' = L^-T U_r C_r V_r^T S^-1.
-    `whitened_svd` is the case D = I: it counts an error alike wherever in the output it falls. As there, the optimum is
-    found from eigenvectors in float64 on the smaller side of W:
+    So with D = L L^T and G = S S^T, truncating the SVD L^T W S = U C V^T gives the optimum
+    W' = L^-T U_r C_r V_r^T S^-1. `whitened_svd` is the case D = I: it counts an error alike wherever in the output it
+    falls. As there, the optimum is found from eigenvectors in float64 on the smaller side of W:
 
     - out_features <= in_features: U from L^T W G W^T L, and W' = (L^-T U_r) (U_r^T L^T W). G is not inverted.
     - otherwise: V from S^T W^T D W S, and W' = (W S V_r) (V_r^T S^-1). D is not inverted.
@@ -85,4 +85,4 @@ def _check_gradient_gram(gradient_gram: Tensor, out_features: int) -> None:
             f" {tuple(gradient_gram.shape)}"
         )
     if not bool(torch.isfinite(gradient_gram).all()):
-        raise NonFiniteError("gradients on calibration text must be finite, but their Gram matrix holds NaN or infinity")
+        raise NonFiniteError("gradients on calibration text must be finite, but their Gram matrix is not")

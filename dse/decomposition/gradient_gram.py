@@ -104,7 +104,7 @@ def _accumulate(
     def after_forward(name: str, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
         seen.add(name)
         if output.requires_grad:  # else nothing in front of it depends on the embeddings
-            output.register_hook(partial(add, name))
+            output.register_hook(partial(add, name))  # type: ignore[no-untyped-call]
 
     modules = {name: model.get_submodule(topology[name].module) for name in names}
     handles = [module.register_forward_hook(partial(after_forward, name)) for name, module in modules.items()]
