@@ -42,7 +42,7 @@ from dse.measurement.out_of_memory import out_of_memory_errors
 from dse.measurement.workload import Workload
 
 EXIT_NO_GPU = 3
-MODES = ("eager", "compile", "cuda_graph")
+MODES = ("eager", "compile", "cuda_graph", "fast")
 SPEC = LatencySpec(prompt_tokens=256, new_tokens=16, blocks=4)
 
 

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from dse.cli.evaluate import bank_of_point
 from dse.cost import cost
-from dse.decomposition import AppliedPoint, apply_point
+from dse.decomposition import apply_point
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, MeterUnavailableError, OutOfMemoryError, TrialError
 from dse.measurement import (
@@ -31,6 +32,7 @@ from dse.measurement import (
 )
 from dse.models import LoadedModel, load_model
 from dse.models.several_devices import spread_over
+from dse.runtime import Sides, fast_runtime
 from dse.study import StudyListener, finite, resolve_device
 
 __all__ = ["measure_command"]
@@ -72,7 +74,11 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
     try:
         with device_lock(*devices):
             idle = None if meter is None else measure_idle_power(meter)
-            measured = [_Cell(loaded, applied, cell, meter, idle, listener).measure() for cell in cells]
+            measured = []
+            for cell in cells:
+                runtime = fast_runtime(loaded.model, cell.batch_size) if cell.mode == "fast" else None
+                with nullcontext(applied) if runtime is None else runtime.sides(applied) as sides:
+                    measured.append(_Cell(loaded, point, sides, cell, meter, idle, listener).measure())
     finally:
         applied.undo()
     return {
@@ -121,7 +127,8 @@ def _meter(name: str, devices: Sequence[torch.device]) -> tuple[EnergyMeter | No
 @dataclasses.dataclass(frozen=True)
 class _Cell:
     loaded: LoadedModel
-    applied: AppliedPoint
+    point: DesignPoint
+    sides: Sides
     spec: LatencySpec
     meter: EnergyMeter | None
     idle: IdlePower | None
@@ -133,8 +140,8 @@ class _Cell:
         latency = measure_cell(
             self.loaded.model,
             self.spec,
-            use_subject=self.applied.use_point,
-            use_dense=self.applied.use_dense,
+            use_subject=self.sides.use_point,
+            use_dense=self.sides.use_dense,
             progress=lambda done, total: self.listener.on_phase("latency", done, total),
         )
         document: dict[str, Any] = {
@@ -149,7 +156,7 @@ class _Cell:
 
     def _both(self, measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
         found = {}
-        for side, use in (("dense", self.applied.use_dense), ("point", self.applied.use_point)):
+        for side, use in (("dense", self.sides.use_dense), ("point", self.sides.use_point)):
             use()
             try:
                 found[side] = measure()
@@ -168,7 +175,7 @@ class _Cell:
 
     def _memory(self) -> dict[str, Any]:
         self.listener.on_phase("memory", 0, 1)
-        per_token = cost(self.loaded.topology, self.applied.point).kv_cache_bytes_per_token
+        per_token = cost(self.loaded.topology, self.point).kv_cache_bytes_per_token
         memory = measure_peak_memory(self.loaded.model, self.spec, kv_cache_bytes_per_token=per_token)
         values: dict[str, Any] = finite(dataclasses.asdict(memory))
         return {**values, "is_valid": True, "reason": ""}

@@ -24,7 +24,7 @@ class MeasurementConfig(Section):
     prompt_tokens: _Axis = Field([128])
     new_tokens: _Axis = Field([16])
     batch_size: _Axis = Field([1])
-    mode: Literal["eager", "compile", "cuda_graph"] = Field("eager", description="how a decode step is run")
+    mode: Literal["eager", "compile", "cuda_graph", "fast"] = Field("eager", description="how a generation is run")
     blocks: int = Field(4, ge=2, description="least number of ABBA blocks: point, dense, dense, point")
     warmup_blocks: int = Field(1, ge=0, description="blocks that never count")
     max_warmup_blocks: int = Field(6, ge=0, description="blocks discarded at most until two successive ones agree")

@@ -15,7 +15,7 @@ import torch
 from dse.measurement.faults import NoMeterError
 from dse.measurement.nvml_driver import describe_gpus
 
-__all__ = ["Json", "describe_environment", "package_versions"]
+__all__ = ["Json", "describe_environment", "device_description", "package_versions"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -74,6 +74,12 @@ def _gpus() -> Json:
     except NoMeterError:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return [{"name": torch.cuda.get_device_name(index)} for index in range(count)]
+
+
+def device_description(device: torch.device) -> str:
+    """Kind and name of a device, as "cpu AMD EPYC 7B13" or "cuda NVIDIA L4"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+    return f"{device.type} {name}"
 
 
 def _cpu_model() -> str:

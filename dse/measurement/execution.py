@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from dse.errors import InvalidMeasurementError
 
-__all__ = ["EXECUTIONS", "Execution", "Generation"]
+__all__ = [
+    "CompiledExecution",
+    "CudaGraphExecution",
+    "EagerExecution",
+    "Execution",
+    "Generation",
+    "StaticExecution",
+    "copy_of",
+]
 
 
 @dataclass
@@ -30,11 +38,13 @@ class Generation:
         next_tokens: The next token of each sequence, (batch, 1); None before prefill, and for encoders.
         cache: The key-value cache; None likewise.
         forgets: Whether the cache cannot be taken back (a sliding window); None while nobody has tried.
+        side: Whose weights it was begun with.
     """
 
     next_tokens: Tensor | None
     cache: Any
     forgets: bool | None = None
+    side: str = "dense"
 
 
 class Execution(ABC):
@@ -249,12 +259,6 @@ class CudaGraphExecution(StaticExecution):
             layer.cumulative_length.copy_(position)
 
 
-EXECUTIONS: Mapping[str, type[Execution]] = {
-    kind.mode: kind for kind in (EagerExecution, CompiledExecution, CudaGraphExecution)
-}
-"""Mode to what runs it: a new mode is one class here and one name in `dse.measurement.spec.MODES`."""
-
-
 def copy_of(generation: Generation) -> Generation:
     """A generation with a cache of its own."""
-    return Generation(generation.next_tokens, copy.deepcopy(generation.cache))
+    return Generation(generation.next_tokens, copy.deepcopy(generation.cache), side=generation.side)

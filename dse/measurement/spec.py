@@ -8,8 +8,8 @@ from dse.errors import ConfigError, did_you_mean
 
 __all__ = ["MODES", "LatencySpec"]
 
-MODES = ("eager", "compile", "cuda_graph")
-"""Ways to run a decode step; see `dse.measurement.execution`."""
+MODES = ("eager", "compile", "cuda_graph", "fast")
+"""Ways to run a generation; see `dse.measurement.executions`."""
 
 _LOWEST = {"blocks": 2, "warmup_blocks": 0, "max_warmup_blocks": 0, "seed": 0}
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from dse.errors import ConfigError, InvalidMeasurementError
 from dse.measurement.clock import synchronize
-from dse.measurement.execution import EXECUTIONS, EagerExecution, Execution, Generation, copy_of
+from dse.measurement.execution import EagerExecution, Execution, Generation, copy_of
+from dse.measurement.executions import EXECUTIONS
 from dse.measurement.modes import refuse_unavailable_mode
 from dse.measurement.prompt import random_prompt, refuse_long_prompt
 from dse.measurement.spec import LatencySpec

@@ -23,6 +23,7 @@ from dse.measurement import (
     measure_peak_memory,
 )
 from dse.models import LoadedModel
+from dse.runtime import Sides
 from dse.study.measurement_plan import MeasurementPlan
 from dse.study.objectives import Needs
 from dse.study.point_run import PointRun, Reference
@@ -55,20 +56,21 @@ class PointMeasurer:
             OutOfMemoryError: The device has no room.
         """
         lock = device_lock(self.loaded.device) if self.needs.latency or self.needs.energy else nullcontext()
-        with lock:
+        with lock, self.plan.sides(applied) as sides:
+            sides.use_point()
             if self.needs.latency:
-                self._latency(run, applied, reference)
+                self._latency(run, sides, reference)
             if self.needs.energy and self.plan.meter is not None:
                 self._energy(run, self.plan.meter, reference)
             if self.needs.memory:
                 self._memory(run, reference)
 
-    def _latency(self, run: PointRun, applied: AppliedPoint, reference: Reference | None) -> None:
+    def _latency(self, run: PointRun, sides: Sides, reference: Reference | None) -> None:
         """The first cell is the objectives' and must be valid; what became of the others is recorded."""
         with run.timed("latency"):
             cells = []
             for spec in self.plan.cells:
-                cells.append(self._cell(spec, applied))
+                cells.append(self._cell(spec, sides))
                 run.record = dataclasses.replace(run.record, latency=_latency_entry(cells))
         first = cells[0]
         if first.latency is None:
@@ -79,12 +81,12 @@ class PointMeasurer:
         if first.latency.decode is not None:
             run.record = _with_phase_latency(run.record, "decode_latency_s", first.latency.decode, reference)
 
-    def _cell(self, spec: LatencySpec, applied: AppliedPoint) -> CellLatency:
+    def _cell(self, spec: LatencySpec, sides: Sides) -> CellLatency:
         return measure_cell(
             self.loaded.model,
             spec,
-            use_subject=applied.use_point,
-            use_dense=applied.use_dense,
+            use_subject=sides.use_point,
+            use_dense=sides.use_dense,
             progress=lambda done, total: self.on_phase("latency", done, total),
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from dse.config import StudyConfig
+from dse.decomposition import AppliedPoint
 from dse.errors import ConfigError, MeterUnavailableError
 from dse.measurement import (
     EnergyMeter,
@@ -18,6 +20,7 @@ from dse.measurement import (
     meter_kind,
     named_meter,
 )
+from dse.runtime import FastRuntime, Sides
 
 __all__ = ["MeasurementPlan", "open_study_meter"]
 
@@ -32,6 +35,7 @@ class MeasurementPlan:
         energy_windows: Windows a phase.
         energy_precision: Relative error asked of a window; None for the meter's own.
         idle: Power at rest, as of the last time it was taken.
+        runtime: Puts both sides into their fast forms; None where the mode runs them as they are.
     """
 
     cells: tuple[LatencySpec, ...]
@@ -39,6 +43,7 @@ class MeasurementPlan:
     energy_windows: int = 3
     energy_precision: float | None = None
     idle: IdlePower | None = None
+    runtime: FastRuntime | None = None
 
     @classmethod
     def of(cls, config: StudyConfig, meter: EnergyMeter | None) -> MeasurementPlan:
@@ -55,6 +60,10 @@ class MeasurementPlan:
             precision=settings.precision,
         )
         return cls(grid_of(first, settings.cells), meter, settings.energy_windows, settings.energy_precision)
+
+    def sides(self, applied: AppliedPoint) -> AbstractContextManager[Sides]:
+        """What swaps a point and the dense model while they are measured."""
+        return nullcontext(applied) if self.runtime is None else self.runtime.sides(applied)
 
     def take_idle_power(self, device: torch.device) -> IdlePower | None:
         """Measure the power at rest and keep it for the trials that follow; None without a meter."""

@@ -23,6 +23,7 @@ from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
+from dse.runtime import fast_runtime
 from dse.study.evaluate_point import PointEvaluator
 from dse.study.events import StudyListener
 from dse.study.fidelity import Climber, FinalEvaluator
@@ -85,6 +86,8 @@ def prepare_study(
     if needs.latency or needs.energy or needs.memory:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
+        if plan.cells[0].mode == "fast":
+            plan.runtime = fast_runtime(loaded.model, plan.cells[0].batch_size)
     evaluator = _evaluator(config, loaded) if config.tasks else None
     if evaluator is not None:
         check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)

@@ -74,7 +74,7 @@ def test_the_table_names_dense_point_and_ratio_and_says_that_energy_was_not_meas
         (["--meter", "wattmeter"], "a meter must be one of"),
         (["--meter", "nvml:0"], "no energy meter nvml: no NVIDIA driver"),
         (["--meter", "replay:/no/trace.csv"], "a power trace must be a CSV file"),
-        (["--mode", "fast"], "the mode of a measurement must be one of eager, compile, cuda_graph"),
+        (["--mode", "quick"], "the mode of a measurement must be one of eager, compile, cuda_graph, fast"),
         (["--mode", "cuda_graph", "--prompt", "8"], "CUDA graphs need an NVIDIA GPU"),
         (["--device", "cpu,cuda:0"], "several devices must be different GPUs"),
         (["--device", "cuda:0,cuda:1"], "must be GPUs that torch sees, but it sees 0"),

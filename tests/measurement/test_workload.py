@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from dse.errors import ConfigError, InvalidMeasurementError
+from dse.measurement.attention import GROUPED_ATTENTION, grouped_attention, grouped_attention_in_use
 from dse.measurement.execution import StaticExecution
 from dse.measurement.workload import LatencySpec, Workload
 
@@ -183,7 +184,7 @@ def test_cuda_graphs_are_refused_without_a_gpu_and_unknown_modes_always(llama, b
         Workload(llama, LatencySpec(prompt_tokens=8, mode="cuda_graph"))
     with pytest.raises(ConfigError, match="this model has none; use eager"):
         Workload(bert, LatencySpec(prompt_tokens=8, mode="compile"))
-    with pytest.raises(ConfigError, match=r"one of eager, compile, cuda_graph, but got 'compiled'; did you mean"):
+    with pytest.raises(ConfigError, match=r"one of eager, compile, cuda_graph, fast, but got 'compiled'; did you mean"):
         LatencySpec(mode="compiled")
 
 
@@ -201,14 +202,15 @@ def test_compile_without_a_compiler_says_so(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each_once(llama):
+@pytest.mark.parametrize("mode", ["compile", "fast"])
+def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each_once(llama, mode):
     del llama.model.layers[1]  # compiling takes its time for every layer
     llama.config.num_hidden_layers = 1
     kept, other = llama.lm_head, torch.nn.Linear(32, 200, bias=False)
     decoded = {"dense": [], "subject": []}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler stack's own
-        workload = Workload(llama, LatencySpec(prompt_tokens=6, new_tokens=4, mode="compile"))
+        workload = Workload(llama, LatencySpec(prompt_tokens=6, new_tokens=4, mode=mode))
         expected, generations = {}, {}
         for side, head in (("dense", kept), ("subject", other)):
             llama.lm_head = head
@@ -223,6 +225,39 @@ def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
     for side, tokens in decoded.items():
         assert torch.equal(torch.cat(tokens, dim=1), expected[side])
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_grouped_attention_is_attention_with_the_cache_repeated(key_heads, scaling):
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 1, 8)
+    key, value = torch.randn(3, key_heads, 9, 8), torch.randn(3, key_heads, 9, 5)
+    mask = torch.where(torch.arange(9) <= 5, 0.0, torch.finfo(torch.float32).min).expand(3, 1, 1, 9)
+    mixed, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=scaling)
+    repeated = [part.repeat_interleave(4 // key_heads, dim=1) for part in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=scaling)
+    torch.testing.assert_close(mixed, expected.transpose(1, 2))
+    assert weights is None
+
+
+def test_grouped_attention_is_in_use_within_its_block_only(llama):
+    with grouped_attention_in_use(llama):
+        assert llama.config._attn_implementation == GROUPED_ATTENTION
+    assert llama.config._attn_implementation == "sdpa"
+    llama.config._attn_implementation = "eager"
+    with grouped_attention_in_use(llama):
+        assert llama.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_model_with_grouped_attention_gives_the_same_logits(llama, tokens):
+    prompt = Workload(llama, LatencySpec(prompt_tokens=6)).prompt[:, :tokens]
+    with torch.inference_mode():
+        expected = llama(prompt).logits
+        with grouped_attention_in_use(llama):
+            got = llama(prompt).logits
+    torch.testing.assert_close(got, expected)
 
 
 def test_encoders_have_no_decode(bert):

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompt", type=_sizes, default=(128,), metavar="N,...", help="prompt lengths in tokens (128)")
     parser.add_argument("--new", type=_sizes, default=(16,), metavar="N,...", help="tokens to decode (16)")
     parser.add_argument(
-        "--mode", default="eager", help="how a decode step is run: eager, compile or cuda_graph (eager)"
+        "--mode", default="eager", help="how a generation is run: eager, compile, cuda_graph or fast (eager)"
     )
     parser.add_argument(
         "--meter",

@@ -1,0 +1,132 @@
+"""A point and the dense model, each in the form that the device runs fastest, to be measured by turns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import nn
+
+from dse.runtime.forms import Forms, LaidOutWeights, LayoutChoice, build_forms
+from dse.runtime.products import Layout
+from dse.runtime.timings import ProductShape, ProductTimings
+
+__all__ = ["FastRuntime", "Sides", "fast_runtime", "layout_choice", "optimise_for_inference"]
+
+
+class Sides(Protocol):
+    """What puts the one or the other side into the resident model; `dse.decomposition.AppliedPoint` is one."""
+
+    def use_point(self) -> None:
+        """Put the point in."""
+        ...
+
+    def use_dense(self) -> None:
+        """Put the dense model back."""
+        ...
+
+
+class FastRuntime:
+    """Makes the fast forms of a model's points; those of the dense model are made once and kept.
+
+    Args:
+        model: The resident model; whatever is in it now is put aside while forms are built.
+        choose: Layout of each product, by (out_features, in_features).
+    """
+
+    def __init__(self, model: nn.Module, choose: LayoutChoice) -> None:
+        self._model = model
+        self._choose = choose
+        self._dense: tuple[Forms, LaidOutWeights] | None = None
+
+    @contextlib.contextmanager
+    def sides(self, plain: Sides) -> Iterator[Sides]:
+        """Sides that put fast forms in, for the length of a `with` block; the plain point is in the model afterwards.
+
+        Args:
+            plain: Swaps the plain point and the dense model.
+
+        Raises:
+            InvalidMeasurementError: A side's outputs in the fast form differ by more than rounding.
+        """
+        plain.use_dense()
+        if self._dense is None:
+            self._dense = build_forms(self._model, self._choose)
+        dense, weights = self._dense
+        plain.use_point()
+        point, _ = build_forms(self._model, self._choose, weights)
+        sides = _FastSides(plain, point, dense)
+        try:
+            yield sides
+        finally:
+            sides.remove()
+            plain.use_point()
+
+
+class _FastSides:
+    def __init__(self, plain: Sides, point: Forms, dense: Forms) -> None:
+        self._plain, self._point, self._dense = plain, point, dense
+        self._in_use: Forms | None = None
+
+    def use_point(self) -> None:
+        self.remove()
+        self._plain.use_point()
+        self._put(self._point)
+
+    def use_dense(self) -> None:
+        self.remove()
+        self._plain.use_dense()
+        self._put(self._dense)
+
+    def remove(self) -> None:
+        if self._in_use is not None:
+            self._in_use.remove()
+            self._in_use = None
+
+    def _put(self, forms: Forms) -> None:
+        forms.put()
+        self._in_use = forms
+
+
+def layout_choice(timings: ProductTimings, rows: int) -> LayoutChoice:
+    """The layout that the timings found faster for so many rows: the batch size, since decode is bound by weights."""
+
+    def choose(out_features: int, in_features: int) -> Layout:
+        return timings.best_layout(ProductShape(rows, out_features, in_features))
+
+    return choose
+
+
+def fast_runtime(model: nn.Module, rows: int) -> FastRuntime:
+    """The runtime of a model on its own device, by the device's timings, which are measured where they are missing.
+
+    Args:
+        model: The resident model.
+        rows: Batch size of its decode steps.
+    """
+    return FastRuntime(model, layout_choice(timings_for(model), rows))
+
+
+def timings_for(model: nn.Module) -> ProductTimings:
+    """The timings of the model's device and dtype; its own weights are the footprint."""
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    footprint = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return ProductTimings(first.device, first.dtype, footprint)
+
+
+def optimise_for_inference(model: nn.Module, rows: int = 1) -> nn.Module:
+    """Put a model's fast forms in for good, in place; its plain weights are let go where nothing else holds them.
+
+    For deployment: what a study measures in mode `fast` runs so. The model can no longer be decomposed or saved.
+
+    Args:
+        model: Dense or decomposed, for example loaded from an exported folder; in eval mode.
+        rows: Batch size of its decode steps.
+
+    Raises:
+        InvalidMeasurementError: Its outputs in the fast form differ by more than rounding.
+    """
+    forms, _ = build_forms(model, layout_choice(timings_for(model), rows))
+    forms.put()
+    return model

@@ -1,0 +1,182 @@
+"""Seconds of matrix products on this device, measured with cold weights and kept for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dse.files import cache_dir, write_json
+from dse.measurement.clock import stopwatch_for
+from dse.measurement.environment import device_description
+from dse.runtime.products import LAYOUTS, Layout
+
+__all__ = ["ProductShape", "ProductTimings", "TimingConditions"]
+
+_PASSES = 5
+_PASS_S = 0.06
+"""Work in one timed pass: long against the clock and the scheduler, short enough for hundreds of shapes."""
+
+_CLEARLY_FASTER = 0.98
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """A product (rows, in_features) x (in_features, out_features).
+
+    Attributes:
+        rows: Tokens at once: the batch size in decode, batch size x prompt tokens in prefill.
+        out_features: Columns of the result.
+        in_features: Length of the sums.
+    """
+
+    rows: int
+    out_features: int
+    in_features: int
+
+    @property
+    def weight_entries(self) -> int:
+        """Numbers in the weight."""
+        return self.out_features * self.in_features
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.rows * self.weight_entries
+
+    def key(self, layout: Layout) -> str:
+        """Its name in a file."""
+        return f"{self.rows} x {self.in_features} x {self.out_features} {layout}"
+
+
+@dataclass(frozen=True)
+class TimingConditions:
+    """What a timing depends on beside the shape; timings are shared by runs that agree in all of it.
+
+    Attributes:
+        device: Kind and name of the device.
+        dtype: Of weights and activations.
+        threads: Of torch on the host.
+        torch_version: With the build.
+        footprint_bytes: Weights that one pass of the model reads: a product's weight is read again only after so many
+            others, as in the model, so that it comes from where the model's would come from.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    torch_version: str
+    footprint_bytes: int
+
+    @classmethod
+    def here(cls, device: torch.device, dtype: torch.dtype, footprint_bytes: int) -> TimingConditions:
+        """The conditions of this process; the footprint is rounded to a power of two, 1 GiB at most.
+
+        No last-level cache holds a gigabyte, so that more would tell nothing else.
+        """
+        return cls(
+            device_description(device),
+            str(dtype).removeprefix("torch."),
+            torch.get_num_threads(),
+            str(torch.__version__),
+            min(2**30, 2 ** round(math.log2(max(footprint_bytes, 2**20)))),
+        )
+
+
+class ProductTimings:
+    """Timings under one set of conditions: read from a file, measured where they are missing, written at once.
+
+    Args:
+        device: Where products run.
+        dtype: Of weights and activations.
+        footprint_bytes: See `TimingConditions`.
+        folder: Of the files; None for the user's cache.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, footprint_bytes: int, folder: Path | None = None
+    ) -> None:
+        self.conditions = TimingConditions.here(device, dtype, footprint_bytes)
+        self._device, self._dtype = device, dtype
+        digest = hashlib.sha256(json.dumps(asdict(self.conditions), sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (folder or cache_dir() / "device_profiles") / f"{digest}.json"
+        self._seconds: dict[str, float] = self._read()
+        self._pool: Tensor | None = None
+
+    def knows(self, shape: ProductShape, layout: Layout) -> bool:
+        """Whether a timing is at hand."""
+        return shape.key(layout) in self._seconds
+
+    def seconds(self, shape: ProductShape, layout: Layout) -> float:
+        """Seconds of one product; measured now where it is not known.
+
+        Raises:
+            StorageFullError: The timing cannot be kept.
+        """
+        key = shape.key(layout)
+        if key not in self._seconds:
+            self._seconds[key] = self._measure(shape, layout)
+            self._write()
+        return self._seconds[key]
+
+    def best_layout(self, shape: ProductShape) -> Layout:
+        """The faster layout; the usual one, row by row, unless the other is clearly faster."""
+        rows, columns = (self.seconds(shape, layout) for layout in LAYOUTS)
+        return "column_major" if columns < _CLEARLY_FASTER * rows else "row_major"
+
+    def best_seconds(self, shape: ProductShape) -> float:
+        """Seconds in the better layout."""
+        return self.seconds(shape, self.best_layout(shape))
+
+    def let_go(self) -> None:
+        """Free the memory that timing needs; the next timing takes it again."""
+        self._pool = None
+
+    def _read(self) -> dict[str, float]:
+        try:
+            content: Mapping[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            return {str(key): float(value) for key, value in content["seconds"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # none yet, or not ours: measured anew
+
+    def _write(self) -> None:
+        merged = {**self._read(), **self._seconds}  # another process may have added some
+        write_json(self.path, {"conditions": asdict(self.conditions), "seconds": merged})
+
+    @torch.inference_mode()
+    def _measure(self, shape: ProductShape, layout: Layout) -> float:
+        """The fastest of some passes over as many different weights: what disturbs a machine only adds time."""
+        weights = self._weights(shape)
+        given = torch.randn(shape.rows, shape.in_features, device=self._device).to(self._dtype)
+        stopwatch = stopwatch_for([self._device])
+        begin = 0
+
+        def one_pass(count: int) -> float:
+            nonlocal begin
+            chosen = [weights[(begin + index) % len(weights)] for index in range(count)]
+            begin += count
+            if layout == "row_major":
+                views = [w.view(shape.out_features, shape.in_features).T for w in chosen]
+            else:
+                views = [w.view(shape.in_features, shape.out_features) for w in chosen]
+            return stopwatch.time(lambda: [given @ view for view in views] and None)[1] / count
+
+        one_pass(1)
+        estimate_s = max(one_pass(2), 1e-7)
+        count = max(2, min(len(weights), round(_PASS_S / estimate_s)))
+        return min(one_pass(count) for _ in range(_PASSES))
+
+    def _weights(self, shape: ProductShape) -> list[Tensor]:
+        """Different weights of this shape, together as large as the footprint: slices of one pool."""
+        entries = max(self.conditions.footprint_bytes // self._dtype.itemsize, shape.weight_entries)
+        if self._pool is None or self._pool.numel() < entries:
+            self._pool = None
+            self._pool = torch.empty(entries, dtype=self._dtype, device=self._device).uniform_(-1, 1)
+        return list(torch.split(self._pool, shape.weight_entries))[: entries // shape.weight_entries]
