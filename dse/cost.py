@@ -4,7 +4,8 @@ A removed block saves all its parameters and FLOPs, attention over the cache and
 
 With m = out_features and n = in_features, a dense weight has mn parameters and costs 2mn FLOPs a token (one multiply
 and one add per entry). Two factors of rank r hold r(m + n) and cost 2r(m + n); Tucker keeps an r x r core between them
-and pays r^2 more of both. The break-even rank is the largest r at which the factors are not larger than the weight.
+and pays r^2 more of both. A stack is one such matrix: its right factor counts once. The break-even rank is the largest
+r at which the factors are not larger than the weight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from dse.callable_module import make_callable
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
-from dse.topology import DecomposableTensor, RemovableBlock, Topology
+from dse.topology import Matrix, RemovableBlock, Topology
 
 __all__ = [
     "Cost",
@@ -59,15 +60,15 @@ def parameters_saved(topology: Topology, point: DesignPoint) -> int:
     rest = {block.layer: block.rest_parameters for block in topology.blocks if block.layer in passed}
     blocks = sum(topology.blocks_by_name[name].parameters for name in point.removed)
     factors = sum(
-        topology[name].parameters - factor_parameters(topology[name], choice)
+        topology.matrix(name).parameters - factor_parameters(topology.matrix(name), choice)
         for name, choice in point
         if not choice.is_removal
     )
     return factors + blocks + sum(rest.values())
 
 
-def factor_parameters(tensor: DecomposableTensor, choice: TensorChoice) -> int:
-    """Parameters of the factors (and core) that replace the weight; the bias is not counted."""
+def factor_parameters(tensor: Matrix, choice: TensorChoice) -> int:
+    """Parameters of the factors (and core) that replace the weight or stack; biases are not counted."""
     core = choice.rank**2 if has_core(choice.method) else 0
     return choice.rank * (tensor.out_features + tensor.in_features) + core
 
@@ -114,7 +115,7 @@ def _overlaps(topology: Topology, name: str, taken: dict[str, str]) -> list[Poin
     return problems
 
 
-def _removal_misused(part: DecomposableTensor | RemovableBlock, choice: TensorChoice) -> list[PointError]:
+def _removal_misused(part: Matrix | RemovableBlock, choice: TensorChoice) -> list[PointError]:
     if isinstance(part, RemovableBlock) and not choice.is_removal:
         return [
             PointError(
@@ -125,7 +126,7 @@ def _removal_misused(part: DecomposableTensor | RemovableBlock, choice: TensorCh
     if not isinstance(part, RemovableBlock) and choice.is_removal:
         return [
             PointError(
-                f"only attention and MLP blocks can be removed, but '{part.name}' is a tensor; remove the block around"
+                f"only attention and MLP blocks can be removed, but '{part.name}' is none; remove the block around"
                 f" it, for example 'layers.{part.layer or 0}.mlp'"
             )
         ]
@@ -257,8 +258,9 @@ def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:
         if choice.is_removal:
             inside -= topology.blocks_by_name[name].matmul_parameters
             continue
-        saved = topology[name].parameters - factor_parameters(topology[name], choice)
-        if topology[name].layer is None:
+        matrix = topology.matrix(name)
+        saved = matrix.parameters - factor_parameters(matrix, choice)
+        if matrix.layer is None:
             head -= saved
         else:
             inside -= saved

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from dse.errors import PointError, did_you_mean
 
-__all__ = ["DecomposableTensor", "RemovableBlock", "Topology"]
+__all__ = ["DecomposableTensor", "Matrix", "RemovableBlock", "TensorStack", "Topology"]
 
 
 _BLOCK_ROLES = ("attention", "mlp")
@@ -50,6 +50,67 @@ class DecomposableTensor:
     def parameters(self) -> int:
         """Entries of the weight, without bias."""
         return self.out_features * self.in_features
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Path of its one module, in the form in which a stack lists several."""
+        return (self.module,)
+
+
+@dataclass(frozen=True)
+class TensorStack:
+    """Tensors of a layer that read the same input, decomposed as one matrix with their rows stacked.
+
+    One right factor (rank x in_features) serves all of them, and is multiplied with the input once; the left factor of
+    a member is its slice of rows. A model whose projections are fused has the same thing as a tensor, by the same name.
+    That the members read the very same input was verified when the topology was made (`dse.models.stacks`).
+
+    Attributes:
+        name: Canonical name, `layers.<layer>.query_key_value` or `layers.<layer>.gate_up`.
+        layer: 0-based index of the layer.
+        role: `query_key_value` or `gate_up`.
+        members: Its tensors, in the order in which their rows are stacked.
+    """
+
+    name: str
+    layer: int
+    role: str
+    members: tuple[DecomposableTensor, ...]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all members."""
+        return sum(member.out_features for member in self.members)
+
+    @property
+    def in_features(self) -> int:
+        """Columns, the same for all members."""
+        return self.members[0].in_features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the stacked matrix."""
+        return (self.out_features, self.in_features)
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the members' weights, without biases."""
+        return self.out_features * self.in_features
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the members' modules; each reads the same input."""
+        return tuple(member.module for member in self.members)
+
+    @property
+    def rows(self) -> tuple[slice, ...]:
+        """Rows of each member in the stacked matrix."""
+        ends = [sum(member.out_features for member in self.members[: i + 1]) for i in range(len(self.members))]
+        return tuple(slice(end - member.out_features, end) for end, member in zip(ends, self.members, strict=True))
+
+
+Matrix = DecomposableTensor | TensorStack
+"""What a method can decompose: one tensor or a stack; either has a name, layer, role, shape and parameters."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +180,7 @@ class Topology:
         unmapped: Paths of linear modules inside the layers that no role names; they are left alone.
         blocks: Blocks that may be removed, in order of layers, attention before MLP; empty where the residual stream
             cannot pass them by.
+        stacks: Tensors of a layer that may be decomposed as one matrix, in order of layers.
         blocks_refused: Why a block that one would expect may not be removed, by its name.
     """
 
@@ -137,14 +199,34 @@ class Topology:
     unmapped: tuple[str, ...] = field(default=())
     blocks: tuple[RemovableBlock, ...] = field(default=())
     blocks_refused: Mapping[str, str] = field(default_factory=dict)
+    stacks: tuple[TensorStack, ...] = field(default=())
 
     @cached_property
     def blocks_by_name(self) -> Mapping[str, RemovableBlock]:
         """Canonical name to removable block."""
         return {block.name: block for block in self.blocks}
 
-    def part(self, name: str) -> DecomposableTensor | RemovableBlock:
-        """Whatever a point may name: a tensor or a removable block.
+    @cached_property
+    def stacks_by_name(self) -> Mapping[str, TensorStack]:
+        """Canonical name to stack."""
+        return {stack.name: stack for stack in self.stacks}
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Tensors in topology order, each stack before the first of its members."""
+        first = {stack.members[0].name: stack for stack in self.stacks}
+        return tuple(m for t in self.tensors for m in ((first[t.name], t) if t.name in first else (t,)))
+
+    def matrix(self, name: str) -> Matrix:
+        """The tensor or stack called `name`.
+
+        Raises:
+            PointError: Nothing that can be decomposed has that name.
+        """
+        return self.stacks_by_name[name] if name in self.stacks_by_name else self[name]
+
+    def part(self, name: str) -> Matrix | RemovableBlock:
+        """Whatever a point may name: a tensor, a stack or a removable block.
 
         Raises:
             PointError: Nothing has that name, or the block cannot be removed (with the reason).
@@ -153,12 +235,14 @@ class Topology:
             return self.blocks_by_name[name]
         if name in self.blocks_refused:
             raise PointError(f"'{name}' must be passed by exactly to be removed, but {self.blocks_refused[name]}")
-        return self[name]
+        return self.matrix(name)
 
     def tensors_of(self, name: str) -> tuple[str, ...]:
-        """Names of the tensors that a part of this name takes up: itself, or the tensors inside the block."""
+        """Names of the tensors that a part of this name takes up: itself, its members, or those inside the block."""
         part = self.part(name)
-        return part.tensors if isinstance(part, RemovableBlock) else (part.name,)
+        if isinstance(part, RemovableBlock):
+            return part.tensors
+        return tuple(member.name for member in part.members) if isinstance(part, TensorStack) else (part.name,)
 
     def passed_layers(self, removed: Iterable[str]) -> tuple[int, ...]:
         """Layers of which the attention and the MLP are both among these removed blocks: nothing of them is left."""
@@ -177,8 +261,9 @@ class Topology:
 
     @cached_property
     def part_roles(self) -> tuple[str, ...]:
-        """Roles of everything inside the layers that a point may name: tensors, then removable blocks."""
-        return (*self.roles, *(role for role in _BLOCK_ROLES if any(b.role == role for b in self.blocks)))
+        """Roles of everything inside the layers that a point may name: tensors, then stacks, then removable blocks."""
+        more = (*(stack.role for stack in self.stacks), *(block.role for block in self.blocks))
+        return tuple(dict.fromkeys((*self.roles, *more)))
 
     def __getitem__(self, name: str) -> DecomposableTensor:
         """Return the tensor called `name`.
@@ -195,11 +280,12 @@ class Topology:
             ) from None
 
     def select(self, layers: Iterable[int] | str = "all", roles: Iterable[str] | str = "all") -> tuple[str, ...]:
-        """Names of the parts in these layers with these roles: tensors in topology order, then removable blocks.
+        """Names of the parts in these layers with these roles: tensors in topology order, then stacks, then blocks.
 
         Args:
             layers: 0-based layer indices, or "all".
-            roles: Role names, or "all" (every tensor inside the layers); `attention` and `mlp` name removable blocks.
+            roles: Role names, or "all" (every tensor inside the layers); stacks and the removable blocks `attention`
+                and `mlp` only where they are named.
 
         Raises:
             PointError: A layer or role does not exist in this model.
@@ -221,7 +307,7 @@ class Topology:
                 f"a role must be one of {', '.join(self.part_roles)} for {self.architecture}, but got '{role}'"
                 f"{did_you_mean(role, self.part_roles)}"
             )
-        parts: tuple[DecomposableTensor | RemovableBlock, ...] = (*self.tensors, *self.blocks)
+        parts: tuple[Matrix | RemovableBlock, ...] = (*self.tensors, *self.stacks, *self.blocks)
         return tuple(p.name for p in parts if p.layer in wanted_layers and p.role in wanted_roles)
 
     def _refuse_block_role(self, role: str) -> None:

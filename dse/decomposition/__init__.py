@@ -17,6 +17,8 @@ from dse.decomposition.low_rank import LowRankLinear as LowRankLinear
 from dse.decomposition.methods import METHODS as METHODS
 from dse.decomposition.methods import Method as Method
 from dse.decomposition.methods import factorise as factorise
+from dse.decomposition.stacked import SharedProduct as SharedProduct
+from dse.decomposition.stacked import StackedLinear as StackedLinear
 from dse.decomposition.surgery import AppliedPoint as AppliedPoint
 from dse.decomposition.surgery import apply_point as apply_point
 from dse.decomposition.surgery import decompose as decompose

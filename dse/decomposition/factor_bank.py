@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import filelock
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from dse.cost import check_point, has_core
 from dse.decomposition.calibration_text import (
@@ -23,6 +24,7 @@ from dse.decomposition.gradient_gram import GradientGrams
 from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
 from dse.decomposition.methods import METHODS, factorise
+from dse.decomposition.stacked import StackedLinear
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import CalibrationError, PointError, StorageFullError
 from dse.files import cache_dir, disk_errors
@@ -35,7 +37,7 @@ __all__ = ["FactorBank", "RankRequests", "requests_of_points"]
 logger = logging.getLogger("dse")
 
 RankRequests = Mapping[str, Mapping[str, int]]
-"""Method name to tensor name to the largest rank that will be asked for."""
+"""Method name to the name of a tensor or stack to the largest rank that will be asked for."""
 
 
 class FactorBank:
@@ -155,7 +157,7 @@ def _store(root: Path, loaded: LoadedModel, method: str, calibration: Calibratio
 
 
 def _check_room(folder: Path, topology: Topology, method: str, ranks: Mapping[str, int]) -> None:
-    needed = sum(4 * rank * (topology[name].out_features + topology[name].in_features) for name, rank in ranks.items())
+    needed = sum(4 * rank * sum(topology.matrix(name).shape) for name, rank in ranks.items())
     if has_core(method):
         needed += sum(4 * rank**2 for rank in ranks.values())
     free = shutil.disk_usage(folder).free
@@ -176,7 +178,7 @@ def _fill(
     progress: ProgressCallback,
 ) -> None:
     """Decompose `ranks` tensor by tensor into `store`."""
-    names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.name in ranks)
+    names = tuple(matrix.name for matrix in loaded.topology.matrices if matrix.name in ranks)
     gradients = None
     if METHODS[method].needs_gradients and calibration is not None:
         gradients = GradientGrams(
@@ -207,10 +209,10 @@ def _fill(
 
 
 def _dense_weight(loaded: LoadedModel, name: str) -> Tensor:
-    try:
-        module: nn.Module | None = loaded.model.get_submodule(loaded.topology[name].module)
-    except AttributeError:  # its block is removed
-        module = None
-    if module is None or isinstance(module, LowRankLinear):
+    """The weight of a tensor, or those of a stack's members with their rows stacked."""
+    modules = dict(loaded.model.named_modules())
+    found = [modules.get(path) for path in loaded.topology.matrix(name).modules]  # None where its block is removed
+    if any(module is None or isinstance(module, (LowRankLinear, StackedLinear)) for module in found):
         raise PointError(f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first")
-    return as_matrix(module).detach()
+    weights = [as_matrix(module).detach() for module in found if module is not None]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

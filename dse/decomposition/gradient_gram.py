@@ -36,7 +36,7 @@ class GradientGrams:
     Args:
         model: The dense model, in evaluation mode.
         topology: Its topology.
-        names: Tensors in the order in which they will be asked for.
+        names: Tensors and stacks in the order in which they will be asked for.
         windows: Calibration windows.
         budget_bytes: Room for the matrices of one group; a group costs a pass over the windows.
         progress: Called per batch as ("gradients", done, total) in tokens of the group's pass.
@@ -77,9 +77,9 @@ class GradientGrams:
 
     def _next_group(self, name: str) -> list[str]:
         """This tensor and those after it, as far as the budget goes."""
-        group, used = [name], 4 * self._topology[name].out_features ** 2
+        group, used = [name], 4 * self._topology.matrix(name).out_features ** 2
         for other in self._waiting[self._waiting.index(name) + 1 :]:
-            used += 4 * self._topology[other].out_features ** 2
+            used += 4 * self._topology.matrix(other).out_features ** 2
             if used > self._budget_bytes:
                 break
             group.append(other)
@@ -91,23 +91,30 @@ def _accumulate(
 ) -> dict[str, Tensor]:
     """One forward and backward pass over the windows, with hooks on the outputs of these tensors."""
     device = next(model.parameters()).device
-    grams = {
-        name: torch.zeros(topology[name].out_features, topology[name].out_features, device=device) for name in names
-    }
+    sizes = {name: topology.matrix(name).out_features for name in names}
+    grams = {name: torch.zeros(size, size, device=device) for name, size in sizes.items()}
     seen: set[str] = set()
     generator = torch.Generator().manual_seed(_LABEL_SEED)
+    # Members of a stack are handed their gradients one by one; the stack's is that of their outputs side by side.
+    parts: dict[str, dict[int, Tensor]] = {name: {} for name in names}
 
-    def add(name: str, gradient: Tensor) -> None:
-        rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
-        grams[name].addmm_(rows.T, rows)
+    def add(name: str, member: int, members: int, gradient: Tensor) -> None:
+        parts[name][member] = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
+        if len(parts[name]) == members:
+            rows = torch.cat([parts[name].pop(i) for i in range(members)], dim=1)
+            grams[name].addmm_(rows.T, rows)
 
-    def after_forward(name: str, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+    def after_forward(name: str, member: tuple[int, int], _module: nn.Module, _arguments: Any, output: Tensor) -> None:
         seen.add(name)
         if output.requires_grad:  # else nothing in front of it depends on the embeddings
-            output.register_hook(partial(add, name))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(add, name, *member))  # type: ignore[no-untyped-call]
 
-    modules = {name: model.get_submodule(topology[name].module) for name in names}
-    handles = [module.register_forward_hook(partial(after_forward, name)) for name, module in modules.items()]
+    handles = [
+        model.get_submodule(path).register_forward_hook(partial(after_forward, name, (i, len(paths))))
+        for name in names
+        for paths in (topology.matrix(name).modules,)
+        for i, path in enumerate(paths)
+    ]
     done = 0
     try:
         with _gradients_from_the_embeddings(model):

@@ -3,7 +3,7 @@
 A Gram matrix of an input of width n holds n^2 numbers whatever the number of tokens, but one for every input of every
 layer at once would take as much room as the model. So layers are taken in groups that fit a budget; each group costs
 one pass over the calibration windows, which stops behind the group's last layer. Tensors that read the very same input
-(query, key and value; gate and up) share one matrix.
+(query, key and value; gate and up; the stack of them) share one matrix.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def iterate_grams(
     Args:
         model: The dense model, in evaluation mode.
         topology: Its topology.
-        names: Tensors whose inputs are wanted.
+        names: Tensors and stacks whose inputs are wanted.
         windows: Calibration windows.
         budget_bytes: Room for the matrices of one group; one layer's are always taken together.
         progress: Called per batch as ("calibrate", done, total) in tokens.
@@ -94,7 +94,7 @@ def _find_shared_inputs(
                 return
         readers.append((value, [name]))
 
-    handles = [_hook(model, topology[name].module, partial(remember, name)) for name in names]
+    handles = [_hook(model, topology.matrix(name).modules[0], partial(remember, name)) for name in names]
     try:
         _forward(model, probe)
     finally:
@@ -141,7 +141,7 @@ def _accumulate(
         if name == last:
             raise _StopForward
 
-    handles = [_hook(model, topology[name].module, partial(add, name)) for name in grams]
+    handles = [_hook(model, topology.matrix(name).modules[0], partial(add, name)) for name in grams]
     batches = torch.split(windows.token_ids, max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
     done, total = part[0] * windows.tokens, part[1] * windows.tokens
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,6 +41,11 @@ class LowRankFactors:
         """The approximated weight, shape (out_features, in_features)."""
         left = self.left if self.core is None else self.left @ self.core
         return left @ self.right
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> LowRankFactors:
+        """The same on another device and in another dtype."""
+        core = None if self.core is None else self.core.to(device, dtype)
+        return LowRankFactors(self.left.to(device, dtype), self.right.to(device, dtype), core)
 
     def truncated(self, rank: int) -> LowRankFactors:
         """The leading `rank` columns; every method here orders them by importance, so this is its own rank-r answer."""

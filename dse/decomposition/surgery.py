@@ -12,10 +12,11 @@ from torch import nn
 from dse.cost import point_problems
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
 from dse.decomposition.removal import Swap, removal_problems, removal_swaps
+from dse.decomposition.stacked import StackedLinear, stacked_modules
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
 
 __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose"]
 
@@ -78,23 +79,20 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         RankError: As above, where ranks above break-even are the only problems.
     """
     problems = point_problems(topology, point)
-    problems += [p for name, _ in point if name in topology.by_name for p in _module_problems(model, topology[name])]
-    for name in point.removed:
+    for name, _ in point:
         if name in topology.blocks_by_name:
             problems += removal_problems(model, topology.blocks_by_name[name])
+        elif name in topology.by_name or name in topology.stacks_by_name:
+            problems += [p for tensor in topology.tensors_of(name) for p in _module_problems(model, topology[tensor])]
     if problems:
         kind = RankError if all(isinstance(problem, RankError) for problem in problems) else PointError
         head = "" if len(problems) == 1 else f"{len(problems)} problems with this point, nothing was changed: "
         raise kind(head + " | ".join(str(problem) for problem in problems))
     applied = AppliedPoint(point)
     for name, choice in point:
-        if choice.is_removal:
-            continue
-        tensor = topology[name]
-        parent_path, _, attribute = tensor.module.rpartition(".")
-        dense = model.get_submodule(tensor.module)
-        low_rank = _low_rank(dense, source.factors(name, choice))
-        applied._add(Swap(model.get_submodule(parent_path), attribute, dense, low_rank))
+        if not choice.is_removal:
+            for swap in _factor_swaps(model, topology.matrix(name), source.factors(name, choice)):
+                applied._add(swap)
     for swap in removal_swaps(model, topology, point.removed):
         applied._add(swap)
     try:
@@ -128,7 +126,7 @@ def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[Point
                 f"the model must have the module '{tensor.module}' ('{tensor.name}'), but it has none: another model?"
             )
         ]
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, (LowRankLinear, StackedLinear)):
         return [
             PointError(
                 f"'{tensor.name}' must be dense before a point is applied, but it is decomposed already; undo first"
@@ -146,16 +144,18 @@ def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[Point
     return []
 
 
-def _low_rank(dense: nn.Module, factors: LowRankFactors) -> LowRankLinear:
-    weight, bias = dense.weight, dense.bias
+def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> Iterator[Swap]:
+    """The low-rank module of a tensor, or of each member of a stack, in place of the dense one."""
+    dense = [model.get_submodule(path) for path in matrix.modules]
+    weight = dense[0].weight
     assert isinstance(weight, torch.Tensor)  # noqa: S101 - checked by _module_problems
-    assert bias is None or isinstance(bias, torch.Tensor)  # noqa: S101
-    moved = [
-        None if t is None else t.to(device=weight.device, dtype=weight.dtype)
-        for t in (factors.left, factors.right, factors.core)
-    ]
-    left, right, core = moved
-    assert left is not None  # noqa: S101
-    assert right is not None  # noqa: S101
-    module = LowRankLinear(left, right, bias, core)
-    return module.train(dense.training)
+    moved = factors.to(weight.device, weight.dtype)
+    biases = [module.bias for module in dense]
+    low_rank: tuple[nn.Module, ...]
+    if isinstance(matrix, TensorStack):
+        low_rank = stacked_modules(moved, matrix.rows, biases)  # type: ignore[arg-type]  # a module's bias is a tensor
+    else:
+        low_rank = (LowRankLinear(moved.left, moved.right, biases[0], moved.core),)  # type: ignore[arg-type]
+    for path, module, replacement in zip(matrix.modules, dense, low_rank, strict=True):
+        parent, _, attribute = path.rpartition(".")
+        yield Swap(model.get_submodule(parent), attribute, module, replacement.train(module.training))

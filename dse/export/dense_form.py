@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from dse.decomposition import LowRankLinear
+from dse.decomposition import LowRankLinear, StackedLinear
 from dse.design_point import DesignPoint
 from dse.export.weights import MAX_SHARD_SIZE
 from dse.topology import Topology
@@ -32,16 +32,15 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
     for name, choice in point:
         if choice.is_removal:
             continue
-        tensor = topology[name]
-        module = model.get_submodule(tensor.module)
-        assert isinstance(module, LowRankLinear)  # noqa: S101 - surgery has put it there
-        for part in ("left", "right", "core"):
-            state.pop(f"{tensor.module}.{part}", None)
-        # Double precision, so that each entry is rounded once, to the weight's own dtype.
-        left, right = module.left.detach().cpu().double(), module.right.detach().cpu().double()
-        product = (left if module.core is None else left @ module.core.detach().cpu().double()) @ right
-        weight = product.to(module.left.dtype)
-        state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
+        for member in topology.tensors_of(name):
+            tensor = topology[member]
+            module = model.get_submodule(tensor.module)
+            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - surgery has put it there
+            for part in ("left", "right", "core", "owned.right", "owned.core"):
+                state.pop(f"{tensor.module}.{part}", None)
+            # Double precision, so that each entry is rounded once, to the weight's own dtype.
+            weight = module.factors().to("cpu", torch.float64).product().to(module.left.dtype)
+            state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
     return state | _zeros_of_removed(model, state) if point.removed else state
 
 

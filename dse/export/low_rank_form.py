@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from dse.decomposition import LowRankLinear
+from dse.decomposition import LowRankLinear, StackedLinear
 from dse.decomposition.removal import removal_plan
 from dse.design_point import DesignPoint
 from dse.export.weights import write_weights
@@ -47,14 +47,16 @@ def low_rank_config(
 ) -> dict[str, Any]:
     """config.json: the architecture's own, under a model type of its own, with the form of every low-rank module and
     what is removed."""
-    low_rank = {}
+    low_rank: dict[str, dict[str, Any]] = {}
     for name, choice in point:
         if choice.is_removal:
             continue
-        path = topology[name].module
-        module = model.get_submodule(path)
-        assert isinstance(module, LowRankLinear)  # noqa: S101 - surgery has put it there
-        low_rank[path] = {"rank": module.rank, "core": module.core is not None, "bias": module.bias is not None}
+        paths = topology.matrix(name).modules
+        for path in paths:
+            module = model.get_submodule(path)
+            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - surgery has put it there
+            form = {"rank": module.rank, "core": module.factors().core is not None, "bias": module.bias is not None}
+            low_rank[path] = form | ({"stack": list(paths)} if isinstance(module, StackedLinear) else {})
     model_class, config_class = type(model).__name__, type(model.config).__name__
     config: dict[str, Any] = model.config.to_diff_dict()
     config.pop("quantization_config", None)  # the weights are plain floats, wherever they came from

@@ -8,8 +8,6 @@ its matrices is a few norms, so this costs a millisecond whatever the model's si
 
 from __future__ import annotations
 
-import copy
-import inspect
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel
 from dse.models.removed import RemovedBlock
 from dse.models.roles import block_role_of
 from dse.models.sizes import layer_attention_widths, matmul_entries, persistent_buffer_bytes
+from dse.models.skeleton import run_skeleton, skeleton_of
 from dse.topology import DecomposableTensor, RemovableBlock
 
 __all__ = ["find_blocks"]
@@ -212,13 +211,13 @@ def _verify(layer: nn.Module, heavy: tuple[str, ...], width: int) -> _Verified:
     hidden = torch.randn(1, _PROBE_TOKENS, width, generator=generator)
     for forms in itertools.product(_RETURNED_ITEMS, repeat=len(heavy)):
         stubs = {name: _Recorder(items) for name, items in zip(heavy, forms, strict=True)}
-        skeleton = _skeleton(layer, stubs, generator)
+        skeleton = skeleton_of(layer, stubs, generator)
         norms = _norms_by_block(skeleton, stubs, hidden)
         if norms is None:
             continue
         for name in itertools.chain.from_iterable(norms.values()):
             skeleton._modules[name] = nn.Identity()
-        output = _run(skeleton, hidden)
+        output = run_skeleton(skeleton, hidden)
         items = len(output) if isinstance(output, tuple) else 1
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, Tensor) and value.shape == hidden.shape and torch.equal(value, hidden):
@@ -244,24 +243,6 @@ class _Recorder(RemovedBlock):
         return output
 
 
-def _skeleton(layer: nn.Module, stubs: Mapping[str, nn.Module], generator: torch.Generator) -> nn.Module:
-    """A copy of the layer on the CPU without its matrices; what else it holds gets random weights."""
-    skeleton = copy.copy(layer)
-    vars(skeleton).pop("forward", None)  # libraries that place layers on devices put one there
-    others = {name: child for name, child in layer.named_children() if name not in stubs}
-    copies = {name: copy.deepcopy(child).to_empty(device="cpu").float().eval() for name, child in others.items()}
-    skeleton._modules = {name: stubs.get(name) or copies.get(name) for name in layer._modules}
-    skeleton._parameters = {
-        name: None if p is None else nn.Parameter(torch.empty(p.shape), requires_grad=False)
-        for name, p in layer._parameters.items()
-    }
-    skeleton.training = False
-    with torch.no_grad():
-        for parameter in skeleton.parameters():
-            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-    return skeleton
-
-
 def _norms_by_block(
     skeleton: nn.Module, stubs: Mapping[str, _Recorder], hidden: Tensor
 ) -> dict[str, tuple[str, ...]] | None:
@@ -279,7 +260,7 @@ def _norms_by_block(
         if name not in stubs
     ]
     try:
-        if _run(skeleton, hidden) is None:
+        if run_skeleton(skeleton, hidden) is None:
             return None
     finally:
         for handle in handles:
@@ -295,19 +276,3 @@ def _norms_by_block(
         behind = [name for name, value in read.items() if any(value is given for given in stub.given)]
         norms[block] = (*before, *behind)
     return norms
-
-
-def _run(skeleton: nn.Module, hidden: Tensor) -> object | None:
-    """The layer's output, or None where it cannot be run in this form; stubs need no mask, position or cache."""
-    forward = type(skeleton).forward
-    needed = [
-        p.name
-        for p in list(inspect.signature(forward).parameters.values())[2:]
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    try:
-        with torch.no_grad():
-            output: object = forward(skeleton, hidden, **dict.fromkeys(needed))
-    except Exception:  # noqa: BLE001 - whatever a layer raises here means that it does not take blocks of this form
-        return None
-    return output

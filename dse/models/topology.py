@@ -28,6 +28,7 @@ from dse.models.sizes import (
     persistent_buffer_bytes,
     repeated_paths,
 )
+from dse.models.stacks import find_stacks
 from dse.topology import DecomposableTensor, Topology
 
 __all__ = ["topology_of"]
@@ -85,6 +86,7 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
         unmapped=unmapped,
         blocks=removable,
         blocks_refused=refused,
+        stacks=find_stacks(model, inside),
     )
 
 

@@ -37,8 +37,9 @@ class ExactFactors:
         self.loaded = loaded
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
-        module = self.loaded.model.get_submodule(self.loaded.topology[name].module)
-        return factorise(as_matrix(module).detach().float(), choice.method, choice.rank)
+        modules = [self.loaded.model.get_submodule(path) for path in self.loaded.topology.matrix(name).modules]
+        weight = torch.cat([as_matrix(module).detach().float() for module in modules])
+        return factorise(weight, choice.method, choice.rank)
 
 
 def as_loaded(

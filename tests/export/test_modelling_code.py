@@ -42,7 +42,7 @@ def test_it_needs_torch_and_transformers_alone(model_class: type, config_class: 
     assert f"class LowRank{model_class.__name__}({model_class.__name__}):" in source
     assert f'model_type = "lowrank-{config_class.model_type}"' in source
     assert model_class is hf.LlamaForCausalLM or "Llama" not in source
-    assert len(source.splitlines()) < 200
+    assert len(source.splitlines()) < 240
 
 
 def test_a_class_that_transformers_does_not_list_is_imported_from_its_own_module() -> None:

@@ -181,6 +181,19 @@ def test_tensors_are_the_expected_ones_in_forward_order(family: str) -> None:
     assert topology.is_decoder == (family not in ENCODERS)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_separate_projections_of_one_input_are_stacks(family: str) -> None:
+    topology = topology_of(FAMILIES[family][0]())
+    roles = FAMILIES[family][2]
+    expected = [
+        f"layers.{layer}.{stack}"
+        for layer in range(LAYERS)
+        for stack, members in {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}.items()
+        if all(member in roles for member in members)
+    ]
+    assert [stack.name for stack in topology.stacks] == expected
+
+
 def test_tensors_agree_with_the_modules_they_name(family: str) -> None:
     model = FAMILIES[family][0]()
     for tensor in topology_of(model).tensors:

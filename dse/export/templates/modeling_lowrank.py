@@ -11,8 +11,9 @@ It needs torch and transformers alone. Load it with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`config.low_rank` names every module that is replaced, with its rank and whether it keeps a core and a bias;
-`config.removed` names the blocks and layers that are left out, which the residual stream passes by.
+`config.low_rank` names every module that is replaced, with its rank and whether it keeps a core and a bias; modules of
+one `stack` read the same input and share their right factor. `config.removed` names the blocks and layers that are left
+out, which the residual stream passes by.
 """
 
 from __future__ import annotations
@@ -68,6 +69,61 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.right.shape[1]}, out_features={self.left.shape[0]}, rank={self.left.shape[1]}{core}"
 
 
+class SharedProduct(nn.Module):
+    """The product `x R^T` (and `C^T`) that the members of a stack share: computed once for the same input tensor.
+
+    It is held until the last member took it.
+    """
+
+    def __init__(self, in_features: int, rank: int, *, core: bool, members: int) -> None:
+        super().__init__()
+        self.right = nn.Parameter(torch.empty(rank, in_features))
+        self.core = nn.Parameter(torch.empty(rank, rank)) if core else None
+        for factor in (self.right, self.core):
+            if factor is not None:
+                nn.init.normal_(factor, std=factor.shape[1] ** -0.5)
+        self.members = members
+        self._held = None
+
+    def forward(self, x: Tensor, member: int) -> Tensor:
+        """Map (..., in_features) to (..., rank) for the member of this number."""
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        held, own = self._held, 1 << member
+        if held is not None and held[0] is x and held[1] == version and not held[3] & own:
+            product, taken = held[2], held[3] | own
+        else:
+            product, taken = self._product(x), own
+        self._held = (x, version, product, taken) if taken != (1 << self.members) - 1 else None
+        return product
+
+    def _product(self, x: Tensor) -> Tensor:
+        hidden = functional.linear(x, self.right)
+        return hidden if self.core is None else functional.linear(hidden, self.core)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin without a held product."""
+        return {**vars(self), "_held": None}
+
+
+class StackedLinear(nn.Module):
+    """A member of a stack: `y = (shared product) L^T + b`; the first member holds the shared factor as its own."""
+
+    def __init__(self, out_features: int, shared: SharedProduct, member: int, *, bias: bool) -> None:
+        super().__init__()
+        rank = shared.right.shape[0]
+        self.left = nn.Parameter(torch.empty(out_features, rank))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.normal_(self.left, std=rank**-0.5)
+        self.member = member
+        if member == 0:
+            self.owned = shared
+        self._shared = (shared,)  # in a tuple it is no part of this module, but a deep copy follows it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return functional.linear(self._shared[0](x, self.member), self.left, self.bias)
+
+
 class RemovedBlock(nn.Module):
     """Stands in for an attention or MLP block that is left out; gives a zero that any residual stream takes."""
 
@@ -111,15 +167,26 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
             super().__init__(config, *args, **kwargs)
         finally:
             config.__class__ = LowRankLlamaConfig
-        for path, form in (config.low_rank or {}).items():
-            dense = self.get_submodule(path)
-            # GPT-2's Conv1D stores its weight as (in_features, out_features).
-            out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
-            low_rank = LowRankLinear(out_features, in_features, form["rank"], core=form["core"], bias=form["bias"])
-            self._replace(path, low_rank)
+        self._factorise(config.low_rank or {})
         self._leave_out(**(config.removed or {}))
         self.post_init()
         self._tp_plan = {}  # the base's plan splits dense matrices over devices; it does not fit factors
+
+    def _factorise(self, low_rank: dict[str, Any]) -> None:
+        """Put low-rank modules in the places of `config.low_rank`."""
+        shared: dict[str, SharedProduct] = {}
+        for path, form in low_rank.items():
+            dense, rank, core = self.get_submodule(path), form["rank"], form["core"]
+            # GPT-2's Conv1D stores its weight as (in_features, out_features).
+            out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
+            if "stack" in form:
+                first, members = form["stack"][0], len(form["stack"])
+                if first not in shared:
+                    shared[first] = SharedProduct(in_features, rank, core=core, members=members)
+                module = StackedLinear(out_features, shared[first], form["stack"].index(path), bias=form["bias"])
+            else:
+                module = LowRankLinear(out_features, in_features, rank, core=core, bias=form["bias"])
+            self._replace(path, module)
 
     def _leave_out(self, blocks: Any = (), norms: Any = (), layers: Any = (), cache_slots: Any = ()) -> None:
         """Take out the blocks and layers of `config.removed`; attention that remains moves up in the KV cache."""

@@ -1,4 +1,4 @@
-"""Exports of points that remove blocks: self-contained, right to the bit, and generating as the resident model does."""
+"""Exports of points with removed blocks and stacks: self-contained, exact, generating as the resident model does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WINDOWED = {**GROUPED, "head_dim": 16, "sliding_window": 5}
 KINDS = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
 GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 FAMILIES: dict[str, tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]] = {
-    "Llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
+    "Llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True)),
     "Gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config(**WINDOWED, layer_types=KINDS)),
     "GPT2": (hf.GPT2LMHeadModel, hf.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2)),
     "GPTNeoX": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**COMMON)),
@@ -44,9 +44,11 @@ RULES = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_
 
 
 def removed_and_decomposed(topology) -> DesignPoint:  # type: ignore[no-untyped-def]
-    """The first attention and a whole layer removed, and one tensor of what is left decomposed."""
+    """The first attention and a whole layer removed, a tensor of what is left decomposed, and stacks if there are any."""
     gone = dict.fromkeys(("layers.0.attention", "layers.2.attention", "layers.2.mlp"), TensorChoice.removal())
-    return DesignPoint.of(gone | {"layers.3.attention_output": TensorChoice("svd", 3)})
+    kept = {"layers.3.attention_output": TensorChoice("svd", 3)}
+    stacked = {"layers.1.query_key_value": TensorChoice("tucker", 5), "layers.3.gate_up": TensorChoice("svd", 4)}
+    return DesignPoint.of(gone | kept | {n: c for n, c in stacked.items() if n in topology.stacks_by_name})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,5 +83,7 @@ def test_a_folder_without_some_blocks(
     text = (tmp_path / "thin" / "README.md").read_text()
     assert "without 2 of its 4 attention blocks and 1 of its 4 MLP blocks" in text
     assert json.loads((tmp_path / "thin" / "design_point.json").read_text()) == point.to_json()
+    names = [name for name in thin.state_dict() if name.endswith("owned.right")]
+    assert len(names) == sum(name in loaded.topology.stacks_by_name for name, _ in point)  # stored once a stack
     again = topology_of(thin)
     assert (again.layer_count, again.parameters_dense) == (4, result.parameters)
