@@ -44,7 +44,7 @@ RULES = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_
 
 
 def removed_and_decomposed(topology) -> DesignPoint:  # type: ignore[no-untyped-def]
-    """The first attention and a whole layer removed, a tensor of what is left decomposed, and stacks if there are any."""
+    """The first attention and a whole layer removed, one tensor and what stacks there are decomposed."""
     gone = dict.fromkeys(("layers.0.attention", "layers.2.attention", "layers.2.mlp"), TensorChoice.removal())
     kept = {"layers.3.attention_output": TensorChoice("svd", 3)}
     stacked = {"layers.1.query_key_value": TensorChoice("tucker", 5), "layers.3.gate_up": TensorChoice("svd", 4)}
