@@ -15,7 +15,7 @@ from dse.topology import Topology
 
 __all__ = ["METHOD_NAMES", "REMOVED", "DesignPoint", "TensorChoice"]
 
-METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd", "fisher_svd")
+METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd", "fisher_svd", "fisher_svd_refit")
 """Decomposition methods a point may name; `dse.decomposition` maps each to its function."""
 
 REMOVED = "removed"

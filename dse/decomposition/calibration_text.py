@@ -53,6 +53,14 @@ class CalibrationWindows:
         """Tokens in all windows."""
         return self.token_ids.numel()
 
+    def spread(self, tokens: int) -> Tensor:
+        """About so many tokens in whole windows, spread evenly over all of them; shape (windows', window).
+
+        Windows stand source by source, so a leading part would leave out the last sources.
+        """
+        count = min(len(self.token_ids), max(1, tokens // self.token_ids.shape[1]))
+        return self.token_ids[torch.linspace(0, len(self.token_ids) - 1, count).long()]
+
 
 def _shipped(name: str) -> Callable[[], str]:
     return lambda: (_DATA / f"{name}.txt").read_text(encoding="utf-8")

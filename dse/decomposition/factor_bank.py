@@ -24,6 +24,7 @@ from dse.decomposition.gradient_gram import GradientGrams
 from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
 from dse.decomposition.methods import METHODS, factorise
+from dse.decomposition.refitted_point import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
 from dse.decomposition.stacked import StackedLinear
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import CalibrationError, PointError, StorageFullError
@@ -47,9 +48,12 @@ class FactorBank:
     is decomposed once, at the largest rank a space can ask for, and every smaller rank is a slice.
     """
 
-    def __init__(self, topology: Topology, stores: Mapping[str, FactorStore]) -> None:
+    def __init__(
+        self, topology: Topology, stores: Mapping[str, FactorStore], refitter: PointRefitter | None = None
+    ) -> None:
         self._topology = topology
         self._stores = stores
+        self._refitter = refitter
 
     @classmethod
     def build(
@@ -88,7 +92,8 @@ class FactorBank:
             )
         wanted = requests if isinstance(requests, Mapping) else requests_of_points(requests)
         root = folder or cache_dir() / "factor_banks"
-        bank = cls(loaded.topology, {method: _store(root, loaded, method, calibration) for method in wanted})
+        stores = {method: _store(root, loaded, method, calibration) for method in wanted}
+        bank = cls(loaded.topology, stores, PointRefitter(loaded, calibration, progress))
         for method, ranks in wanted.items():
             store = bank._stores[method]
             with disk_errors(store.folder):
@@ -101,8 +106,24 @@ class FactorBank:
                     _fill(store, loaded, method, missing, calibration, gram_budget_bytes, progress)
         return bank
 
+    def of_point(self, point: DesignPoint) -> FactorBank | RefittedFactors:
+        """Where this point's factors come from: the bank itself, or a refit of them where a method asks for one.
+
+        A point is refitted on the resident model, which must be dense; the points last refitted are kept on disk.
+
+        Raises:
+            PointError: The bank was not built for this point.
+            NonFiniteError: The decomposed model's activations are not finite.
+        """
+        if self._refitter is None or not is_refitted(point):
+            return self
+        method = next(choice.method for _, choice in point if is_refitting(choice))
+        if method not in self._stores:
+            raise PointError(f"this factor bank must hold '{method}' for point {point.id}; build the bank for it")
+        return self._refitter.refit(point, self.factors, self._stores[method].folder / REFIT_VERSION)
+
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
-        """Factors of one tensor, sliced from the bank; float32 on the CPU.
+        """Factors of one tensor, sliced from the bank; float32 on the CPU. What a refitting method starts from.
 
         Raises:
             PointError: The bank was not built for this tensor, method or rank.
@@ -124,7 +145,8 @@ class FactorBank:
     def identity(self, point: DesignPoint) -> str:
         """Of the factors that this point is made of: model, method and calibration text of each; "" without factors."""
         methods = sorted({choice.method for _, choice in point if not choice.is_removal})
-        return " ".join(self._stores[method].folder.name for method in methods)
+        names = [self._stores[method].folder.name for method in methods]
+        return " ".join([*names, REFIT_VERSION] if is_refitted(point) else names)
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -145,7 +167,8 @@ def requests_of_points(points: Iterable[DesignPoint]) -> dict[str, dict[str, int
 
 
 def _store(root: Path, loaded: LoadedModel, method: str, calibration: CalibrationWindows | None) -> FactorStore:
-    identity = {"model": loaded.fingerprint, "method": method, "calibration": ""}
+    stored_as = METHODS[method].refit_of or method
+    identity = {"model": loaded.fingerprint, "method": stored_as, "calibration": ""}
     if METHODS[method].is_calibrated:
         if calibration is None:
             raise CalibrationError(
@@ -153,7 +176,7 @@ def _store(root: Path, loaded: LoadedModel, method: str, calibration: Calibratio
             )
         identity["calibration"] = calibration.fingerprint
     key = hashlib.sha256("|".join((str(SCHEMA_VERSION), *identity.values())).encode()).hexdigest()[:16]
-    return FactorStore(root / f"{method}-{key}", identity)
+    return FactorStore(root / f"{stored_as}-{key}", identity)
 
 
 def _check_room(folder: Path, topology: Topology, method: str, ranks: Mapping[str, int]) -> None:

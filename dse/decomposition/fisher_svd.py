@@ -12,7 +12,7 @@ from dse.errors import CalibrationError, NonFiniteError
 
 __all__ = ["fisher_svd"]
 
-_DAMPING = 0.1
+_DAMPING = 0.5
 """Share of the mean squared gradient added to every output: what a few thousand tokens say of rare directions is noise,
 and a direction without gradient must not be free to take any error."""
 

@@ -58,10 +58,7 @@ class GradientGrams:
         self._budget_bytes = budget_bytes
         self._progress = progress
         self._ready: dict[str, Tensor] = {}
-        count = max(1, GRADIENT_TOKENS // windows.token_ids.shape[1])
-        # Windows stand source by source, so a leading part would leave out the last sources.
-        picked = torch.linspace(0, len(windows.token_ids) - 1, min(count, len(windows.token_ids))).long()
-        self._token_ids = windows.token_ids[picked]
+        self._token_ids = windows.spread(GRADIENT_TOKENS)
 
     def take(self, name: str) -> Tensor:
         """The mean of g g^T over tokens and sampled labels, shape (out_features, out_features), float32; given once.

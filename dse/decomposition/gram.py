@@ -20,7 +20,7 @@ from dse.errors import CalibrationError, NonFiniteError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Topology
 
-__all__ = ["DEFAULT_GRAM_BUDGET_BYTES", "iterate_grams"]
+__all__ = ["DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "forward_body", "iterate_grams"]
 
 DEFAULT_GRAM_BUDGET_BYTES = 512 * 2**20
 _BATCH_TOKENS = 2048
@@ -38,8 +38,8 @@ class _SharedInput:
         return 4 * self.width**2
 
 
-class _StopForward(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
-    """The last input of the group has been seen: the rest of the model need not run."""
+class StopForward(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
+    """A hook has seen all it wanted: the rest of the model need not run."""
 
 
 def iterate_grams(
@@ -96,7 +96,7 @@ def _find_shared_inputs(
 
     handles = [_hook(model, topology.matrix(name).modules[0], partial(remember, name)) for name in names]
     try:
-        _forward(model, probe)
+        forward_body(model, probe)
     finally:
         for handle in handles:
             handle.remove()
@@ -139,7 +139,7 @@ def _accumulate(
         rows = value.detach().reshape(-1, value.shape[-1]).to(torch.float32)
         grams[name].addmm_(rows.T, rows)
         if name == last:
-            raise _StopForward
+            raise StopForward
 
     handles = [_hook(model, topology.matrix(name).modules[0], partial(add, name)) for name in grams]
     batches = torch.split(windows.token_ids, max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
@@ -147,7 +147,7 @@ def _accumulate(
     try:
         for batch in batches:
             progress("calibrate", done, total)
-            _forward(model, batch.to(device))
+            forward_body(model, batch.to(device))
             done += batch.numel()
         progress("calibrate", done, total)
     finally:
@@ -163,11 +163,11 @@ def _hook(model: nn.Module, module: str, see: Callable[[Tensor], None]) -> torch
     return model.get_submodule(module).register_forward_pre_hook(before_forward)
 
 
-def _forward(model: nn.Module, token_ids: Tensor) -> None:
-    """Run the body of the model, without its output head: nobody reads the logits here."""
+def forward_body(model: nn.Module, token_ids: Tensor) -> None:
+    """Run the body of the model, without its output head, until it ends or a hook raises `StopForward`."""
     body = getattr(model, getattr(model, "base_model_prefix", ""), model)
     with torch.inference_mode():
         try:
             body(token_ids.to(next(model.parameters()).device))
-        except _StopForward:
+        except StopForward:
             return

@@ -27,12 +27,16 @@ class Method:
             `(weight, rank, gram, gradient_gram)` where it weighs by gradients.
         is_calibrated: Whether it needs the Gram matrix of calibration activations.
         needs_gradients: Whether it also needs the Gram matrix of output gradients.
+        refit_of: The method whose factors it starts from, where left factors are refitted to the whole point
+            (`dse.decomposition.refit`); a bank keeps the factors under that name. Empty for methods that decompose
+            each tensor by itself.
     """
 
     name: str
     function: Callable[..., LowRankFactors]
     is_calibrated: bool = False
     needs_gradients: bool = False
+    refit_of: str = ""
 
 
 METHODS: Mapping[str, Method] = {
@@ -41,6 +45,9 @@ METHODS: Mapping[str, Method] = {
     "svd": Method("svd", truncated_svd),
     "whitened_svd": Method("whitened_svd", whitened_svd, is_calibrated=True),
     "fisher_svd": Method("fisher_svd", fisher_svd, is_calibrated=True, needs_gradients=True),
+    "fisher_svd_refit": Method(
+        "fisher_svd_refit", fisher_svd, is_calibrated=True, needs_gradients=True, refit_of="fisher_svd"
+    ),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -26,6 +26,15 @@ class FactorSource(Protocol):
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
         """Factors of tensor `name` at this method and rank."""
+        ...
+
+
+@runtime_checkable
+class PointFactorSource(Protocol):
+    """A source whose factors depend on the whole point: a `FactorBank`, where methods refit."""
+
+    def of_point(self, point: DesignPoint) -> FactorSource:
+        """Where the factors of this point come from; the model is dense while it is asked."""
         ...
 
 
@@ -88,6 +97,8 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         kind = RankError if all(isinstance(problem, RankError) for problem in problems) else PointError
         head = "" if len(problems) == 1 else f"{len(problems)} problems with this point, nothing was changed: "
         raise kind(head + " | ".join(str(problem) for problem in problems))
+    if isinstance(source, PointFactorSource):
+        source = source.of_point(point)
     applied = AppliedPoint(point)
     for name, choice in point:
         if not choice.is_removal:

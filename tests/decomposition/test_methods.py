@@ -177,7 +177,7 @@ def test_whitening_refuses_what_is_no_gram() -> None:
 def test_fisher_error_is_the_tail_of_the_two_sided_singular_values(shape: tuple[int, int]) -> None:
     """Against an SVD of the whitened matrix itself, and the divergence it stands for."""
     weight, gram, gradients = weight_of(shape).double(), gram_of(shape[1]).double(), gradients_of(shape[0]).double()
-    metric = gradients + 0.1 * gradients.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
+    metric = gradients + 0.5 * gradients.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
     whitened = torch.linalg.cholesky(metric).T @ weight @ torch.linalg.cholesky(gram)
     for rank in (1, 3, 5):
         tail = torch.linalg.svdvals(whitened)[rank:].square().sum()
@@ -199,8 +199,9 @@ def test_fisher_spares_the_outputs_that_the_loss_hangs_on() -> None:
     importance = torch.ones(12)
     importance[4] = 1e6
     residual = weight - fisher_svd(weight, 1, gram, torch.diag(importance)).product()
-    assert float(residual[4].norm()) < 0.05 * float(weight[4].norm())
-    assert float(residual.norm()) > float((weight - whitened_svd(weight, 1, gram).product()).norm())
+    alike = weight - whitened_svd(weight, 1, gram).product()
+    assert float(residual[4].norm()) < 0.5 * float(alike[4].norm())
+    assert float(residual.norm()) > float(alike.norm())
 
 
 def test_fisher_refuses_what_is_no_gram_of_gradients() -> None:

@@ -1,0 +1,188 @@
+"""Refit the factors of a whole point to what the decomposed model really feeds them.
+
+Factors of a bank know the dense model's activations alone. In a decomposed model every layer also receives the errors
+of those before it. So the left factors are fitted anew, tensor by tensor in the order of the forward pass, each on the
+inputs that the already refitted part produces: a linear least-squares problem with a closed solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dse.decomposition.gram import StopForward, forward_body
+from dse.decomposition.low_rank import LowRankFactors, as_matrix
+from dse.decomposition.whitened_svd import cholesky_with_damping
+from dse.errors import NonFiniteError
+from dse.progress import ProgressCallback, ignore_progress
+from dse.topology import Matrix, TensorStack, Topology
+
+__all__ = ["refit_factors"]
+
+_CORRECTION = 0.25
+"""Share of the error received from earlier layers that a tensor makes good. At 0 there is no refit; at 1 every tensor
+tries to undo what cannot be undone, and fits the noise of few tokens (docs/search.md)."""
+
+_SHRINKAGE = 0.05
+"""Share of each component's power added to the normal equations, against the noise of few tokens."""
+
+
+def refit_factors(
+    model: nn.Module,
+    topology: Topology,
+    factors: Mapping[str, LowRankFactors],
+    refitted: frozenset[str],
+    removed: tuple[str, ...],
+    token_ids: Tensor,
+    *,
+    progress: ProgressCallback = ignore_progress,
+) -> dict[str, LowRankFactors]:
+    """Refit left factors in one forward pass that carries the dense model and the decomposed one side by side.
+
+    The calibration windows go through the model twice in one batch: through the dense weights, and through the factors.
+    When the pass reaches a tensor W with dense input x, decomposed input x' and factors A R, its outputs should be W x,
+    but even with W itself they would be W x'. The left factor makes a share c of that good, by ridge regression of the
+    error on the components z = R x':
+
+        A' = A + c W (X - X') Z^T (Z Z^T + mu diag(Z Z^T))^-1
+
+    and the pass goes on with A' R x'. The truncation's own error is left as the bank has it: it was minimised over more
+    tokens, and over the gradients. The model itself is never changed.
+
+    Args:
+        model: The dense model, in evaluation mode.
+        topology: Its topology.
+        factors: Name of each tensor or stack of the point to its factors; those to be refitted have no core.
+        refitted: Names of those to be refitted; the others are used as they are.
+        removed: Names of removed blocks.
+        token_ids: Calibration windows, shape (windows, window). All of them go through at once: the widest activation
+            must fit twice.
+        progress: Called as ("refit", done, total) in tensors, a stack's members counted one by one.
+
+    Returns:
+        The factors of the point, refitted ones in float32 on the CPU; right factors are those that came in.
+
+    Raises:
+        NonFiniteError: The decomposed model's activations are not finite.
+
+    Sources: SVD-LLM (Wang et al., arXiv 2403.07378) updates left factors on the decomposed model's activations; GPTAQ
+    (Li et al., arXiv 2504.02692) aims at the dense model's outputs, as here, in quantisation.
+    """
+    if not refitted:
+        return dict(factors)
+    members = {path: own for name in factors for path, own in _by_module(topology.matrix(name), factors[name]).items()}
+    waiting = {path for name in refitted for path in topology.matrix(name).modules}
+    total = len(waiting)
+    fitted: dict[str, Tensor] = {}
+
+    def decomposed(path: str, module: nn.Module, inputs: Tensor, dense: Tensor) -> Tensor:
+        outputs, after = _decomposed_outputs(module, inputs, dense, members[path], path in waiting)
+        if not bool(torch.isfinite(outputs).all()):
+            raise NonFiniteError(f"activations of the decomposed model must be finite, but those of '{path}' are not")
+        if path in waiting:
+            fitted[path] = after.left
+            waiting.discard(path)
+            progress("refit", len(fitted), total)
+            if not waiting:
+                raise StopForward
+        return outputs
+
+    blocks = [topology.blocks_by_name[name].module for name in removed]
+    with _two_models_in_a_batch(model, tuple(members), blocks, decomposed):
+        forward_body(model, torch.cat((token_ids, token_ids)))
+    lefts = {name: torch.cat([fitted[path] for path in topology.matrix(name).modules]) for name in refitted}
+    return {**factors, **{name: LowRankFactors(left, factors[name].right) for name, left in lefts.items()}}
+
+
+def _by_module(matrix: Matrix, factors: LowRankFactors) -> dict[str, LowRankFactors]:
+    """Module path to the factors it is replaced by: of a stack, each member's rows with the shared right factor."""
+    rows = matrix.rows if isinstance(matrix, TensorStack) else (slice(None),)
+    return {
+        path: LowRankFactors(factors.left[own], factors.right, factors.core)
+        for path, own in zip(matrix.modules, rows, strict=True)
+    }
+
+
+@contextmanager
+def _two_models_in_a_batch(
+    model: nn.Module, paths: Sequence[str], removed: Sequence[str], decomposed: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Hooks under which the first half of a batch sees the dense model and the second half the point."""
+    kept: dict[str, Tensor] = {}
+
+    def before(path: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dense, kept[path] = arguments[0].tensor_split(2)
+        return (dense, *arguments[1:])
+
+    def after(path: str, module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return torch.cat((output, decomposed(path, module, kept.pop(path), output)))
+
+    def take_out(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+        first = output if isinstance(output, Tensor) else output[0]
+        first[len(first) // 2 :] = 0  # the layer without a removable block is the layer with a block of zeros
+        return output
+
+    handles = []
+    try:
+        for path in paths:
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(partial(before, path)))
+            handles.append(module.register_forward_hook(partial(after, path)))
+        for path in removed:
+            handles.append(model.get_submodule(path).register_forward_hook(take_out))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decomposed_outputs(
+    module: nn.Module, inputs: Tensor, dense: Tensor, factors: LowRankFactors, refit: bool
+) -> tuple[Tensor, LowRankFactors]:
+    """Outputs of the decomposed tensor for its own inputs, and the factors that gave them.
+
+    Args:
+        module: The dense module.
+        inputs: Of the decomposed model, shape (..., in_features).
+        dense: Outputs of the dense model, shape (..., out_features).
+        factors: As they come.
+        refit: Whether to refit the left one.
+    """
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)  # noqa: S101 - narrows the type
+    right = factors.right.to(dense)
+    components = inputs @ right.T
+    if refit:
+        target = dense if bias is None else dense - bias
+        left = _refitted_left(as_matrix(module), _rows(inputs), _rows(components), _rows(target), factors.left)
+        factors = LowRankFactors(left.cpu(), factors.right)
+    left = factors.left if factors.core is None else factors.left @ factors.core
+    outputs = components @ left.to(dense).T
+    return outputs if bias is None else outputs + bias, factors
+
+
+def _refitted_left(weight: Tensor, inputs: Tensor, components: Tensor, dense: Tensor, left: Tensor) -> Tensor:
+    """The left factor with its share of the received error made good, float32; tokens are rows.
+
+    Args:
+        weight: Shape (out_features, in_features).
+        inputs: Of the decomposed model, shape (tokens, in_features).
+        components: Right factor times inputs, shape (tokens, rank).
+        dense: Outputs of the dense model without bias, shape (tokens, out_features).
+        left: Shape (out_features, rank).
+    """
+    # W X' Z^T by way of X' Z^T: W X' itself would cost as much again as the dense forward pass.
+    error = dense.T @ components - weight.to(torch.float32) @ (inputs.T @ components)
+    power = (components.T @ components).to(torch.float64)
+    root = cholesky_with_damping(power + torch.diag(_SHRINKAGE * power.diagonal()))
+    step = torch.cholesky_solve(error.T.to(torch.float64), root).T
+    return (left.to(error) + _CORRECTION * step.to(torch.float32)).contiguous()
+
+
+def _rows(activations: Tensor) -> Tensor:
+    return activations.reshape(-1, activations.shape[-1]).to(torch.float32)
