@@ -24,7 +24,7 @@ from dse.evaluation.scoring import TargetHead
 from dse.evaluation.statistics import Interval, student_quantile
 from dse.progress import ProgressCallback, ignore_progress
 
-__all__ = ["DenseDivergence", "Divergence", "kl_divergence_of_logits"]
+__all__ = ["DenseDivergence", "Divergence", "check_head", "kl_divergence_of_logits"]
 
 _BATCH_TOKENS = 1024
 _CHUNK_BYTES = 32 * 2**20
@@ -80,8 +80,7 @@ class DenseDivergence:
         digest = hashlib.sha256(f"{tuple(token_ids.shape)}".encode() + token_ids.cpu().numpy().tobytes())
         self.fingerprint = digest.hexdigest()[:16]
         self._batches = torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1]))
-        self._head = _head_of(model)
-        _check_head(model, self._head, self._batches[0][:1])
+        self._head = check_head(model, self._batches[0][:1])
         self._dense = [hidden.clone() for hidden in self._hidden_states(progress)]
 
     @property
@@ -163,22 +162,23 @@ def _hidden(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
         return body(input_ids=token_ids.to(model.device), use_cache=False)[0]  # type: ignore[no-any-return]
 
 
-def _head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Module):
+def check_head(model: PreTrainedModel, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function from what the output head reads to logits, checked on a few tokens of this text.
+
+    Raises:
+        ModelError: The model has no output head, or its logits are not its head's output.
+    """
+    if not isinstance(model.get_output_embeddings(), nn.Module):  # type: ignore[no-untyped-call]
         raise ModelError(
-            f"kl_divergence needs a model with an output head, but {type(model).__name__} has none; leave it out"
+            f"KL divergence needs a model with an output head, but {type(model).__name__} has none; leave it out"
         )
-    return TargetHead(model).logits
-
-
-def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor], token_ids: Tensor) -> None:
-    probe = token_ids[:, :8].to(model.device)
+    head, probe = TargetHead(model).logits, token_ids[:, :8].to(model.device)
     with torch.inference_mode():
         ours, theirs = head(_hidden(model, probe)), model(input_ids=probe, use_cache=False).logits
     spread = float(theirs.float().std())
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > _TOLERANCE * max(spread, 1e-6):
         raise ModelError(
-            f"kl_divergence needs a model whose logits are its output head's, but those of {type(model).__name__} are"
-            " formed otherwise; leave the objective out, and set `fidelity.proxy_tokens: 0`"
+            f"KL divergence needs a model whose logits are its output head's, but those of {type(model).__name__} are"
+            " formed otherwise; leave out `kl_divergence`, and set `fidelity.proxy_tokens: 0`"
         )
+    return head

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dse.pareto.dominance import dominates, non_dominated, non_dominated_rank
 from dse.pareto.front import front_hypervolume, front_table, mark_front, objective_values
+from dse.pareto.heat_map import HeatMap, heat_map_html
 from dse.pareto.hypervolume import hypervolume, normalised_hypervolume
 from dse.pareto.knee import knee_distances, knee_index
 from dse.pareto.objective import (
@@ -16,7 +17,7 @@ from dse.pareto.objective import (
     reference_value,
 )
 from dse.pareto.plots import plot_front
-from dse.pareto.png import front_png
+from dse.pareto.png import front_png, heat_map_png
 from dse.pareto.recommend import Recommendation, recommend
 from dse.pareto.report import front_html
 from dse.pareto.table import format_front, format_tied, front_text, tied_text, to_records
@@ -24,6 +25,7 @@ from dse.pareto.ties import mark_ties, tied_table
 
 __all__ = [
     "OBJECTIVES",
+    "HeatMap",
     "Objective",
     "Recommendation",
     "directions_of",
@@ -35,6 +37,8 @@ __all__ = [
     "front_png",
     "front_table",
     "front_text",
+    "heat_map_html",
+    "heat_map_png",
     "hypervolume",
     "knee_distances",
     "knee_index",

@@ -1,4 +1,4 @@
-"""The front as a PNG for files and READMEs (the only importer of matplotlib)."""
+"""Fronts and heat maps as PNG for files and READMEs (the only importer of matplotlib)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dse.pareto.heat_map import HeatMap, colour_of
 from dse.pareto.objective import Objective
 from dse.pareto.panels import Palette, Panel, Points, panels
 
-__all__ = ["front_png"]
+__all__ = ["front_png", "heat_map_png"]
 
 
 def front_png(
@@ -148,3 +149,35 @@ def _error_bars(axes: Any, points: Points, colour: str) -> None:
     axes.errorbar(
         points.x, points.y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=colour, elinewidth=0.9, zorder=1
     )  # fmt: skip
+
+
+def heat_map_png(heat_map: HeatMap, *, dpi: int = 150) -> bytes:
+    """The content of a PNG file: rows downwards, columns across, colours on a logarithmic scale."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.figure import Figure
+
+    low, high = heat_map.limits
+    values = np.array([[np.nan if v is None else max(v, low) for v in row] for row in heat_map.values], dtype=float)
+    ramp = LinearSegmentedColormap.from_list("damage", [colour_of(step / 10) for step in range(11)])
+    style = {"text.parse_math": False, "font.family": "sans-serif", "font.size": 10, "text.color": Palette.TEXT}
+    with rc_context(style):
+        size = (2.6 + 1.05 * len(heat_map.columns), 1.9 + 0.24 * len(heat_map.rows))
+        figure = Figure(figsize=size, dpi=dpi, layout="constrained", facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        drawn = axes.imshow(values, cmap=ramp, norm=LogNorm(low, high), aspect="auto")
+        axes.set_xticks(range(len(heat_map.columns)), heat_map.columns, rotation=30, ha="left", rotation_mode="anchor")
+        axes.xaxis.tick_top()
+        axes.set_yticks(range(len(heat_map.rows)), heat_map.rows)
+        axes.tick_params(length=0, colors=Palette.TEXT)
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel("Layer", fontsize=11)
+        bar = figure.colorbar(drawn, ax=axes, pad=0.015, aspect=38)
+        bar.outline.set_visible(False)
+        bar.set_label(heat_map.label, fontsize=10)
+        figure.suptitle(heat_map.title, fontsize=11.5, x=0.01, ha="left")
+        buffer = io.BytesIO()
+        canvas.print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dse.cli.commands import compare, cost, doctor, evaluate, export, front, measure, recommend, run, space
+from dse.cli.commands import compare, cost, doctor, evaluate, export, front, measure, recommend, run, sensitivity, space
 
 __all__ = ["COMMANDS"]
 
@@ -17,6 +17,8 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     export.add,
     cost.add,
     space.add,
+    sensitivity.add,
+    sensitivity.add_allocate,
     evaluate.add,
     measure.add,
     doctor.add,

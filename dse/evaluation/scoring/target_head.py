@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,10 +61,19 @@ class TargetHead:
         found = [(after, getattr(config, key, None)) for key, after in _AFTER_HEAD.items()]
         self._after = [(after, float(value)) for after, value in found if isinstance(value, int | float) and value]
 
+    @property
+    def module(self) -> Any:
+        """The head as the model has it now."""
+        return self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its logits are a matrix product and nothing is done to them afterwards."""
+        return type(self.module) is nn.Linear and not self._after
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the whole vocabulary, float32, shape (..., vocabulary), of states of shape (..., width)."""
-        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return self._finish(head(hidden))
+        return self._finish(self.module(hidden))
 
     def score(
         self, hidden: Tensor, positions: Sequence[int], targets: Sequence[int], *, most_states: int = sys.maxsize
@@ -110,7 +120,7 @@ class TargetHead:
 
     def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first token, logits of a slice of the vocabulary), one slice at a time."""
-        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = self.module
         if type(head) is not nn.Linear:  # decomposed, or an architecture's own: only whole
             yield 0, self.logits(hidden)
             return

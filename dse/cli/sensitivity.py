@@ -1,0 +1,182 @@
+"""`dse sensitivity` and `dse allocate`: a model's profile, and points made from it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dse.allocation import Constraints, budget_ladder
+from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, load_search_space
+from dse.decomposition import (
+    BUILTIN_TEXTS,
+    CalibrationWindows,
+    calibration_windows,
+    held_out_windows,
+    longest_window,
+)
+from dse.errors import ConfigError
+from dse.files import write_bytes, write_json, write_text
+from dse.models import LoadedModel, load_model
+from dse.pareto import heat_map_html, heat_map_png
+from dse.sensitivity import (
+    DEFAULT_PROFILE_TOKENS,
+    PROFILE_WINDOW,
+    ProfileSettings,
+    SensitivityProfile,
+    heat_map_of,
+    measure_profile,
+    profile_origin,
+)
+from dse.study import SearchSpace, StudyListener, resolve_device
+
+__all__ = ["allocate_command", "print_allocations", "print_profile", "profile_command", "write_profile"]
+
+
+def profile_command(options: argparse.Namespace, listener: StudyListener) -> SensitivityProfile:
+    """Load the model and measure its profile, or find it in the cache.
+
+    Raises:
+        UserError: Model, space, method or text cannot be had.
+    """
+    subject = _Subject(options, listener)
+    return measure_profile(
+        subject.loaded,
+        subject.windows,
+        subject.calibration,
+        subject.settings,
+        text=subject.text,
+        progress=listener.on_phase,
+    )
+
+
+def allocate_command(options: argparse.Namespace, listener: StudyListener) -> list[dict[str, Any]]:
+    """One point for each reduction asked for.
+
+    Raises:
+        UserError: As `profile_command`; a profile is of another model or text, or a budget cannot be reached.
+    """
+    if options.profile is None:
+        profile = profile_command(options, listener)
+    else:
+        path = Path(options.profile)
+        SensitivityProfile.read(path)  # a damaged file is told before the model is loaded
+        subject = _Subject(options, listener)
+        origin = profile_origin(subject.loaded, subject.windows, subject.calibration, subject.settings)
+        profile = SensitivityProfile.read(path, origin)
+    constraints = Constraints(
+        untouched_layers=frozenset(options.untouched_layers),
+        dense_roles=frozenset(options.dense_roles),
+        most_removed_blocks=options.max_removed,
+    )
+    documents = []
+    for wanted, found in zip(
+        options.reduction, budget_ladder(profile.table, options.reduction, constraints=constraints), strict=True
+    ):
+        document = {
+            "wanted_reduction": wanted,
+            "reduction": found.reduction,
+            "parameters": found.parameters,
+            "predicted_damage": found.damage,
+            "removed_blocks": len(found.point.removed),
+            "point_id": found.point.id,
+            "point": found.point.to_json(),
+        }
+        if options.out is not None:
+            path = Path(options.out) / f"reduction-{wanted:g}.json"
+            write_json(path, found.point.to_json())
+            document["file"] = str(path)
+        documents.append(document)
+    return documents
+
+
+class _Subject:
+    """What a profile is of: the model, its texts and the settings, from the command's options."""
+
+    def __init__(self, options: argparse.Namespace, listener: StudyListener) -> None:
+        space = None if options.space is None else load_search_space(Path(options.space))
+        if options.method is not None and space is not None:
+            raise ConfigError("give `--method` or `--space`, whose file names methods, not both")
+        ProfileSettings(**({} if options.method is None else {"methods": tuple(options.method)}))  # refused early
+        listener.on_message(f"loading {options.model}")
+        self.loaded = load_model(
+            options.model,
+            revision=options.revision,
+            dtype=options.dtype,
+            device=str(resolve_device(options.device)),
+            trust_remote_code=options.trust_remote_code,
+            role_names=None if space is None else space.role_names,
+        )
+        self.settings = _settings(options, space, self.loaded)
+        config = CalibrationConfig(sources=[_source(options.calibration)], tokens=max(64, options.calibration_tokens))
+        self.calibration: CalibrationWindows | None = None
+        if self.settings.is_calibrated:
+            self.calibration = calibration_windows(
+                self.loaded.tokenizer, config, longest_window=longest_window(self.loaded.model)
+            )
+            listener.on_message(f"calibration text: {self.calibration.description}")
+        self.windows, self.text = _text(options, config, self.loaded)
+        listener.on_message(f"damage is measured on {self.windows.numel()} tokens of {self.text}")
+
+
+def _settings(options: argparse.Namespace, space: SearchSpaceConfig | None, loaded: LoadedModel) -> ProfileSettings:
+    if space is None:
+        return ProfileSettings() if options.method is None else ProfileSettings(methods=tuple(options.method))
+    names = SearchSpace.from_config(space, loaded.topology).tensor_names()
+    return ProfileSettings(tuple(space.methods), names, space.ranks.multiple)
+
+
+def _text(options: argparse.Namespace, config: CalibrationConfig, loaded: LoadedModel) -> tuple[Tensor, str]:
+    """Windows of text, and what they are in words."""
+    tokens, longest = options.tokens or DEFAULT_PROFILE_TOKENS, longest_window(loaded.model)
+    if options.text is None:
+        windows = held_out_windows(loaded.tokenizer, config, tokens, longest_window=longest)
+        return windows, f"text that calibration on '{options.calibration}' leaves"
+    own = CalibrationConfig(sources=[_source(options.text)], tokens=max(64, tokens), window=PROFILE_WINDOW)
+    return calibration_windows(loaded.tokenizer, own, longest_window=longest).token_ids, f"'{options.text}'"
+
+
+def _source(text: str) -> CalibrationSource:
+    return CalibrationSource(builtin=text) if text in BUILTIN_TEXTS else CalibrationSource(file=text)
+
+
+def write_profile(profile: SensitivityProfile, folder: str) -> list[Path]:
+    """The profile and its heat map, as files.
+
+    Raises:
+        StorageFullError: The disk is full or the folder cannot be written.
+    """
+    out, heat_map = Path(folder), heat_map_of(profile)
+    paths = [out / "profile.json", out / "sensitivity.png", out / "sensitivity.html"]
+    profile.write(paths[0])
+    write_bytes(paths[1], heat_map_png(heat_map))
+    write_text(paths[2], heat_map_html(heat_map))
+    return paths
+
+
+def print_profile(profile: SensitivityProfile, written: Sequence[Path]) -> None:
+    """The heat map as a table, and where the files are."""
+    heat_map = heat_map_of(profile)
+    print(heat_map.title)
+    width = max(9, *(len(column) for column in heat_map.columns)) + 2
+    print("layer" + "".join(column.rjust(width) for column in heat_map.columns))
+    for row, values in zip(heat_map.rows, heat_map.values, strict=True):
+        cells = ("-" if value is None else f"{value:.4f}" for value in values)
+        print(row.rjust(5) + "".join(cell.rjust(width) for cell in cells))
+    print(heat_map.note)
+    print("files: " + ", ".join(str(path) for path in written))
+
+
+def print_allocations(documents: Sequence[dict[str, Any]]) -> None:
+    """One line a point."""
+    print("reduction  parameters  predicted KL (nats/token)  removed blocks  point")
+    for entry in documents:
+        print(
+            f"{100 * entry['reduction']:8.2f} %  {entry['parameters'] / 1e6:8.1f} M  {entry['predicted_damage']:25.4f}"
+            f"  {entry['removed_blocks']:14d}  {entry.get('file', entry['point_id'])}"
+        )
+    if not any("file" in entry for entry in documents):
+        print("`--out DIR` writes them as files, `--json` prints them")

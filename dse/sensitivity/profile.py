@@ -1,0 +1,130 @@
+"""The sensitivity profile of a model: measured damage of tensors and blocks, and the damage table made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dse.allocation import DamageTable, TableOrigin
+from dse.errors import DseError, ProfileError
+from dse.files import write_json
+
+__all__ = ["PROFILE_SCHEMA", "MeasuredPart", "SensitivityProfile"]
+
+PROFILE_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class MeasuredPart:
+    """One tensor or block, treated alone.
+
+    Attributes:
+        name: Of the tensor or block.
+        layer: 0-based index.
+        role: Of the tensor; attention or mlp for a block.
+        method: Decomposition method, or `removed`.
+        kept_fraction: Share of its parameters that was kept.
+        damage: KL divergence to dense, nats per token.
+        standard_error: Of the damage, over windows of the text.
+        log_likelihood_drop: Dense minus treated, nats per token.
+    """
+
+    name: str
+    layer: int
+    role: str
+    method: str
+    kept_fraction: float
+    damage: float
+    standard_error: float
+    log_likelihood_drop: float
+
+
+@dataclass(frozen=True)
+class SensitivityProfile:
+    """What was measured, and the table that allocations are made from.
+
+    Attributes:
+        model: As the caller named it.
+        architecture: Class of the model.
+        text: What damage was measured on, in words.
+        parts: Tensors, then blocks, in order of layers.
+        table: Options of every block; damages between measurements are interpolated.
+    """
+
+    model: str
+    architecture: str
+    text: str
+    parts: tuple[MeasuredPart, ...]
+    table: DamageTable
+
+    @property
+    def origin(self) -> TableOrigin:
+        """What it was measured on."""
+        return self.table.origin
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        return {
+            "profile_schema": PROFILE_SCHEMA,
+            "model": self.model,
+            "architecture": self.architecture,
+            "text": self.text,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+            "table": self.table.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str = "the profile") -> SensitivityProfile:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ProfileError: It was not written by it, or by another version.
+        """
+        try:
+            if document["profile_schema"] != PROFILE_SCHEMA:
+                raise ValueError(f"schema {document['profile_schema']}")
+            return cls(
+                str(document["model"]),
+                str(document["architecture"]),
+                str(document["text"]),
+                tuple(MeasuredPart(**part) for part in document["parts"]),
+                DamageTable.from_json(document["table"], where),
+            )
+        except ProfileError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, DseError) as error:
+            raise ProfileError(
+                f"a sensitivity profile must be a file that `dse sensitivity` wrote, but {where} is none"
+                f" ({type(error).__name__}: {error}); measure it anew"
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the profile as JSON, atomically.
+
+        Raises:
+            StorageFullError: The disk is full or the folder cannot be written.
+        """
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path, origin: TableOrigin | None = None) -> SensitivityProfile:
+        """Read a profile, and refuse one of another origin where one is asked for.
+
+        Raises:
+            ProfileError: The file cannot be read, is damaged, or was measured on something else.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ProfileError(
+                f"a sensitivity profile must be a readable JSON file, but {path} is not"
+                f" ({getattr(error, 'strerror', None) or error}); measure it with `dse sensitivity`"
+            ) from error
+        profile = cls.from_json(document, str(path))
+        if origin is not None:
+            profile.origin.check(origin, str(path))
+        return profile

@@ -1,0 +1,69 @@
+"""What a sensitivity profile measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from dse.decomposition import METHODS, RankRequests
+from dse.cost import break_even_rank, has_core
+from dse.errors import ConfigError
+from dse.topology import Topology
+
+__all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
+
+DEFAULT_PROFILE_TOKENS = 1024
+PROFILE_WINDOW = 128
+"""Tokens of a window: the shorter, the more of them, and the better is known how much they differ."""
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """Which tensors, methods and ranks.
+
+    Attributes:
+        methods: Decomposition methods; each is measured, and an allocation may mix them.
+        names: Tensors; None for all inside the layers.
+        multiple: Ranks are multiples of this.
+        tensor_kept_fraction: Share of a tensor's parameters kept where it is measured alone.
+        block_kept_fractions: Shares of a block's parameters kept where it is measured as one.
+        table_kept_fractions: Shares at which the table has options, measured or interpolated.
+        with_removals: Whether blocks that can be removed are measured without.
+    """
+
+    methods: tuple[str, ...] = ("whitened_svd",)
+    names: tuple[str, ...] | None = None
+    multiple: int = 8
+    tensor_kept_fraction: float = 0.5
+    block_kept_fractions: tuple[float, ...] = (0.75, 0.5, 0.25)
+    table_kept_fractions: tuple[float, ...] = (
+        0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05,
+    )  # fmt: skip
+    with_removals: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"a profile needs one method or more, each named once, but got {list(self.methods)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise ConfigError(f"a method must be one of {', '.join(METHODS)}, but got '{method}'")
+        fractions = (self.tensor_kept_fraction, *self.block_kept_fractions, *self.table_kept_fractions)
+        if not all(0 < fraction < 1 for fraction in fractions):
+            raise ConfigError(f"`0 < kept fraction < 1` must hold, but got {min(fractions)} to {max(fractions)}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of all attributes."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether some method needs calibration text."""
+        return any(METHODS[method].is_calibrated for method in self.methods)
+
+    def rank_requests(self, topology: Topology) -> RankRequests:
+        """What the factor bank must hold: every tensor up to break-even."""
+        tensors = [t for t in topology.tensors if t.layer is not None and (self.names is None or t.name in self.names)]
+        return {m: {t.name: break_even_rank(*t.shape, core=has_core(m)) for t in tensors} for m in self.methods}

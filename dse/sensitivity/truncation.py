@@ -1,0 +1,98 @@
+"""The error of a tensor's outputs on a text when its factors are truncated, for every rank at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dse.cost import break_even_rank, has_core
+from dse.decomposition.low_rank import as_matrix
+from dse.decomposition.surgery import FactorSource
+from dse.design_point import TensorChoice
+from dse.models import LoadedModel
+from dse.sensitivity.stored_states import full_pass
+
+__all__ = ["truncation_errors"]
+
+_LEAST = 1e-7  # of the output's power: rounding of float32 products
+
+
+def truncation_errors(
+    loaded: LoadedModel, names: Iterable[str], method: str, source: FactorSource, batches: Sequence[Tensor]
+) -> Mapping[str, NDArray[np.float64]]:
+    """||W x - L_r R_r x||^2 / ||W x||^2 over a text, for every rank r up to break-even.
+
+    With activations a = R x of all columns, sum over a text
+
+        ||W x - L_r a_r||^2 = ||W x||^2 - 2 sum_{i<=r} (L^T W x)_i a_i + sum_{i,j<=r} (L^T L)_ij a_i a_j,
+
+    so one pass gives the sums of all ranks, whatever the method, as long as smaller ranks are leading columns.
+
+    Args:
+        loaded: Dense now.
+        names: Tensors.
+        method: Of their factors.
+        source: Holds factors up to break-even.
+        batches: Token ids, each of shape (windows, tokens).
+
+    Returns:
+        Tensor name to errors of ranks 0 to break-even, in (0, 1], not rising; shape (break-even + 1,).
+    """
+    sums = {name: _Sums(_module(loaded, name), *_factors(loaded, name, method, source)) for name in names}
+    handles = [_module(loaded, name).register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()]
+    try:
+        for batch in batches:
+            full_pass(loaded.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: entry.errors() for name, entry in sums.items()}
+
+
+class _Sums:
+    """What is summed over a text for one tensor."""
+
+    def __init__(self, module: nn.Module, left: Tensor, right: Tensor) -> None:
+        self._weight = as_matrix(module).float()
+        self._left, self._right = left, right
+        self._power = 0.0
+        self._inner = torch.zeros(right.shape[0], dtype=torch.float64, device=right.device)
+        self._activations = torch.zeros(right.shape[0], right.shape[0], dtype=torch.float64, device=right.device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in the inputs of a batch, shape (..., in_features)."""
+        x = inputs.detach().flatten(0, -2).float()
+        outputs, activations = x @ self._weight.T, x @ self._right.T
+        self._power += float(outputs.square().sum())
+        self._inner += ((outputs @ self._left) * activations).sum(dim=0).double()
+        self._activations += (activations.T @ activations).double()
+
+    def errors(self) -> NDArray[np.float64]:
+        """Shape (ranks + 1,)."""
+        overlaps = ((self._left.T @ self._left).double() * self._activations).cpu().numpy()
+        # Entry by entry, what a row and a column add to the square of leading columns.
+        squares = np.cumsum(2 * np.tril(overlaps, -1).sum(axis=1) + np.diag(overlaps))
+        gained = 2 * np.cumsum(self._inner.cpu().numpy()) - squares
+        left = 1.0 - np.concatenate([[0.0], gained]) / max(self._power, 1e-300)
+        return np.minimum.accumulate(np.clip(left, _LEAST, 1.0))
+
+
+def _see(add: Callable[[Tensor], None], _module: nn.Module, inputs: Any) -> None:
+    add(inputs[0])
+
+
+def _module(loaded: LoadedModel, name: str) -> nn.Module:
+    return loaded.model.get_submodule(loaded.topology[name].module)
+
+
+def _factors(loaded: LoadedModel, name: str, method: str, source: FactorSource) -> tuple[Tensor, Tensor]:
+    rank = break_even_rank(*loaded.topology[name].shape, core=has_core(method))
+    factors = source.factors(name, TensorChoice(method, rank))
+    left = factors.left if factors.core is None else factors.left @ factors.core
+    return left.to(loaded.device).float(), factors.right.to(loaded.device).float()
