@@ -52,7 +52,7 @@ class Option:
     @property
     def removes_block(self) -> bool:
         """Whether the residual stream passes the unit by."""
-        return any(choice.method == "removed" for _, choice in self.choices)
+        return any(choice.is_removal for _, choice in self.choices)
 
     def describe(self) -> str:
         """For messages: `layers.3.query svd 64, ...`."""

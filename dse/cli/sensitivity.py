@@ -100,7 +100,8 @@ class _Subject:
         space = None if options.space is None else load_search_space(Path(options.space))
         if options.method is not None and space is not None:
             raise ConfigError("give `--method` or `--space`, whose file names methods, not both")
-        ProfileSettings(**({} if options.method is None else {"methods": tuple(options.method)}))  # refused early
+        if options.method is not None:
+            ProfileSettings(methods=tuple(options.method))  # refused before a model is loaded
         listener.on_message(f"loading {options.model}")
         self.loaded = load_model(
             options.model,

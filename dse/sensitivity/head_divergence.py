@@ -106,7 +106,7 @@ class _LinearHead(HeadDivergence):
             return torch.logsumexp(torch.stack(parts, dim=1).double(), dim=1)
 
     def _slices(self, flat: Tensor) -> Any:
-        """(rows of the head, logits) of a slice of the vocabulary at a time, both float32 whatever the model's dtype."""
+        """(rows of the head, logits) of a slice of the vocabulary, both float32 whatever the model's dtype."""
         budget = _SLICE_BYTES if flat.device.type == "cpu" else _SLICE_BYTES_DEVICE
         width = max(256, budget // (4 * max(1, flat.shape[0])))
         for start in range(0, self._head.weight.shape[0], width):

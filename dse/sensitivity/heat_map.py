@@ -33,7 +33,11 @@ def heat_map_of(profile: SensitivityProfile) -> HeatMap:
             f"Each tensor alone, factors keeping {about} of its parameters, by"
             f" {' or '.join(profile.origin.methods)} (the better); on {profile.origin.tokens} tokens of {profile.text},"
             f" in {profile.origin.dtype}."
-            + (" Columns that end in 'removed' are whole blocks passed by." if any("removed" in c for c in columns) else "")
+            + (
+                " Columns that end in 'removed' are whole blocks passed by."
+                if any("removed" in c for c in columns)
+                else ""
+            )
         ),
     )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dse.allocation import DamageTable, Option, TableOrigin, Unit
-from dse.cost import cost
+from dse.cost import parameters_saved, point_problems
 from dse.decomposition import CalibrationWindows, FactorBank
 from dse.design_point import REMOVED, DesignPoint, TensorChoice
 from dse.errors import CalibrationError, NonFiniteError, ProfileError
@@ -153,7 +153,7 @@ class _Profiler:
         for method in self._settings.methods:
             options += self._decompositions(block, method, dense)
         if self._is_removable(block):
-            choices = ((block.name, TensorChoice(REMOVED, 0)),)
+            choices = ((block.name, TensorChoice.removal()),)
             if (damage := self._measure(choices, block.layer)) is not None:
                 self._note(block.name, block.layer, block.kind, REMOVED, 0.0, damage)
                 options.append(self._option(choices, dense, damage.kl_divergence, damage))
@@ -182,12 +182,12 @@ class _Profiler:
                 measured[choices] = damage
                 kept = table.parameters_dense - self._saved(choices)
                 self._note(block.name, block.layer, block.kind, method, kept / table.parameters_dense, damage)
-        curve = BlockCurve.of([(predicted[c], d.kl_divergence) for c, d in measured.items()])
+        correction = BlockCurve.of([(predicted[c], d.kl_divergence) for c, d in measured.items()])
         found, least = [], 0.0
         for choices, damage_sum in sorted(predicted.items(), key=lambda entry: self._saved(entry[0])):
             known = measured.get(choices)
             # What removes more does not cost less: noise of a measurement must not say so.
-            least = max(least, curve.at(damage_sum) if known is None else known.kl_divergence)
+            least = max(least, correction.at(damage_sum) if known is None else known.kl_divergence)
             found.append(self._option(choices, dense, least, known))
         return found
 
@@ -240,14 +240,15 @@ class _Profiler:
         )
 
     def _saved(self, choices: Sequence[tuple[str, TensorChoice]]) -> int:
-        topology = self._loaded.topology
-        return topology.parameters_dense - cost(topology, DesignPoint(tuple(choices))).parameters
+        return parameters_saved(self._loaded.topology, DesignPoint(tuple(choices)))
 
     def _dense_parameters(self, block: Block) -> int:
         """Of the block's matrices, and of the norms that would go with it."""
         if not self._is_removable(block):
             return block.parameters
-        return max(block.parameters, self._saved(((block.name, TensorChoice(REMOVED, 0)),)))
+        return max(block.parameters, self._saved(((block.name, TensorChoice.removal()),)))
 
     def _is_removable(self, block: Block) -> bool:
-        return self._settings.with_removals and block.name in self._loaded.topology.blocks_by_name
+        """Some blocks are never removable, others only beside another of their kind."""
+        topology, point = self._loaded.topology, DesignPoint.of({block.name: TensorChoice.removal()})
+        return self._settings.with_removals and not point_problems(topology, point)

@@ -7,8 +7,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from dse.decomposition import METHODS, RankRequests
 from dse.cost import break_even_rank, has_core
+from dse.decomposition import METHODS, RankRequests
 from dse.errors import ConfigError
 from dse.topology import Topology
 
@@ -33,7 +33,7 @@ class ProfileSettings:
         with_removals: Whether blocks that can be removed are measured without.
     """
 
-    methods: tuple[str, ...] = ("whitened_svd",)
+    methods: tuple[str, ...] = ("fisher_svd",)
     names: tuple[str, ...] | None = None
     multiple: int = 8
     tensor_kept_fraction: float = 0.5

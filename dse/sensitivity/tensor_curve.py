@@ -64,7 +64,7 @@ def rank_grid(tensor: DecomposableTensor, method: str, multiple: int) -> tuple[i
 
 
 def rank_of_kept_fraction(tensor: DecomposableTensor, method: str, fraction: float, multiple: int) -> int:
-    """The largest rank of the grid whose factors keep at most this share of the tensor's parameters, or the smallest."""
+    """The largest rank of the grid that keeps at most this share of the tensor's parameters, or the smallest rank."""
     budget = math.floor(fraction * tensor.parameters)
     grid = rank_grid(tensor, method, multiple)
     within = [rank for rank in grid if factor_parameters(tensor, TensorChoice(method, rank)) <= budget]
@@ -79,7 +79,9 @@ def split_table(curves: Sequence[TensorCurve], multiple: int) -> DamageTable:
         options = [Option((), curve.tensor.parameters, 0.0)]
         for rank in ranks:
             choice = curve.choice(rank)
-            options.append(Option((choice,), factor_parameters(curve.tensor, choice[1]), curve.at(rank), is_measured=False))
+            options.append(
+                Option((choice,), factor_parameters(curve.tensor, choice[1]), curve.at(rank), is_measured=False)
+            )
         units.append(Unit(curve.tensor.name, curve.tensor.layer, curve.tensor.role, tuple(options)))
     return DamageTable(tuple(units), sum(curve.tensor.parameters for curve in curves))
 

@@ -45,7 +45,9 @@ def truncation_errors(
         Tensor name to errors of ranks 0 to break-even, in (0, 1], not rising; shape (break-even + 1,).
     """
     sums = {name: _Sums(_module(loaded, name), *_factors(loaded, name, method, source)) for name in names}
-    handles = [_module(loaded, name).register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()]
+    handles = [
+        _module(loaded, name).register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()
+    ]
     try:
         for batch in batches:
             full_pass(loaded.model, batch)
