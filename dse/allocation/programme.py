@@ -174,8 +174,12 @@ class _Programme:
         return np.array([s + int(np.argmax(found.x[s:e])) for s, e in zip(starts, ends, strict=True)], dtype=np.int64)
 
     def _removal_rows(self) -> list[_Row]:
-        most = self._constraints.most_removed_blocks
-        return [] if most is None else [_Row.of(self._removes, self._unit_of, most)]
+        """Limits on removals: how many in all, and that one of each group remains."""
+        limits = [] if (most := self._constraints.most_removed_blocks) is None else [(self._removes, most)]
+        for group in self._table.one_remains:
+            inside = np.array([unit.name in group for unit in self._table.units])
+            limits.append((self._removes * inside[self._unit_of], len(group) - 1))
+        return [_Row.of(use, self._unit_of, limit) for use, limit in limits]
 
     def _use(self, name: str) -> NDArray[np.float64]:
         values = [getattr(option, name) for option in self._flat]
@@ -223,8 +227,9 @@ class _Programme:
             chosen = self._milp(use / max(float(use.max(initial=0.0)), 1e-300) * _OBJECTIVE_SCALE, self._removal_rows())
             if chosen is None:
                 return AllocationError(
-                    f"constraints must leave an allocation, but at most {self._constraints.most_removed_blocks} removed"
-                    " blocks are fewer than the fixed options remove; drop one of them"
+                    "constraints must leave an allocation, but the options that are fixed remove more blocks than"
+                    f" may be removed (at most {self._constraints.most_removed_blocks}; one attention block must remain"
+                    " in any case); drop one of them"
                 )
             least = self._base(name) + float(use[chosen].sum())
             if least > budget:

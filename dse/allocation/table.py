@@ -90,6 +90,7 @@ class DamageTable:
         origin: What it was measured on.
         latency_dense_s: Latency of the dense model, of which the options' `latency_s` are shares.
         energy_dense_j: Energy of the dense model, of which the options' `energy_j` are shares.
+        one_remains: Groups of units of which one at least may not be removed, such as all attention blocks.
     """
 
     units: tuple[Unit, ...]
@@ -97,6 +98,7 @@ class DamageTable:
     origin: TableOrigin = field(default=TableOrigin())
     latency_dense_s: float | None = None
     energy_dense_j: float | None = None
+    one_remains: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
@@ -183,6 +185,7 @@ class DamageTable:
             "parameters_dense": self.parameters_dense,
             "latency_dense_s": self.latency_dense_s,
             "energy_dense_j": self.energy_dense_j,
+            "one_remains": [list(group) for group in self.one_remains],
             "units": [
                 {
                     "name": unit.name,
@@ -221,6 +224,7 @@ class DamageTable:
                 TableOrigin(**{**origin, "methods": tuple(origin["methods"])}),
                 None if latency_s is None else float(latency_s),
                 None if energy_j is None else float(energy_j),
+                tuple(tuple(map(str, group)) for group in document["one_remains"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, DseError) as error:
             raise ProfileError(

@@ -97,9 +97,9 @@ class _Subject:
     """What a profile is of: the model, its texts and the settings, from the command's options."""
 
     def __init__(self, options: argparse.Namespace, listener: StudyListener) -> None:
-        space = None if options.space is None else load_search_space(Path(options.space))
-        if options.method is not None and space is not None:
+        if options.method is not None and options.space is not None:
             raise ConfigError("give `--method` or `--space`, whose file names methods, not both")
+        space = None if options.space is None else load_search_space(Path(options.space))
         if options.method is not None:
             ProfileSettings(methods=tuple(options.method))  # refused before a model is loaded
         listener.on_message(f"loading {options.model}")

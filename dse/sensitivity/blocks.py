@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dse.topology import DecomposableTensor, Topology
 
-__all__ = ["Block", "blocks_of_topology"]
+__all__ = ["Block", "blocks_of_topology", "groups_that_remain"]
 
 _ATTENTION_ROLES = frozenset({"query", "key", "value", "query_key_value", "attention_output"})
 
@@ -49,3 +49,13 @@ def blocks_of_topology(topology: Topology, names: Collection[str] | None = None)
         Block(f"layers.{layer}.{kind}", layer, kind, tuple(tensors))
         for (layer, kind), tensors in sorted(found.items(), key=lambda entry: entry[0])
     )
+
+
+def groups_that_remain(topology: Topology) -> tuple[tuple[str, ...], ...]:
+    """Attention blocks of which one at least must stay in the model: all of them, and those of each kind of cache."""
+    attention = [block for block in topology.blocks if block.role == "attention"]
+    groups = [tuple(block.name for block in attention)] if len(attention) == topology.layer_count else []
+    kinds = sorted({block.cache_kind for block in attention})
+    if len(kinds) > 1:
+        groups += [tuple(block.name for block in attention if block.cache_kind == kind) for kind in kinds]
+    return tuple(groups)

@@ -21,7 +21,7 @@ from dse.files import cache_dir
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
 from dse.sensitivity.block_curve import BlockCurve
-from dse.sensitivity.blocks import Block, blocks_of_topology
+from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
 from dse.sensitivity.measurements import MeasurementCache
 from dse.sensitivity.meter import Damage, DamageMeter
 from dse.sensitivity.profile import MeasuredPart, SensitivityProfile
@@ -139,7 +139,9 @@ class _Profiler:
             self._cache.save()
         tensors = [part for part in self._parts if part.role not in ("attention", "mlp")]
         whole = [part for part in self._parts if part.role in ("attention", "mlp")]
-        return (*tensors, *whole), DamageTable(tuple(units), self._loaded.topology.parameters_dense, origin)
+        topology = self._loaded.topology
+        table = DamageTable(tuple(units), topology.parameters_dense, origin, one_remains=groups_that_remain(topology))
+        return (*tensors, *whole), table
 
     def _planned(self) -> int:
         tensors = sum(len(block.tensors) for block in self._blocks)

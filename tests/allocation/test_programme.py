@@ -228,3 +228,28 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
     assert allocate(both, parameters=600).damage == allocate(both, latency_s=0.4).damage == pytest.approx(0.1)
     with pytest.raises(AllocationError, match="reachable together"):
         allocate(both, parameters=600, latency_s=0.4)
+
+
+def removable(layers: int = 3) -> DamageTable:
+    """Attention blocks that cost less the more is taken, so that only limits keep any."""
+    units = []
+    for layer in range(layers):
+        name = f"layers.{layer}.attention"
+        gone = Option(((name, TensorChoice.removal()),), 0, 0.1 * (layer + 1))
+        units.append(Unit(name, layer, "attention", (Option((), 100, 0.0), gone)))
+    return DamageTable(tuple(units), 100 * layers, one_remains=(tuple(u.name for u in units),))
+
+
+def test_removals_have_limits() -> None:
+    table = removable()
+    assert allocate(table, reduction=0.6).point.removed == ("layers.0.attention", "layers.1.attention")
+    with pytest.raises(AllocationError, match=r"reduction <= 0\.6667\) must hold"):
+        allocate(table, reduction=0.7)
+    assert len(allocate(table, reduction=0.3, constraints=Constraints(most_removed_blocks=1)).point.removed) == 1
+    with pytest.raises(AllocationError, match=r"reduction <= 0\.3333\) must hold"):
+        allocate(table, reduction=0.6, constraints=Constraints(most_removed_blocks=1))
+    gone = {f"layers.{i}.attention": table.units[i].options[1].choices for i in range(2)}
+    with pytest.raises(AllocationError, match="fixed remove more blocks than may be removed"):
+        allocate(table, reduction=0.1, constraints=Constraints(fixed=gone, most_removed_blocks=1))
+    query = Constraints(dense_roles=frozenset({"attention"}))
+    assert allocate(table, reduction=0.0, constraints=query).point.is_dense

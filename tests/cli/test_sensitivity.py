@@ -1,0 +1,108 @@
+"""`dse sensitivity` and `dse allocate` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tiny_study import WORDS, save_tiny_model
+
+import dse
+from dse.cli import main
+from dse.design_point import DesignPoint
+
+pytestmark = pytest.mark.usefixtures("own_cache", "own_process")
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=3000)), encoding="utf-8")
+    return path
+
+
+def arguments(command: str, folder: Path, text: Path, *more: str) -> list[str]:
+    fixed = ["--model", str(folder / "model"), "--method", "svd", "--text", str(text), "--tokens", "256"]
+    return [command, *fixed, "--device", "cpu", *more]
+
+
+def test_a_profile_is_printed_drawn_and_allocated_from(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "profile"
+    assert main(arguments("sensitivity", tiny_folder, text_file, "--out", str(out))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["layer", "query", "key"]
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
+    assert "KL divergence" in lines[5] or "factors keeping" in lines[5]
+    assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert "<table>" in (out / "sensitivity.html").read_text()
+    profile = out / "profile.json"
+    points = tmp_path / "points"
+    more = ("--profile", str(profile), "--reduction", "0.1,0.3", "--out", str(points), "--max-removed", "0")
+    assert main(arguments("allocate", tiny_folder, text_file, *more, "--json")) == 0
+    documents = json.loads(capsys.readouterr().out)
+    topology = dse.load_topology(str(tiny_folder / "model"))
+    for document, reduction in zip(documents, (0.1, 0.3), strict=True):
+        point = DesignPoint.read(document["file"], topology)
+        assert point.to_json() == document["point"]
+        assert dse.cost(topology, point).reduction == pytest.approx(document["reduction"])
+        assert document["reduction"] >= reduction
+        assert document["removed_blocks"] == 0
+    # Without --profile the cache has it, and people get a line a point.
+    assert main(arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--dense-roles", "up")) == 0
+    printed = capsys.readouterr().out
+    assert "predicted KL" in printed
+    assert "`--out DIR`" in printed
+
+
+def test_what_the_user_can_mend_is_one_line(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "profile.json"
+    assert main(arguments("sensitivity", tiny_folder, text_file, "--out", str(tmp_path))) == 0
+    save_tiny_model(tmp_path / "model", seed=6)
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(" ".join(random.Random(1).choices(WORDS, k=3000)), encoding="utf-8")
+    capsys.readouterr()
+    by_profile = ("--profile", str(profile), "--reduction", "0.1")
+    cases = [
+        (arguments("allocate", tmp_path, text_file, *by_profile), "must be of the same model"),
+        (arguments("allocate", tiny_folder, other_text, *by_profile), "must be of the same profile text"),
+        (
+            arguments("allocate", tiny_folder, text_file, "--profile", str(damaged), "--reduction", "0.1"),
+            "readable JSON",
+        ),
+        (arguments("allocate", tiny_folder, text_file, "--reduction", "0.99"), "must hold for this profile"),
+        (
+            arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--untouched-layers", "0,1,2"),
+            "must hold for this profile",
+        ),
+        (
+            arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--untouched-layers", "9"),
+            "an untouched layer must be one of the profile's (0 to 2)",
+        ),
+        (
+            arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--dense-roles", "quary"),
+            "but got 'quary'; did you mean 'query'",
+        ),
+        (arguments("sensitivity", tiny_folder, text_file, "--method", "sdv"), "a method must be one of"),
+        (arguments("sensitivity", tiny_folder, tmp_path / "absent.txt"), "must be readable UTF-8 text"),
+        (arguments("sensitivity", tiny_folder, text_file, "--space", str(tmp_path / "absent.yaml")), "not both"),
+    ]
+    for command, message in cases:
+        assert main(command) == 2, command
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("dse: error: ")
+        assert message in error
+
+
+def test_options_that_are_no_numbers_are_refused(tiny_folder: Path, text_file: Path) -> None:
+    for more in (("--reduction", "1.5"), ("--reduction", "a"), ("--reduction", "0.1", "--max-removed", "-1")):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments("allocate", tiny_folder, text_file, *more))
+        assert caught.value.code == 2
