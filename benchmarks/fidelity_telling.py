@@ -1,6 +1,6 @@
-"""What a sampler should hear of a stopped trial, and how sure the ladder should be: many studies of a made-up model.
+"""What a sampler should hear of a stopped trial, and what a trial must promise to climb: studies of made-up models.
 
-    python benchmarks/fidelity_telling.py [--trials 60] [--seeds 12] [--chances 0.1 0.25 0.3 0.4]
+    python benchmarks/fidelity_telling.py [--trials 60] [--seeds 12] [--gains 0.002 0.005 0.01 0.02]
 
 The judge and the sampler are the real ones; the model is a formula. Each of 10 groups of tensors costs some
 accuracy when it is cut; documents are right or wrong by a difficulty of their own and by chance; the KL divergence
@@ -28,9 +28,9 @@ from dse.study.record import Interval, TrialRecord
 
 OBJECTIVES = objectives_named(["accuracy", "parameters"])
 KEPT = (1.0, 0.9, 0.75, 0.5, 0.25)
-SHARES = (0.05, 0.1, 0.2, 0.4)
-PROXY_DOCUMENTS = 18
-"""What the proxy costs, in documents: 512 tokens against some 30 a document of multiple choice."""
+SHARES = (0.2, 0.5)
+PROXY_DOCUMENTS = 9
+"""What the proxy costs, in documents: 256 tokens against some 30 a document of multiple choice."""
 DENSE_ACCURACY, CHANCE = 0.45, 0.25
 
 
@@ -77,7 +77,7 @@ def result_of(outcomes: NDArray[np.float64]) -> EvaluationResult:
     return EvaluationResult((TaskResult("t", "acc", mean, 0.0, outcomes.size, True, outcomes, kind="accuracy"),), 0.0)
 
 
-def study(made: Made, trials: int, way: str | None, chance: float) -> dict[str, float]:
+def study(made: Made, trials: int, way: str | None, gain: float) -> dict[str, float]:
     """One study; `way` None is without a ladder."""
     documents = made.difficulties.size
     spent, asked = 0.0, 0
@@ -97,7 +97,7 @@ def study(made: Made, trials: int, way: str | None, chance: float) -> dict[str, 
             record = TrialRecord(
                 trial.number, "complete", "", {"tensors": tensors}, "", "", cost={"parameters": made.parameters(levels)}
             )
-            cost, record, violations = climbed(made, levels, record, established, way, chance)
+            cost, record, violations = climbed(made, levels, record, established, way, gain)
             spent += cost
             if record.state == "complete":
                 spent += documents
@@ -140,7 +140,7 @@ def climbed(
     record: TrialRecord,
     established: list[Established],
     way: str | None,
-    chance: float,
+    gain: float,
 ) -> tuple[float, TrialRecord, dict[str, float]]:
     """A trial below the top rung: what it cost in documents, and its record, stopped or not."""
     if way is None:
@@ -150,7 +150,7 @@ def climbed(
     record = dataclasses.replace(record, quantities={"kl_divergence": Interval(divergence)})
     if not established:
         return PROXY_DOCUMENTS, record, {}
-    judge = Judge(OBJECTIVES, established[0], established, 1.0 - 2.0 * chance)
+    judge = Judge(OBJECTIVES, established[0], established, gain)
     stop, scored = judge.verdict(1, record), 0
     for rung, share in enumerate(SHARES, 2):
         if stop is None:
@@ -168,27 +168,27 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--ways", nargs="+", default=list(TELL))
-    parser.add_argument("--chances", type=float, nargs="+", default=[0.1, 0.25, 0.3, 0.4])
+    parser.add_argument("--gains", type=float, nargs="+", default=[0.002, 0.005, 0.01, 0.02])
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = [Made.of(seed, options.documents) for seed in range(options.seeds)]
-    base = [study(model, options.trials, None, 0.4) for model in made]
+    base = [study(model, options.trials, None, 0.0) for model in made]
     print(f"{options.seeds} studies of {options.trials} trials and {options.documents} documents")
-    print("least chance  told          less evaluation   hypervolume, measured   hypervolume, expected   at the top")
+    print("least gain    told          less evaluation   hypervolume, measured   hypervolume, expected   at the top")
     rows = []
-    settings = [(chance, "estimate") for chance in options.chances]
-    settings += [(options.chances[-1], way) for way in options.ways if way != "estimate"]
-    for chance, way in settings:
-        found = [study(model, options.trials, way, chance) for model in made]
+    settings = [(gain, "estimate") for gain in options.gains]
+    settings += [(options.gains[-1], way) for way in options.ways if way != "estimate"]
+    for gain, way in settings:
+        found = [study(model, options.trials, way, gain) for model in made]
         speed = [b["documents"] / f["documents"] for b, f in zip(base, found, strict=True)]
-        row: dict[str, Any] = {"least_chance": chance, "told": way, "speed": statistics.geometric_mean(speed)}
+        row: dict[str, Any] = {"least_gain": gain, "told": way, "speed": statistics.geometric_mean(speed)}
         for name in ("measured", "expected"):
             change = np.array([f[name] / b[name] - 1 for b, f in zip(base, found, strict=True)])
             row[name], row[f"{name}_error"] = float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
         row["complete"] = statistics.mean(f["complete"] for f in found)
         rows.append(row)
         print(
-            f"{chance:>12.2f}  {way:<12} {row['speed']:>13.2f} x"
+            f"{gain:>12.3f}  {way:<12} {row['speed']:>13.2f} x"
             f" {100 * row['measured']:>+14.2f} ± {100 * row['measured_error']:.2f} %"
             f" {100 * row['expected']:>+14.2f} ± {100 * row['expected_error']:.2f} %"
             f" {row['complete']:>12.1f}",

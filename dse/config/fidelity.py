@@ -12,16 +12,19 @@ __all__ = ["FidelityConfig"]
 
 
 class FidelityConfig(Section):
-    """Rungs, and how sure the study must be before it stops a trial."""
+    """Rungs, and how much a trial must promise to climb on."""
 
     proxy_tokens: int = Field(
         256, ge=0, description="held-out tokens of the first rung, KL divergence to dense; 0 leaves it out"
     )
     shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [0.05, 0.1, 0.2, 0.4], description="shares of the documents between the proxy and all of them, ascending"
+        [0.2, 0.5], description="shares of the documents between the proxy and all of them, ascending"
     )
-    least_chance: float = Field(
-        0.4, gt=0, lt=0.5, description="a trial climbs while its chance of leading the strongest rival is at least this"
+    least_gain: float = Field(
+        0.005,
+        ge=0,
+        lt=1,
+        description="a trial climbs while it is expected to add at least this share to the front's hypervolume",
     )
     tell: Literal["estimate", "bound", "infeasible", "nothing"] = Field(
         "estimate", description="what the sampler hears of a stopped trial"

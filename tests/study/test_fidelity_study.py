@@ -16,7 +16,7 @@ from dse.errors import ConfigError, TaskError
 from dse.study import Study, open_study, run_study
 from dse.study.fidelity import TELL
 
-LADDER: dict[str, Any] = {"proxy_tokens": 256, "shares": [0.2, 0.5], "least_chance": 0.25}
+LADDER: dict[str, Any] = {"proxy_tokens": 256, "shares": [0.2, 0.5], "least_gain": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_stopped_trials_count_carry_their_rung_and_never_sit_on_the_front(study:
     assert not stopped["on_front"].any()
     assert stopped["accuracy"].isna().all()
     assert (stopped["accuracy_estimate_low"] <= stopped["accuracy_estimate"]).all()
-    assert stopped["reason"].str.contains("cannot join the front: trial").all()
+    assert stopped["reason"].str.contains("to the front's hypervolume, less than 1 %").all()
     assert set(table.loc[table["state"] == "complete", "rung"]) == {4}
     assert set(table.loc[table["state"] == "infeasible", "rung"]) <= {0}
     assert table["kl_divergence"][table["state"].isin(["complete", "stopped"])].notna().all()
@@ -237,7 +237,7 @@ def test_kl_divergence_is_an_objective_of_its_own(folder: Path, tmp_path: Path) 
         ("automatic", "must be none, auto, or rungs"),
         ({"shares": [0.5, 0.1]}, "must ascend"),
         ({"shares": [1.0]}, "less than 1"),
-        ({"least_chance": 0.5}, "less than 0.5"),
+        ({"least_gain": 1.0}, "less than 1"),
         ({"tell": "lies"}, "estimate"),
         ({"rungs": 3}, "rungs"),
     ],

@@ -1,4 +1,4 @@
-"""The fidelity ladder: a point that can no longer join the front is not evaluated to the end.
+"""The fidelity ladder: a point that promises the front too little is not evaluated to the end.
 
 Rungs: 0 cost arithmetic (infeasible points), 1 a cheap proxy (KL divergence to dense), 2 and more a share of the
 documents, the last one all of them. See docs/fidelity.md.
@@ -6,11 +6,11 @@ documents, the last one all of them. See docs/fidelity.md.
 
 from dse.study.fidelity.climb import Climber as Climber
 from dse.study.fidelity.climb import climb as climb
+from dse.study.fidelity.established import Established as Established
 from dse.study.fidelity.final import FinalEvaluator as FinalEvaluator
 from dse.study.fidelity.final import final_pending as final_pending
 from dse.study.fidelity.final import reevaluate_front as reevaluate_front
 from dse.study.fidelity.final import with_final_values as with_final_values
-from dse.study.fidelity.judge import Established as Established
 from dse.study.fidelity.judge import Judge as Judge
 from dse.study.fidelity.judge import Stop as Stop
 from dse.study.fidelity.session import LadderSession as LadderSession

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from dse.config import FidelityConfig
 from dse.evaluation import EvaluationResult
 from dse.pareto import Objective
-from dse.study.fidelity.judge import Established, Judge
+from dse.study.fidelity.established import Established
+from dse.study.fidelity.judge import Judge
 from dse.study.fidelity.telling import Told, told
 from dse.study.point_run import Reference
 from dse.study.record import TrialRecord
@@ -44,7 +45,7 @@ class LadderSession:
         if self.config is None or reference is None:
             return None
         dense = Established(reference.record, reference.evaluation)
-        return Judge(self.objectives, dense, list(self._established.values()), 1.0 - 2.0 * self.config.least_chance)
+        return Judge(self.objectives, dense, list(self._established.values()), self.config.least_gain)
 
     def told(self, record: TrialRecord, violations: Mapping[str, float]) -> Told:
         """What the sampler hears of a stopped trial."""
