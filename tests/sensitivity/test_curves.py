@@ -68,8 +68,9 @@ def curve(name: str = "layers.0.up", damage: float = 0.5, decay: float = 0.8) ->
 def test_a_tensor_curve_passes_through_its_measurement() -> None:
     found = curve()
     assert found.at(10) == pytest.approx(0.5)
-    assert found.at(11) == pytest.approx(0.4)
-    assert found.at(8) == pytest.approx(0.5 / 0.64)
+    assert found.at(11) == pytest.approx(0.5 * 0.8**1.15)
+    assert found.at(8) == pytest.approx(0.5 / 0.64**1.15)
+    assert found.at(0) > found.at(1) > found.at(21) > 0
 
 
 def test_ranks_are_multiples_that_save_parameters() -> None:
