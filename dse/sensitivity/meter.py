@@ -24,6 +24,8 @@ __all__ = ["Damage", "DamageMeter"]
 logger = logging.getLogger("dse")
 
 _BATCH_TOKENS = 1024
+_PROBE_TOKENS = 16
+"""On which passes from stored states are verified, in front of every layer."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,12 @@ class DamageMeter:
         self._loaded = loaded
         self._source = source
         self.batches = torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
-        self._dense = [full_pass(loaded.model, batch).clone() for batch in self.batches]
-        self._heads = head_divergence(loaded.model, self._dense, self.batches)
-        self._states = StoredStates(loaded.model, blocks_of(loaded.model, loaded.topology), self.batches)
+        dense = [full_pass(loaded.model, batch).clone() for batch in self.batches]
+        self._heads = head_divergence(loaded.model, dense, self.batches)
+        probe = windows[:1, :_PROBE_TOKENS]
+        self._probe = full_pass(loaded.model, probe).clone()
+        blocks = blocks_of(loaded.model, loaded.topology)
+        self._states = StoredStates(loaded.model, blocks, (*self.batches, probe))
         self.tokens = windows.numel()
         self.uses_stored_states = True
 
@@ -95,7 +100,7 @@ class DamageMeter:
             return False
         if layer > self._states.layer:
             self._states.advance_to(layer)
-            if not self._states.agrees(0, self._dense[0]):
+            if not self._states.agrees(len(self.batches), self._probe):
                 logger.warning(
                     "the layers of %s hand on more than their output: every option is measured by a pass of the whole"
                     " model, which takes about twice as long",

@@ -14,7 +14,7 @@ from dse.topology import Topology
 
 __all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
 
-DEFAULT_PROFILE_TOKENS = 1024
+DEFAULT_PROFILE_TOKENS = 512
 PROFILE_WINDOW = 128
 """Tokens of a window: the shorter, the more of them, and the better is known how much they differ."""
 
