@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from dse.allocation import Constraints, budget_ladder
 from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, load_search_space
 from dse.decomposition import (
     BUILTIN_TEXTS,
+    METHODS,
     CalibrationWindows,
     calibration_windows,
     held_out_windows,
     longest_window,
 )
+from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.files import write_bytes, write_json, write_text
 from dse.models import LoadedModel, load_model
@@ -67,6 +69,7 @@ def allocate_command(options: argparse.Namespace, listener: StudyListener) -> li
         subject = _Subject(options, listener)
         origin = profile_origin(subject.loaded, subject.windows, subject.calibration, subject.settings)
         profile = SensitivityProfile.read(path, origin)
+    methods = _refit_names(profile) if options.refit else {}
     constraints = Constraints(
         untouched_layers=frozenset(options.untouched_layers),
         dense_roles=frozenset(options.dense_roles),
@@ -76,21 +79,44 @@ def allocate_command(options: argparse.Namespace, listener: StudyListener) -> li
     for wanted, found in zip(
         options.reduction, budget_ladder(profile.table, options.reduction, constraints=constraints), strict=True
     ):
+        point = _renamed(found.point, methods)
         document = {
             "wanted_reduction": wanted,
             "reduction": found.reduction,
             "parameters": found.parameters,
             "predicted_damage": found.damage,
-            "removed_blocks": len(found.point.removed),
-            "point_id": found.point.id,
-            "point": found.point.to_json(),
+            "removed_blocks": len(point.removed),
+            "point_id": point.id,
+            "point": point.to_json(),
         }
         if options.out is not None:
             path = Path(options.out) / f"reduction-{wanted:g}.json"
-            write_json(path, found.point.to_json())
+            write_json(path, point.to_json())
             document["file"] = str(path)
         documents.append(document)
     return documents
+
+
+def _refit_names(profile: SensitivityProfile) -> dict[str, str]:
+    """The profile's methods to those that refit them.
+
+    Raises:
+        ConfigError: Nothing refits one of them.
+    """
+    refits = {method.refit_of: name for name, method in METHODS.items() if method.refit_of}
+    for method in profile.origin.methods:
+        if method not in refits:
+            raise ConfigError(
+                f"`--refit` needs a profile by {' or '.join(refits)}, but this one is by '{method}'; leave it out"
+            )
+    return refits
+
+
+def _renamed(point: DesignPoint, methods: Mapping[str, str]) -> DesignPoint:
+    """The same ranks, by other methods."""
+    return DesignPoint(
+        tuple((n, c if c.is_removal else TensorChoice(methods.get(c.method, c.method), c.rank)) for n, c in point)
+    )
 
 
 class _Subject:

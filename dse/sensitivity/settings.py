@@ -49,6 +49,11 @@ class ProfileSettings:
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"a method must be one of {', '.join(METHODS)}, but got '{method}'")
+            if base := METHODS[method].refit_of:
+                raise ConfigError(
+                    f"a profile needs methods whose factors do not depend on the rest of the point, but got '{method}';"
+                    f" measure '{base}', and let `dse allocate --refit` name '{method}' in the points"
+                )
         fractions = (self.tensor_kept_fraction, *self.block_kept_fractions, *self.table_kept_fractions)
         if not all(0 < fraction < 1 for fraction in fractions):
             raise ConfigError(f"`0 < kept fraction < 1` must hold, but got {min(fractions)} to {max(fractions)}")

@@ -90,6 +90,10 @@ def test_what_the_user_can_mend_is_one_line(
             arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--dense-roles", "quary"),
             "but got 'quary'; did you mean 'query'",
         ),
+        (
+            arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--refit"),
+            "`--refit` needs a profile by fisher_svd, but this one is by 'svd'",
+        ),
         (arguments("sensitivity", tiny_folder, text_file, "--method", "sdv"), "a method must be one of"),
         (arguments("sensitivity", tiny_folder, tmp_path / "absent.txt"), "must be readable UTF-8 text"),
         (arguments("sensitivity", tiny_folder, text_file, "--space", str(tmp_path / "absent.yaml")), "not both"),

@@ -146,6 +146,8 @@ def test_names_and_methods_are_what_was_asked_for(tiny: LoadedModel, tmp_path: P
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"a method must be one of .* but got 'sdv'"):
         ProfileSettings(methods=("sdv",))
+    with pytest.raises(ConfigError, match=r"but got 'fisher_svd_refit'; measure 'fisher_svd', and let"):
+        ProfileSettings(methods=("fisher_svd_refit",))
     with pytest.raises(ConfigError, match="each named once"):
         ProfileSettings(methods=("svd", "svd"))
     with pytest.raises(ConfigError, match="0 < kept fraction < 1"):

@@ -51,6 +51,9 @@ def add_allocate(commands: Any) -> None:
         "--dense-roles", type=_words, default=(), metavar="ROLE,...", help="roles that stay dense in every layer"
     )
     parser.add_argument("--max-removed", type=_count, metavar="N", help="most blocks that may be removed")
+    parser.add_argument(
+        "--refit", action="store_true", help="points name the method that refits the profile's (fisher_svd_refit)"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder for one reduction-<R>.json a point, for `--point`")
 
 
