@@ -90,6 +90,10 @@ class SearchSpaceConfig(Section):
     roles: Literal["all"] | list[str] = "all"
     groups: GroupConfig = GroupConfig()
     ranks: RankConfig
+    stacks: bool = Field(
+        False, description="decompose query, key and value (gate and up) of a layer as one matrix where it can be done"
+    )
+    removal: bool = Field(False, description="the last level of a whole attention or MLP block removes it")
     limits: LimitsConfig = LimitsConfig()
     role_names: dict[str, str] = Field({}, description="module path suffix: role, for architectures dse does not know")
 
@@ -110,6 +114,8 @@ class SearchSpaceConfig(Section):
     def _groups_are_used(self) -> Self:
         if self.kind == "subset" and self.groups != GroupConfig():
             raise ValueError("`groups` is for `kind: levels`; a subset chooses layers and roles each on their own")
+        if self.kind == "subset" and (self.stacks or self.removal):
+            raise ValueError("`stacks` and `removal` are for `kind: levels`; a subset has one rank for all its tensors")
         return self
 
     @field_validator("layers", mode="before")

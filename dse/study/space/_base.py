@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dse.config import LayerRange, SearchSpaceConfig, load_search_space
-from dse.cost import cost, factor_parameters
+from dse.cost import cost, parameters_saved
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError, did_you_mean
 from dse.topology import Topology
@@ -237,7 +237,7 @@ class SearchSpace(ABC):
     def tensor_names(self) -> tuple[str, ...]:
         """Tensors that some point decomposes."""
         named = {name for ranks in self.largest_ranks().values() for name in ranks}
-        return tuple(name for name in self.topology.by_name if name in named)
+        return tuple(matrix.name for matrix in self.topology.matrices if matrix.name in named)
 
     def _rank_listing(self) -> dict[str, list[int]]:
         """Role (or tensor outside the layers) to the ranks it may take, over methods and layers."""
@@ -245,7 +245,7 @@ class SearchSpace(ABC):
 
         listing: dict[str, set[int]] = {}
         for name in self.tensor_names():
-            tensor = self.topology[name]
+            tensor = self.topology.matrix(name)
             for method in self.config.methods:
                 grid = self.config.ranks
                 listing.setdefault(tensor.role, set()).update(
@@ -254,8 +254,7 @@ class SearchSpace(ABC):
         return {role: sorted(ranks) for role, ranks in listing.items()}
 
     def _saving(self, point: DesignPoint) -> float:
-        saved = sum(self.topology[n].parameters - factor_parameters(self.topology[n], c) for n, c in point)
-        return saved / self.topology.parameters_dense
+        return parameters_saved(self.topology, point) / self.topology.parameters_dense
 
 
 def _layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
@@ -284,8 +283,9 @@ def _layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
 def _roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
     outside = tuple(tensor.role for tensor in topology.tensors if tensor.layer is None)
     if config.roles == "all":
-        return topology.roles + outside
-    present = check_roles(config.roles, config.name, topology)
+        stacked = dict.fromkeys(stack.role for stack in topology.stacks) if config.stacks else ()
+        return (*topology.roles, *stacked, *outside)
+    present = check_roles(config.roles, config.name, topology, stacks=config.stacks)
     if not present:
         raise ConfigError(
             f"`roles` of space '{config.name}' must name a role of {topology.architecture}"
@@ -294,8 +294,8 @@ def _roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
     return present
 
 
-def check_roles(roles: Sequence[str], space_name: str, topology: Topology) -> tuple[str, ...]:
-    """The roles of this list that the model has; ones that no architecture has are refused.
+def check_roles(roles: Sequence[str], space_name: str, topology: Topology, *, stacks: bool = False) -> tuple[str, ...]:
+    """The roles of this list that the model has (of stacks too, if asked); ones that no architecture has are refused.
 
     Raises:
         ConfigError: A role is unknown.
@@ -307,7 +307,7 @@ def check_roles(roles: Sequence[str], space_name: str, topology: Topology) -> tu
                 f"a role must be one of {', '.join(sorted(known))}, but space '{space_name}' names '{role}'"
                 f"{did_you_mean(role, known)}"
             )
-    have = {tensor.role for tensor in topology.tensors}
+    have = {tensor.role for tensor in topology.tensors} | {stack.role for stack in topology.stacks if stacks}
     return tuple(role for role in dict.fromkeys(roles) if role in have)
 
 

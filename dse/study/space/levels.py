@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 from dse.config import SearchSpaceConfig
+from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.study.space._base import SearchSpace, check_roles, outside_space
-from dse.study.space.rank_grid import level_count, rank_at, saved_parameters
-from dse.topology import DecomposableTensor, Topology
+from dse.study.space.group import Group, matrices_of, stacked_roles, whole_blocks
+from dse.study.space.rank_grid import level_count, rank_at
+from dse.topology import Matrix, Topology
 
 __all__ = ["LevelSpace"]
 
 _METHOD = "method"
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Tensors that share one choice.
-
-    Attributes:
-        name: Dimension name, for example `layers.4-7.attention`.
-        label: Name of its role group, "" where roles choose together.
-        tensors: Its tensors.
-        ranks: Method to level (0 is the first level above dense) to the rank of each tensor; as many levels per method.
-    """
-
-    name: str
-    label: str
-    tensors: tuple[DecomposableTensor, ...]
-    ranks: Mapping[str, tuple[tuple[int, ...], ...]]
-
-    def choices(self, method: str, level: int) -> tuple[TensorChoice, ...]:
-        """Choice per tensor at a level from 1 upwards."""
-        levels = self.ranks[method]
-        return tuple(TensorChoice(method, rank) for rank in levels[min(level, len(levels)) - 1])
-
-    def saved(self, method: str, level: int) -> int:
-        """Parameters removed at a level; 0 at level 0."""
-        return saved_parameters(self.tensors, self.choices(method, level)) if level else 0
-
-    @property
-    def level_count(self) -> int:
-        """Levels, dense included, of the method that has most."""
-        return 1 + max(len(levels) for levels in self.ranks.values())
 
 
 class LevelSpace(SearchSpace):
@@ -70,29 +42,57 @@ class LevelSpace(SearchSpace):
     def point(self, levels: Mapping[str, int]) -> DesignPoint:
         """The design point of these levels."""
         method = self.config.methods[levels.get(_METHOD, 0)]
+        spared = self._spared(levels)
         choices: dict[str, TensorChoice] = {}
         for group in self.groups:
-            if levels[group.name]:
-                chosen = group.choices(method, levels[group.name])
-                choices.update({tensor.name: choice for tensor, choice in zip(group.tensors, chosen, strict=True)})
+            level = levels[group.name]
+            if level:
+                choices |= group.choices(method, level - 1 if group.name in spared else level)
         return DesignPoint.of(choices)
+
+    def _spared(self, levels: Mapping[str, int]) -> set[str]:
+        """Groups that take their deepest ranks instead of being removed, so that attention of every kind remains.
+
+        Where a kind would be removed altogether it is the last group that stays; no other level means that point.
+        """
+        spared = set()
+        for groups in self._groups_by_kind.values():
+            if all(group.removes(levels[group.name]) for group in groups):
+                spared.add(groups[-1].name)
+        return spared
+
+    @cached_property
+    def _groups_by_kind(self) -> dict[str, list[Group]]:
+        """Kind of attention to the groups that can remove all of that kind in the model, if they can."""
+        kinds: dict[str, list[Group]] = {}
+        for kind in {block.cache_kind for block in self.topology.blocks if block.role == "attention"}:
+            own = {b.name for b in self.topology.blocks if b.role == "attention" and b.cache_kind == kind}
+            groups = [group for group in self.groups if own & {block.name for block in group.blocks}]
+            if own == own & {block.name for group in groups for block in group.blocks}:
+                kinds[kind] = groups
+        return kinds
 
     def levels_of(self, point: DesignPoint) -> dict[str, int]:
         """Levels of a point of this space."""
         levels = self.dense_levels
         if point.is_dense:
             return levels
-        methods = {choice.method for _, choice in point}
-        method = next(iter(methods))
+        methods = {choice.method for _, choice in point if not choice.is_removal}
+        method = next(iter(methods), self.config.methods[0])
         if len(methods) > 1 or method not in self.config.methods:
             raise outside_space(point, self, f"it uses {sorted(methods)}; the space takes one of {self.config.methods}")
         if _METHOD in levels:
             levels[_METHOD] = self.config.methods.index(method)
         covered: set[str] = set()
         for group in self.groups:
-            ranks = tuple(c.rank if (c := point.by_name.get(t.name)) else 0 for t in group.tensors)
-            covered.update(tensor.name for tensor in group.tensors)
-            if any(ranks):
+            removed = [block.name for block in group.blocks if block.name in point.by_name]
+            covered.update((*removed, *(matrix.name for matrix in group.matrices)))
+            ranks = tuple(c.rank if (c := point.by_name.get(m.name)) else 0 for m in group.matrices)
+            if removed and len(removed) == len(group.blocks):
+                levels[group.name] = group.level_count - 1
+            elif removed:
+                raise outside_space(point, self, f"of '{group.name}' it removes {removed} only; the space removes all")
+            elif any(ranks):
                 if ranks not in group.ranks[method]:
                     known = ", ".join(str(list(r)) for r in group.ranks[method])
                     raise outside_space(point, self, f"'{group.name}' has ranks {list(ranks)}; its levels are {known}")
@@ -103,13 +103,24 @@ class LevelSpace(SearchSpace):
         return levels
 
     def number_of_points(self) -> int:
-        """Product of the levels, per method; the dense model is counted once."""
-        total = 1
+        """Product of the levels, per method; what no method takes part in, the dense model included, is counted once.
+
+        Levels that would remove all attention of a kind mean points that other levels mean too.
+        """
+        total = self._combinations(None)
         for method in self.config.methods:
-            product = 1
-            for group in self.groups:
-                product *= 1 + len(group.ranks[method])
-            total += product - 1
+            total += self._combinations(method) - self._combinations(None)
+        return total
+
+    def _combinations(self, method: str | None) -> int:
+        """Points of one method; for None those that decompose nothing: every group is dense or removed."""
+        total = 0
+        for size in range(len(self._groups_by_kind) + 1):
+            for kinds in itertools.combinations(self._groups_by_kind.values(), size):
+                gone = {group.name for groups in kinds for group in groups}
+                others = [group for group in self.groups if group.name not in gone]
+                levels = [1 + (bool(g.blocks) if method is None else len(g.levels(method))) for g in others]
+                total += (-1) ** size * math.prod(levels)
         return total
 
     def number_of_configurations(self) -> int:
@@ -120,22 +131,45 @@ class LevelSpace(SearchSpace):
         return product
 
     def reduction_range(self) -> tuple[float, float]:
-        """Smallest reduction of one group at one level, and every group at its lowest rank."""
-        savings = [
-            [[g.saved(m, level) for level in range(1, 1 + len(g.ranks[m]))] for g in self.groups]
-            for m in self.config.methods
-        ]
-        smallest = min(saved for of_method in savings for of_group in of_method for saved in of_group)
-        largest = max(sum(max(of_group) for of_group in of_method) for of_method in savings)
+        """Smallest reduction of one group at one level, and every group at the level that saves most."""
+        smallest = min(
+            group.saved(method, level)
+            for method in self.config.methods
+            for group in self.groups
+            for level in group.levels(method)
+        )
+        largest = max(
+            parameters_saved(self.topology, self.point(self._most_saving(index)))
+            for index in range(len(self.config.methods))
+        )
         return smallest / self.topology.parameters_dense, largest / self.topology.parameters_dense
+
+    def _most_saving(self, method_index: int) -> dict[str, int]:
+        """Every group at the level that saves most under one method, as far as attention of every kind remains."""
+        method = self.config.methods[method_index]
+        best = {g.name: max(g.levels(method), key=lambda v, g=g: g.saved(method, v)) for g in self.groups}  # type: ignore[misc]
+        rest = {block.layer: block.rest_parameters for block in self.topology.blocks}
+
+        def loss(group: Group) -> int:
+            kept = group.saved(method, best[group.name]) - group.saved(method, best[group.name] - 1)
+            return kept + sum(rest[layer] for layer in {block.layer for block in group.blocks})
+
+        stay = [
+            {group.name: group for group in chosen}
+            for chosen in itertools.product(*self._groups_by_kind.values())
+            if all(group.removes(best[group.name]) for group in chosen)
+        ]
+        spared = min(stay, key=lambda groups: sum(map(loss, groups.values())), default={})
+        levels = {name: level - 1 if name in spared else level for name, level in best.items()}
+        return levels | ({_METHOD: method_index} if len(self.config.methods) > 1 else {})
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
         """The first level of every group."""
         return {
             method: {
-                tensor.name: max(ranks[index] for ranks in group.ranks[method])
+                matrix.name: max(ranks[index] for ranks in group.ranks[method])
                 for group in self.groups
-                for index, tensor in enumerate(group.tensors)
+                for index, matrix in enumerate(group.matrices)
             }
             for method in self.config.methods
         }
@@ -163,9 +197,8 @@ class LevelSpace(SearchSpace):
             generator.shuffle(order)
             for group in order:
                 current = levels[group.name]
-                count = len(group.ranks[method])
                 # The second sweep lowers ranks further where every group raised once was not enough.
-                options = list(range(current + 1, count + 1)) if sweep == 0 or current else []
+                options = [v for v in group.levels(method) if v > current] if sweep == 0 or current else []
                 fitting = [
                     v for v in options if saved - group.saved(method, current) + group.saved(method, v) <= high * dense
                 ]
@@ -176,16 +209,16 @@ class LevelSpace(SearchSpace):
                 levels[group.name] = chosen
         return levels
 
-    def _make_groups(self) -> list[_Group]:
+    def _make_groups(self) -> list[Group]:
         groups = []
         width = self.config.groups.layers
         for start in range(0, len(self.layers), width):
             layers = self.layers[start : start + width]
             span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
             for label, roles in self._role_groups():
-                tensors = tuple(t for t in self.topology.tensors if t.layer in layers and t.role in roles)
-                if tensors:
-                    groups.append(self._group(f"layers.{span}" + (f".{label}" if label else ""), label, tensors))
+                matrices = matrices_of(self.topology, layers, roles, stacks=self.config.stacks)
+                if matrices:
+                    groups.append(self._group(f"layers.{span}" + (f".{label}" if label else ""), label, matrices))
         for tensor in self.topology.tensors:
             if tensor.layer is None and tensor.role in self.roles:
                 groups.append(self._group(tensor.name, tensor.role, (tensor,)))
@@ -196,21 +229,38 @@ class LevelSpace(SearchSpace):
         if grouping == "together":
             return [("", self.roles)]
         if grouping == "separate":
-            return [(role, (role,)) for role in self.roles]
+            roles = stacked_roles(self.topology, self.roles) if self.config.stacks else self.roles
+            return [(role, (role,)) for role in roles]
         assert isinstance(grouping, dict)  # noqa: S101 - the schema allows no other form
-        named = [(label, check_roles(roles, self.config.name, self.topology)) for label, roles in grouping.items()]
+        named = [
+            (label, check_roles(roles, self.config.name, self.topology, stacks=self.config.stacks))
+            for label, roles in grouping.items()
+        ]
         everything = [role for _, roles in named for role in roles]
         twice = sorted({role for role in everything if everything.count(role) > 1})
         if twice:
             raise ConfigError(
                 f"a role may be in one group of space '{self.config.name}', but '{twice[0]}' is in several"
             )
-        return [(label, tuple(role for role in roles if role in self.roles)) for label, roles in named]
+        kept = [(label, tuple(role for role in roles if role in self.roles)) for label, roles in named]
+        self._refuse_split_stacks(dict(kept))
+        return kept
 
-    def _group(self, name: str, label: str, tensors: tuple[DecomposableTensor, ...]) -> _Group:
+    def _refuse_split_stacks(self, groups: Mapping[str, tuple[str, ...]]) -> None:
+        """A stack in one group and its members in another would decompose them twice."""
+        for stack in self.topology.stacks if self.config.stacks else ():
+            own = {member.role for member in stack.members}
+            split = [label for label, roles in groups.items() if stack.role not in roles and own & set(roles)]
+            if split and any(stack.role in roles for roles in groups.values()):
+                raise ConfigError(
+                    f"a stack and its members must be in one group of space '{self.config.name}', but"
+                    f" '{stack.role}' and {', '.join(sorted(own))} are in several"
+                )
+
+    def _group(self, name: str, label: str, matrices: tuple[Matrix, ...]) -> Group:
         grid = self.config.ranks
         ranks = {}
         for method in self.config.methods:
-            levels = [tuple(rank_at(grid, i, t, method) for t in tensors) for i in range(level_count(grid))]
+            levels = [tuple(rank_at(grid, i, m, method) for m in matrices) for i in range(level_count(grid))]
             ranks[method] = tuple(dict.fromkeys(levels))  # levels that snap to the same ranks are one
-        return _Group(name, label, tensors, ranks)
+        return Group(name, label, matrices, ranks, whole_blocks(self.topology, matrices) if self.config.removal else ())

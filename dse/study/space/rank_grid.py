@@ -9,7 +9,7 @@ from fractions import Fraction
 from dse.config import RankConfig
 from dse.cost import break_even_rank, factor_parameters, has_core
 from dse.design_point import TensorChoice
-from dse.topology import DecomposableTensor
+from dse.topology import Matrix
 
 __all__ = ["level_count", "rank_at", "saved_parameters"]
 
@@ -19,8 +19,8 @@ def level_count(grid: RankConfig) -> int:
     return len(grid.absolute or grid.kept_fractions or ())
 
 
-def rank_at(grid: RankConfig, index: int, tensor: DecomposableTensor, method: str) -> int:
-    """Rank of `tensor` at a level of the grid.
+def rank_at(grid: RankConfig, index: int, tensor: Matrix, method: str) -> int:
+    """Rank of a tensor or stack at a level of the grid.
 
     Absolute ranks are capped at break-even. A kept fraction f asks for the largest rank whose factors hold at most f of
     the dense parameters. Either is rounded down to the grid's multiple, but not below one multiple (or break-even, if
@@ -39,6 +39,6 @@ def rank_at(grid: RankConfig, index: int, tensor: DecomposableTensor, method: st
     return min(max(rank // grid.multiple * grid.multiple, grid.multiple), limit)
 
 
-def saved_parameters(tensors: Iterable[DecomposableTensor], choices: Iterable[TensorChoice]) -> int:
+def saved_parameters(tensors: Iterable[Matrix], choices: Iterable[TensorChoice]) -> int:
     """Parameters that these choices remove."""
     return sum(t.parameters - factor_parameters(t, c) for t, c in zip(tensors, choices, strict=True))

@@ -63,7 +63,7 @@ class SubsetSpace(SearchSpace):
         levels = self.dense_levels
         if point.is_dense:
             return levels
-        tensors = [self.topology[name] for name, _ in point]
+        tensors = [self.topology.part(name) for name, _ in point]
         levels.update({f"layers.{t.layer}": 1 for t in tensors if f"layers.{t.layer}" in levels})
         levels.update({f"roles.{t.role}": 1 for t in tensors if f"roles.{t.role}" in levels})
         for index in range(len(self.config.methods)):
