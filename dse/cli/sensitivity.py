@@ -151,9 +151,10 @@ class _Subject:
 
 def _settings(options: argparse.Namespace, space: SearchSpaceConfig | None, loaded: LoadedModel) -> ProfileSettings:
     if space is None:
-        return ProfileSettings() if options.method is None else ProfileSettings(methods=tuple(options.method))
+        methods = ProfileSettings().methods if options.method is None else tuple(options.method)
+        return ProfileSettings(methods, with_stacks=options.stacks)
     names = SearchSpace.from_config(space, loaded.topology).tensor_names()
-    return ProfileSettings(tuple(space.methods), names, space.ranks.multiple)
+    return ProfileSettings(tuple(space.methods), names, space.ranks.multiple, with_stacks=options.stacks)
 
 
 def _text(options: argparse.Namespace, config: CalibrationConfig, loaded: LoadedModel) -> tuple[Tensor, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
 
 __all__ = ["Block", "blocks_of_topology", "groups_that_remain"]
 
@@ -21,12 +21,21 @@ class Block:
         layer: 0-based index.
         kind: attention or mlp.
         tensors: In order of the forward pass.
+        stacks: Of some of its tensors, where they may be decomposed as one matrix.
     """
 
     name: str
     layer: int
     kind: str
     tensors: tuple[DecomposableTensor, ...]
+    stacks: tuple[TensorStack, ...] = ()
+
+    @property
+    def ways(self) -> tuple[tuple[Matrix, ...], ...]:
+        """The matrices of the block: each tensor on its own; and, if there are stacks, those in place of members."""
+        stacked = {member.name for stack in self.stacks for member in stack.members}
+        rest = tuple(tensor for tensor in self.tensors if tensor.name not in stacked)
+        return (self.tensors, (*self.stacks, *rest)) if self.stacks else (self.tensors,)
 
     @property
     def parameters(self) -> int:
@@ -34,21 +43,30 @@ class Block:
         return sum(tensor.parameters for tensor in self.tensors)
 
 
-def blocks_of_topology(topology: Topology, names: Collection[str] | None = None) -> tuple[Block, ...]:
+def blocks_of_topology(
+    topology: Topology, names: Collection[str] | None = None, *, with_stacks: bool = False
+) -> tuple[Block, ...]:
     """The blocks of a model in order of layers, attention first; those of `names` alone where given.
 
     Tensors outside the layers belong to none.
     """
+    stacks: dict[tuple[int, str], list[TensorStack]] = {}
+    for stack in topology.stacks if with_stacks else ():
+        if names is None or all(member.name in names for member in stack.members):
+            stacks.setdefault((stack.layer, _kind(stack)), []).append(stack)
     found: dict[tuple[int, str], list[DecomposableTensor]] = {}
     for tensor in topology.tensors:
         if tensor.layer is None or (names is not None and tensor.name not in names):
             continue
-        kind = "attention" if tensor.role in _ATTENTION_ROLES else "mlp"
-        found.setdefault((tensor.layer, kind), []).append(tensor)
+        found.setdefault((tensor.layer, _kind(tensor)), []).append(tensor)
     return tuple(
-        Block(f"layers.{layer}.{kind}", layer, kind, tuple(tensors))
+        Block(f"layers.{layer}.{kind}", layer, kind, tuple(tensors), tuple(stacks.get((layer, kind), ())))
         for (layer, kind), tensors in sorted(found.items(), key=lambda entry: entry[0])
     )
+
+
+def _kind(matrix: Matrix) -> str:
+    return "attention" if matrix.role in _ATTENTION_ROLES else "mlp"
 
 
 def groups_that_remain(topology: Topology) -> tuple[tuple[str, ...], ...]:

@@ -28,6 +28,7 @@ from dse.sensitivity.profile import MeasuredPart, SensitivityProfile
 from dse.sensitivity.settings import ProfileSettings
 from dse.sensitivity.tensor_curve import TensorCurve, best_split, rank_of_kept_fraction, split_table
 from dse.sensitivity.truncation import truncation_errors
+from dse.topology import Matrix
 
 __all__ = ["measure_profile", "profile_origin"]
 
@@ -115,7 +116,7 @@ class _Profiler:
         progress: ProgressCallback,
     ) -> None:
         self._loaded, self._bank, self._cache, self._settings = loaded, bank, cache, settings
-        self._blocks = blocks_of_topology(loaded.topology, settings.names)
+        self._blocks = blocks_of_topology(loaded.topology, settings.names, with_stacks=settings.with_stacks)
         if not self._blocks:
             raise ProfileError(
                 f"a profile needs decomposable tensors inside the layers, but none of {loaded.topology.architecture}'s"
@@ -125,11 +126,12 @@ class _Profiler:
         self._done, self._total = 0, self._planned()
         progress("sensitivity", 0, self._total)
         self._meter = DamageMeter(loaded, windows, bank)
-        names = [tensor.name for block in self._blocks for tensor in block.tensors]
+        names = list(dict.fromkeys(m.name for block in self._blocks for way in block.ways for m in way))
         self._errors: Mapping[str, Mapping[str, NDArray[np.float64]]] = {
             method: truncation_errors(loaded, names, method, bank, self._meter.batches) for method in settings.methods
         }
         self._parts: list[MeasuredPart] = []
+        self._curves: dict[str, dict[str, TensorCurve]] = {}
 
     def run(self, origin: TableOrigin) -> tuple[tuple[MeasuredPart, ...], DamageTable]:
         """Measure everything, layer by layer; each layer is kept on disk before the next."""
@@ -144,16 +146,17 @@ class _Profiler:
         return (*tensors, *whole), table
 
     def _planned(self) -> int:
-        tensors = sum(len(block.tensors) for block in self._blocks)
-        per_block = len(self._settings.block_kept_fractions)
+        ways = [way for block in self._blocks for way in block.ways]
+        per_way = len(self._settings.block_kept_fractions)
         removable = sum(self._is_removable(block) for block in self._blocks)
-        return len(self._settings.methods) * (tensors + per_block * len(self._blocks)) + removable
+        return len(self._settings.methods) * sum(len(way) + per_way for way in ways) + removable
 
     def _unit(self, block: Block) -> Unit:
         dense = self._dense_parameters(block)
         options = [Option((), dense, 0.0)]
         for method in self._settings.methods:
-            options += self._decompositions(block, method, dense)
+            for way in block.ways:
+                options += self._decompositions(block, way, method, dense)
         if self._is_removable(block):
             choices = ((block.name, TensorChoice.removal()),)
             if (damage := self._measure(choices, block.layer)) is not None:
@@ -162,9 +165,9 @@ class _Profiler:
         distinct = {option.choices: option for option in reversed(options)}
         return Unit(block.name, block.layer, block.kind, tuple(o for o in options if distinct[o.choices] is o))
 
-    def _decompositions(self, block: Block, method: str, dense: int) -> list[Option]:
+    def _decompositions(self, block: Block, way: Sequence[Matrix], method: str, dense: int) -> list[Option]:
         """Splits of the block at every kept fraction, measured or interpolated."""
-        curves = [curve for tensor in block.tensors if (curve := self._curve(tensor.name, method)) is not None]
+        curves = [curve for matrix in way if (curve := self._curve(matrix, method)) is not None]
         if not curves:
             self._skip(len(self._settings.block_kept_fractions))
             return []
@@ -193,17 +196,21 @@ class _Profiler:
             found.append(self._option(choices, dense, least, known))
         return found
 
-    def _curve(self, name: str, method: str) -> TensorCurve | None:
-        tensor, settings = self._loaded.topology[name], self._settings
-        rank = rank_of_kept_fraction(tensor, method, settings.tensor_kept_fraction, settings.multiple)
-        choices = ((name, TensorChoice(method, rank)),)
-        assert tensor.layer is not None  # noqa: S101 - blocks hold tensors of layers alone
-        damage = self._measure(choices, tensor.layer)
+    def _curve(self, matrix: Matrix, method: str) -> TensorCurve | None:
+        if matrix.name in self._curves.get(method, {}):  # of the block's other way
+            self._skip(1)
+            return self._curves[method][matrix.name]
+        settings, layer = self._settings, matrix.layer
+        rank = rank_of_kept_fraction(matrix, method, settings.tensor_kept_fraction, settings.multiple)
+        choices = ((matrix.name, TensorChoice(method, rank)),)
+        assert layer is not None  # noqa: S101 - blocks hold tensors of layers alone
+        damage = self._measure(choices, layer)
         if damage is None:
             return None
-        kept = 1 - self._saved(choices) / tensor.parameters
-        self._note(name, tensor.layer, tensor.role, method, kept, damage)
-        return TensorCurve(tensor, method, self._errors[method][name], rank, damage.kl_divergence)
+        self._note(matrix.name, layer, matrix.role, method, 1 - self._saved(choices) / matrix.parameters, damage)
+        curve = TensorCurve(matrix, method, self._errors[method][matrix.name], rank, damage.kl_divergence)
+        self._curves.setdefault(method, {})[matrix.name] = curve
+        return curve
 
     def _measure(self, choices: Choices, layer: int) -> Damage | None:
         """From the cache or by surgery; None where the model breaks down."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dse.cost import break_even_rank, has_core
 from dse.decomposition import METHODS, RankRequests
 from dse.errors import ConfigError
+from dse.sensitivity.blocks import blocks_of_topology
 from dse.topology import Topology
 
 __all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
@@ -30,6 +31,8 @@ class ProfileSettings:
         tensor_kept_fraction: Share of a tensor's parameters kept where it is measured alone.
         block_kept_fractions: Shares of a block's parameters kept where it is measured as one.
         table_kept_fractions: Shares at which the table has options, measured or interpolated.
+        with_stacks: Whether tensors that read the same input are measured as one matrix too, which takes about twice as
+            long.
         with_removals: Whether blocks that can be removed are measured without.
     """
 
@@ -41,6 +44,7 @@ class ProfileSettings:
     table_kept_fractions: tuple[float, ...] = (
         0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05,
     )  # fmt: skip
+    with_stacks: bool = False
     with_removals: bool = True
 
     def __post_init__(self) -> None:
@@ -70,5 +74,9 @@ class ProfileSettings:
 
     def rank_requests(self, topology: Topology) -> RankRequests:
         """What the factor bank must hold: every tensor up to break-even."""
-        tensors = [t for t in topology.tensors if t.layer is not None and (self.names is None or t.name in self.names)]
-        return {m: {t.name: break_even_rank(*t.shape, core=has_core(m)) for t in tensors} for m in self.methods}
+        blocks = blocks_of_topology(topology, self.names, with_stacks=self.with_stacks)
+        matrices = {matrix.name: matrix for block in blocks for way in block.ways for matrix in way}
+        return {
+            method: {name: break_even_rank(*matrix.shape, core=has_core(method)) for name, matrix in matrices.items()}
+            for method in self.methods
+        }

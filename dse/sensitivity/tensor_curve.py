@@ -19,7 +19,7 @@ from dse.allocation import DamageTable, Option, Unit, allocate
 from dse.cost import break_even_rank, factor_parameters, has_core
 from dse.design_point import TensorChoice
 from dse.errors import AllocationError
-from dse.topology import DecomposableTensor
+from dse.topology import Matrix
 
 __all__ = ["TensorCurve", "best_split", "rank_grid", "rank_of_kept_fraction"]
 
@@ -33,14 +33,14 @@ class TensorCurve:
     """Predicted damage of one tensor by one method.
 
     Attributes:
-        tensor: Which.
+        tensor: Which, or which stack of tensors.
         method: Of its factors.
         errors: Relative squared error of its outputs at ranks 0 to break-even, not rising.
         rank: At which damage was measured.
         damage: Measured there, nats per token.
     """
 
-    tensor: DecomposableTensor
+    tensor: Matrix
     method: str
     errors: NDArray[np.float64]
     rank: int
@@ -56,7 +56,7 @@ class TensorCurve:
         return self.tensor.name, TensorChoice(self.method, rank)
 
 
-def rank_grid(tensor: DecomposableTensor, method: str, multiple: int) -> tuple[int, ...]:
+def rank_grid(tensor: Matrix, method: str, multiple: int) -> tuple[int, ...]:
     """Ranks that are multiples and save parameters; break-even itself where it is below one multiple."""
     limit = break_even_rank(*tensor.shape, core=has_core(method))
     ranks = tuple(
@@ -67,7 +67,7 @@ def rank_grid(tensor: DecomposableTensor, method: str, multiple: int) -> tuple[i
     return ranks or (min(limit, multiple),)
 
 
-def rank_of_kept_fraction(tensor: DecomposableTensor, method: str, fraction: float, multiple: int) -> int:
+def rank_of_kept_fraction(tensor: Matrix, method: str, fraction: float, multiple: int) -> int:
     """The largest rank of the grid that keeps at most this share of the tensor's parameters, or the smallest rank."""
     budget = math.floor(fraction * tensor.parameters)
     grid = rank_grid(tensor, method, multiple)

@@ -36,7 +36,7 @@ def truncation_errors(
 
     Args:
         loaded: Dense now.
-        names: Tensors.
+        names: Tensors or stacks.
         method: Of their factors.
         source: Holds factors up to break-even.
         batches: Token ids, each of shape (windows, tokens).
@@ -44,9 +44,10 @@ def truncation_errors(
     Returns:
         Tensor name to errors of ranks 0 to break-even, in (0, 1], not rising; shape (break-even + 1,).
     """
-    sums = {name: _Sums(_module(loaded, name), *_factors(loaded, name, method, source)) for name in names}
+    sums = {name: _Sums(_modules(loaded, name), *_factors(loaded, name, method, source)) for name in names}
+    # The members of a stack read the same input, so the first stands for all.
     handles = [
-        _module(loaded, name).register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()
+        _modules(loaded, name)[0].register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()
     ]
     try:
         for batch in batches:
@@ -58,10 +59,10 @@ def truncation_errors(
 
 
 class _Sums:
-    """What is summed over a text for one tensor."""
+    """What is summed over a text for one tensor or stack."""
 
-    def __init__(self, module: nn.Module, left: Tensor, right: Tensor) -> None:
-        self._weight = as_matrix(module).float()
+    def __init__(self, modules: Sequence[nn.Module], left: Tensor, right: Tensor) -> None:
+        self._weight = torch.cat([as_matrix(module).float() for module in modules])
         self._left, self._right = left, right
         self._power = 0.0
         self._inner = torch.zeros(right.shape[0], dtype=torch.float64, device=right.device)
@@ -89,12 +90,12 @@ def _see(add: Callable[[Tensor], None], _module: nn.Module, inputs: Any) -> None
     add(inputs[0])
 
 
-def _module(loaded: LoadedModel, name: str) -> nn.Module:
-    return loaded.model.get_submodule(loaded.topology[name].module)
+def _modules(loaded: LoadedModel, name: str) -> list[nn.Module]:
+    return [loaded.model.get_submodule(path) for path in loaded.topology.matrix(name).modules]
 
 
 def _factors(loaded: LoadedModel, name: str, method: str, source: FactorSource) -> tuple[Tensor, Tensor]:
-    rank = break_even_rank(*loaded.topology[name].shape, core=has_core(method))
+    rank = break_even_rank(*loaded.topology.matrix(name).shape, core=has_core(method))
     factors = source.factors(name, TensorChoice(method, rank))
     left = factors.left if factors.core is None else factors.left @ factors.core
     return left.to(loaded.device).float(), factors.right.to(loaded.device).float()

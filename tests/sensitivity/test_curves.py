@@ -26,14 +26,15 @@ from dse.topology import DecomposableTensor
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_errors_of_every_rank_are_those_of_its_product(family: str, method: str, tmp_path: Any) -> None:
     loaded, text = FAMILIES[family](), windows()
-    limits = {t.name: break_even_rank(*t.shape, core=has_core(method)) for t in loaded.topology.tensors}
+    limits = {m.name: break_even_rank(*m.shape, core=has_core(method)) for m in loaded.topology.matrices}
     bank = FactorBank.build(
         loaded, {method: limits}, CalibrationWindows(windows(20, seed=2), "f" * 16, "test"), folder=tmp_path
     )
     found = truncation_errors(loaded, limits, method, bank, [text[:4], text[4:]])
     inputs: dict[str, torch.Tensor] = {}
-    names = [t.name for t in loaded.topology.tensors if t.layer == 1]
-    modules = {name: loaded.model.get_submodule(loaded.topology[name].module) for name in names}
+    matrices = {m.name: m for m in loaded.topology.matrices if m.layer == 1}
+    names = list(matrices)
+    modules = {name: loaded.model.get_submodule(matrix.modules[0]) for name, matrix in matrices.items()}
 
     def see(name: str, _module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
         inputs[name] = arguments[0].flatten(0, 1).double()
@@ -45,7 +46,7 @@ def test_errors_of_every_rank_are_those_of_its_product(family: str, method: str,
         assert errors.shape == (limits[name] + 1,)
         assert errors[0] == pytest.approx(1.0)
         assert (np.diff(errors) <= 0).all()
-        weight = as_matrix(loaded.model.get_submodule(loaded.topology[name].module)).double()
+        weight = torch.cat([as_matrix(loaded.model.get_submodule(path)) for path in matrices[name].modules]).double()
         for rank in (1, 3, limits[name]):
             product = bank.factors(name, TensorChoice(method, rank)).product().double()
             expected = float((x @ (weight - product).T).square().sum() / (x @ weight.T).square().sum())

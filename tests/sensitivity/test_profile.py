@@ -143,6 +143,25 @@ def test_names_and_methods_are_what_was_asked_for(tiny: LoadedModel, tmp_path: P
         measure_profile(tiny, windows(), settings=dataclasses.replace(SETTINGS, names=("head",)), folder=tmp_path)
 
 
+def test_stacks_are_options_beside_their_members(tiny: LoadedModel, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, with_stacks=True)
+    profile = measure_profile(tiny, windows(), settings=settings, folder=tmp_path)
+    alone = measure_profile(tiny, windows(), settings=SETTINGS, folder=tmp_path)
+    for unit, plain in zip(profile.table.units, alone.table.units, strict=True):
+        stack = f"layers.{unit.layer}." + ("query_key_value" if unit.kind == "attention" else "gate_up")
+        with_stack = [option for option in unit.options if any(name == stack for name, _ in option.choices)]
+        assert {o.choices for o in unit.options} == {o.choices for o in plain.options} | {o.choices for o in with_stack}
+        assert len(with_stack) >= 3
+        for option in with_stack:
+            saved = unit.dense.parameters - option.parameters
+            assert cost(tiny.topology, DesignPoint(option.choices)).parameters == tiny.topology.parameters_dense - saved
+    bank = FactorBank.build(tiny, settings.rank_requests(tiny.topology))
+    part = next(part for part in profile.parts if part.name == "layers.1.gate_up")
+    rank = next(rank for rank in range(1, 30) if rank * (96 + 32) >= (part.kept_fraction - 1e-9) * 96 * 32)
+    point = DesignPoint.of({"layers.1.gate_up": TensorChoice("svd", rank)})
+    assert DamageMeter(tiny, windows(), bank).measure(point).kl_divergence == pytest.approx(part.damage, rel=1e-4)
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"a method must be one of .* but got 'sdv'"):
         ProfileSettings(methods=("sdv",))

@@ -61,6 +61,9 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--space", metavar="SPACE.yaml", help="its layers, roles, methods and rank multiple alone")
     parser.add_argument("--method", action="append", metavar="M", help="decomposition method; repeatable")
+    parser.add_argument(
+        "--stacks", action="store_true", help="measure query, key, value and gate, up stacked as one matrix too"
+    )
     parser.add_argument("--tokens", type=positive, metavar="N", help="of text to measure damage on (512)")
     parser.add_argument(
         "--text", metavar="TEXT", help="that text: a file or a builtin text (what calibration leaves of its own)"
