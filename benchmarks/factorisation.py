@@ -3,9 +3,9 @@
     python benchmarks/factorisation.py --text wikitext2_valid.txt [--tokens 16384] [--draws 2] [--dtype bfloat16]
 
 Every method decomposes the same tensors to the same ranks: a uniform kept fraction that removes 9 and 20 % of the
-model, 55 % of every attention matrix, and the 20 % point with query/key/value and gate/up as stacks of equal size. The
-first two thirds of the text are calibrated on (every draw takes other windows), the last third is scored. A table for
-people; one JSON document as the last line for machines.
+model; 55 % of every attention matrix; the 20 % point with query/key/value and gate/up as stacks of equal size; ranks
+allocated by expected damage. The first two thirds of the text are calibrated on (every draw takes other windows), the
+last third is scored. A table for people; one JSON document as the last line for machines.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dse import DesignPoint, FactorBank, TensorChoice, cost, decompose, load_model
+from dse.allocation import allocate_curves
 from dse.config import CalibrationConfig, CalibrationSource
-from dse.decomposition import CalibrationWindows, calibration_windows
+from dse.decomposition import CalibrationWindows, calibration_windows, expected_damage
 from dse.models import LoadedModel
 from dse.topology import Topology
 
 ATTENTION = ("query", "key", "value", "attention_output")
+Curves = Mapping[str, NDArray[np.float64]]
 METHODS = ("whitened_svd", "fisher_svd", "fisher_svd_refit")
 WINDOW = 512
 
 
-def points_of(topology: Topology, method: str) -> dict[str, DesignPoint]:
+def points_of(topology: Topology, method: str, curves: Curves) -> dict[str, DesignPoint]:
     def kept(fraction: float, roles: tuple[str, ...]) -> DesignPoint:
         matrices = [topology.matrix(name) for name in topology.select("all", list(roles))]
         ranks = {m.name: max(1, math.floor(fraction * m.parameters / sum(m.shape))) for m in matrices}
@@ -47,6 +52,9 @@ def points_of(topology: Topology, method: str) -> dict[str, DesignPoint]:
     }
     if topology.stacks:
         points["stacks 20 %"] = uniform(0.20, ("query_key_value", "attention_output", "gate_up", "down"))
+    for reduction in (0.09, 0.20):
+        point = allocate_curves(topology, curves, reduction, method=method).point
+        points[f"allocated {100 * reduction:.0f} %"] = point
     return points
 
 
@@ -87,8 +95,9 @@ def main() -> None:
             folder = Path(temporary)
             (folder / "head.txt").write_text(content[:cut], encoding="utf-8")
             windows = windows_of(loaded, folder / "head.txt", arguments.tokens, draw)
+            curves = expected_damage(loaded, windows, folder=folder)
             for method in arguments.methods:
-                points = points_of(loaded.topology, method)
+                points = points_of(loaded.topology, method, curves)
                 begun_s = time.perf_counter()
                 bank = FactorBank.build(loaded, points.values(), windows, folder=folder)
                 build_s = time.perf_counter() - begun_s

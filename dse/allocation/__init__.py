@@ -5,6 +5,8 @@ costs in damage; `allocate` finds the best combination by an exact integer progr
 """
 
 from dse.allocation.constraints import Constraints as Constraints
+from dse.allocation.curves import CurveAllocation as CurveAllocation
+from dse.allocation.curves import allocate_curves as allocate_curves
 from dse.allocation.option import Option as Option
 from dse.allocation.option import Unit as Unit
 from dse.allocation.programme import Allocation as Allocation

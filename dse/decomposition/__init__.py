@@ -6,6 +6,7 @@ from dse.decomposition.calibration_text import calibration_windows as calibratio
 from dse.decomposition.calibration_text import held_out_windows as held_out_windows
 from dse.decomposition.calibration_text import longest_window as longest_window
 from dse.decomposition.calibration_text import named_calibration as named_calibration
+from dse.decomposition.expected_damage import expected_damage as expected_damage
 from dse.decomposition.factor_bank import FactorBank as FactorBank
 from dse.decomposition.factor_bank import RankRequests as RankRequests
 from dse.decomposition.factor_bank import requests_of_points as requests_of_points

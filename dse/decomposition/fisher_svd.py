@@ -10,7 +10,7 @@ from dse.decomposition.rank_check import check_rank
 from dse.decomposition.whitened_svd import check_gram, cholesky_with_damping, leading_eigenvectors
 from dse.errors import CalibrationError, NonFiniteError
 
-__all__ = ["fisher_svd"]
+__all__ = ["fisher_damage", "fisher_svd"]
 
 _DAMPING = 0.5
 """Share of the mean squared gradient added to every output: what a few thousand tokens say of rare directions is noise,
@@ -30,8 +30,7 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
     - out_features <= in_features: U from L^T W G W^T L, and W' = (L^-T U_r) (U_r^T L^T W). G is not inverted.
     - otherwise: V from S^T W^T D W S, and W' = (W S V_r) (V_r^T S^-1). D is not inverted.
 
-    Half the squares of the singular values left out add up to the estimated divergence, in nats per token, so they
-    compare between tensors.
+    Half the squares of the singular values left out add up to the expected divergence (`fisher_damage`).
 
     Args:
         weight: Shape (out_features, in_features), floating point.
@@ -69,6 +68,38 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
         left = whitened @ directions
         right = torch.linalg.solve_triangular(root.T, directions, upper=True).T
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
+
+
+def fisher_damage(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Tensor:
+    """The divergence that `fisher_svd` is expected to cause at every rank.
+
+    Args:
+        weight: Shape (out_features, in_features).
+        gram: As for `fisher_svd`; here its scale matters: the mean over tokens.
+        gradient_gram: As for `fisher_svd`.
+
+    Returns:
+        Nats per token at ranks 0, 1, ..., min(weight.shape), float64, never growing, 0 at the end: half the squares of
+        the singular values left out. All zero where no gradient reaches the tensor.
+
+    Raises:
+        NonFiniteError: The weight or a Gram matrix holds NaN or infinity.
+        CalibrationError: A Gram matrix has another size, or there was no activation at all.
+    """
+    check_rank(weight, 1)
+    check_gram(gram, weight.shape[1])
+    _check_gradient_gram(gradient_gram, weight.shape[0])
+    wide, moments = weight.to(torch.float64), gram.to(torch.float64)
+    metric = _damped(gradient_gram.to(torch.float64))
+    if weight.shape[0] <= weight.shape[1]:
+        weighted = cholesky_with_damping(metric).T @ wide
+        squares = torch.linalg.eigvalsh(weighted @ moments @ weighted.T)
+    else:
+        whitened = wide @ cholesky_with_damping(moments)
+        squares = torch.linalg.eigvalsh(whitened.T @ metric @ whitened)
+    mean = gradient_gram.diagonal().mean().to(squares)
+    left_out = torch.cat((squares.new_zeros(1), squares.clamp_min(0).cumsum(0)))  # eigenvalues ascend
+    return 0.5 * mean * left_out.flip(0)
 
 
 def _damped(gradient_gram: Tensor) -> Tensor:
