@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from dse.measurement import Check
 from dse.pareto import Recommendation, format_front, format_tied, front_text, tied_text, to_records
 from dse.pareto.units import percent, points
 from dse.study import DEFAULT_MAX_ACCURACY_DROP, Study
+from dse.study.search.origins import share_words
 from dse.topology import Topology
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _SHOWN_RANKS = 12
+_KEPT = ("keep_layers", "keep_roles")
 
 
 def _console() -> Console:
@@ -59,6 +62,8 @@ def print_front(study: Study) -> None:
         f"{study.evaluated_trials} of {study.config.budget.trials} trials evaluated,"
         f" {study.front_size} on the front{volume}"
     )
+    if shares := study.origin_shares:
+        print("origins: " + "; ".join(share_words(share) for share in shares))
 
 
 def _smallest_drops(front: pd.DataFrame) -> str | None:
@@ -136,6 +141,7 @@ def study_json(study: Study) -> dict[str, Any]:
         ],
         "hypervolume": study.hypervolume,
         "reference": study.attributes.get("reference"),
+        "origins": [dataclasses.asdict(share) for share in study.origin_shares],
         "front": to_records(study.front()),
         "tied": to_records(study.tied()),
         "recommendation": None if advice is None else {
@@ -189,7 +195,7 @@ def print_space(description: Mapping[str, Any]) -> None:
     )
     table.add_column("", no_wrap=True)
     table.add_column("")
-    limits = description["limits"]["reduction"]
+    limits = description["limits"]
     layers = description["layers"]
     rows = [
         ("methods", ", ".join(description["methods"])),
@@ -210,7 +216,11 @@ def print_space(description: Mapping[str, Any]) -> None:
         ),
         ("smallest reduction", percent(description["smallest_reduction"], 3)),
         ("largest reduction", percent(description["largest_reduction"], 2)),
-        ("limits on reduction", f"{_limit(limits['min'])} to {_limit(limits['max'])}"),
+        *(
+            (f"limits on {name}", f"{_limit(name, ends['min'])} to {_limit(name, ends['max'])}")
+            for name, ends in limits.items()
+        ),
+        *((name.replace("_", " "), ", ".join(map(str, description[name]))) for name in _KEPT if description[name]),
     ]
     for name, value in rows:
         table.add_row(name, escape(value))
@@ -281,8 +291,10 @@ def print_checks(checks: Sequence[Check]) -> None:
             console.print(f"        remedy: {escape(check.remedy)}")
 
 
-def _limit(share: float | None) -> str:
-    return "no limit" if share is None else percent(share)
+def _limit(name: str, end: float | None) -> str:
+    if end is None:
+        return "no limit"
+    return percent(end) if name == "reduction" else f"{end:,g} {name.rpartition('_')[2]}"
 
 
 def _count(number: int | None) -> str:

@@ -8,7 +8,16 @@ from dse.config.evaluation import AnyTaskConfig, EvaluationConfig, TaskConfig
 from dse.config.fidelity import FidelityConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.reading import load_search_space, load_study, parse_search_space, parse_study
-from dse.config.search_space import GroupConfig, LayerRange, LimitsConfig, Range, RankConfig, SearchSpaceConfig
+from dse.config.search import SearchConfig, SearchParts
+from dse.config.search_space import (
+    ConstraintsConfig,
+    GroupConfig,
+    LayerRange,
+    LimitsConfig,
+    Range,
+    RankConfig,
+    SearchSpaceConfig,
+)
 from dse.config.study import BudgetConfig, ModelConfig, ObjectiveConfig, SamplerConfig, StudyConfig
 from dse.config.task_file import load_dataset_task
 
@@ -20,6 +29,7 @@ __all__ = [
     "BudgetConfig",
     "CalibrationConfig",
     "CalibrationSource",
+    "ConstraintsConfig",
     "DatasetTaskConfig",
     "EvaluationConfig",
     "FidelityConfig",
@@ -33,6 +43,8 @@ __all__ = [
     "Range",
     "RankConfig",
     "SamplerConfig",
+    "SearchConfig",
+    "SearchParts",
     "SearchSpaceConfig",
     "StudyConfig",
     "TaskConfig",

@@ -9,9 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dse.config._section import Section
 from dse.design_point import METHOD_NAMES
-from dse.errors import did_you_mean
+from dse.errors import ConfigError, did_you_mean
 
-__all__ = ["GroupConfig", "LayerRange", "LimitsConfig", "Range", "RankConfig", "SearchSpaceConfig"]
+__all__ = ["ConstraintsConfig", "GroupConfig", "LayerRange", "LimitsConfig", "Range", "RankConfig", "SearchSpaceConfig"]
 
 
 class Range(Section):
@@ -28,9 +28,54 @@ class Range(Section):
 
 
 class LimitsConfig(Section):
-    """Limits that follow from a point alone; a point outside costs no evaluation."""
+    """The first two follow from a point alone, so that one outside costs no evaluation; the rest is measured."""
 
     reduction: Range = Range()
+    weight_bytes: Range = Range()
+    prefill_latency_s: Range = Range()
+    decode_latency_s: Range = Range()
+    peak_memory_bytes: Range = Range()
+
+    @property
+    def measured(self) -> dict[str, Range]:
+        """Limits on what only a measurement tells, those that are set."""
+        limits = {name: getattr(self, name) for name in ("prefill_latency_s", "decode_latency_s", "peak_memory_bytes")}
+        return {name: limit for name, limit in limits.items() if limit != Range()}
+
+    def within(self, other: LimitsConfig) -> LimitsConfig:
+        """Both limits at once.
+
+        Raises:
+            ConfigError: They exclude each other.
+        """
+        return LimitsConfig(**{name: _both(name, getattr(self, name), getattr(other, name)) for name in _LIMITS})
+
+
+def _both(name: str, first: Range, second: Range) -> Range:
+    lows = [limit.min for limit in (first, second) if limit.min is not None]
+    highs = [limit.max for limit in (first, second) if limit.max is not None]
+    low, high = max(lows, default=None), min(highs, default=None)
+    if low is not None and high is not None and low > high:
+        raise ConfigError(
+            f"constraints must leave room for a point, but those on {name} exclude each other: at least {low:g} and at"
+            f" most {high:g}; loosen one of them in `constraints` or in the space's `limits`"
+        )
+    return Range(min=low, max=high)
+
+
+_LIMITS = tuple(LimitsConfig.model_fields)
+
+
+class ConstraintsConfig(LimitsConfig):
+    """What every point of a study must keep, whoever proposes it; beside what its space says."""
+
+    keep_layers: list[Annotated[int, Field(ge=0)]] = Field([], description="layers that stay dense in every point")
+    keep_roles: list[str] = Field([], description="roles that stay dense in every point")
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """The limits among them."""
+        return LimitsConfig(**{name: getattr(self, name) for name in _LIMITS})
 
 
 class LayerRange(Section):
@@ -95,6 +140,8 @@ class SearchSpaceConfig(Section):
     )
     removal: bool = Field(False, description="the last level of a whole attention or MLP block removes it")
     limits: LimitsConfig = LimitsConfig()
+    keep_layers: list[Annotated[int, Field(ge=0)]] = Field([], description="layers that stay dense in every point")
+    keep_roles: list[str] = Field([], description="roles that stay dense in every point")
     role_names: dict[str, str] = Field({}, description="module path suffix: role, for architectures dse does not know")
 
     @field_validator("methods")
@@ -117,6 +164,19 @@ class SearchSpaceConfig(Section):
         if self.kind == "subset" and (self.stacks or self.removal):
             raise ValueError("`stacks` and `removal` are for `kind: levels`; a subset has one rank for all its tensors")
         return self
+
+    def constrained(self, constraints: ConstraintsConfig) -> SearchSpaceConfig:
+        """This space under further constraints.
+
+        Raises:
+            ConfigError: They and the space's own exclude each other.
+        """
+        changes = {
+            "limits": self.limits.within(constraints.limits),
+            "keep_layers": sorted({*self.keep_layers, *constraints.keep_layers}),
+            "keep_roles": list(dict.fromkeys([*self.keep_roles, *constraints.keep_roles])),
+        }
+        return self.model_copy(update=changes)
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -14,7 +14,8 @@ from dse.config.dataset_task import DatasetTaskConfig, Head
 from dse.config.evaluation import AnyTaskConfig, EvaluationConfig
 from dse.config.fidelity import FidelityConfig
 from dse.config.measurement import MeasurementConfig
-from dse.config.search_space import SearchSpaceConfig
+from dse.config.search import SearchConfig, SearchParts, search_of_word
+from dse.config.search_space import ConstraintsConfig, SearchSpaceConfig
 
 __all__ = ["BudgetConfig", "ModelConfig", "ObjectiveConfig", "SamplerConfig", "StudyConfig"]
 
@@ -66,6 +67,10 @@ class StudyConfig(Section):
     measurement: MeasurementConfig = MeasurementConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     fidelity: FidelityConfig | None = Field(None, description="none, auto, or the rungs of the fidelity ladder")
+    constraints: ConstraintsConfig = Field(
+        ConstraintsConfig(), description="what every point must keep, beside what the space says"
+    )
+    search: SearchConfig = Field(SearchConfig(), description="auto, off, or parts such as {refinement: false}")
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     enqueue: list[dict[str, Any]] = Field([], description="design points to evaluate first, compact or expanded")
@@ -85,6 +90,11 @@ class StudyConfig(Section):
                 raise ValueError("must be none, auto, or rungs such as {proxy_tokens: 2048, shares: [0.1, 0.3]}")
             return {}
         return value
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _search_of_word(cls, value: Any) -> Any:
+        return search_of_word(value)
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -123,7 +133,20 @@ class StudyConfig(Section):
             raise ValueError(f"`tasks` must name at least one task for the objective {' or '.join(unserved)}")
         if self.fidelity is not None and not set(names) & set(_OF_TASKS):
             raise ValueError(f"`fidelity` spares documents, so one of {', '.join(_OF_TASKS)} must be an objective")
+        unmeasured = [name for name in self.constrained_space.limits.measured if name not in names]
+        if unmeasured:
+            raise ValueError(f"a limit on {unmeasured[0]} needs the objective of that name, which alone measures it")
         return self
+
+    @property
+    def constrained_space(self) -> SearchSpaceConfig:
+        """The space under the study's own constraints."""
+        return self.space.constrained(self.constraints)
+
+    @property
+    def search_parts(self) -> SearchParts:
+        """What runs beside the sampler."""
+        return self.search.parts(self.sampler.name)
 
     @property
     def head(self) -> Head | None:

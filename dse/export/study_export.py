@@ -49,7 +49,7 @@ def export(
     watcher.on_message(f"loading {opened.config.model.ref}")
     loaded = load_study_model(opened.config)
     _check_same_model(opened, loaded.fingerprint)
-    space = SearchSpace.from_config(opened.config.space, loaded.topology)
+    space = SearchSpace.from_config(opened.config.constrained_space, loaded.topology)
     bank, _ = study_bank(opened.config, loaded, space, watcher)
     requests = [
         ExportRequest(

@@ -116,7 +116,9 @@ class PointEvaluator:
             ) from error
 
 
-def blank_record(trial: int, point: DesignPoint, topology: Topology, origin: str, feasible: bool = True) -> TrialRecord:
+def blank_record(
+    trial: int, point: DesignPoint, topology: Topology, origin: str, feasible: bool = True, why: str = ""
+) -> TrialRecord:
     """The record of a point before anything is measured: its cost is known already."""
     return TrialRecord(
         trial=trial,
@@ -125,6 +127,7 @@ def blank_record(trial: int, point: DesignPoint, topology: Topology, origin: str
         point=point.to_json(),
         point_id=point.id,
         point_text=point_text(point, topology),
+        why=why,
         feasible=feasible,
         cost=cost(topology, point).to_json(),
     )

@@ -17,21 +17,26 @@ _DRAWS = 200
 
 
 def first_points(
-    space: SearchSpace, enqueued: Sequence[DesignPoint], *, sampler: str, seed: int, trials: int
+    space: SearchSpace, enqueued: Sequence[DesignPoint], *, seed: int, trials: int
 ) -> list[tuple[dict[str, int], str]]:
     """What is evaluated after the dense model: the study's own points, a ladder of plain ones, a spread of random ones.
 
     Independent levels drawn at random crowd around one reduction; a model-based sampler would start from there. So a
     third of the budget starts it better: plain points (one role group at one level everywhere), as many as spread
-    drawn one from each slice of the feasible reductions. Random and quasi-random samplers stay as they are: they are
-    baselines.
+    drawn one from each slice of the feasible reductions.
+
+    Args:
+        space: Of the study.
+        enqueued: The study's own points.
+        seed: Of the spread.
+        trials: Budget of the study; 0 for the study's own points alone.
 
     Returns:
         Levels and origin (`enqueued`, `ladder` or `spread`), in order; no point twice, and never the dense one.
     """
     proposals = [(space.levels_of(point), "enqueued") for point in enqueued]
-    if sampler not in ("random", "qmc"):
-        start_up = max(0, min(2 * _START_UP, trials // 3) - len(enqueued))
+    start_up = max(0, min(2 * _START_UP, trials // 3) - len(enqueued))
+    if start_up:
         ladder = [levels for levels in space.ladder() if space.is_feasible(space.point(levels))]
         ladder = ladder[: (start_up + 1) // 2]
         proposals += [(levels, "ladder") for levels in ladder]

@@ -50,7 +50,8 @@ class TrialRecord:
     Attributes:
         trial: Number of the trial in the study's storage.
         state: See `TrialState`.
-        origin: Who proposed it: dense, enqueued, ladder, spread, sampler, repaired or retried.
+        origin: Who proposed it: dense, enqueued, ladder, spread, sampler, refined, repaired or retried.
+        why: Why it was proposed, in words; "" where the origin says it all.
         point: The design point, expanded JSON.
         point_id: Its id.
         point_text: Its shortest JSON text, compact where the point is uniform.
@@ -85,6 +86,7 @@ class TrialRecord:
     point_id: str
     point_text: str
     reason: str = ""
+    why: str = ""
     duplicate_of: int | None = None
     feasible: bool = True
     rung: int | None = None
@@ -129,6 +131,7 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
         "state": record.state,
         "reason": record.reason,
         "origin": record.origin,
+        "why": record.why,
         "duplicate_of": record.duplicate_of,
         "feasible": record.feasible,
         "rung": record.rung,

@@ -79,7 +79,7 @@ def prepare_study(
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
     _check_phases(objectives, loaded)
-    space = SearchSpace.from_config(config.space, loaded.topology)
+    space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = _enqueued_points(config, loaded, space)
     has_grid, has_meter = len(plan.cells) > 1, meter is not None and config.measurement.meter is not None
     needs = needs_of(objectives, bool(config.tasks), has_grid=has_grid, has_meter=has_meter)

@@ -22,17 +22,27 @@ from dse.study.sqlite import SqliteStorage
 
 __all__ = ["Proposal", "StudyStorage"]
 
-_NAME, _RECORD, _ORIGIN, _QUEUE = "dse", "record", "origin", "queue"
+_NAME, _RECORD, _ORIGIN, _QUEUE, _WHY, _POINT = "dse", "record", "origin", "queue", "why", "point"
 _NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A point that was asked for and has not been told yet."""
+    """A point that was asked for and has not been told yet.
+
+    Attributes:
+        trial: Number of the trial.
+        levels: Its levels; where `point` is given, the nearest ones, which is what the sampler learns from.
+        origin: Who proposed it.
+        why: Why, in words.
+        point: The design point, expanded JSON, where the levels alone do not say it.
+    """
 
     trial: int
     levels: Mapping[str, int]
     origin: str
+    why: str = ""
+    point: Mapping[str, Any] | None = None
 
 
 class StudyStorage:
@@ -128,13 +138,21 @@ class StudyStorage:
         with _storage_errors(self._path):
             self._study.set_user_attr(name, value)
 
-    def enqueue(self, levels: Mapping[str, int], origin: str, *, first: bool = False) -> None:
-        """Have these levels proposed after all that are queued already, or before them.
+    def enqueue(
+        self,
+        levels: Mapping[str, int],
+        origin: str,
+        *,
+        first: bool = False,
+        why: str = "",
+        point: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Have these levels (or this point beside them) proposed after all that are queued already, or before them.
 
         The queue is an attribute of the study. Optuna's own would give a repeated trial its turn only after all others,
         and samplers that heed the order of trials would propose other points than without the interruption.
         """
-        entry = [dict(levels), origin]
+        entry = [dict(levels), origin, why, None if point is None else dict(point)]
         with self.at_once():
             self.set_attribute(_QUEUE, [entry, *self._queue] if first else [*self._queue, entry])
 
@@ -159,8 +177,9 @@ class StudyStorage:
             asked = sum(_ORIGIN not in trial.user_attrs for trial in self._in_state())
             self._study.sampler = make_sampler(self._sampler_name, self._seed, self._trials, asked)
             if queue := self._queue:
-                levels, origin = queue.pop(0)
-                self._study.enqueue_trial(levels, user_attrs={_ORIGIN: origin})
+                levels, origin, why, point = [*queue.pop(0), "", None][:4]  # two of an older version
+                extra = ({_WHY: why} if why else {}) | ({_POINT: point} if point is not None else {})
+                self._study.enqueue_trial(levels, user_attrs={_ORIGIN: origin, **extra})
                 self.set_attribute(_QUEUE, queue)
             trial = self._study.ask()
             if self._sampler_name.startswith("nsga"):
@@ -168,7 +187,7 @@ class StudyStorage:
                 # point, so that in a space with limits no generation would ever fill.
                 _ = trial.relative_params
             levels = {name: trial.suggest_int(name, 0, size - 1) for name, size in dimensions.items()}
-        return Proposal(trial.number, levels, str(trial.user_attrs.get(_ORIGIN, "sampler")))
+        return _proposal(trial.number, levels, trial.user_attrs)
 
     def tell(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
         """Keep the record of a trial and finish it; a kill leaves it unfinished, to be tried again.
@@ -203,7 +222,7 @@ class StudyStorage:
     def unfinished(self) -> list[Proposal]:
         """Trials that a killed process left running; call only while holding the study's lock."""
         running = self._in_state(OptunaState.RUNNING)
-        return [Proposal(t.number, dict(t.params), str(t.user_attrs.get(_ORIGIN, "sampler"))) for t in running]
+        return [_proposal(t.number, t.params, t.user_attrs) for t in running]
 
     def _in_state(self, *states: OptunaState) -> list[optuna.trial.FrozenTrial]:
         with _storage_errors(self._path):
@@ -211,6 +230,11 @@ class StudyStorage:
 
     def _trial_id(self, number: int) -> int:
         return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+
+
+def _proposal(trial: int, levels: Mapping[str, int], attributes: Mapping[str, Any]) -> Proposal:
+    origin = str(attributes.get(_ORIGIN, "sampler"))
+    return Proposal(trial, dict(levels), origin, str(attributes.get(_WHY, "")), attributes.get(_POINT))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ from dse.study.fidelity import with_final_values
 from dse.study.folder import StudyFolder
 from dse.study.paired import PairedOutcomes
 from dse.study.record import EVALUATED_STATES, TrialRecord, to_row
+from dse.study.search import OriginShare, origin_shares
+from dse.study.search.origins import share_words
 from dse.study.storage import StudyStorage
 
 if TYPE_CHECKING:
@@ -219,6 +221,12 @@ class Study:
         """Trials on the front."""
         return int(self.trials()["on_front"].sum())
 
+    @property
+    def origin_shares(self) -> tuple[OriginShare, ...]:
+        """What each origin of points got of the evaluations and gave to the front."""
+        front = {record.trial for record in self.front_records}
+        return origin_shares(self.records, self.objectives, self.attributes.get("reference"), front)
+
     def write_tables(self) -> None:
         """Write `trials.csv` and `front.csv`."""
         write_text(self.folder.trials_csv, self.trials().to_csv(index=False))
@@ -271,6 +279,7 @@ class Study:
             "Calibration text": facts.get("calibration"),
             "Energy meter": facts.get("energy_meter") or "none",
             "Hypervolume": None if hypervolume is None else f"{hypervolume:.4f} (share of the box to the ideal point)",
+            "Origins of the points": "; ".join(share_words(share) for share in self.origin_shares),
             "Reference point": ", ".join(f"{name} = {value:.6g}" for name, value in reference.items()),
             "Processor": environment.get("cpu", {}).get("model"),
             "Platform": environment.get("platform"),

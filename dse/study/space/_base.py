@@ -7,6 +7,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dse.config import LayerRange, SearchSpaceConfig, load_search_space
 from dse.cost import cost, parameters_saved
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError, did_you_mean
+from dse.study.space.limits import reduction_limits, violations_of_cost
 from dse.topology import Topology
 
 if TYPE_CHECKING:
@@ -112,22 +114,14 @@ class SearchSpace(ABC):
         """The levels of the dense model."""
         return dict.fromkeys(self.dimensions, 0)
 
-    @property
+    @cached_property
     def limits(self) -> tuple[float, float]:
-        """Reduction limits, open ends filled in."""
-        limit = self.config.limits.reduction
-        return (-math.inf if limit.min is None else limit.min, math.inf if limit.max is None else limit.max)
+        """Reductions that keep the limits on reduction and on weight bytes, open ends filled in."""
+        return reduction_limits(self.config.limits, self.topology)
 
     def violations(self, point: DesignPoint) -> dict[str, float]:
         """Constraint name to its value; <= 0 is feasible (Optuna's convention). From the point alone."""
-        reduction = cost(self.topology, point).reduction
-        low, high = self.limits
-        values = {}
-        if math.isfinite(low):
-            values["reduction_min"] = low - reduction
-        if math.isfinite(high):
-            values["reduction_max"] = reduction - high
-        return values
+        return violations_of_cost(self.config.limits, cost(self.topology, point))
 
     def is_feasible(self, point: DesignPoint) -> bool:
         """Whether the point keeps the limits."""
@@ -198,22 +192,30 @@ class SearchSpace(ABC):
         smallest, largest = self.reduction_range()
         low, high = self.limits
         name = f"space '{self.config.name}' on {self.topology.architecture}"
+        if low > high:
+            raise ConfigError(
+                f"constraints must leave room for a point, but those of {name} exclude each other:"
+                f" `limits.weight_bytes` and `limits.reduction` together ask for reductions of at least {low:.4g} and"
+                f" at most {high:.4g}; loosen one of them"
+            )
+        kept = [f"{key} {value}" for key in ("keep_layers", "keep_roles") if (value := getattr(self.config, key))]
+        name += f" ({', '.join(kept)})" if kept else ""
         reach = f"{name} reaches reductions of {smallest:.4g} to {largest:.4g}"
         if low > largest or high < smallest:
             raise ConfigError(
                 f"some point must lie within `limits.reduction`, but {reach} and the limits are"
-                f" {self.config.limits.reduction.min} to {self.config.limits.reduction.max}; widen one of them"
+                f" {_end(low)} to {_end(high)}; widen one of them"
             )
         if low > 0 and self.draw_feasible(random.Random(0)) is None:
             raise ConfigError(
                 f"some point must lie within `limits.reduction`, but none was found between"
-                f" {self.config.limits.reduction.min} and {self.config.limits.reduction.max} ({reach}); widen them"
+                f" {_end(low)} and {_end(high)} ({reach}); widen them"
             )
 
     def describe(self) -> dict[str, Any]:
         """What `dse space` prints."""
         count, (smallest, largest) = self.number_of_points(), self.reduction_range()
-        limit = self.config.limits.reduction
+        limits = self.config.limits
         return {
             "name": self.config.name,
             "kind": self.config.kind,
@@ -231,7 +233,13 @@ class SearchSpace(ABC):
             "number_of_configurations_log2": math.log2(self.number_of_configurations()),
             "smallest_reduction": smallest,
             "largest_reduction": largest,
-            "limits": {"reduction": {"min": limit.min, "max": limit.max}},
+            "limits": {
+                name: limit
+                for name, limit in limits.model_dump().items()
+                if name == "reduction" or any(end is not None for end in limit.values())
+            },
+            "keep_layers": list(self.config.keep_layers),
+            "keep_roles": list(self.config.keep_roles),
         }
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -257,7 +265,30 @@ class SearchSpace(ABC):
         return parameters_saved(self.topology, point) / self.topology.parameters_dense
 
 
+def _end(limit: float) -> str:
+    return f"{limit:.4g}" if math.isfinite(limit) else "any"
+
+
 def _layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
+    """The layers that may change: those of the space without those to keep."""
+    everything = range(topology.layer_count)
+    for layer in config.keep_layers:
+        if layer not in everything:
+            raise ConfigError(
+                f"`0 <= layer < {topology.layer_count}` must hold for {topology.architecture}, but `keep_layers` of"
+                f" space '{config.name}' names layer {layer}"
+            )
+    named = _named_layers(config, topology)
+    chosen = tuple(layer for layer in named if layer not in config.keep_layers)
+    if not chosen:
+        raise ConfigError(
+            f"constraints must leave room for a point, but `keep_layers` {config.keep_layers} of space '{config.name}'"
+            f" keeps every layer that `layers` offers; name fewer"
+        )
+    return chosen
+
+
+def _named_layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
     everything = range(topology.layer_count)
     if config.layers == "all":
         return tuple(everything)
@@ -281,6 +312,18 @@ def _layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
 
 
 def _roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
+    """The roles that may change: those of the space without those to keep."""
+    kept = check_roles(config.keep_roles, config.name, topology)
+    chosen = tuple(role for role in _named_roles(config, topology) if role not in kept)
+    if not chosen:
+        raise ConfigError(
+            f"constraints must leave room for a point, but `keep_roles` {config.keep_roles} of space '{config.name}'"
+            f" keeps every role that `roles` offers; name fewer"
+        )
+    return chosen
+
+
+def _named_roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
     outside = tuple(tensor.role for tensor in topology.tensors if tensor.layer is None)
     if config.roles == "all":
         stacked = dict.fromkeys(stack.role for stack in topology.stacks) if config.stacks else ()
