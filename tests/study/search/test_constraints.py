@@ -13,6 +13,7 @@ from dse.cli import main
 from dse.config import parse_search_space, parse_study
 from dse.errors import ConfigError
 from dse.study import SearchSpace, open_study, run_study
+from dse.study.space.limits import measured_violations
 from dse.topology import DecomposableTensor, Topology
 
 SPACE: dict[str, Any] = {"name": "s", "methods": ["svd"], "ranks": {"absolute": [1, 2]}}
@@ -92,7 +93,6 @@ def test_every_origin_keeps_the_constraints(tiny_folder: Path, tmp_path: Path) -
         tiny_folder,
         sampler={"name": "tpe"},
         constraints={"keep_layers": [1], "keep_roles": ["query"], "reduction": {"max": 0.25}},
-        objectives=["accuracy", "parameters", "peak_memory_bytes"],
         budget={"trials": 16},
     )
     study = run_study(config, out=tmp_path / "run")
@@ -104,16 +104,26 @@ def test_every_origin_keeps_the_constraints(tiny_folder: Path, tmp_path: Path) -
 
 
 def test_a_limit_on_what_is_measured_keeps_a_trial_off_the_front(tiny_folder: Path, tmp_path: Path) -> None:
-    base = {"objectives": ["accuracy", "parameters", "peak_memory_bytes"], "budget": {"trials": 6}}
-    free = run_study(tiny_study(tiny_folder, **base), out=tmp_path / "free")
-    memory = sorted(r.quantities["peak_memory_bytes"].value or 0 for r in evaluated(free)[1:])
-    limit = (memory[0] + memory[-1]) / 2
-    config = tiny_study(tiny_folder, constraints={"peak_memory_bytes": {"max": limit}}, **base)
-    study = run_study(config, out=tmp_path / "limited")
-    heavy = [r for r in evaluated(study) if (r.quantities["peak_memory_bytes"].value or 0) > limit]
-    assert heavy
-    assert not any(record.feasible for record in heavy)
-    assert not {record.trial for record in heavy} & {
-        record.trial for record in open_study(tmp_path / "limited").front_records
-    }
-    assert all(r.feasible for r in evaluated(study)[1:] if r not in heavy)
+    base = {"objectives": ["accuracy", "parameters", "decode_latency_s"], "budget": {"trials": 3}}
+    study = run_study(
+        tiny_study(tiny_folder, constraints={"decode_latency_s": {"max": 1e-9}}, **base), out=tmp_path / "a"
+    )
+    assert [record.state for record in evaluated(study)] == ["complete"] * 3
+    assert not any(record.feasible for record in evaluated(study))
+    assert study.front_records == []
+    wide = run_study(
+        tiny_study(tiny_folder, constraints={"decode_latency_s": {"max": 1e9}}, **base), out=tmp_path / "b"
+    )
+    assert all(record.feasible for record in evaluated(wide)[1:])
+    assert wide.front_records
+
+
+def test_measured_limits_are_relative_distances() -> None:
+    limits = parse_search_space(
+        {**SPACE, "limits": {"decode_latency_s": {"max": 0.02}, "peak_memory_bytes": {"min": 10}}}
+    )
+    found = measured_violations(limits.limits, {"decode_latency_s": 0.03, "accuracy": 1.0})
+    assert found == pytest.approx({"decode_latency_s_max": 0.5})
+    assert measured_violations(limits.limits, {"peak_memory_bytes": 8.0}) == pytest.approx(
+        {"peak_memory_bytes_min": 0.2}
+    )

@@ -22,10 +22,14 @@ REFERENCE = {"accuracy": 0.0, "parameters": 110.0}
 def record(trial: int, origin: str, accuracy: float, parameters: float, **changes: Any) -> TrialRecord:
     quantities = {"accuracy": Interval(accuracy)}
     point = {"tensors": {} if origin == "dense" else {"a": {"method": "svd", "rank": trial + 1}}}
-    values: dict[str, Any] = {"state": "complete", "cost": {"parameters": parameters}, "quantities": quantities}
-    return TrialRecord(
-        trial=trial, origin=origin, point=point, point_id=f"p{trial}", point_text="", **{**values, **changes}
-    )
+    values: dict[str, Any] = {
+        "state": "complete",
+        "point_id": f"p{trial}",
+        "cost": {"parameters": parameters},
+        "quantities": quantities,
+    }
+    values |= changes
+    return TrialRecord(trial=trial, origin=origin, point=point, point_text="", **values)
 
 
 def test_hypervolume_is_credited_to_whoever_added_it() -> None:
