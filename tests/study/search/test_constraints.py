@@ -12,7 +12,7 @@ from tiny_study import tiny_study, write_study
 from dse.cli import main
 from dse.config import parse_search_space, parse_study
 from dse.errors import ConfigError
-from dse.study import SearchSpace, open_study, run_study
+from dse.study import SearchSpace, run_study
 from dse.study.space.limits import measured_violations
 from dse.topology import DecomposableTensor, Topology
 
