@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from dse.study import Study, open_study, run_study
 
 
 @pytest.fixture(scope="module")
-def searched(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Study:
+def searched(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, cache_folder: Path) -> Iterator[Study]:
     """A study whose sampler and refinements compete."""
     config = tiny_study(tiny_folder, sampler={"name": "tpe"}, budget={"trials": 24})
-    return run_study(config, out=tmp_path_factory.mktemp("searched") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
+        yield run_study(config, out=tmp_path_factory.mktemp("searched") / "run")
 
 
 def test_refinements_compete_with_the_sampler(searched: Study) -> None:
