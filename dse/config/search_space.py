@@ -126,9 +126,10 @@ class SearchSpaceConfig(Section):
     """What may be decomposed, and how far."""
 
     name: str = Field(min_length=1)
-    kind: Literal["levels", "subset"] = Field(
+    kind: Literal["levels", "subset", "depth_profile"] = Field(
         "levels",
-        description="levels: each group picks dense or a rank; subset: layers x roles x one rank (the paper's)",
+        description="levels: each group picks dense or a rank; subset: layers x roles x one rank (the paper's);"
+        " depth_profile: a budget and a smooth profile over depth, turned into a point by an allocation",
     )
     methods: list[str] = Field(["whitened_svd"], min_length=1)
     layers: Literal["all"] | list[int] | LayerRange = "all"
@@ -138,7 +139,8 @@ class SearchSpaceConfig(Section):
     stacks: bool = Field(
         False, description="decompose query, key and value (gate and up) of a layer as one matrix where it can be done"
     )
-    removal: bool = Field(False, description="the last level of a whole attention or MLP block removes it")
+    removal: bool = Field(False, description="whole attention and MLP blocks may be removed: one level more, or option")
+    knots: int = Field(5, ge=2, le=20, description="of a depth profile: points of its curve over the layers")
     limits: LimitsConfig = LimitsConfig()
     keep_layers: list[Annotated[int, Field(ge=0)]] = Field([], description="layers that stay dense in every point")
     keep_roles: list[str] = Field([], description="roles that stay dense in every point")
@@ -159,10 +161,14 @@ class SearchSpaceConfig(Section):
 
     @model_validator(mode="after")
     def _groups_are_used(self) -> Self:
-        if self.kind == "subset" and self.groups != GroupConfig():
-            raise ValueError("`groups` is for `kind: levels`; a subset chooses layers and roles each on their own")
+        if self.kind != "levels" and self.groups != GroupConfig():
+            raise ValueError("`groups` is for `kind: levels`; the other kinds have groups of their own")
         if self.kind == "subset" and (self.stacks or self.removal):
             raise ValueError("`stacks` and `removal` are for `kind: levels`; a subset has one rank for all its tensors")
+        if self.kind == "depth_profile" and self.stacks:
+            raise ValueError("`stacks` is for `kind: levels`; a depth profile decomposes tensors one by one")
+        if self.kind != "depth_profile" and self.knots != 5:
+            raise ValueError("`knots` is for `kind: depth_profile`")
         return self
 
     def constrained(self, constraints: ConstraintsConfig) -> SearchSpaceConfig:

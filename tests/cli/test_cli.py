@@ -356,7 +356,7 @@ def test_front(dse: Run, finished_study: Path) -> None:
     result = dse("front", finished_study)
     assert result.code == 0
     assert result.err == ""
-    head, *rows = result.out.splitlines()
+    head, *rows, origins = result.out.splitlines()
     assert " ".join(head.split()) == (
         "trial point reduction accuracy vs dense decode latency vs dense parameters vs dense"
     )
@@ -378,6 +378,7 @@ def test_front(dse: Run, finished_study: Path) -> None:
     assert shown == set(table.loc[table["on_front"], "trial"]) | {0}
     assert "reference" in result.out  # the dense row
     assert "6 of 6 trials evaluated" in rows[-1]
+    assert origins.startswith("origins: ")
     told = dse("front", finished_study, "--json").json
     assert {row["trial"] for row in told["front"]} == shown
     assert {row["trial"] for row in told["tied"]} == set(tied["trial"])

@@ -1,0 +1,156 @@
+"""The damage of points as learnt from the measured ones: the additive table, corrected by a few factors.
+
+    D(point) = scale * (sum over units u of  w(u) d(u, option of u))^exponent
+    w(u)     = exp(a[kind of u] + piecewise linear b at the depth of u + c if the unit is removed)
+
+d is measured with one unit changed at a time. What such a table misses is how damages meet: blocks of one kind, or of
+one region of depth, that repair or worsen each other's loss. The weights w learn that by kind and depth, and the
+exponent how fast losses grow together (1: they add up). All are fitted in logarithms, so that they stay positive, by
+least squares on the logarithm of the measured damage, with a ridge that pulls every factor towards 1: with few points the
+table stays as it was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from dse.allocation import DamageTable, Option, Unit
+from dse.design_point import DesignPoint
+from dse.errors import PointError
+
+__all__ = ["KNOTS", "RefittedDamage", "refit"]
+
+KNOTS = 4
+_RIDGE = 0.25  # a factor of e weighs like an error of a quarter in the logarithm of one measured damage
+_RIDGE_SCALE = 0.02  # the scale only translates units: nats on one text to nats, or accuracy, on another
+_FLOOR = 1e-5
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RefittedDamage:
+    """A damage table with factors learnt from measured points.
+
+    Attributes:
+        table: As measured unit by unit.
+        kinds: Kinds of units that have a factor each.
+        log_factors: Logarithms: one per kind, one per knot of depth, one for removal; shape (kinds + KNOTS + 1,).
+        exponent: Of the sum.
+        scale: Of the result.
+        points: Measured points that it was fitted to.
+    """
+
+    table: DamageTable
+    kinds: tuple[str, ...]
+    log_factors: FloatArray
+    exponent: float = 1.0
+    scale: float = 1.0
+    points: int = 0
+
+    @classmethod
+    def of(cls, table: DamageTable) -> RefittedDamage:
+        """The table as it is."""
+        kinds = tuple(dict.fromkeys(unit.kind for unit in table.units))
+        return cls(table, kinds, np.zeros(len(kinds) + KNOTS + 1))
+
+    def weight(self, unit: Unit, option: Option) -> float:
+        """The factor on the damage of one option."""
+        return float(math.exp(_features(self, unit, option) @ self.log_factors))
+
+    def corrected_table(self) -> DamageTable:
+        """The table with its factors: what allocations are made from (scale and exponent change no order)."""
+        return self.table.scaled(self.weight)
+
+    def predict(self, point: DesignPoint) -> float:
+        """Expected damage of a point, in the unit of what was measured.
+
+        Raises:
+            PointError: The point holds something that is no option of the table.
+        """
+        options = self.table.options_of(point)
+        total = sum(
+            max(option.damage, 0.0) * self.weight(self.table.by_name[name], option)
+            for name, option in options.items()
+            if not option.is_dense
+        )
+        return float(self.scale * max(total, _FLOOR) ** self.exponent)
+
+
+def refit(table: DamageTable, points: Sequence[DesignPoint], damages: Sequence[float]) -> RefittedDamage:
+    """Fit the factors to measured points; those the table has no options for, or without damage, are left out.
+
+    Args:
+        table: As measured unit by unit.
+        points: Measured, in order.
+        damages: What each cost, in any unit that is 0 for dense; same length.
+
+    Returns:
+        The refitted model; without usable points the table as it is. The same points give the same factors.
+    """
+    model = RefittedDamage.of(table)
+    rows = []
+    for point, damage in zip(points, damages, strict=True):
+        row = _row(model, point)
+        if row is not None and math.isfinite(damage) and damage > _FLOOR:
+            rows.append((*row, math.log(damage)))
+    if not rows:
+        return model
+    size = len(model.log_factors)
+    # The scale begins at what explains the median, so that the ridge has units to forget but no offset to fight.
+    offset = float(np.median([target - math.log(max(weights.sum(), _FLOOR)) for weights, _, target in rows]))
+
+    def residuals(parameters: FloatArray) -> FloatArray:
+        errors = [
+            offset
+            + parameters[size]
+            + math.exp(parameters[size + 1]) * math.log(max(float(base @ np.exp(features @ parameters[:size])), _FLOOR))
+            - target
+            for base, features, target in rows
+        ]
+        ridge = np.concatenate(
+            [parameters[:size] * _RIDGE, [parameters[size] * _RIDGE_SCALE, parameters[size + 1] * _RIDGE]]
+        )
+        return np.concatenate([np.array(errors), ridge])
+
+    found = least_squares(residuals, np.zeros(size + 2), method="trf", max_nfev=200).x
+    return RefittedDamage(
+        table,
+        model.kinds,
+        found[:size],
+        exponent=math.exp(float(found[size + 1])),
+        scale=math.exp(offset + float(found[size])),
+        points=len(rows),
+    )
+
+
+def _row(model: RefittedDamage, point: DesignPoint) -> tuple[FloatArray, FloatArray] | None:
+    """Damages of the options that a point takes, shape (n,), and their features, shape (n, factors)."""
+    try:
+        options = model.table.options_of(point)
+    except PointError:
+        return None
+    taken = [(model.table.by_name[name], option) for name, option in options.items() if not option.is_dense]
+    if not taken:
+        return None
+    base = np.array([max(option.damage, 0.0) for _, option in taken])
+    return base, np.array([_features(model, unit, option) for unit, option in taken])
+
+
+def _features(model: RefittedDamage, unit: Unit, option: Option) -> FloatArray:
+    """One-hot kind, hat functions of depth, removal; shape (kinds + KNOTS + 1,)."""
+    features = np.zeros(len(model.kinds) + KNOTS + 1)
+    features[model.kinds.index(unit.kind)] = 1.0
+    if unit.layer is not None:
+        deepest = max((other.layer or 0) for other in model.table.units)
+        place = unit.layer / max(deepest, 1) * (KNOTS - 1)
+        hats = np.maximum(0.0, 1.0 - np.abs(np.arange(KNOTS) - place))
+        features[len(model.kinds) : len(model.kinds) + KNOTS] = hats
+    features[-1] = float(option.removes_block)
+    return features

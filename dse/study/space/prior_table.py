@@ -1,0 +1,72 @@
+"""Damage tables before anything is measured: the options of a space, with damages from their sizes alone."""
+
+from __future__ import annotations
+
+from dse.allocation import DamageTable, Option, Unit
+from dse.config import SearchSpaceConfig
+from dse.cost import factor_parameters, parameters_saved
+from dse.design_point import DesignPoint, TensorChoice
+from dse.study.space.levels import LevelSpace
+from dse.study.space.rank_grid import level_count, rank_at
+from dse.topology import DecomposableTensor, Topology
+
+__all__ = ["block_table", "level_table", "prior_damage"]
+
+ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
+
+
+def prior_damage(saved: int, dense: int) -> float:
+    """What an unmeasured option is taken to cost: the square of the share of its unit that it removes."""
+    return (saved / dense) ** 2
+
+
+def level_table(space: LevelSpace, method: str) -> DamageTable:
+    """The groups of a space as units and its levels as options, by one method."""
+    units = []
+    for group in space.groups:
+        dense = sum(tensor.parameters for tensor in group.tensors)
+        options = [Option((), dense, 0.0)]
+        for level in range(1, 1 + len(group.ranks[method])):
+            choices = zip((t.name for t in group.tensors), group.choices(method, level), strict=True)
+            saved = group.saved(method, level)
+            options.append(Option(tuple(choices), dense - saved, prior_damage(saved, dense), is_measured=False))
+        layers = [tensor.layer for tensor in group.tensors if tensor.layer is not None]
+        layer = layers[len(layers) // 2] if layers else None
+        units.append(Unit(group.name, layer, group.label or "block", tuple(options)))
+    return DamageTable(tuple(units), space.topology.parameters_dense)
+
+
+def block_table(config: SearchSpaceConfig, topology: Topology) -> DamageTable:
+    """Attention and MLP of each layer as units; options are the kept fractions of the space, and removal if offered."""
+    units = []
+    for layer in range(topology.layer_count):
+        tensors = [tensor for tensor in topology.tensors if tensor.layer == layer]
+        for kind in ("attention", "mlp"):
+            own = [tensor for tensor in tensors if (tensor.role in ATTENTION_ROLES) == (kind == "attention")]
+            if own:
+                units.append(_block(config, topology, f"layers.{layer}.{kind}", layer, kind, own))
+    return DamageTable(tuple(units), topology.parameters_dense)
+
+
+def _block(
+    config: SearchSpaceConfig, topology: Topology, name: str, layer: int, kind: str, tensors: list[DecomposableTensor]
+) -> Unit:
+    removable = topology.blocks_by_name.get(name) if config.removals else None
+    # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
+    dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
+    options: dict[tuple[tuple[str, TensorChoice], ...], Option] = {(): Option((), dense, 0.0)}
+    for method in config.methods:
+        for index in range(level_count(config.ranks)):
+            choices = tuple(
+                sorted((t.name, TensorChoice(method, rank_at(config.ranks, index, t, method))) for t in tensors)
+            )
+            saved = sum(t.parameters - factor_parameters(t, dict(choices)[t.name]) for t in tensors)
+            if saved > 0:
+                options.setdefault(
+                    choices, Option(choices, dense - saved, prior_damage(saved, dense), is_measured=False)
+                )
+    if removable is not None:
+        gone = ((name, TensorChoice.removal()),)
+        saved = parameters_saved(topology, DesignPoint(gone))
+        options[gone] = Option(gone, dense - saved, prior_damage(saved, dense), is_measured=False)
+    return Unit(name, layer, kind, tuple(options.values()))
