@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pydantic import Field
@@ -17,23 +17,29 @@ class SearchParts:
     """What the search consists of, beside the sampler and the user's own points.
 
     Attributes:
-        start_up: Plain points and a spread over the reductions come before the sampler.
+        start_up: Plain points and a spread over the reductions come before the sampler, where nothing better does.
+        warm_starts: A sensitivity profile is measured, and allocations over it, uniform points and removals come first.
         refinement: Changes of front points compete with the sampler.
+        refit: The damages of the profile are refitted to the measured points, and new allocations compete, too.
     """
 
     start_up: bool
+    warm_starts: bool
     refinement: bool
+    refit: bool
 
 
-_EVERYTHING = SearchParts(start_up=True, refinement=True)
+_EVERYTHING = SearchParts(start_up=True, warm_starts=True, refinement=True, refit=True)
+_NOTHING = SearchParts(start_up=False, warm_starts=False, refinement=False, refit=False)
+# Evolution recombines whole generations, which other origins would thin out; random samplers are baselines.
+_START_UP = SearchParts(start_up=True, warm_starts=False, refinement=False, refit=False)
 _AUTOMATIC = {
     "tpe": _EVERYTHING,
     "gp": _EVERYTHING,
-    # Evolution recombines whole generations, which other origins would thin out; random samplers are baselines.
-    "nsga2": SearchParts(start_up=True, refinement=False),
-    "nsga3": SearchParts(start_up=True, refinement=False),
-    "random": SearchParts(start_up=False, refinement=False),
-    "qmc": SearchParts(start_up=False, refinement=False),
+    "nsga2": _START_UP,
+    "nsga3": _START_UP,
+    "random": _NOTHING,
+    "qmc": _NOTHING,
 }
 
 
@@ -41,15 +47,17 @@ class SearchConfig(Section):
     """Parts of the search; one that is left out follows from the sampler."""
 
     start_up: bool | None = Field(None, description="plain points and a spread over the reductions first")
+    warm_starts: bool | None = Field(None, description="allocations over a sensitivity profile first")
     refinement: bool | None = Field(None, description="changes of front points compete with the sampler")
+    refit: bool | None = Field(None, description="new allocations over refitted damages compete with the sampler")
+    profile_tokens: int = Field(1024, ge=128, description="held-out tokens on which the profile measures damage")
 
     def parts(self, sampler: str) -> SearchParts:
         """What runs beside this sampler: model-based ones get everything, random ones nothing, unless told."""
-        chosen = {name: value for name, value in self.model_dump().items() if value is not None}
         automatic = _AUTOMATIC[sampler]
+        chosen = {field.name: getattr(self, field.name) for field in fields(SearchParts)}
         return SearchParts(
-            start_up=chosen.get("start_up", automatic.start_up),
-            refinement=chosen.get("refinement", automatic.refinement),
+            **{name: getattr(automatic, name) if value is None else value for name, value in chosen.items()}
         )
 
 
@@ -58,7 +66,7 @@ def search_of_word(value: Any) -> Any:
     if value == "auto" or value is True:
         return {}
     if value in ("off", "none") or value is False:
-        return dict.fromkeys(SearchConfig.model_fields, False)
+        return {field.name: False for field in fields(SearchParts)}
     if isinstance(value, str):
         raise ValueError("must be auto, off, or parts such as {refinement: false}")
     return value

@@ -65,6 +65,7 @@ class StudyLoop:
             config.sampler.seed,
             config.budget.trials,
             self.prepared.enqueued,
+            self.prepared.damages,
         )
         self.storage = StudyStorage.open(
             self.folder.storage,
@@ -88,7 +89,7 @@ class StudyLoop:
                     free = 0
                 elif self.storage.enqueued == 0:
                     self._enqueue(self.search.next(self.by_point, self._generator("search")))
-                proposal = self.storage.ask(self.prepared.space.dimensions)
+                proposal = self._ask()
                 free = 0 if self._take(proposal) else free + 1
             self._take_idle_power("idle_power_after")
             self._end()
@@ -160,7 +161,7 @@ class StudyLoop:
 
     def _take(self, proposal: Proposal) -> bool:
         """Evaluate a proposal, or settle it without; returns whether it was evaluated."""
-        space = self.prepared.space
+        space = self.search.space
         point = self._point(proposal)
         violations = space.violations(point)
         feasible = all(value <= 0 for value in violations.values())
@@ -293,6 +294,13 @@ class StudyLoop:
         for candidate in self.search.first():
             self._enqueue(candidate)
 
+    def _ask(self) -> Proposal:
+        with self.storage.at_once():
+            proposal = self.storage.ask(self.search.space.dimensions)
+            if proposal.point is None and self.search.decides_points:
+                return self.storage.decide(proposal, self.search.space.point(proposal.levels).to_json())
+            return proposal
+
     def _enqueue(self, candidate: Candidate | None) -> None:
         if candidate is not None:
             point = None if candidate.point is None else candidate.point.to_json()
@@ -301,16 +309,16 @@ class StudyLoop:
     def _point(self, proposal: Proposal) -> DesignPoint:
         """The point that is meant: the levels' own, or the one beside them."""
         if proposal.point is None:
-            return self.prepared.space.point(proposal.levels)
+            return self.search.space.point(proposal.levels)
         return DesignPoint.from_json(proposal.point, self.prepared.loaded.topology)
 
     def _measured(self, record: TrialRecord) -> dict[str, float]:
         """By how much the measured quantities of a trial break the limits on them."""
         known = {name: entry.value for name, entry in record.quantities.items() if entry.value is not None}
-        return measured_violations(self.prepared.space.config.limits, known)
+        return measured_violations(self.search.space.config.limits, known)
 
     def _enqueue_unseen(self) -> bool:
-        levels = unseen_feasible_levels(self.prepared.space, set(self.by_point), self._generator("unseen"))
+        levels = unseen_feasible_levels(self.search.space, set(self.by_point), self._generator("unseen"))
         if levels is None:
             return False
         self.storage.enqueue(levels, "repaired")

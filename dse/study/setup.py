@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dse.allocation import DamageTable
 from dse.config import StudyConfig
 from dse.decomposition import (
     METHODS,
@@ -30,6 +31,7 @@ from dse.study.fidelity import Climber, FinalEvaluator
 from dse.study.measurement_plan import MeasurementPlan, open_study_meter
 from dse.study.objectives import Needs, check_tasks_serve, needs_of, resolve_objectives
 from dse.study.precision import half_precision_notice
+from dse.study.search.profile import study_table
 from dse.study.space import SearchSpace
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
@@ -47,6 +49,7 @@ class PreparedStudy:
     enqueued: tuple[DesignPoint, ...]
     calibration: CalibrationWindows | None
     final: FinalEvaluator | None = None
+    damages: DamageTable | None = None
 
 
 def prepare_study(
@@ -104,7 +107,8 @@ def prepare_study(
     )
     point_evaluator = PointEvaluator(loaded, bank, needs, climber, plan, listener.on_phase)
     final = None if fresh is None else FinalEvaluator(loaded, bank, fresh, cache)
-    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration, final)
+    damages = study_table(config, loaded, space, bank, calibration, listener)
+    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration, final, damages)
 
 
 def load_study_model(config: StudyConfig) -> LoadedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sqlite3
 import warnings
@@ -188,6 +189,12 @@ class StudyStorage:
                 _ = trial.relative_params
             levels = {name: trial.suggest_int(name, 0, size - 1) for name, size in dimensions.items()}
         return _proposal(trial.number, levels, trial.user_attrs)
+
+    def decide(self, proposal: Proposal, point: Mapping[str, Any]) -> Proposal:
+        """Keep which point a proposal's levels stand for, where that may be another one later."""
+        with self.at_once():
+            optuna.trial.Trial(self._study, self._trial_id(proposal.trial)).set_user_attr(_POINT, dict(point))
+        return dataclasses.replace(proposal, point=point)
 
     def tell(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
         """Keep the record of a trial and finish it; a kill leaves it unfinished, to be tried again.

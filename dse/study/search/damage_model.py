@@ -6,15 +6,15 @@
 d is measured with one unit changed at a time. What such a table misses is how damages meet: blocks of one kind, or of
 one region of depth, that repair or worsen each other's loss. The weights w learn that by kind and depth, and the
 exponent how fast losses grow together (1: they add up). All are fitted in logarithms, so that they stay positive, by
-least squares on the logarithm of the measured damage, with a ridge that pulls every factor towards 1: with few points the
-table stays as it was measured.
+least squares on the logarithm of the measured damage, with a ridge that pulls every factor towards 1: with few points
+the table stays as it was measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ class RefittedDamage:
         exponent: Of the sum.
         scale: Of the result.
         points: Measured points that it was fitted to.
+        offered: Measured points that it was offered, those that the table has no options for included.
     """
 
     table: DamageTable
@@ -53,6 +54,7 @@ class RefittedDamage:
     exponent: float = 1.0
     scale: float = 1.0
     points: int = 0
+    offered: int = 0
 
     @classmethod
     def of(cls, table: DamageTable) -> RefittedDamage:
@@ -82,6 +84,13 @@ class RefittedDamage:
         )
         return float(self.scale * max(total, _FLOOR) ** self.exponent)
 
+    def expected(self, point: DesignPoint) -> float:
+        """As `predict`; infinite where the table cannot say."""
+        try:
+            return self.predict(point)
+        except PointError:
+            return math.inf
+
 
 def refit(table: DamageTable, points: Sequence[DesignPoint], damages: Sequence[float]) -> RefittedDamage:
     """Fit the factors to measured points; those the table has no options for, or without damage, are left out.
@@ -101,7 +110,7 @@ def refit(table: DamageTable, points: Sequence[DesignPoint], damages: Sequence[f
         if row is not None and math.isfinite(damage) and damage > _FLOOR:
             rows.append((*row, math.log(damage)))
     if not rows:
-        return model
+        return replace(model, offered=len(points))
     size = len(model.log_factors)
     # The scale begins at what explains the median, so that the ridge has units to forget but no offset to fight.
     offset = float(np.median([target - math.log(max(weights.sum(), _FLOOR)) for weights, _, target in rows]))
@@ -127,6 +136,7 @@ def refit(table: DamageTable, points: Sequence[DesignPoint], damages: Sequence[f
         exponent=math.exp(float(found[size + 1])),
         scale=math.exp(offset + float(found[size])),
         points=len(rows),
+        offered=len(points),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dse.allocation import DamageTable
 from dse.config import SearchParts
 from dse.design_point import DesignPoint
 from dse.errors import InvalidMeasurementError
@@ -17,14 +18,19 @@ from dse.study.proposals import first_points
 from dse.study.record import EVALUATED_STATES, TrialRecord
 from dse.study.search.candidate import Candidate
 from dse.study.search.competition import choose
-from dse.study.search.goals import FrontPoint
+from dse.study.search.damage_model import RefittedDamage, refit
+from dse.study.search.goals import FrontPoint, goal
+from dse.study.search.observed import observed_damage
 from dse.study.search.origins import Ledger
 from dse.study.search.refinement import REFINED, refine
-from dse.study.space import SearchSpace
+from dse.study.search.warm_starts import ALLOCATION, allocated, candidate_of, warm_starts
+from dse.study.space import DepthProfileSpace, SearchSpace
 
 __all__ = ["SearchSession"]
 
 _SAMPLER = "sampler"
+_GOALS = 4
+_LEAST_MEASURED = 4
 
 
 @dataclass
@@ -38,6 +44,7 @@ class SearchSession:
         seed: Of the study's sampler.
         trials: Its budget.
         enqueued: The user's own points.
+        damages: Measured at set-up; None where the search starts without a profile.
     """
 
     space: SearchSpace
@@ -46,11 +53,16 @@ class SearchSession:
     seed: int
     trials: int
     enqueued: Sequence[DesignPoint] = ()
+    damages: DamageTable | None = None
+    _dense: TrialRecord | None = None
+    _measured: list[tuple[DesignPoint, float]] = field(default_factory=list)
+    _model: RefittedDamage | None = None
     _ledger: Ledger = field(init=False)
     _front: list[tuple[TrialRecord, list[float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.objectives)
+        self._learn()
 
     def begin(self, reference: Mapping[str, float]) -> None:
         """The dense model is known, and with it the reference of the hypervolume."""
@@ -62,6 +74,7 @@ class SearchSession:
         if credited == "repaired" and record.state in EVALUATED_STATES:
             # The sampler's own proposal broke a limit: what its feasible neighbour gains is the sampler's.
             self._ledger.gains[-1] = (_SAMPLER, self._ledger.gains[-1][1])
+        self._observe(record)
         if record.state != "complete" or not (record.feasible or not record.point["tensors"]):
             return
         try:
@@ -74,10 +87,21 @@ class SearchSession:
 
     def first(self) -> list[Candidate]:
         """What is evaluated after the dense model, in order."""
-        found = first_points(
-            self.space, self.enqueued, seed=self.seed, trials=self.trials if self.parts.start_up else 0
-        )
-        return [Candidate(levels, origin) for levels, origin in found]
+        is_warm = self.damages is not None and self.parts.warm_starts
+        start_up = self.trials if self.parts.start_up and not is_warm else 0
+        found = [
+            Candidate(levels, origin)
+            for levels, origin in first_points(self.space, (), seed=self.seed, trials=start_up)
+        ]
+        if self.damages is not None and is_warm:
+            found = warm_starts(self.space, self.damages, self.trials)
+        seen, kept = {DesignPoint.dense().id}, []
+        for candidate in [*(candidate_of(self.space, point, "enqueued", "") for point in self.enqueued), *found]:
+            point = candidate.point or self.space.point(candidate.levels)
+            if point.id not in seen:
+                seen.add(point.id)
+                kept.append(candidate)
+        return kept
 
     def next(self, seen: Collection[str], generator: random.Random) -> Candidate | None:
         """The next point, where somebody beside the sampler has earned its turn; None is the sampler's turn.
@@ -86,9 +110,65 @@ class SearchSession:
             seen: Ids of points that were evaluated.
             generator: Seeded by the study's seed and the evaluations so far.
         """
-        if not self.parts.refinement or choose(self._ledger.gains, (_SAMPLER, REFINED), generator) == _SAMPLER:
+        self._learn()
+        origins = [_SAMPLER]
+        origins += [REFINED] if self.parts.refinement else []
+        origins += [ALLOCATION] if self.parts.refit and self._model is not None else []
+        chosen = choose(self._ledger.gains, origins, generator)
+        if chosen == REFINED:
+            return self._refined(seen, generator)
+        return self._allocated(seen, generator) if chosen == ALLOCATION else None
+
+    @property
+    def decides_points(self) -> bool:
+        """Whether the point of given levels depends on what was learnt, so that it must be kept when it is proposed."""
+        return isinstance(self.space, DepthProfileSpace)
+
+    def _observe(self, record: TrialRecord) -> None:
+        if record.state != "complete":
+            return
+        if not record.point["tensors"]:
+            self._dense = self._dense or record
+            return
+        damage = observed_damage(record, self._dense)
+        if damage is not None:
+            self._measured.append((DesignPoint.from_json(record.point, self.space.topology), damage))
+
+    def _learn(self) -> None:
+        """Refit the damages to all that was measured so far, and give them to a space that allocates by them."""
+        if self.damages is None:
+            return
+        is_refitted = self.parts.refit and len(self._measured) >= _LEAST_MEASURED
+        if self._model is not None and (not is_refitted or self._model.offered == len(self._measured)):
+            return
+        points, values = ([], []) if not is_refitted else zip(*self._measured, strict=True)
+        self._model = refit(self.damages, list(points), list(values))
+        if isinstance(self.space, DepthProfileSpace):
+            self.space = self.space.with_table(self._model.corrected_table())
+
+    def _refined(self, seen: Collection[str], generator: random.Random) -> Candidate | None:
+        model = self._model
+        damage = None if model is None else model.expected
+        if not isinstance(self.space, DepthProfileSpace):
+            return refine(self.space, self._front_points(), seen, generator, damage)
+        found = refine(self.space.grid, self._front_points(), seen, generator, damage)
+        if found is None:
             return None
-        return refine(self.space, self._front_points(), seen, generator)
+        return candidate_of(self.space, self.space.grid.point(found.levels), found.origin, found.why)
+
+    def _allocated(self, seen: Collection[str], generator: random.Random) -> Candidate | None:
+        """The allocation over the refitted damages where a goal on the front points to."""
+        front = self._front_points()
+        if self._model is None or all(entry.point.is_dense for entry in front):
+            return None
+        table = self._model.corrected_table()
+        for _ in range(_GOALS):
+            aim = goal(front, generator)
+            point = allocated(self.space, table, aim.reduction + generator.uniform(-0.005, 0.005))
+            if point is not None and point.id not in seen:
+                words = f"{aim.words}: the least damage in sum there, refitted to {self._model.points} measured points"
+                return candidate_of(self.space, point, ALLOCATION, words)
+        return None
 
     def _front_points(self) -> list[FrontPoint]:
         quality = next((index for index, o in enumerate(self.objectives) if not o.is_cost), 0)
