@@ -14,8 +14,8 @@ _DROPS = ("gold_log_likelihood", "choice_probability", "accuracy")
 def observed_damage(record: TrialRecord, dense: TrialRecord | None) -> float | None:
     """The loss of a trial, by the quantity that tells points apart best; None where none was measured.
 
-    KL divergence to dense, else the logarithm of the perplexity's ratio, else the drop of the log-likelihood of the right
-    answer, of its probability, or of accuracy. All are 0 for the dense model; a study has the same one in every trial.
+    KL divergence to dense, else the logarithm of the perplexity's ratio, else the drop of the log-likelihood of the
+    right answer, of its probability, or of accuracy. All are 0 for the dense model; all trials have the same.
     """
     divergence = _value(record, "kl_divergence")
     if divergence is not None:
