@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dse.allocation.constraints import STACK_ROLES
 from dse.errors import StudyError
 from dse.measurement import describe_environment
 from dse.study.setup import PreparedStudy
+from dse.topology import Topology
 
 __all__ = ["check_same_facts", "study_facts"]
 
@@ -44,8 +46,16 @@ def study_facts(prepared: PreparedStudy) -> dict[str, Any]:
             "documents": prepared.config.evaluation.seed,
             "calibration": prepared.config.calibration.seed,
         },
+        "shape": _shape(prepared.loaded.topology),
         "number_of_points": str(prepared.space.number_of_points()),
     }
+
+
+def _shape(topology: Topology) -> dict[str, Any]:
+    """Layers, roles, and the roles inside blocks and stacks: what a map of a point's ranks is drawn on."""
+    blocks = {block.role: [topology[name].role for name in block.tensors] for block in topology.blocks}
+    stacks = {role: list(members) for role, members in STACK_ROLES.items() if role not in topology.roles}
+    return {"layers": topology.layer_count, "roles": list(topology.roles), "blocks": blocks, "stacks": stacks}
 
 
 def check_same_facts(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from dse.pareto import (
     tied_table,
 )
 from dse.study.compare import TrialComparison, compare_records
+from dse.study.explain import Explanation, explain_trial
 from dse.study.fidelity import with_final_values
 from dse.study.folder import StudyFolder
 from dse.study.paired import PairedOutcomes
@@ -226,6 +227,14 @@ class Study:
         """What each origin of points got of the evaluations and gave to the front."""
         front = {record.trial for record in self.front_records}
         return origin_shares(self.records, self.objectives, self.attributes.get("reference"), front)
+
+    def explain(self, trial: int) -> Explanation:
+        """What a trial's point does and why it was proposed, in words and as a map of ranks.
+
+        Raises:
+            StudyError: There is no such trial, or it is not complete.
+        """
+        return explain_trial(self, trial)
 
     def write_tables(self) -> None:
         """Write `trials.csv` and `front.csv`."""
