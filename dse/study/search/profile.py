@@ -57,7 +57,7 @@ def study_table(
         methods=methods if isinstance(space, DepthProfileSpace) else methods[:1],
         names=tuple(t.name for t in loaded.topology.tensors if t.layer in space.layers and t.role in space.roles),
         multiple=config.space.ranks.multiple,
-        with_removals=config.space.removals,
+        with_removals=config.space.removal,
     )
     try:
         if isinstance(space, DepthProfileSpace):
@@ -108,5 +108,5 @@ def _levels(
 
 
 def _first_layer(loaded: LoadedModel, unit: Unit) -> int | None:
-    layers = [loaded.topology[name].layer for name in unit.names]
+    layers = [loaded.topology.part(name).layer for name in unit.names]
     return None if None in layers else min(layer for layer in layers if layer is not None)

@@ -67,7 +67,7 @@ class DepthProfileSpace(SearchSpace):
         """One ruler a parameter."""
         names = [_BUDGET, *(f"depth.{knot}" for knot in range(self.config.knots))]
         names += [f"weight.{kind}" for kind in self.kinds[1:]]
-        names += [_REMOVAL] if self.config.removals else []
+        names += [_REMOVAL] if self.config.removal else []
         sizes = dict.fromkeys([*names, _EVENNESS], MARKS)
         return {**sizes, _METHOD: len(self.config.methods)} if len(self.config.methods) > 1 else sizes
 
@@ -138,7 +138,7 @@ class DepthProfileSpace(SearchSpace):
             for tensor in (self.topology[part] for part in self.topology.tensors_of(name)):
                 if tensor.layer not in self.layers or tensor.role not in self.roles:
                     raise outside_space(point, self, f"'{name}' is not among its tensors")
-            if choice.method not in (*self.config.methods, *(["removed"] if self.config.removals else [])):
+            if choice.method not in (*self.config.methods, *(["removed"] if self.config.removal else [])):
                 raise outside_space(point, self, f"'{name}' is treated by {choice.method}")
         low, high = self.budgets
         share = (cost(self.topology, point).reduction - low) / (high - low) if high > low else 0.0

@@ -24,13 +24,13 @@ def level_table(space: LevelSpace, method: str) -> DamageTable:
     """The groups of a space as units and its levels as options, by one method."""
     units = []
     for group in space.groups:
-        dense = sum(tensor.parameters for tensor in group.tensors)
+        # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
+        dense = sum(part.parameters for part in (group.blocks or group.matrices))
         options = [Option((), dense, 0.0)]
-        for level in range(1, 1 + len(group.ranks[method])):
-            choices = zip((t.name for t in group.tensors), group.choices(method, level), strict=True)
-            saved = group.saved(method, level)
-            options.append(Option(tuple(choices), dense - saved, prior_damage(saved, dense), is_measured=False))
-        layers = [tensor.layer for tensor in group.tensors if tensor.layer is not None]
+        for level in group.levels(method):
+            choices, saved = tuple(group.choices(method, level).items()), group.saved(method, level)
+            options.append(Option(choices, dense - saved, prior_damage(saved, dense), is_measured=False))
+        layers = [matrix.layer for matrix in group.matrices if matrix.layer is not None]
         layer = layers[len(layers) // 2] if layers else None
         units.append(Unit(group.name, layer, group.label or "block", tuple(options)))
     return DamageTable(tuple(units), space.topology.parameters_dense)
@@ -51,7 +51,7 @@ def block_table(config: SearchSpaceConfig, topology: Topology) -> DamageTable:
 def _block(
     config: SearchSpaceConfig, topology: Topology, name: str, layer: int, kind: str, tensors: list[DecomposableTensor]
 ) -> Unit:
-    removable = topology.blocks_by_name.get(name) if config.removals else None
+    removable = topology.blocks_by_name.get(name) if config.removal else None
     # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
     dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
     options: dict[tuple[tuple[str, TensorChoice], ...], Option] = {(): Option((), dense, 0.0)}

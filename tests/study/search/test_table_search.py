@@ -187,7 +187,7 @@ DEPTH: dict[str, Any] = {
     "kind": "depth_profile",
     "methods": ["svd"],
     "knots": 3,
-    "removals": True,
+    "removal": True,
     "ranks": {"kept_fractions": [0.8, 0.5, 0.25]},
     "limits": {"reduction": {"min": 0.02, "max": 0.5}},
     "keep_layers": [1],
