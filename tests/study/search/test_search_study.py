@@ -81,7 +81,8 @@ def test_parts_are_switched_off(tiny_folder: Path, tmp_path: Path) -> None:
         return {record.origin for record in study.records} - {"dense", "repaired"}
 
     assert origins("off", "off") == {"sampler"}
-    assert origins("no_refinement", {"refinement": False}) == {"ladder", "spread", "sampler"}
+    plain = {"refinement": False, "warm_starts": False, "refit": False}
+    assert origins("start_up", plain) == {"ladder", "spread", "sampler"}
     assert "refined" in origins("random_refined", {"refinement": True}, "random")
 
 
