@@ -1,5 +1,6 @@
 """How sensitive each part of a model is: damage measured by surgery, cheaply, and the damage table made of it."""
 
+from dse.sensitivity.expected_table import expected_table as expected_table
 from dse.sensitivity.heat_map import heat_map_of as heat_map_of
 from dse.sensitivity.measure import measure_profile as measure_profile
 from dse.sensitivity.measure import profile_origin as profile_origin

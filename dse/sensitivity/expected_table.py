@@ -1,0 +1,80 @@
+"""A damage table without a measurement: every option's damage expected from gradients and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dse.allocation import DamageTable, Option, TableOrigin, Unit, allocate_curves
+from dse.cost import parameters_saved
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import AllocationError
+from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
+from dse.topology import Topology
+
+__all__ = ["expected_table"]
+
+_KEPT = tuple(round(0.05 * step, 2) for step in range(19, 1, -1))
+
+
+def expected_table(
+    topology: Topology,
+    curves: Mapping[str, NDArray[np.float64]],
+    *,
+    method: str = "fisher_svd",
+    multiple: int = 1,
+    removal: bool = False,
+    origin: TableOrigin | None = None,
+) -> DamageTable:
+    """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, damages as expected.
+
+    Args:
+        topology: Of the model.
+        curves: From `dse.decomposition.expected_damage`; tensors without one stay dense.
+        method: That the options name; the curves are those of `fisher_svd`.
+        multiple: Ranks are multiples of this.
+        removal: Whether blocks may also be removed. That is no small change, so its expected damage is rough.
+        origin: What the curves were made on.
+
+    Returns:
+        A table whose options are all marked as not measured.
+    """
+    units = []
+    for block in blocks_of_topology(topology, names=frozenset(curves)):
+        options = {(): Option((), block.parameters, 0.0, is_measured=False)}
+        for kept in _KEPT:
+            option = _option(topology, block, curves, kept, method, multiple)
+            if option is not None:
+                options.setdefault(option.choices, option)
+        if removal and block.name in topology.blocks_by_name:
+            gone = float(curves[block.tensors[-1].name][0])  # zero outputs of the tensor that ends the block
+            choices = ((block.name, TensorChoice.removal()),)
+            options[choices] = Option(choices, 0, gone, is_measured=False)
+        units.append(Unit(block.name, block.layer, block.kind, tuple(options.values())))
+    return DamageTable(
+        tuple(units),
+        topology.parameters_dense,
+        origin or TableOrigin(methods=(method,)),
+        one_remains=groups_that_remain(topology) if removal else (),
+    )
+
+
+def _option(
+    topology: Topology,
+    block: Block,
+    curves: Mapping[str, NDArray[np.float64]],
+    kept: float,
+    method: str,
+    multiple: int,
+) -> Option | None:
+    """The least damage at a kept fraction of the block; None where no ranks go so low."""
+    share = (1 - kept) * block.parameters / topology.parameters_dense
+    own = {tensor.name: curves[tensor.name] for tensor in block.tensors}
+    try:
+        found = allocate_curves(topology, own, share, method=method, multiple=multiple)
+    except AllocationError:
+        return None
+    left = block.parameters - parameters_saved(topology, DesignPoint(found.point.choices))
+    return Option(found.point.choices, left, found.damage, is_measured=False)
