@@ -43,7 +43,8 @@ def expected_table(
     """
     units = []
     for block in blocks_of_topology(topology, names=frozenset(curves)):
-        options = {(): Option((), block.parameters, 0.0, is_measured=False)}
+        dense = Option((), block.parameters, 0.0, is_measured=False)
+        options = {dense.choices: dense}
         for kept in _KEPT:
             option = _option(topology, block, curves, kept, method, multiple)
             if option is not None:
