@@ -12,14 +12,18 @@ Source: Sinha and Zoltners (1979) for the problem; HiGHS (Huangfu and Hall 2018)
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dse.allocation.bound import possible_options
 from dse.allocation.constraints import Constraints
 from dse.allocation.option import Option
 from dse.allocation.table import DamageTable
@@ -30,6 +34,9 @@ __all__ = ["Allocation", "allocate", "budget_ladder"]
 
 _OBJECTIVE_SCALE = 1e4
 """Largest damage as the solver sees it: its own absolute tolerances (1e-6) are then far below any difference."""
+_RELATIVE_GAP = 1e-5
+"""Between the damage found and the least possible: far below what any damage is known to."""
+_LARGEST_COEFFICIENT = 100.0
 _TIGHTENINGS = 8
 _OF_DENSE = {"parameters": "parameters_dense", "latency_s": "latency_dense_s", "energy_j": "energy_dense_j"}
 """What may be budgeted, as options name it and as the table names the dense model's."""
@@ -137,8 +144,9 @@ class _Programme:
         rows = [_Row.of(self._use(name), self._unit_of, value - self._base(name)) for name, value in budgets.items()]
         rows += self._removal_rows()
         scale = _OBJECTIVE_SCALE / max(float(np.abs(self._damage).max(initial=0.0)), 1e-300)
+        among = self._possible(rows)
         for _ in range(_TIGHTENINGS):
-            chosen = self._milp(self._damage * scale, rows)
+            chosen = self._milp(self._damage * scale, rows, among)
             if chosen is None:
                 raise self._unreachable(budgets)
             broken = [row for row in rows if row.excess(chosen) > 0]
@@ -148,30 +156,52 @@ class _Programme:
             rows = [row.tightened(row.excess(chosen)) for row in rows]
         raise self._unreachable(budgets)
 
-    def _milp(self, objective: NDArray[np.float64], rows: Sequence[_Row]) -> NDArray[np.int64] | None:
-        """Indices of the chosen options, one a unit, or None where nothing fits."""
+    def _possible(self, rows: Sequence[_Row]) -> NDArray[np.int64]:
+        """Options that a best allocation may take, found by relaxing the first budget."""
+        if not self._flat or rows[0].limit < 0:
+            return np.arange(len(self._flat))
+        return possible_options(
+            self._damage,
+            rows[0].use,
+            rows[0].limit,
+            self._unit_of,
+            lambda chosen: all(row.excess(chosen) <= 0 for row in rows),
+        )
+
+    def _milp(
+        self, objective: NDArray[np.float64], rows: Sequence[_Row], among: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """Indices of the chosen options, one a unit, or None where nothing fits.
+
+        Args:
+            objective: Of every option.
+            rows: Limits.
+            among: Indices of the options that may be taken, ascending, one a unit at least.
+        """
         # Imported here: scipy.optimize takes a third of a second, and `dse --help` needs none of it.
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
-        count = len(self._flat)
+        count, unit_of = len(among), self._unit_of[among]
         if not count:
-            return np.zeros(0, dtype=np.int64) if all(row.limit >= -row.slack for row in rows) else None
-        one_each = csr_array((np.ones(count), (self._unit_of, np.arange(count))))
+            return among if all(row.limit >= -row.slack for row in rows) else None
+        one_each = csr_array((np.ones(count), (unit_of, np.arange(count))))
         limits: list[Any] = [LinearConstraint(one_each, 1.0, 1.0)]
-        limits += [LinearConstraint(row.use[None, :] / row.divisor, -np.inf, row.bound) for row in rows]
-        found = milp(
-            objective,
-            integrality=np.ones(count),
-            bounds=Bounds(0.0, 1.0),
-            constraints=limits,
-            options={"mip_rel_gap": 0.0},
-        )
+        limits += [LinearConstraint(row.use[None, among] / row.divisor, -np.inf, row.bound) for row in rows]
+        with _solver_messages_to_stderr():
+            found = milp(
+                objective[among],
+                integrality=np.ones(count),
+                bounds=Bounds(0.0, 1.0),
+                constraints=limits,
+                options={"mip_rel_gap": _RELATIVE_GAP},
+            )
         if found.x is None:
             return None
-        starts = np.flatnonzero(np.diff(self._unit_of, prepend=-1))
+        starts = np.flatnonzero(np.diff(unit_of, prepend=-1))
         ends = np.append(starts[1:], count)
-        return np.array([s + int(np.argmax(found.x[s:e])) for s, e in zip(starts, ends, strict=True)], dtype=np.int64)
+        best = [s + int(np.argmax(found.x[s:e])) for s, e in zip(starts, ends, strict=True)]
+        return among[np.array(best, dtype=np.int64)]
 
     def _removal_rows(self) -> list[_Row]:
         """Limits on removals: how many in all, and that one of each group remains."""
@@ -222,9 +252,12 @@ class _Programme:
 
     def _unreachable(self, budgets: dict[str, float]) -> AllocationError:
         """Which budget is out of reach, or that none is on its own."""
+        everything = np.arange(len(self._flat))
         for name, budget in budgets.items():
             use = self._use(name)
-            chosen = self._milp(use / max(float(use.max(initial=0.0)), 1e-300) * _OBJECTIVE_SCALE, self._removal_rows())
+            chosen = self._milp(
+                use / max(float(use.max(initial=0.0)), 1e-300) * _OBJECTIVE_SCALE, self._removal_rows(), everything
+            )
             if chosen is None:
                 return AllocationError(
                     "constraints must leave an allocation, but the options that are fixed remove more blocks than"
@@ -249,32 +282,35 @@ class _Row:
         use: Shape (options,), at least 0.
         limit: In the same unit; below 0 where even the least is too much.
         divisor: What `use` is divided by for the solver.
-        is_whole: Whether all are whole numbers of divisors.
+        unit: What divides all of `use`, where all are whole numbers; 0 where they are not.
         slack: What rounding of sums may add; 0 for whole numbers.
     """
 
     use: NDArray[np.float64]
     limit: float
     divisor: float
-    is_whole: bool
+    unit: int
     slack: float
 
     @classmethod
     def of(cls, use: NDArray[np.float64], unit_of: NDArray[np.int64], limit: float) -> _Row:
-        """Whole numbers are divided by what divides them all, so that the solver's tolerances are below one of them."""
+        """Coefficients reach up to a hundred, so that the solver's tolerance (1e-6) is below a single unit."""
         least = np.full(int(unit_of.max(initial=-1)) + 1, np.inf)
         np.minimum.at(least, unit_of, use)
         above, room = use - least[unit_of], limit - float(least.sum())
+        divisor = max(float(above.max(initial=0.0)) / _LARGEST_COEFFICIENT, 1e-300)
         if bool((use == np.floor(use)).all()):
-            divisor = max(1, int(np.gcd.reduce(above.astype(np.int64), initial=0)))
-            return cls(above, room, float(divisor), True, 0.0)
-        return cls(above, room, max(float(above.max(initial=0.0)), 1e-300), False, 1e-12 * float(use.sum()))
+            unit = max(1, int(np.gcd.reduce(above.astype(np.int64), initial=0)))
+            return cls(above, room, divisor, unit, 0.0)
+        return cls(above, room, divisor, 0, 1e-12 * float(use.sum()))
 
     @property
     def bound(self) -> float:
         """The limit as the solver gets it."""
-        if self.is_whole:  # half a number more admits nothing else, and the solver's tolerance excludes nothing
-            return math.floor(self.limit / self.divisor) + 0.5 if self.limit >= 0 else -1.0
+        if self.limit < -self.slack:
+            return -1.0
+        if self.unit:  # half a unit more admits nothing else, and the solver's tolerance excludes nothing
+            return (math.floor(self.limit / self.unit) + 0.5) * self.unit / self.divisor
         return (self.limit + self.slack) / self.divisor
 
     def excess(self, chosen: NDArray[np.int64]) -> float:
@@ -283,7 +319,20 @@ class _Row:
 
     def tightened(self, by: float) -> _Row:
         """The same row with a smaller limit."""
-        return _Row(self.use, self.limit - by, self.divisor, self.is_whole, self.slack)
+        return _Row(self.use, self.limit - by, self.divisor, self.unit, self.slack)
+
+
+@contextlib.contextmanager
+def _solver_messages_to_stderr() -> Iterator[None]:
+    """HiGHS writes a line of its own to the process's standard output now and then, where results go."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _unreachable_text(table: DamageTable, name: str, budget: float, least: float) -> str:

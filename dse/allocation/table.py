@@ -60,7 +60,8 @@ class TableOrigin:
             if have != want:
                 raise ProfileError(
                     f"a sensitivity profile must be of the same {_WHAT[attribute.name]}, but {where} has"
-                    f" {_shown(have)} where {_shown(want)} is needed; measure it anew with `dse sensitivity`"
+                    f" {_shown(have)} where {_shown(want)} is needed; measure it anew with `dse sensitivity`, or name"
+                    " the model, texts and methods that it was measured with"
                 )
 
 
