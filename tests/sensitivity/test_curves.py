@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, windows
+from sensitivity_support import FAMILIES, windows
 
 from dse.cost import break_even_rank, factor_parameters, has_core
 from dse.decomposition import CalibrationWindows, FactorBank

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, llama, windows
+from sensitivity_support import FAMILIES, llama, windows
 
 from dse.decomposition import FactorBank, decompose
 from dse.design_point import DesignPoint, TensorChoice

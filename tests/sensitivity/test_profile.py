@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, llama, windows
+from sensitivity_support import FAMILIES, llama, windows
 
 from dse.allocation import budget_ladder
 from dse.cost import cost
