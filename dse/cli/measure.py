@@ -154,18 +154,21 @@ class _Cell:
             document |= {"energy": self._both(self._energy), "memory": self._both(self._memory)}
         return document
 
-    def _both(self, measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    def _both(self, measure: Callable[[DesignPoint], dict[str, Any] | None]) -> dict[str, Any]:
         found = {}
-        for side, use in (("dense", self.sides.use_dense), ("point", self.sides.use_point)):
+        for side, use, point in (
+            ("dense", self.sides.use_dense, DesignPoint.dense()),
+            ("point", self.sides.use_point, self.point),
+        ):
             use()
             try:
-                found[side] = measure()
+                found[side] = measure(point)
             except TrialError as error:
                 asked = error.bytes_asked if isinstance(error, OutOfMemoryError) else None
                 found[side] = {"is_valid": False, "reason": str(error), "bytes_asked": asked}
         return found
 
-    def _energy(self) -> dict[str, Any] | None:
+    def _energy(self, _point: DesignPoint) -> dict[str, Any] | None:
         if self.meter is None:
             return None
         self.listener.on_phase("energy", 0, 1)
@@ -173,9 +176,9 @@ class _Cell:
         values: dict[str, Any] = finite(dataclasses.asdict(energy))
         return {**values, "is_valid": energy.is_valid, "reason": energy.reason}
 
-    def _memory(self) -> dict[str, Any]:
+    def _memory(self, point: DesignPoint) -> dict[str, Any]:
         self.listener.on_phase("memory", 0, 1)
-        per_token = cost(self.loaded.topology, self.point).kv_cache_bytes_per_token
+        per_token = cost(self.loaded.topology, point).kv_cache_bytes_per_token
         memory = measure_peak_memory(self.loaded.model, self.spec, kv_cache_bytes_per_token=per_token)
         values: dict[str, Any] = finite(dataclasses.asdict(memory))
         return {**values, "is_valid": True, "reason": ""}

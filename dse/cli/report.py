@@ -184,7 +184,8 @@ def print_cost(model: str, topology: Topology, point: DesignPoint, result: Cost)
 def _changes(topology: Topology, point: DesignPoint) -> str:
     """How many tensors are decomposed and blocks removed."""
     removed = point.removed
-    tensors = f"{len(point) - len(removed)} of {len(topology.tensors)} tensors"
+    decomposed = sum(len(topology.tensors_of(name)) for name, choice in point if not choice.is_removal)
+    tensors = f"{decomposed} of {len(topology.tensors)} tensors"
     return f"{tensors}, {len(removed)} of {len(topology.blocks)} blocks removed" if removed else tensors
 
 

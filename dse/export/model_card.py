@@ -102,7 +102,8 @@ def _front_matter(content: CardContent) -> str:
 
 def _introduction(content: CardContent) -> str:
     name, total = text(content.base_model), len(content.topology.tensors)
-    count = len(content.point) - len(content.point.removed)
+    names = [name for name, choice in content.point if not choice.is_removal]
+    count = sum(len(content.topology.tensors_of(name)) for name in names)
     if not content.point.choices:
         return f"# {name}\n\nThe dense model, as it was given to lowrank-dse: nothing is decomposed."
     changes = [f"{count} of its {total} weight matrices replaced by"] if count else []
