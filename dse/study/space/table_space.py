@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping
@@ -88,8 +89,30 @@ class TableSpace(SearchSpace):
             return {"applicable": 1.0}
 
     def number_of_points(self) -> int:
-        """Product of the options: every combination is a point of its own."""
-        return math.prod(self.dimensions.values())
+        """Product of the options, without the points that no model can run: all attention of a kind removed."""
+        kinds = [own for own in self._attention_by_kind if all(name in self._removable for name in own)]
+        total = 0
+        for chosen in itertools.chain.from_iterable(
+            itertools.combinations(kinds, size) for size in range(len(kinds) + 1)
+        ):
+            gone = {name for own in chosen for name in own}
+            others = math.prod(size for name, size in self.dimensions.items() if name not in gone)
+            total += (-1) ** len(chosen) * others
+        return total
+
+    @cached_property
+    def _attention_by_kind(self) -> list[tuple[str, ...]]:
+        """Attention blocks of each kind of KV cache, of which one at least must remain."""
+        kinds: dict[str, list[str]] = {}
+        for block in self.topology.blocks:
+            if block.role == "attention":
+                kinds.setdefault(block.cache_kind, []).append(block.name)
+        return [tuple(names) for names in kinds.values()]
+
+    @cached_property
+    def _removable(self) -> set[str]:
+        """Units with an option that removes them."""
+        return {name for name, options in self._options.items() if any(option.removes_block for option in options)}
 
     def number_of_configurations(self) -> int:
         """The same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dse.study.search.warm_starts import allocated, warm_starts
 from dse.study.space import DepthProfileSpace, LevelSpace
 from dse.study.space.depth_profile import MARKS, at_depth
 from dse.study.space.prior_table import level_table
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import DecomposableTensor, RemovableBlock, Topology
 
 ROLES = {"query": (32, 32), "up": (48, 32), "down": (32, 48)}
 TENSORS = tuple(
@@ -112,6 +113,28 @@ def test_the_parameters_do_what_they_are_called() -> None:
     assert removed({**middle, "depth.0": 100}, is_first) <= removed({**middle, "depth.0": 0}, is_first)
     concentrated, spread = (len(space.point({**middle, "evenness": mark})) for mark in (0, 100))
     assert concentrated <= spread
+
+
+def test_points_are_counted_without_those_that_no_model_can_run() -> None:
+    blocks = tuple(
+        RemovableBlock(f"layers.{i}.{role}", f"m.{i}.{role}", i, role, f"m.{i}", names, (), 4000, 4000, cache_kind=kind)
+        for i in range(3)
+        for role, names, kind in (
+            ("attention", (f"layers.{i}.query",), ("full", "full", "sliding")[i]),
+            ("mlp", (f"layers.{i}.up", f"layers.{i}.down"), ""),
+        )
+    )
+    tensors = tuple(tensor for tensor in TENSORS if (tensor.layer or 0) < 3)
+    total = sum(t.parameters for t in tensors) + 20_000
+    topology = Topology("Tiny", "tiny", 3, tensors, parameters_dense=total, blocks=blocks)
+    config = {**PROFILE, "removal": True, "ranks": {"kept_fractions": [0.5]}, "limits": {}}
+    space = SearchSpace.from_config(parse_search_space(config), topology)
+    assert isinstance(space, DepthProfileSpace)
+    grid = space.grid
+    names, sizes = list(grid.dimensions), list(grid.dimensions.values())
+    points = [grid.point(dict(zip(names, levels, strict=True))) for levels in itertools.product(*map(range, sizes))]
+    assert sizes == [3] * 6
+    assert space.number_of_points() == sum(not point_problems(topology, point) for point in points) < 3**6
 
 
 def test_knots_are_joined_by_straight_lines() -> None:
