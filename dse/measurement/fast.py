@@ -36,8 +36,6 @@ class FastExecution(StaticExecution):
         """See `Execution.begin`; compiles the prefill of `side` the first time, which takes up to a minute."""
         generation = super().begin(side)
         if ("prefill", side) not in self._programs:
-            if not self._programs:
-                torch._dynamo.reset()  # programs of points that are gone would fill its cache
             # A cache allocates itself in its first pass, and would do so inside the program.
             super().prefill(generation)
             generation = super().begin(side)

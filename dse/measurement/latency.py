@@ -33,6 +33,7 @@ def measure_latency(
     use_dense: Callable[[], None],
     progress: Callable[[int, int], None] | None = None,
     stopwatch: Stopwatch | None = None,
+    workload: Workload | None = None,
 ) -> PairedLatency:
     """Time prefill and decode of a subject and of the dense model in ABBA blocks, each sample of a real generation.
 
@@ -50,6 +51,7 @@ def measure_latency(
         use_dense: Puts the dense weights back.
         progress: Called after every generation with (generations done, generations expected so far), warm-up included.
         stopwatch: Times one call; the best clock of the model's devices by default.
+        workload: Of this model and spec, made before, with what it has compiled; a new one by default.
 
     Raises:
         ConfigError: The prompt does not fit the model's context, or the model cannot be measured so.
@@ -59,7 +61,7 @@ def measure_latency(
     with out_of_memory_errors("measuring latency"):
         use_subject()  # before anything runs, so that the first pass is the subject's
         swaps: dict[Side, Callable[[], None]] = {"subject": use_subject, "dense": use_dense}
-        workload = Workload(model, spec)
+        workload = workload or Workload(model, spec)
         clock = stopwatch or stopwatch_for(workload.devices)
         tally = _Tally(spec, progress)
         alternation = Alternation(workload, clock, spec.new_tokens, swaps, tally.count)

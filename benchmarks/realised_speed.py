@@ -1,0 +1,251 @@
+"""How much of the time that a point should save it saves: SmolLM2 at 10, 20 and 40 % fewer parameters.
+
+    python benchmarks/realised_speed.py
+    python benchmarks/realised_speed.py --kinds blocks --reductions 0.2 --batch 1 --pause
+
+Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, both phases
+compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the plain dense model. The ideal
+is the ratio of FLOPs in prefill and of the bytes read in decode (weights and the cache). `share` is the gain that was
+measured, 1 - ratio, over the ideal one. Factors are random: their values do not change the time.
+A table for people; one JSON document as the last line for machines. Exits 1 where a point is slower than dense by more
+than its interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dse import load_model
+from dse.cost import cost
+from dse.decomposition import AppliedPoint, LowRankFactors, apply_point
+from dse.design_point import DesignPoint, TensorChoice
+from dse.measurement import LatencySpec, PairedLatency, measure_latency
+from dse.measurement.workload import Workload
+from dse.models import LoadedModel
+from dse.runtime import FastRuntime, Sides, fast_runtime
+from dse.topology import Topology
+
+PHASES = ("prefill", "decode")
+
+
+class RandomFactors:
+    """Factors of the right shapes."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
+        rows, columns = self._topology[name].shape
+        scale = (columns * choice.rank) ** -0.5
+        return LowRankFactors(torch.randn(rows, choice.rank) * scale, torch.randn(choice.rank, columns))
+
+
+def uniform_ranks(topology: Topology, names: list[str], fraction: float, multiple: int) -> dict[str, TensorChoice]:
+    """All these matrices with this fraction of their parameters, at ranks that are multiples."""
+    choices = {}
+    for name in names:
+        rows, columns = topology[name].shape
+        rank = round(fraction * rows * columns / (rows + columns) / multiple) * multiple
+        choices[name] = TensorChoice("svd", max(multiple, rank))
+    return choices
+
+
+def tensors(topology: Topology) -> list[str]:
+    return [tensor.name for tensor in topology.tensors if tensor.layer is not None]
+
+
+def ranks_point(topology: Topology, names: list[str], reduction: float, multiple: int) -> DesignPoint:
+    """Every matrix decomposed alike: the fraction whose reduction is nearest."""
+    found = [DesignPoint.of(uniform_ranks(topology, names, 0.02 * step, multiple)) for step in range(5, 50)]
+    return min(found, key=lambda point: abs(cost(topology, point).reduction - reduction))
+
+
+def blocks_point(topology: Topology, reduction: float, multiple: int) -> DesignPoint:
+    """Half of the reduction by removed blocks, from the last third on backwards, the rest by ranks of MLP tensors."""
+    last = topology.layer_count - 2
+    removed: dict[str, TensorChoice] = {}
+    for layer in range(last, 0, -1):
+        for role in ("mlp", "attention") if (last - layer) % 2 == 0 else ("attention",):
+            larger = {**removed, f"layers.{layer}.{role}": TensorChoice.removal()}
+            if cost(topology, DesignPoint.of(larger)).reduction <= reduction / 2:
+                removed = larger
+    gone = {name for block in removed for name in topology.tensors_of(block)}
+    names = [name for name in tensors(topology) if name.endswith(("gate", "up", "down")) and name not in gone]
+    found = [
+        DesignPoint.of({**removed, **uniform_ranks(topology, names, 0.02 * step, multiple)}) for step in range(5, 50)
+    ]
+    return min(found, key=lambda point: abs(cost(topology, point).reduction - reduction))
+
+
+@dataclass
+class Cell:
+    """One point at one batch size, compiled and ready to be timed."""
+
+    kind: str
+    reduction: float
+    applied: AppliedPoint
+    sides: Sides
+    spec: LatencySpec
+    workload: Workload
+    point: DesignPoint
+
+    def ideal(self, topology: Topology) -> dict[str, float]:
+        """Ratio of FLOPs in prefill and of bytes read in decode."""
+        sides = [cost(topology, point, prompt_tokens=self.spec.prompt_tokens) for point in (self.point, DesignPoint())]
+        flops = [side.flops_prefill_per_token for side in sides]
+        seen = self.spec.batch_size * (self.spec.prompt_tokens + self.spec.new_tokens / 2)
+        bytes_read = [side.weight_bytes + seen * (side.kv_cache_bytes_per_token or 0) for side in sides]
+        return {"prefill": flops[0] / flops[1], "decode": bytes_read[0] / bytes_read[1]}
+
+
+def compiled_cell(
+    loaded: LoadedModel, kind: str, point: DesignPoint, spec: LatencySpec, runtime: FastRuntime, stack: Any
+) -> Cell:
+    applied = apply_point(loaded.model, loaded.topology, point, RandomFactors(loaded.topology))
+    sides = stack.enter_context(runtime.sides(applied))
+    workload = Workload(loaded.model, spec)
+    for side, use in (("dense", sides.use_dense), ("subject", sides.use_point)):
+        use()
+        generation = workload.begin(side)
+        workload.prefill(generation)
+        workload.get_ready(generation, side)
+    sides.use_dense()
+    sides.remove()
+    applied.use_dense()
+    return Cell(kind, cost(loaded.topology, point).reduction, applied, sides, spec, workload, point)
+
+
+def timed(loaded: LoadedModel, cell: Cell, *, with_plain: bool) -> dict[str, Any]:
+    fast = measure_latency(
+        loaded.model,
+        cell.spec,
+        use_subject=cell.sides.use_point,
+        use_dense=cell.sides.use_dense,
+        workload=cell.workload,
+    )
+    cell.sides.remove()
+    plain = None
+    if with_plain:
+        plain = measure_latency(
+            loaded.model, cell.spec.eager(), use_subject=cell.applied.use_point, use_dense=cell.applied.use_dense
+        )
+    cell.applied.use_dense()
+    return row(loaded, cell, fast, plain)
+
+
+def row(loaded: LoadedModel, cell: Cell, fast: PairedLatency, plain: PairedLatency | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "kind": cell.kind,
+        "reduction": round(cell.reduction, 4),
+        "batch": cell.spec.batch_size,
+        "point": cell.point.id,
+    }
+    for phase, ideal in cell.ideal(loaded.topology).items():
+        ours = getattr(fast, phase)
+        values = {
+            "ratio": ours.ratio,
+            "low": ours.ratio_low,
+            "high": ours.ratio_high,
+            "ideal": ideal,
+            "share": (1 - ours.ratio) / (1 - ideal),
+            "dense_s": ours.dense.median_s,
+            "point_s": ours.subject.median_s,
+        }
+        if plain is not None:
+            theirs = getattr(plain, phase)
+            values |= {
+                "plain_ratio": theirs.ratio,
+                "plain_share": (1 - theirs.ratio) / (1 - ideal),
+                "plain_dense_s": theirs.dense.median_s,
+                "plain_point_s": theirs.subject.median_s,
+                "speedup_over_plain_point": theirs.subject.median_s / ours.subject.median_s,
+                "speedup_over_plain_dense": theirs.dense.median_s / ours.subject.median_s,
+            }
+        found[phase] = {name: round(value, 5) for name, value in values.items()}
+    return found
+
+
+def text(found: dict[str, Any]) -> str:
+    lines = []
+    for phase in PHASES:
+        v = found[phase]
+        line = (
+            f"{found['kind']:<7} {100 * found['reduction']:5.1f} %  batch {found['batch']}  {phase:<8}"
+            f" dense {1e3 * v['dense_s']:8.2f} ms  point {1e3 * v['point_s']:8.2f} ms"
+            f"  x{v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}]  ideal x{v['ideal']:.3f}  share {v['share']:5.2f}"
+        )
+        if "plain_ratio" in v:
+            line += (
+                f"  | plain x{v['plain_ratio']:.3f} share {v['plain_share']:5.2f} of {1e3 * v['plain_dense_s']:.1f} ms"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def point_of(kind: str, topology: Topology, reduction: float, multiple: int) -> DesignPoint:
+    if kind == "blocks":
+        return blocks_point(topology, reduction, multiple)
+    return ranks_point(topology, tensors(topology), reduction, multiple)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo:smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kinds", nargs="+", default=["ranks", "blocks"], choices=["ranks", "blocks"])
+    parser.add_argument("--reductions", nargs="+", type=float, default=[0.1, 0.2, 0.4])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--multiple", type=int, default=32, help="ranks are multiples of this")
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--max-seconds", type=float, default=12.0, help="timed work a measurement")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pause", action="store_true", help="wait for Enter between compiling and timing")
+    parser.add_argument("--no-plain", action="store_true", help="leave out the plain form")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    loaded = load_model(options.model, dtype=options.dtype)
+    rows = []
+    with contextlib.ExitStack() as stack:
+        cells = []
+        for batch in options.batch:
+            spec = LatencySpec(
+                prompt_tokens=options.prompt,
+                new_tokens=options.new,
+                batch_size=batch,
+                blocks=options.blocks,
+                precision=0.01,
+                max_duration_s=options.max_seconds,
+                mode="fast",
+            )
+            runtime = fast_runtime(loaded.model, batch)
+            for reduction in options.reductions:
+                for kind in options.kinds:
+                    point = point_of(kind, loaded.topology, reduction, options.multiple)
+                    print(f"compiling {kind} {reduction:g}, batch {batch}", file=sys.stderr, flush=True)
+                    cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack))
+        for cell in cells:
+            if options.pause:
+                print(f"ready for {cell.kind} {cell.reduction:.3f}, batch {cell.spec.batch_size}", flush=True)
+                sys.stdin.readline()
+            rows.append(timed(loaded, cell, with_plain=not options.no_plain))
+            print(text(rows[-1]), flush=True)
+    slower = [f"{r['kind']} {r['reduction']} batch {r['batch']} {p}" for r in rows for p in PHASES if r[p]["low"] > 1]
+    print(json.dumps({"model": options.model, "threads": torch.get_num_threads(), "rows": rows, "slower": slower}))
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What the products of a model cost on this device, dense and decomposed, as a sum over the modules that share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dse.cost import has_core
+from dse.design_point import DesignPoint, TensorChoice
+from dse.models import LoadedModel
+from dse.runtime.matrices import modules_by_input
+from dse.runtime.timings import ProductShape, ProductTimings
+from dse.topology import Topology
+
+__all__ = ["ModelProfile", "Phase", "SharedInput", "shared_inputs"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Work that a point is timed for.
+
+    Attributes:
+        name: `prefill` or `decode`.
+        rows: Tokens that the matrices of the layers multiply at once.
+        head_rows: Tokens that the output head multiplies: one for each sequence.
+    """
+
+    name: str
+    rows: int
+    head_rows: int
+
+    @classmethod
+    def of(cls, name: str, batch_size: int, prompt_tokens: int) -> Phase:
+        """The phase of a generation."""
+        return cls(name, batch_size * (prompt_tokens if name == "prefill" else 1), batch_size)
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Tensors that are given the very same input, and other matrices given it too.
+
+    Attributes:
+        tensors: Names of decomposable tensors.
+        in_features: Size of the input.
+        other_rows: Rows of matrices that no point decomposes, such as the output head.
+        is_head: Whether the output head is among them.
+    """
+
+    tensors: tuple[str, ...]
+    in_features: int
+    other_rows: int = 0
+    is_head: bool = False
+
+
+def shared_inputs(loaded: LoadedModel) -> tuple[SharedInput, ...]:
+    """The groups of a dense model, found by watching one pass."""
+    device = next(loaded.model.parameters()).device
+    names = {tensor.module: tensor.name for tensor in loaded.topology.tensors}
+    head = loaded.model.get_output_embeddings()
+    head_path = next((path for path, module in loaded.model.named_modules() if module is head), None)
+    groups = []
+    for group in modules_by_input(loaded.model, torch.ones(1, 2, dtype=torch.long, device=device)):
+        known = tuple(names[matrix.path] for matrix in group if matrix.path in names)
+        others = sum(matrix.chain[0].shape[0] for matrix in group if matrix.path not in names)
+        is_head = any(matrix.path == head_path for matrix in group)
+        groups.append(SharedInput(known, group[0].in_features, others, is_head))
+    return tuple(groups)
+
+
+class ModelProfile:
+    """Seconds of a model's products on one device, by point.
+
+    Args:
+        topology: Of the model.
+        groups: Its matrices by shared input.
+        timings: Of products; measured where they are missing.
+    """
+
+    def __init__(self, topology: Topology, groups: Sequence[SharedInput], timings: ProductTimings) -> None:
+        self.topology = topology
+        self.timings = timings
+        self._groups = groups
+        self._group_of = {name: group for group in groups for name in group.tensors}
+
+    def group_of(self, name: str) -> SharedInput | None:
+        """The group of a part that a point may name; None for blocks, and for tensors that no pass reaches once."""
+        return next((self._group_of.get(tensor) for tensor in self.topology.tensors_of(name)), None)
+
+    def shapes(self, point: DesignPoint, phase: Phase) -> list[ProductShape]:
+        """Every product of one pass, in its fast form."""
+        parts = _parts_by_tensor(self.topology, point)
+        return [shape for group in self._groups for shape in self._group_shapes(group, parts, phase)]
+
+    def seconds(self, point: DesignPoint, phase: Phase) -> float:
+        """Seconds of all products of one pass: what a device needs beside them is not in it."""
+        return sum(self.timings.best_seconds(shape) for shape in self.shapes(point, phase))
+
+    def saving_s(self, name: str, choice: TensorChoice, phase: Phase) -> float:
+        """Seconds that decomposing this part alone saves in one pass; negative where it costs time."""
+        group = self.group_of(name)
+        if group is None or choice.is_removal:
+            return 0.0
+        return self._group_seconds(group, {}, phase) - self._group_seconds(
+            group, _parts_by_tensor(self.topology, DesignPoint.of({name: choice})), phase
+        )
+
+    def only_faster(self, point: DesignPoint, phases: Iterable[Phase]) -> DesignPoint:
+        """The point without the choices that a phase is not faster for; removed blocks are always faster."""
+        phases = tuple(phases)
+        kept = {
+            name: choice
+            for name, choice in point
+            if choice.is_removal or all(self.saving_s(name, choice, phase) > 0 for phase in phases)
+        }
+        return point if len(kept) == len(point) else DesignPoint.of(kept)
+
+    def _group_seconds(self, group: SharedInput, parts: Mapping[str, _Part], phase: Phase) -> float:
+        return sum(self.timings.best_seconds(shape) for shape in self._group_shapes(group, parts, phase))
+
+    def _group_shapes(self, group: SharedInput, parts: Mapping[str, _Part], phase: Phase) -> list[ProductShape]:
+        rows = phase.head_rows if group.is_head else phase.rows
+        first = group.other_rows
+        rest: list[ProductShape] = []
+        seen: set[str] = set()
+        for tensor in group.tensors:
+            part = parts.get(tensor)
+            if part is None:
+                first += self.topology[tensor].out_features
+            elif part.name not in seen and not part.choice.is_removal:
+                rank = part.choice.rank
+                first += rank
+                if has_core(part.choice.method):
+                    rest.append(ProductShape(rows, rank, rank))
+                rest.append(ProductShape(rows, part.out_features, rank))
+            if part is not None:
+                seen.add(part.name)
+        return [ProductShape(rows, first, group.in_features), *rest] if first else []
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    choice: TensorChoice
+    out_features: int
+
+
+def _parts_by_tensor(topology: Topology, point: DesignPoint) -> dict[str, _Part]:
+    parts = {}
+    for name, choice in point:
+        members = topology.tensors_of(name)
+        part = _Part(name, choice, sum(topology[member].out_features for member in members))
+        parts.update(dict.fromkeys(members, part))
+    return parts
+
+
+def model_profile(loaded: LoadedModel, timings: ProductTimings) -> ModelProfile:
+    """The profile of a loaded model, which must be dense."""
+    return ModelProfile(loaded.topology, shared_inputs(loaded), timings)
+
+
+def footprint_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters: what one pass of it reads at most."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
