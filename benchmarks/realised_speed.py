@@ -42,7 +42,7 @@ class RandomFactors:
         self._topology = topology
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
-        rows, columns = self._topology[name].shape
+        rows, columns = self._topology.matrix(name).shape
         scale = (columns * choice.rank) ** -0.5
         return LowRankFactors(torch.randn(rows, choice.rank) * scale, torch.randn(choice.rank, columns))
 
@@ -51,7 +51,7 @@ def uniform_ranks(topology: Topology, names: list[str], fraction: float, multipl
     """All these matrices with this fraction of their parameters, at ranks that are multiples."""
     choices = {}
     for name in names:
-        rows, columns = topology[name].shape
+        rows, columns = topology.matrix(name).shape
         rank = round(fraction * rows * columns / (rows + columns) / multiple) * multiple
         choices[name] = TensorChoice("svd", max(multiple, rank))
     return choices
@@ -59,6 +59,11 @@ def uniform_ranks(topology: Topology, names: list[str], fraction: float, multipl
 
 def tensors(topology: Topology) -> list[str]:
     return [tensor.name for tensor in topology.tensors if tensor.layer is not None]
+
+
+def stacks_and_others(topology: Topology) -> list[str]:
+    stacked = {name for stack in topology.stacks for name in topology.tensors_of(stack.name)}
+    return [stack.name for stack in topology.stacks] + [name for name in tensors(topology) if name not in stacked]
 
 
 def ranks_point(topology: Topology, names: list[str], reduction: float, multiple: int) -> DesignPoint:
@@ -77,7 +82,11 @@ def blocks_point(topology: Topology, reduction: float, multiple: int) -> DesignP
             if cost(topology, DesignPoint.of(larger)).reduction <= reduction / 2:
                 removed = larger
     gone = {name for block in removed for name in topology.tensors_of(block)}
-    names = [name for name in tensors(topology) if name.endswith(("gate", "up", "down")) and name not in gone]
+    names = [
+        name
+        for name in stacks_and_others(topology)
+        if name.endswith(("gate_up", "down")) and not gone & set(topology.tensors_of(name))
+    ]
     found = [
         DesignPoint.of({**removed, **uniform_ranks(topology, names, 0.02 * step, multiple)}) for step in range(5, 50)
     ]
@@ -192,14 +201,15 @@ def text(found: dict[str, Any]) -> str:
 def point_of(kind: str, topology: Topology, reduction: float, multiple: int) -> DesignPoint:
     if kind == "blocks":
         return blocks_point(topology, reduction, multiple)
-    return ranks_point(topology, tensors(topology), reduction, multiple)
+    names = tensors(topology) if kind == "ranks" else stacks_and_others(topology)
+    return ranks_point(topology, names, reduction, multiple)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--kinds", nargs="+", default=["ranks", "blocks"], choices=["ranks", "blocks"])
+    parser.add_argument("--kinds", nargs="+", default=["stacks", "blocks"], choices=["ranks", "stacks", "blocks"])
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.1, 0.2, 0.4])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256)

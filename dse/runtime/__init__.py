@@ -1,17 +1,23 @@
 """How decomposed and dense models run fastest on this device: layouts, shared products, and the timings behind them."""
 
-from dse.runtime.forms import Forms, build_forms
-from dse.runtime.sides import FastRuntime, Sides, fast_runtime, layout_choice, optimise_for_inference
+from dse.runtime.forms import FormChoice, Forms, build_forms
+from dse.runtime.model_profile import ModelProfile, Phase, model_profile
+from dse.runtime.sides import FastRuntime, Sides, fast_runtime, form_choice, optimise_for_inference, timings_for
 from dse.runtime.timings import ProductShape, ProductTimings
 
 __all__ = [
     "FastRuntime",
+    "FormChoice",
     "Forms",
+    "ModelProfile",
+    "Phase",
     "ProductShape",
     "ProductTimings",
     "Sides",
     "build_forms",
     "fast_runtime",
-    "layout_choice",
+    "form_choice",
+    "model_profile",
     "optimise_for_inference",
+    "timings_for",
 ]

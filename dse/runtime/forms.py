@@ -8,7 +8,7 @@ its plain form before the forms are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +18,22 @@ from dse.errors import InvalidMeasurementError
 from dse.runtime.matrices import MatrixModule, modules_by_input
 from dse.runtime.products import ChainLinear, Layout, Product, SharedProduct
 
-__all__ = ["Forms", "LaidOutWeights", "LayoutChoice", "build_forms"]
+__all__ = ["FormChoice", "Forms", "LaidOutWeights", "build_forms"]
 
-LayoutChoice = Callable[[int, int], Layout]
-"""(out_features, in_features) to the layout that multiplies fastest."""
+
+@dataclass(frozen=True)
+class FormChoice:
+    """Which form is fastest, by (out_features, in_features) of a product.
+
+    Attributes:
+        layout: The layout that multiplies fastest.
+        seconds: Seconds of the product in it, by which factors that take longer than their product are merged; None
+            merges nothing.
+    """
+
+    layout: Callable[[int, int], Layout]
+    seconds: Callable[[int, int], float] | None = None
+
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest deviation of a logit, as a part of the largest logit: rounding over the depth of a model, no more."""
@@ -39,9 +51,16 @@ class _Swap:
 
 @dataclass(eq=False)
 class Forms:
-    """The forms of one model as it was when they were built; `put` and `remove` swap modules and touch no weight."""
+    """The forms of one model as it was when they were built; `put` and `remove` swap modules and touch no weight.
+
+    Attributes:
+        swaps: What takes the place of what.
+        merged: Paths of decomposed modules that run as one matrix, since their factors would take longer: they save
+            neither time nor the bytes that their factors would.
+    """
 
     swaps: list[_Swap] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
 
     def put(self) -> None:
         """Put the forms into the model."""
@@ -80,13 +99,13 @@ class LaidOutWeights:
 
 
 def build_forms(
-    model: nn.Module, choose: LayoutChoice, dense: LaidOutWeights | None = None
+    model: nn.Module, choice: FormChoice, dense: LaidOutWeights | None = None
 ) -> tuple[Forms, LaidOutWeights]:
     """The forms of `model` as it is now, compared with the plain model; the model is left as it was.
 
     Args:
         model: In eval mode; dense, or with a point applied.
-        choose: Layout of each product.
+        choice: Layout of each product, and which factors are merged.
         dense: The weights of the dense model's forms, of which copies are shared.
 
     Returns:
@@ -100,7 +119,9 @@ def build_forms(
     weights = LaidOutWeights(dense)
     forms = Forms()
     for group in modules_by_input(model, tokens):
-        for matrix, form in zip(group, _forms_of_group(group, choose, weights), strict=True):
+        for matrix, form, is_merged in _forms_of_group(group, choice, weights):
+            if is_merged:
+                forms.merged.append(matrix.path)
             parent, _, attribute = matrix.path.rpartition(".")
             plain = model.get_submodule(matrix.path)
             forms.swaps.append(_Swap(model.get_submodule(parent), attribute, plain, form.train(plain.training)))
@@ -108,33 +129,126 @@ def build_forms(
     return forms, weights
 
 
-def _forms_of_group(group: Sequence[MatrixModule], choose: LayoutChoice, weights: LaidOutWeights) -> list[ChainLinear]:
-    heads = [matrix.chain[0] for matrix in group]
-    rows, columns = sum(head.shape[0] for head in heads), heads[0].shape[1]
-    layout = choose(rows, columns)
-    product = Product(weights.get(heads, layout), layout, _bias_of_heads(group))
-    shared = SharedProduct(product, [head.shape[0] for head in heads])
-    forms = []
-    for index, matrix in enumerate(group):
-        rest = []
-        for place, weight in enumerate(matrix.chain[1:], start=2):
-            layout = choose(weight.shape[0], weight.shape[1])
-            bias = matrix.bias if place == len(matrix.chain) else None
-            rest.append(Product(weights.get([weight], layout), layout, bias))
-        forms.append(ChainLinear(shared, index, rest))
-    return forms
+def _forms_of_group(
+    group: Sequence[MatrixModule], choice: FormChoice, weights: LaidOutWeights
+) -> Iterator[tuple[MatrixModule, ChainLinear, bool]]:
+    parts = _parts(group, choice)
+    heads = [part.chain[0] for part in parts]
+    first = SharedProduct(
+        _product(
+            heads, _bias([part.biases if len(part.chain) == 1 else None for part in parts], heads), choice, weights
+        ),
+        [head.shape[0] for head in heads],
+    )
+    for index, part in enumerate(parts):
+        last = [matrix.chain[-1] for matrix in part.members] if len(part.chain) > 1 else []
+        rest = [_product([core], None, choice, weights) for core in part.chain[1:-1]]
+        if last:
+            rest.append(_product(last, _bias([[bias] for bias in part.biases], last), choice, weights))
+        if len(part.members) == 1:
+            yield part.members[0], ChainLinear(first, index, rest), part.is_merged
+            continue
+        shared = SharedProduct(ChainLinear(first, index, rest), [matrix.out_features for matrix in part.members])
+        for place, member in enumerate(part.members):
+            yield member, ChainLinear(shared, place), part.is_merged
 
 
-def _bias_of_heads(group: Sequence[MatrixModule]) -> Tensor | None:
-    """The biases of modules that are one matrix; those of longer chains are added by their last one."""
-    if all(matrix.bias is None or len(matrix.chain) > 1 for matrix in group):
-        return None
-    parts = [
-        matrix.bias.detach()
-        if matrix.bias is not None and len(matrix.chain) == 1
-        else matrix.chain[0].new_zeros(matrix.chain[0].shape[0])
-        for matrix in group
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Members of one stack, or a module on its own.
+
+    Attributes:
+        members: Its modules.
+        chain: Their matrices; the last one is the members' lefts, one below the other.
+        is_merged: Whether the chain is one matrix that was a product of several.
+    """
+
+    members: tuple[MatrixModule, ...]
+    chain: tuple[Tensor, ...]
+    is_merged: bool = False
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        return [matrix.bias for matrix in self.members]
+
+    @property
+    def out_features(self) -> int:
+        return self.chain[-1].shape[0]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out_features, in_features) of what follows the first product."""
+        return [(matrix.shape[0], matrix.shape[1]) for matrix in self.chain[1:]]
+
+    def merged(self) -> _Part:
+        """As one matrix, multiplied in double precision."""
+        product = self.chain[0].double()
+        for matrix in self.chain[1:]:
+            product = matrix.double() @ product
+        return _Part(self.members, (product.to(self.chain[0].dtype),), is_merged=True)
+
+
+def _parts(group: Sequence[MatrixModule], choice: FormChoice) -> list[_Part]:
+    """The group by stacks; factors that take longer than their product are merged, the most costly ones first."""
+    stacks: dict[object, list[MatrixModule]] = {}
+    for matrix in group:
+        key = matrix.path if len(matrix.chain) == 1 else matrix.chain[0].data_ptr()
+        stacks.setdefault(key, []).append(matrix)
+    parts = []
+    for members in stacks.values():
+        lefts = [matrix.chain[-1] for matrix in members]
+        parts.append(_Part(tuple(members), (*members[0].chain[:-1], lefts[0] if len(lefts) == 1 else torch.cat(lefts))))
+    return [
+        part.merged() if is_merged else part
+        for part, is_merged in zip(parts, _merged_if_faster(parts, choice), strict=True)
     ]
+
+
+def _merged_if_faster(parts: Sequence[_Part], choice: FormChoice) -> list[bool]:
+    """Which chains take less time as one matrix; decided one by one, the one that saves most first."""
+    is_merged = [False] * len(parts)
+    seconds = choice.seconds
+    if seconds is None:
+        return is_merged
+
+    def total_s(states: Sequence[bool]) -> float:
+        rows = [
+            part.out_features if state else part.chain[0].shape[0] for part, state in zip(parts, states, strict=True)
+        ]
+        later = [shape for part, state in zip(parts, states, strict=True) if not state for shape in part.shapes()]
+        return seconds(sum(rows), parts[0].chain[0].shape[1]) + sum(seconds(*shape) for shape in later)
+
+    while True:
+        further = [
+            [*is_merged[:index], True, *is_merged[index + 1 :]]
+            for index, part in enumerate(parts)
+            if len(part.chain) > 1 and not is_merged[index]
+        ]
+        best = min(further, key=total_s, default=is_merged)
+        if total_s(best) >= total_s(is_merged):
+            return is_merged
+        is_merged = best
+
+
+def _product(sources: Sequence[Tensor], bias: Tensor | None, choice: FormChoice, weights: LaidOutWeights) -> Product:
+    layout = choice.layout(sum(source.shape[0] for source in sources), sources[0].shape[1])
+    return Product(weights.get(sources, layout), layout, bias)
+
+
+def _bias(biases: Sequence[Sequence[Tensor | None] | None], sources: Sequence[Tensor]) -> Tensor | None:
+    """The biases of products one below the other, zero where one has none; None where none has any.
+
+    Args:
+        biases: For each source the biases of its modules in order; None for a source to which none is added yet.
+        sources: The weights, for the sizes of what is zero.
+    """
+    if all(bias is None for entry in biases for bias in entry or ()):
+        return None
+    parts = []
+    for entry, source in zip(biases, sources, strict=True):
+        given = [bias for bias in entry or () if bias is not None]
+        if given and len(given) < len(entry or ()):
+            raise InvalidMeasurementError("modules of one stack must all have a bias or none; use mode compile")
+        parts.append(torch.cat([bias.detach() for bias in given]) if given else source.new_zeros(source.shape[0]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -26,6 +26,11 @@ class MatrixModule:
     bias: Tensor | None
 
     @property
+    def out_features(self) -> int:
+        """Size of the output."""
+        return self.chain[-1].shape[0]
+
+    @property
     def in_features(self) -> int:
         """Size of the input."""
         return self.chain[0].shape[1]
@@ -35,7 +40,7 @@ def matrix_of(path: str, module: nn.Module) -> MatrixModule | None:
     """The matrices of `module`; None where it is not known to be such a product.
 
     Low-rank modules are known by their factors `left`, `right` and `core`, so that those of exported models, whose
-    code travels with them, are served like this package's own.
+    code travels with them, are served like this package's own. Members of a stack name the very same right factor.
     """
     weight, left, right = (_tensor(module, name) for name in ("weight", "left", "right"))
     bias, core = _tensor(module, "bias"), _tensor(module, "core")
@@ -43,7 +48,10 @@ def matrix_of(path: str, module: nn.Module) -> MatrixModule | None:
         return MatrixModule(path, (weight,), bias)
     if type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
         return MatrixModule(path, (weight.T,), bias)  # GPT-2 holds (in, out)
-    if type(module).__name__ == "LowRankLinear" and left is not None and right is not None:
+    if type(module).__name__ == "StackedLinear":
+        (shared,) = getattr(module, "_shared", (None,))  # exported modules have no other name for it
+        right, core = (_tensor(shared, name) for name in ("right", "core"))
+    if type(module).__name__ in ("LowRankLinear", "StackedLinear") and left is not None and right is not None:
         return MatrixModule(path, (right, left) if core is None else (right, core, left), bias)
     return None
 
@@ -87,6 +95,6 @@ def _grouped(calls: list[tuple[str, Tensor]], modules: Mapping[str, MatrixModule
     return list(groups.values())
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
+def _tensor(module: object, name: str) -> Tensor | None:
     found = getattr(module, name, None)
     return found if isinstance(found, Tensor) else None

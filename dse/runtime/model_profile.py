@@ -1,4 +1,4 @@
-"""What the products of a model cost on this device, dense and decomposed, as a sum over the modules that share an input."""
+"""What the products of a model cost on this device, dense and decomposed, summed over what shares an input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from dse.cost import has_core
 from dse.design_point import DesignPoint, TensorChoice
@@ -59,7 +58,7 @@ def shared_inputs(loaded: LoadedModel) -> tuple[SharedInput, ...]:
     """The groups of a dense model, found by watching one pass."""
     device = next(loaded.model.parameters()).device
     names = {tensor.module: tensor.name for tensor in loaded.topology.tensors}
-    head = loaded.model.get_output_embeddings()
+    head = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head_path = next((path for path, module in loaded.model.named_modules() if module is head), None)
     groups = []
     for group in modules_by_input(loaded.model, torch.ones(1, 2, dtype=torch.long, device=device)):
@@ -159,8 +158,3 @@ def _parts_by_tensor(topology: Topology, point: DesignPoint) -> dict[str, _Part]
 def model_profile(loaded: LoadedModel, timings: ProductTimings) -> ModelProfile:
     """The profile of a loaded model, which must be dense."""
     return ModelProfile(loaded.topology, shared_inputs(loaded), timings)
-
-
-def footprint_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters: what one pass of it reads at most."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

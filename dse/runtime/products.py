@@ -53,11 +53,11 @@ class SharedProduct(nn.Module):
     a call with another tensor computes anew.
 
     Args:
-        product: The product with the concatenated weights.
+        product: The product with the concatenated weights, or a chain that ends in one.
         sizes: Columns of each module's part, in the order of the weights.
     """
 
-    def __init__(self, product: Product, sizes: Sequence[int]) -> None:
+    def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
         super().__init__()
         self.product = product
         self.sizes = list(sizes)

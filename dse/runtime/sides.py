@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch import nn
 
-from dse.runtime.forms import Forms, LaidOutWeights, LayoutChoice, build_forms
+from dse.runtime.forms import FormChoice, Forms, LaidOutWeights, build_forms
 from dse.runtime.products import Layout
 from dse.runtime.timings import ProductShape, ProductTimings
 
-__all__ = ["FastRuntime", "Sides", "fast_runtime", "layout_choice", "optimise_for_inference"]
+__all__ = ["FastRuntime", "Sides", "fast_runtime", "form_choice", "optimise_for_inference"]
 
 
 class Sides(Protocol):
@@ -32,12 +32,12 @@ class FastRuntime:
 
     Args:
         model: The resident model; whatever is in it now is put aside while forms are built.
-        choose: Layout of each product, by (out_features, in_features).
+        choice: Which form is fastest.
     """
 
-    def __init__(self, model: nn.Module, choose: LayoutChoice) -> None:
+    def __init__(self, model: nn.Module, choice: FormChoice) -> None:
         self._model = model
-        self._choose = choose
+        self._choice = choice
         self._dense: tuple[Forms, LaidOutWeights] | None = None
 
     @contextlib.contextmanager
@@ -52,10 +52,10 @@ class FastRuntime:
         """
         plain.use_dense()
         if self._dense is None:
-            self._dense = build_forms(self._model, self._choose)
+            self._dense = build_forms(self._model, self._choice)
         dense, weights = self._dense
         plain.use_point()
-        point, _ = build_forms(self._model, self._choose, weights)
+        point, _ = build_forms(self._model, self._choice, weights)
         sides = _FastSides(plain, point, dense)
         try:
             yield sides
@@ -89,13 +89,16 @@ class _FastSides:
         self._in_use = forms
 
 
-def layout_choice(timings: ProductTimings, rows: int) -> LayoutChoice:
-    """The layout that the timings found faster for so many rows: the batch size, since decode is bound by weights."""
+def form_choice(timings: ProductTimings, rows: int) -> FormChoice:
+    """What the timings found faster for so many rows: the batch size, since decode is bound by reading weights."""
 
-    def choose(out_features: int, in_features: int) -> Layout:
+    def layout(out_features: int, in_features: int) -> Layout:
         return timings.best_layout(ProductShape(rows, out_features, in_features))
 
-    return choose
+    def seconds(out_features: int, in_features: int) -> float:
+        return timings.best_seconds(ProductShape(rows, out_features, in_features))
+
+    return FormChoice(layout, seconds)
 
 
 def fast_runtime(model: nn.Module, rows: int) -> FastRuntime:
@@ -105,7 +108,7 @@ def fast_runtime(model: nn.Module, rows: int) -> FastRuntime:
         model: The resident model.
         rows: Batch size of its decode steps.
     """
-    return FastRuntime(model, layout_choice(timings_for(model), rows))
+    return FastRuntime(model, form_choice(timings_for(model), rows))
 
 
 def timings_for(model: nn.Module) -> ProductTimings:
@@ -127,6 +130,6 @@ def optimise_for_inference(model: nn.Module, rows: int = 1) -> nn.Module:
     Raises:
         InvalidMeasurementError: Its outputs in the fast form differ by more than rounding.
     """
-    forms, _ = build_forms(model, layout_choice(timings_for(model), rows))
+    forms, _ = build_forms(model, form_choice(timings_for(model), rows))
     forms.put()
     return model

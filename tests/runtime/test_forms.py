@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dse.decomposition.low_rank import LowRankLinear
+from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
+from dse.decomposition.stacked import stacked_modules
 from dse.errors import InvalidMeasurementError
-from dse.runtime import FastRuntime, ProductShape, ProductTimings, build_forms, optimise_for_inference
+from dse.runtime import FastRuntime, FormChoice, ProductShape, ProductTimings, build_forms, optimise_for_inference
 from dse.runtime.matrices import modules_by_input
 from dse.runtime.products import ChainLinear, Product, SharedProduct
 
@@ -47,11 +48,11 @@ def low_rank(linear, rank, *, core=False):
 
 def by_turns(layouts):
     turns = itertools.cycle(layouts)
-    return lambda _out_features, _in_features: next(turns)
+    return FormChoice(lambda _out_features, _in_features: next(turns))
 
 
 def everywhere(layout):
-    return lambda _out_features, _in_features: layout
+    return FormChoice(lambda _out_features, _in_features: layout)
 
 
 def logits(model, tokens):
@@ -134,6 +135,53 @@ def test_query_key_and_value_are_one_product_and_so_are_right_factors():
     assert attention.q_proj.first.product.weight_data.shape == (32, 32 + 3 + 16)
     assert mlp.gate_proj.first is mlp.up_proj.first
     assert mlp.gate_proj.first.product.weight_data.shape == (32, 5 + 7)
+
+
+def with_stacks(model, *, core=False):
+    """Query, key and value of the first layer as one stack, gate and up of the second as another."""
+    for parent, names in (
+        (model.model.layers[0].self_attn, ["q_proj", "k_proj", "v_proj"]),
+        (model.model.layers[1].mlp, ["gate_proj", "up_proj"]),
+    ):
+        linears = [getattr(parent, name) for name in names]
+        ends = list(itertools.accumulate(linear.out_features for linear in linears))
+        rows = [slice(end - linear.out_features, end) for end, linear in zip(ends, linears, strict=True)]
+        factors = LowRankFactors(torch.randn(ends[-1], 6), torch.randn(6, 32) / 32, torch.randn(6, 6) if core else None)
+        for name, module in zip(names, stacked_modules(factors, rows, [x.bias for x in linears]), strict=True):
+            setattr(parent, name, module.eval())
+    return model
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("merges", [False, True])
+def test_stacks_are_two_products_and_merged_ones_are_one(core, bias, merges):
+    model = with_stacks(llama(attention_bias=bias, mlp_bias=bias), core=core)
+    tokens = torch.randint(5, 50, (3, 9))
+    expected = logits(model, tokens)
+    # Seconds as the number of products: one matrix is always faster than a chain.
+    forms, _ = build_forms(model, FormChoice(lambda *_: "column_major", (lambda *_: 1.0) if merges else None))
+    forms.put()
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.first is attention.v_proj.first
+    if merges:
+        assert len(forms.merged) == 5
+        assert not any(isinstance(module, ChainLinear) and len(module.rest) for module in model.modules())
+    else:
+        assert forms.merged == []
+        chain = attention.q_proj.first.product
+        assert chain.first.product.weight_data.shape == (32, 6)
+        assert [product.weight_data.shape for product in chain.rest] == [(6, 6)] * core + [(6, 64)]
+
+
+def test_only_what_is_slower_is_merged():
+    """Time as the number of multiplications: the factors of up (rank 60 of 64 x 32) cost more than their product."""
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj, mlp.gate_proj = low_rank(mlp.up_proj, 60), low_rank(mlp.gate_proj, 4)
+    forms, _ = build_forms(model, FormChoice(lambda *_: "row_major", lambda rows, columns: float(rows * columns)))
+    assert forms.merged == ["model.layers.0.mlp.up_proj"]
 
 
 @settings(max_examples=50, deadline=None)
