@@ -25,6 +25,12 @@ class MeasurementConfig(Section):
     new_tokens: _Axis = Field([16])
     batch_size: _Axis = Field([1])
     mode: Literal["eager", "compile", "cuda_graph", "fast"] = Field("eager", description="how a generation is run")
+    only_if_faster: bool = Field(
+        False, description="leave dense what the device profile does not call faster; needs mode fast"
+    )
+    predict_latency: bool = Field(
+        False, description="measure the dense model alone and predict the others' latency from the device profile"
+    )
     blocks: int = Field(4, ge=2, description="least number of ABBA blocks: point, dense, dense, point")
     warmup_blocks: int = Field(1, ge=0, description="blocks that never count")
     max_warmup_blocks: int = Field(6, ge=0, description="blocks discarded at most until two successive ones agree")
@@ -59,6 +65,13 @@ class MeasurementConfig(Section):
             raise ValueError(
                 f"`min_duration_s <= max_duration_s` must hold, but got {self.min_duration_s} and {self.max_duration_s}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_of_the_fast_form(self) -> Self:
+        for name in ("only_if_faster", "predict_latency"):
+            if getattr(self, name) and self.mode != "fast":
+                raise ValueError(f"`{name}` needs `mode: fast`, whose products the profile times, but got {self.mode}")
         return self
 
     @property

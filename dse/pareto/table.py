@@ -43,7 +43,7 @@ class FrontCell:
 
     Attributes:
         value: Number and unit: `41.2 ms`.
-        uncertainty: `±1.1`, or "" where unknown.
+        uncertainty: `±1.1`, "predicted" where it was not measured, or "" where unknown.
         change: Against dense: `-3.1 pts`, `x0.93`; `reference` on the dense row.
         change_interval: The same with its 95 % interval, where known.
         si: The value in the trials table's unit, None where not measured.
@@ -130,7 +130,9 @@ def front_cell(row: pd.Series, dense: pd.Series | None, objective: Objective, sc
     else:
         against = change(row, dense, objective)
         changed, with_interval = change_text(objective, against), change_text(objective, against, with_interval=True)
-    uncertainty = scale.uncertainty(value, interval(row, objective.name))
+    # A table of studies with and without predictions has blanks in this column.
+    is_predicted = row.get(f"{objective.name}_is_predicted") in (True, "True")
+    uncertainty = "predicted" if is_predicted else scale.uncertainty(value, interval(row, objective.name))
     return FrontCell(scale.text(value), uncertainty, changed, with_interval, value)
 
 

@@ -11,6 +11,7 @@ from dse.cost import has_core
 from dse.design_point import DesignPoint, TensorChoice
 from dse.models import LoadedModel
 from dse.runtime.matrices import modules_by_input
+from dse.runtime.products import LAYOUTS
 from dse.runtime.timings import ProductShape, ProductTimings
 from dse.topology import Topology
 
@@ -82,6 +83,7 @@ class ModelProfile:
         self.topology = topology
         self.timings = timings
         self._groups = groups
+        self._known_s: dict[tuple[str, TensorChoice | None, Phase], float] = {}
         self._group_of = {name: group for group in groups for name in group.tensors}
 
     def group_of(self, name: str) -> SharedInput | None:
@@ -97,27 +99,35 @@ class ModelProfile:
         """Seconds of all products of one pass: what a device needs beside them is not in it."""
         return sum(self.timings.best_seconds(shape) for shape in self.shapes(point, phase))
 
-    def saving_s(self, name: str, choice: TensorChoice, phase: Phase) -> float:
-        """Seconds that decomposing this part alone saves in one pass; negative where it costs time."""
-        group = self.group_of(name)
-        if group is None or choice.is_removal:
-            return 0.0
-        return self._group_seconds(group, {}, phase) - self._group_seconds(
-            group, _parts_by_tensor(self.topology, DesignPoint.of({name: choice})), phase
-        )
+    def group_seconds(self, name: str, choice: TensorChoice | None, phase: Phase) -> float:
+        """Seconds of all products that share the input of this part, which is decomposed so, or dense for None.
+
+        What else shares the input is dense. The part's own time cannot be told apart: it is part of a larger product.
+        """
+        key = (name, choice, phase)
+        if key not in self._known_s:
+            self._known_s[key] = sum(map(self.timings.best_seconds, self.shapes_of(name, choice, phase)))
+        return self._known_s[key]
+
+    def is_faster(self, name: str, choice: TensorChoice, phase: Phase) -> bool:
+        """Whether decomposing this part alone saves time; removed blocks always do."""
+        return choice.is_removal or self.group_seconds(name, choice, phase) < self.group_seconds(name, None, phase)
 
     def only_faster(self, point: DesignPoint, phases: Iterable[Phase]) -> DesignPoint:
-        """The point without the choices that a phase is not faster for; removed blocks are always faster."""
+        """The point without the choices that are not faster in all of these phases."""
         phases = tuple(phases)
-        kept = {
-            name: choice
-            for name, choice in point
-            if choice.is_removal or all(self.saving_s(name, choice, phase) > 0 for phase in phases)
-        }
+        kept = {name: choice for name, choice in point if all(self.is_faster(name, choice, p) for p in phases)}
         return point if len(kept) == len(point) else DesignPoint.of(kept)
 
-    def _group_seconds(self, group: SharedInput, parts: Mapping[str, _Part], phase: Phase) -> float:
-        return sum(self.timings.best_seconds(shape) for shape in self._group_shapes(group, parts, phase))
+    def missing(self, shapes: Iterable[ProductShape]) -> list[ProductShape]:
+        """Those of these shapes that are not timed in every layout yet, each once."""
+        return [s for s in dict.fromkeys(shapes) if not all(self.timings.knows(s, layout) for layout in LAYOUTS)]
+
+    def shapes_of(self, name: str, choice: TensorChoice | None, phase: Phase) -> list[ProductShape]:
+        """The products that `group_seconds` adds up."""
+        group = self.group_of(name)
+        parts = {} if choice is None else _parts_by_tensor(self.topology, DesignPoint.of({name: choice}))
+        return [] if group is None else self._group_shapes(group, parts, phase)
 
     def _group_shapes(self, group: SharedInput, parts: Mapping[str, _Part], phase: Phase) -> list[ProductShape]:
         rows = phase.head_rows if group.is_head else phase.rows

@@ -68,6 +68,7 @@ class _FastSides:
     def __init__(self, plain: Sides, point: Forms, dense: Forms) -> None:
         self._plain, self._point, self._dense = plain, point, dense
         self._in_use: Forms | None = None
+        self.merged = tuple(point.merged)
 
     def use_point(self) -> None:
         self.remove()

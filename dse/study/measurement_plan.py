@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from dse.measurement import (
     meter_kind,
     named_meter,
 )
-from dse.runtime import FastRuntime, Sides
+from dse.models import LoadedModel
+from dse.runtime import FastRuntime, ModelProfile, Phase, Sides, model_profile, timings_for
+from dse.study.space import SearchSpace
 
 __all__ = ["MeasurementPlan", "open_study_meter"]
 
@@ -36,6 +39,8 @@ class MeasurementPlan:
         energy_precision: Relative error asked of a window; None for the meter's own.
         idle: Power at rest, as of the last time it was taken.
         runtime: Puts both sides into their fast forms; None where the mode runs them as they are.
+        profile: The model's products on this device; None where nothing asks for it.
+        predicts_latency: Whether the latency of points is predicted from it.
     """
 
     cells: tuple[LatencySpec, ...]
@@ -44,6 +49,8 @@ class MeasurementPlan:
     energy_precision: float | None = None
     idle: IdlePower | None = None
     runtime: FastRuntime | None = None
+    profile: ModelProfile | None = None
+    predicts_latency: bool = False
 
     @classmethod
     def of(cls, config: StudyConfig, meter: EnergyMeter | None) -> MeasurementPlan:
@@ -60,6 +67,37 @@ class MeasurementPlan:
             precision=settings.precision,
         )
         return cls(grid_of(first, settings.cells), meter, settings.energy_windows, settings.energy_precision)
+
+    def phases(self) -> dict[str, Phase]:
+        """The phases of the objectives' cell, by the quantity that is their latency."""
+        first = self.cells[0]
+        return {
+            f"{name}_latency_s": Phase.of(name, first.batch_size, first.prompt_tokens) for name in ("prefill", "decode")
+        }
+
+    def use_profile(self, loaded: LoadedModel, space: SearchSpace, config: StudyConfig) -> None:
+        """Let the device profile decide what the study asks it for.
+
+        Raises:
+            ConfigError: Nothing that the space may decompose is faster than dense.
+        """
+        settings = config.measurement
+        if not (settings.only_if_faster or settings.predict_latency):
+            return
+        self.profile = profile = model_profile(loaded, timings_for(loaded.model))
+        self.predicts_latency = settings.predict_latency
+        if settings.only_if_faster:
+            names = {entry.name for entry in config.objectives}
+            phases = [phase for name, phase in self.phases().items() if name in names]
+            phases = phases or [self.phases()["decode_latency_s"]]
+            with device_lock(loaded.device):
+                space.keep = lambda point: profile.only_faster(point, phases)
+                found = space.draw_feasible(random.Random(0))
+            if found is None:
+                raise ConfigError(
+                    "`measurement.only_if_faster` needs something that is faster decomposed, but the device profile"
+                    " calls nothing of this space faster; see `dse profile-device`, or lower the ranks"
+                )
 
     def sides(self, applied: AppliedPoint) -> AbstractContextManager[Sides]:
         """What swaps a point and the dense model while they are measured."""

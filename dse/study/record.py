@@ -67,6 +67,7 @@ class TrialRecord:
         search_quantities: What the search's documents said of a quantity that fresh documents were asked about at the
             end; `quantities` then holds the latter.
         final_documents: Fresh documents at the end, over all tasks; 0 where there were none.
+        predicted: Quantities that were not measured but predicted from the device profile.
         ratios: Quantity to its ratio to dense, with interval.
         accuracy_drop: Dense minus point, paired over the same documents; positive is worse.
         graded_drops: The same for each graded metric.
@@ -96,6 +97,7 @@ class TrialRecord:
     estimates: Mapping[str, Interval] = field(default_factory=dict)
     search_quantities: Mapping[str, Interval] = field(default_factory=dict)
     final_documents: int = 0
+    predicted: Sequence[str] = ()
     ratios: Mapping[str, Interval] = field(default_factory=dict)
     accuracy_drop: Interval | None = None
     graded_drops: Mapping[str, Interval] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class TrialRecord:
         for key in ("quantities", "estimates", "search_quantities", "ratios", "graded_drops"):
             values[key] = {name: _interval(entry) for name, entry in values.get(key, {}).items()}
         values["divergence_windows"] = tuple(values.get("divergence_windows", ()))  # JSON has no tuples
+        values["predicted"] = tuple(values.get("predicted", ()))
         if values.get("accuracy_drop") is not None:
             values["accuracy_drop"] = _interval(values["accuracy_drop"])
         return cls(**values)
@@ -143,6 +146,7 @@ def to_row(record: TrialRecord) -> dict[str, Any]:
     row |= {name: record.cost[name] for name in cost_columns}
     for name, interval in record.quantities.items():
         row |= _interval_columns(name, interval)
+    row |= {f"{name}_is_predicted": True for name in record.predicted}
     for name, interval in record.estimates.items():
         row |= _interval_columns(f"{name}_estimate", interval)
     for name, interval in record.search_quantities.items():

@@ -14,9 +14,11 @@ from dse.config import parse_study
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
 from dse.measurement import RaplMeter
+from dse.runtime import ProductShape, ProductTimings, model_profile
+from dse.runtime.products import Layout
 from dse.study import StudyListener, TrialRecord
-from dse.study.evaluate_point import blank_record
-from dse.study.record import to_row
+from dse.study.evaluate_point import Reference, blank_record
+from dse.study.record import Interval, to_row
 from dse.study.setup import PreparedStudy, prepare_study
 
 
@@ -122,3 +124,45 @@ def test_what_cannot_be_measured_is_refused_before_the_first_trial(
         pytest.skip("CUDA graphs may be had here")
     with pytest.raises(ConfigError, match=message):
         prepared(tiny_folder, objectives=["decode_latency_s"], measurement=measurement)
+
+
+class ScriptedTimings(ProductTimings):
+    """A second a multiplication, and ten a product."""
+
+    def seconds(self, shape: ProductShape, layout: Layout) -> float:
+        return 10.0 + shape.flops / 2
+
+
+def with_profile(study: PreparedStudy, folder: Path, *, predicts: bool) -> PreparedStudy:
+    timings = ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, folder)
+    plan = study.evaluator.plan
+    plan.profile, plan.predicts_latency = model_profile(study.loaded, timings), predicts
+    return study
+
+
+def test_a_predicted_latency_is_dense_less_what_the_products_save_and_marked(tiny_folder: Path, tmp_path: Path) -> None:
+    study = prepared(tiny_folder, objectives=["decode_latency_s"])
+    with_profile(study, tmp_path, predicts=True)
+    topology = study.loaded.topology
+    dense = blank_record(0, DesignPoint.dense(), topology, "dense")
+    measured_s = {"prefill_latency_s": Interval(9e5, 8e5, 1e6), "decode_latency_s": Interval(9e4, 8e4, 1e5)}
+    reference = Reference(None, dataclasses.replace(dense, quantities=measured_s))
+    point = DesignPoint.uniform(topology, "svd", 2, [1], ["attention_output"])
+    record, _ = study.evaluator.evaluate(blank_record(1, point, topology, "sampler"), point, reference)
+    assert record.state == "complete", record.reason
+    saved = 32 * 32 - 2 * (32 + 32)
+    assert record.quantities["decode_latency_s"] == Interval(9e4 - saved + 10)
+    assert record.quantities["prefill_latency_s"] == Interval(9e5 - 8 * saved + 10)
+    assert record.ratios["decode_latency_s"].value == (9e4 - saved + 10) / 9e4
+    assert record.predicted == ("prefill_latency_s", "decode_latency_s")
+    assert record.latency is None
+    assert TrialRecord.from_json(record.to_json()) == record
+    row = to_row(record)
+    assert row["decode_latency_s_is_predicted"] is True
+    assert to_row(dense).get("decode_latency_s_is_predicted") is None
+
+
+@pytest.mark.parametrize("key", ["only_if_faster", "predict_latency"])
+def test_the_profile_is_of_the_fast_form(tiny_folder: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{key}` needs `mode: fast`"):
+        prepared(tiny_folder, objectives=["decode_latency_s"], measurement={key: True})

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dse.cli.commands import compare, cost, doctor, evaluate, export, front, measure, recommend, run, sensitivity, space
+from dse.cli.commands import (
+    compare,
+    cost,
+    doctor,
+    evaluate,
+    export,
+    front,
+    measure,
+    profile_device,
+    recommend,
+    run,
+    sensitivity,
+    space,
+)
 
 __all__ = ["COMMANDS"]
 
@@ -21,6 +34,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     sensitivity.add_allocate,
     evaluate.add,
     measure.add,
+    profile_device.add,
     doctor.add,
 )
 """In the order of `dse --help`."""

@@ -1,0 +1,144 @@
+"""`dse profile-device`: which ranks of which matrices take less time than dense on this device."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dse.config import load_search_space
+from dse.cost import break_even_rank
+from dse.design_point import TensorChoice
+from dse.errors import ConfigError
+from dse.measurement import device_lock
+from dse.models import LoadedModel, load_model
+from dse.runtime import ModelProfile, Phase, model_profile, timings_for
+from dse.study import SearchSpace, StudyListener, resolve_device
+
+__all__ = ["print_profile", "profile_device"]
+
+Entry = tuple[str, TensorChoice, Phase, int]
+
+
+def profile_device(options: argparse.Namespace, listener: StudyListener) -> dict[str, Any]:
+    """Time what is not timed yet, and compare every matrix at every rank with dense.
+
+    Every timing is kept as it is taken, so that the same command goes on where it was stopped.
+
+    Raises:
+        UserError: Model or space cannot be had.
+    """
+    device = resolve_device(options.device)
+    listener.on_message(f"loading {options.model}")
+    loaded = load_model(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=str(device),
+        trust_remote_code=options.trust_remote_code,
+    )
+    profile = model_profile(loaded, timings_for(loaded.model))
+    entries = list(_entries(loaded, options))
+    if not entries:
+        raise ConfigError("a rank must lie within the break-even of some matrix, but none does; lower `--ranks`")
+    shapes = [
+        shape
+        for name, choice, phase, _ in entries
+        for one in (None, choice)
+        for shape in profile.shapes_of(name, one, phase)
+    ]
+    missing = profile.missing(shapes)
+    with device_lock(device):
+        for done, shape in enumerate(missing):
+            listener.on_phase("products", done, len(missing))
+            profile.timings.best_seconds(shape)
+    listener.on_phase("products", len(missing), len(missing))
+    return {
+        "model": options.model,
+        "conditions": dataclasses.asdict(profile.timings.conditions),
+        "file": str(profile.timings.path),
+        "timed_now": len(missing),
+        "matrices": [_row(profile, *entry) for entry in entries],
+    }
+
+
+def _entries(loaded: LoadedModel, options: argparse.Namespace) -> Iterator[Entry]:
+    """Each matrix of one role and shape once, at each rank, in each phase and batch."""
+    topology = loaded.topology
+    seen = set()
+    names = ("decode", "prefill") if topology.is_decoder else ("prefill",)
+    for name, choice in _choices(loaded, options):
+        matrix = topology.matrix(name)
+        key = (matrix.role, matrix.shape, choice)
+        if key in seen:
+            continue
+        seen.add(key)
+        for batch in options.batch:
+            for phase in names:
+                yield name, choice, Phase.of(phase, batch, options.prompt), batch
+
+
+def _choices(loaded: LoadedModel, options: argparse.Namespace) -> Iterable[tuple[str, TensorChoice]]:
+    topology = loaded.topology
+    if options.space is None:
+        for matrix in topology.matrices:
+            for rank in sorted(options.ranks):
+                if rank <= break_even_rank(*matrix.shape):
+                    yield matrix.name, TensorChoice("svd", rank)
+        return
+    space = SearchSpace.from_config(load_search_space(Path(options.space)), topology)
+    for dimension, size in space.dimensions.items():
+        for level in range(1, size):
+            for name, choice in space.point({**space.dense_levels, dimension: level}):
+                if not choice.is_removal:
+                    yield name, choice
+
+
+def _row(profile: ModelProfile, name: str, choice: TensorChoice, phase: Phase, batch: int) -> dict[str, Any]:
+    matrix = profile.topology.matrix(name)
+    dense_s, point_s = (profile.group_seconds(name, one, phase) for one in (None, choice))
+    return {
+        "role": matrix.role,
+        "out_features": matrix.shape[0],
+        "in_features": matrix.shape[1],
+        "example": name,
+        "method": choice.method,
+        "rank": choice.rank,
+        "phase": phase.name,
+        "batch_size": batch,
+        "rows": phase.rows,
+        "dense_s": dense_s,
+        "decomposed_s": point_s,
+        "ratio": point_s / dense_s if dense_s else None,
+        "is_faster": profile.is_faster(name, choice, phase),
+    }
+
+
+def print_profile(document: Mapping[str, Any]) -> None:
+    """A line for each matrix and phase, and its ranks across."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("matrix", "shape", "phase", "batch", "dense", "time relative to dense, by rank"):
+        table.add_column(column, justify="left" if column in ("matrix", "phase") or "," in column else "right")
+    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in document["matrices"]:
+        shape = f"{row['out_features']} x {row['in_features']}"
+        lines.setdefault((row["role"], shape, row["phase"], row["batch_size"]), []).append(row)
+    for (role, shape, phase, batch), rows in lines.items():
+        ranks = "  ".join(f"{row['rank']}: {row['ratio']:.2f}" for row in sorted(rows, key=lambda row: row["rank"]))
+        table.add_row(role, shape, phase, str(batch), f"{1e6 * rows[0]['dense_s']:.0f} us", ranks)
+    console.print(table)
+    conditions = document["conditions"]
+    console.print(
+        f"{conditions['device']}, {conditions['dtype']}, {conditions['threads']} threads, torch"
+        f" {conditions['torch_version']}; times are of all that shares the matrix's input;"
+        f" {document['timed_now']} products timed now, the others known",
+        soft_wrap=True,
+    )

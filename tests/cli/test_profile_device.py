@@ -1,0 +1,59 @@
+"""`dse profile-device`: every matrix at every rank, timed once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dse.cli import main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSE_CACHE", str(tmp_path))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["profile-device", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_matrices_are_timed_once_and_known_the_next_time(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(tiny_folder / "model"), "--ranks", "2,9", "--batch", "1,2", "--prompt", "8"]
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    rows = document["matrices"]
+    # Rank 9 is within the break-even of every matrix (10 for key and value); two ranks, batches and phases each.
+    roles = {"query", "key", "value", "attention_output", "gate", "up", "down", "query_key_value", "gate_up"}
+    assert {row["role"] for row in rows} == roles
+    assert len(rows) == len(roles) * 2 * 2 * 2
+    for row in rows:
+        assert row["ratio"] == row["decomposed_s"] / row["dense_s"]
+        assert row["is_faster"] == (row["ratio"] < 1)
+    assert document["timed_now"] > 0
+    again = json.loads(run(capsys, *arguments, "--json")[1])
+    assert again["timed_now"] == 0
+    assert again["matrices"] == rows
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "96 x 32" in out
+    assert "0 products timed now" in out
+
+
+def test_ranks_of_a_space_and_a_rank_above_all_break_evens(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = tiny_folder / "profiled_space.yaml"
+    space.write_text("{name: s, methods: [svd], roles: [up], ranks: {absolute: [3, 5]}}")
+    model = ["--model", str(tiny_folder / "model")]
+    code, out, err = run(capsys, *model, "--space", str(space), "--prompt", "8", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["matrices"]
+    assert {(row["role"], row["rank"]) for row in rows} == {("up", 3), ("up", 5)}
+    code, _, err = run(capsys, *model, "--ranks", "999")
+    assert code == 2
+    assert "a rank must lie within the break-even of some matrix" in err
