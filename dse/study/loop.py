@@ -307,10 +307,11 @@ class StudyLoop:
             self.storage.enqueue(candidate.levels, candidate.origin, why=candidate.why, point=point)
 
     def _point(self, proposal: Proposal) -> DesignPoint:
-        """The point that is meant: the levels' own, or the one beside them."""
+        """The point that is meant: the levels' own, or the one beside them, as far as the study takes it."""
+        kept = self.prepared.evaluator.plan.kept
         if proposal.point is None:
-            return self.search.space.point(proposal.levels)
-        return DesignPoint.from_json(proposal.point, self.prepared.loaded.topology)
+            return kept(self.search.space.point(proposal.levels))
+        return kept(DesignPoint.from_json(proposal.point, self.prepared.loaded.topology))
 
     def _measured(self, record: TrialRecord) -> dict[str, float]:
         """By how much the measured quantities of a trial break the limits on them."""

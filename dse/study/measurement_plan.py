@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 
 from dse.config import StudyConfig
 from dse.decomposition import AppliedPoint
+from dse.design_point import DesignPoint
 from dse.errors import ConfigError, MeterUnavailableError
 from dse.measurement import (
     EnergyMeter,
@@ -41,6 +42,7 @@ class MeasurementPlan:
         runtime: Puts both sides into their fast forms; None where the mode runs them as they are.
         profile: The model's products on this device; None where nothing asks for it.
         predicts_latency: Whether the latency of points is predicted from it.
+        kept: What of a point the study takes: all of it, or what the profile calls faster.
     """
 
     cells: tuple[LatencySpec, ...]
@@ -51,6 +53,7 @@ class MeasurementPlan:
     runtime: FastRuntime | None = None
     profile: ModelProfile | None = None
     predicts_latency: bool = False
+    kept: Callable[[DesignPoint], DesignPoint] = lambda point: point
 
     @classmethod
     def of(cls, config: StudyConfig, meter: EnergyMeter | None) -> MeasurementPlan:
@@ -90,10 +93,10 @@ class MeasurementPlan:
             names = {entry.name for entry in config.objectives}
             phases = [phase for name, phase in self.phases().items() if name in names]
             phases = phases or [self.phases()["decode_latency_s"]]
+            self.kept = lambda point: profile.only_faster(point, phases)
             with device_lock(loaded.device):
-                space.keep = lambda point: profile.only_faster(point, phases)
-                found = space.draw_feasible(random.Random(0))
-            if found is None:
+                plain = [self.kept(space.point(levels)) for levels in space.ladder()]
+            if plain and all(point.is_dense for point in plain):
                 raise ConfigError(
                     "`measurement.only_if_faster` needs something that is faster decomposed, but the device profile"
                     " calls nothing of this space faster; see `dse profile-device`, or lower the ranks"

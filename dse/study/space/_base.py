@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,8 +46,6 @@ class SearchSpace(ABC):
         self.topology = topology
         self.layers = _layers(config, topology)
         self.roles = _roles(config, topology)
-        # What a study takes of a point: choices that save no time are left dense where it asks for that.
-        self.keep: Callable[[DesignPoint], DesignPoint] = lambda point: point
 
     @staticmethod
     def from_config(config: SearchSpaceConfig, topology: Topology) -> SearchSpace:
@@ -72,13 +70,9 @@ class SearchSpace(ABC):
     def dimensions(self) -> Mapping[str, int]:
         """Dimension name to its number of levels."""
 
-    def point(self, levels: Mapping[str, int]) -> DesignPoint:
-        """The design point of these levels (all dimensions given), without choices that the study does not take."""
-        return self.keep(self.whole_point(levels))
-
     @abstractmethod
-    def whole_point(self, levels: Mapping[str, int]) -> DesignPoint:
-        """The design point of these levels (all dimensions given), whatever the study takes of it."""
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
+        """The design point of these levels (all dimensions given)."""
 
     @abstractmethod
     def levels_of(self, point: DesignPoint) -> dict[str, int]:

@@ -39,7 +39,7 @@ class LevelSpace(SearchSpace):
         sizes = {group.name: group.level_count for group in self.groups}
         return {_METHOD: len(self.config.methods), **sizes} if len(self.config.methods) > 1 else sizes
 
-    def whole_point(self, levels: Mapping[str, int]) -> DesignPoint:
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
         """The design point of these levels."""
         method = self.config.methods[levels.get(_METHOD, 0)]
         spared = self._spared(levels)

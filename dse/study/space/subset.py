@@ -50,7 +50,7 @@ class SubsetSpace(SearchSpace):
             sizes[_METHOD] = len(self.config.methods)
         return sizes
 
-    def whole_point(self, levels: Mapping[str, int]) -> DesignPoint:
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
         """The design point of these levels."""
         layers = {layer for layer in self.layers if levels[f"layers.{layer}"]}
         roles = {role for role in self.roles if levels[f"roles.{role}"]}
@@ -73,7 +73,7 @@ class SubsetSpace(SearchSpace):
                     | ({_METHOD: index} if _METHOD in levels else {})
                     | ({_RANK: rank} if _RANK in levels else {})
                 )
-                if self.whole_point(candidate) == point:
+                if self.point(candidate) == point:
                     return candidate
         raise outside_space(
             point, self, "it is not one method and rank over a set of layers times a set of roles of the space"
