@@ -176,11 +176,10 @@ class Arena:
         if kept.exists():
             return dict(json.loads(kept.read_text("utf-8")))
         say(f"report on {point.id}")
-        method = next((choice.method for _, choice in point), None)
-        bank = None if method is None else self.bank(method)
-        if bank is None:
+        if point.is_dense:
             measured = self._report_now()
         else:
+            bank = FactorBank.build(self.loaded, [point], self.windows)  # there already, by the same calibration text
             with decompose(self.loaded, point, bank):
                 measured = self._report_now()
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -425,11 +424,22 @@ def plain(sampler: str) -> Callable[[Arena, int, int], list[Found]]:
     def run(arena: Arena, seed: int, evaluations: int) -> list[Found]:
         settings = {
             "space": str(ROOT / "search_spaces" / "layer_rank.yaml"),
+            "search": "off",
             "sampler": {"name": sampler, "seed": seed},
         }
         return arena.study(sampler, seed, evaluations, settings)
 
     return run
+
+
+def ours(arena: Arena, seed: int, evaluations: int) -> list[Found]:
+    """What `dse run` does by default: allocations over a sensitivity profile, and what follows from them."""
+    settings = {
+        "space": str(ROOT / "search_spaces" / "depth_profile.yaml"),
+        "search": "auto",
+        "sampler": {"name": "tpe", "seed": seed},
+    }
+    return arena.study("ours", seed, evaluations, settings)
 
 
 CONTESTANTS: Mapping[str, Contestant] = {
@@ -441,5 +451,6 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "random": Contestant("random", plain("random"), is_random=True),
     "nsga2": Contestant("NSGA-II", plain("nsga2"), is_random=True),
     "tpe": Contestant("TPE", plain("tpe"), is_random=True),
+    "ours": Contestant("dse, search: auto", ours, is_random=True),
 }
 """Name on the command line to contestant, in the order of the table."""
