@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from search_contestants import CONTESTANTS, Arena, Found, prepared
+from search_arena import Arena, Found, prepared
+from search_contestants import CONTESTANTS
 
 from dse.files import write_json
 from dse.pareto import normalised_hypervolume
