@@ -50,7 +50,7 @@ class SearchConfig(Section):
     warm_starts: bool | None = Field(None, description="allocations over a sensitivity profile first")
     refinement: bool | None = Field(None, description="changes of front points compete with the sampler")
     refit: bool | None = Field(None, description="new allocations over refitted damages compete with the sampler")
-    profile_tokens: int = Field(1024, ge=128, description="held-out tokens on which the profile measures damage")
+    profile_tokens: int = Field(512, ge=128, description="held-out tokens on which the profile measures damage")
 
     def parts(self, sampler: str) -> SearchParts:
         """What runs beside this sampler: model-based ones get everything, random ones nothing, unless told."""

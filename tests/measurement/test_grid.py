@@ -72,7 +72,7 @@ def test_a_study_file_spans_the_grid_and_its_first_cell_is_the_objectives():
         ({"batch_size": [1, 0]}, "greater than or equal to 1"),
         ({"prompt_tokens": []}, "at least 1 item"),
         ({"new_tokens": [4, 4]}, "listed once"),
-        ({"mode": "fast"}, "eager"),
+        ({"mode": "fastest"}, "eager"),
         ({"min_duration_s": 30, "max_duration_s": 20}, "min_duration_s <= max_duration_s"),
         ({"precision": 2}, "less than 1"),
     ],
