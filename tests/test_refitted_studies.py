@@ -41,7 +41,7 @@ def test_the_export_of_a_refitted_trial_scores_as_the_trial_did(tiny_folder: Pat
     row = table.set_index("trial").loc[trial]
     interval = found.graded_interval("choice_probability")
     assert interval is not None
-    assert interval.value == pytest.approx(row["choice_probability"], abs=1e-5)
+    assert interval.estimate == pytest.approx(row["choice_probability"], abs=1e-5)
 
     # The same ranks without the refit give another model, and other names for what is cached of it.
     loaded = load_study_model(config)
