@@ -11,8 +11,10 @@ from functools import cached_property
 
 from dse.errors import PointError, did_you_mean
 
-__all__ = ["DecomposableTensor", "Matrix", "RemovableBlock", "TensorStack", "Topology"]
+__all__ = ["ATTENTION_ROLES", "DecomposableTensor", "Matrix", "RemovableBlock", "TensorStack", "Topology"]
 
+ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
+"""Roles of an attention block's tensors; every other role in a layer belongs to its MLP."""
 
 _BLOCK_ROLES = ("attention", "mlp")
 

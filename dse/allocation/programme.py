@@ -13,6 +13,7 @@ Source: Sinha and Zoltners (1979) for the problem; HiGHS (Huangfu and Hall 2018)
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -188,7 +189,7 @@ class _Programme:
         one_each = csr_array((np.ones(count), (unit_of, np.arange(count))))
         limits: list[Any] = [LinearConstraint(one_each, 1.0, 1.0)]
         limits += [LinearConstraint(row.use[None, among] / row.divisor, -np.inf, row.bound) for row in rows]
-        with _solver_messages_to_stderr():
+        with _solver_silenced():
             found = milp(
                 objective[among],
                 integrality=np.ones(count),
@@ -323,16 +324,25 @@ class _Row:
 
 
 @contextlib.contextmanager
-def _solver_messages_to_stderr() -> Iterator[None]:
-    """HiGHS writes a line of its own to the process's standard output now and then, where results go."""
+def _solver_silenced() -> Iterator[None]:
+    """HiGHS prints a line of its own to the process's standard output now and then, where results go.
+
+    It does so through C's buffers, so they are emptied before the descriptor is given back: what is left in them would
+    come out at the end of the process.
+    """
+    if sys.platform == "win32":  # its C library is not reached by this name
+        yield
+        return
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
+        ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)
 
 
 def _unreachable_text(table: DamageTable, name: str, budget: float, least: float) -> str:

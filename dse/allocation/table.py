@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dse.allocation.option import Option, Unit
+from dse.allocation.profile_file import MALFORMED, not_a_profile, read_profile_file
 from dse.design_point import DesignPoint
-from dse.errors import DseError, PointError, ProfileError
+from dse.errors import PointError, ProfileError
 from dse.files import write_json
 
 __all__ = ["SCHEMA_VERSION", "DamageTable", "TableOrigin"]
@@ -227,11 +228,8 @@ class DamageTable:
                 None if energy_j is None else float(energy_j),
                 tuple(tuple(map(str, group)) for group in document["one_remains"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, DseError) as error:
-            raise ProfileError(
-                f"a sensitivity profile must be a file that `dse sensitivity` wrote, but {where} is none"
-                f" ({type(error).__name__}: {error}); measure it anew"
-            ) from error
+        except MALFORMED as error:
+            raise not_a_profile(where, error) from error
 
     def write(self, path: Path) -> None:
         """Write the table as JSON, atomically.
@@ -248,14 +246,7 @@ class DamageTable:
         Raises:
             ProfileError: The file cannot be read, is damaged, or was measured on something else.
         """
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ProfileError(
-                f"a sensitivity profile must be a readable JSON file, but {path} is not"
-                f" ({getattr(error, 'strerror', None) or error}); measure it with `dse sensitivity`"
-            ) from error
-        table = cls.from_json(document, str(path))
+        table = cls.from_json(read_profile_file(path), str(path))
         if origin is not None:
             table.origin.check(origin, str(path))
         return table

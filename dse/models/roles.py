@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from dse.errors import ModelError
+from dse.topology import ATTENTION_ROLES
 
 __all__ = ["ROLE_ORDER", "ROLE_SUFFIXES", "block_role_of", "check_role_names", "role_of", "suffix_match"]
 
@@ -62,8 +63,6 @@ ROLE_ORDER: tuple[str, ...] = (
 )
 """The roles in the order of a forward pass through one layer."""
 
-_ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
-
 _ROLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARED_EXPERT = re.compile(r"(^|\.)shared_experts?\.")
 _ROUTED_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
@@ -105,7 +104,7 @@ def block_role_of(roles: Iterable[str], paths: Iterable[str]) -> str | None:
         roles: Of the decomposable tensors inside.
         paths: Of all modules inside, for experts, which have no role.
     """
-    found = {"attention" if role in _ATTENTION_ROLES else "mlp" for role in roles if role in ROLE_ORDER}
+    found = {"attention" if role in ATTENTION_ROLES else "mlp" for role in roles if role in ROLE_ORDER}
     if not found and any(_ROUTED_EXPERT.search(path) for path in paths):
         return "mlp"
     return found.pop() if len(found) == 1 else None

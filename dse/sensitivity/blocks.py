@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
+from dse.topology import ATTENTION_ROLES, DecomposableTensor, Matrix, TensorStack, Topology
 
 __all__ = ["Block", "blocks_of_topology", "groups_that_remain"]
-
-_ATTENTION_ROLES = frozenset({"query", "key", "value", "query_key_value", "attention_output"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def blocks_of_topology(
 
 
 def _kind(matrix: Matrix) -> str:
-    return "attention" if matrix.role in _ATTENTION_ROLES else "mlp"
+    return "attention" if matrix.role in ATTENTION_ROLES else "mlp"
 
 
 def groups_that_remain(topology: Topology) -> tuple[tuple[str, ...], ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dse.allocation import DamageTable, TableOrigin
-from dse.errors import DseError, ProfileError
+from dse.allocation.profile_file import MALFORMED, not_a_profile, read_profile_file
+from dse.errors import ProfileError
 from dse.files import write_json
 
 __all__ = ["PROFILE_SCHEMA", "MeasuredPart", "SensitivityProfile"]
@@ -96,11 +96,8 @@ class SensitivityProfile:
             )
         except ProfileError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, DseError) as error:
-            raise ProfileError(
-                f"a sensitivity profile must be a file that `dse sensitivity` wrote, but {where} is none"
-                f" ({type(error).__name__}: {error}); measure it anew"
-            ) from error
+        except MALFORMED as error:
+            raise not_a_profile(where, error) from error
 
     def write(self, path: Path) -> None:
         """Write the profile as JSON, atomically.
@@ -117,14 +114,7 @@ class SensitivityProfile:
         Raises:
             ProfileError: The file cannot be read, is damaged, or was measured on something else.
         """
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ProfileError(
-                f"a sensitivity profile must be a readable JSON file, but {path} is not"
-                f" ({getattr(error, 'strerror', None) or error}); measure it with `dse sensitivity`"
-            ) from error
-        profile = cls.from_json(document, str(path))
+        profile = cls.from_json(read_profile_file(path), str(path))
         if origin is not None:
             profile.origin.check(origin, str(path))
         return profile

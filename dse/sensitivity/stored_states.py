@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dse.decomposition.gram import StopForward
 from dse.topology import Topology
 
 __all__ = ["StoredStates", "blocks_of"]
@@ -88,11 +89,11 @@ class StoredStates:
 
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
             seen.append(output)
-            raise _StopForward
+            raise StopForward
 
         handle = self._blocks[layer].register_forward_hook(see)
         try:
-            with _answering(self._blocks[: self.layer], self._outputs[batch]), contextlib.suppress(_StopForward):
+            with _answering(self._blocks[: self.layer], self._outputs[batch]), contextlib.suppress(StopForward):
                 full_pass(self._model, self._batches[batch])
         finally:
             handle.remove()
@@ -145,7 +146,3 @@ def _cloned(output: Any) -> Any:
 
 def _is_half(model: PreTrainedModel) -> bool:
     return next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-
-
-class _StopForward(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
-    """The layer asked for has answered."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -270,3 +272,21 @@ def test_options_that_are_ruled_out_are_in_no_best_allocation(seed: int) -> None
     best = min((w for w in ways if use[list(w)].sum() <= limit), key=lambda w: damage[list(w)].sum())
     assert set(best) <= set(kept.tolist())
     assert len(possible_options(damage, use, limit, unit_of, lambda _chosen: False)) == len(damage)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="C's standard output is reached by another name there")
+def test_what_the_solver_prints_through_c_stays_away_from_results() -> None:
+    program = """
+import ctypes
+from dse.allocation.programme import _solver_silenced
+c = ctypes.CDLL(None)
+print("before")
+with _solver_silenced():
+    c.puts(b"a line of the solver's own")
+c.puts(b"c speaks again")
+c.fflush(None)
+print("after", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split("\n")) == ["", "after", "before", "c speaks again"]
+    assert done.stderr == ""

@@ -99,7 +99,7 @@ def _levels(
                 except NonFiniteError:
                     known = None
             damage = _WRECKED if known is None else max(known.kl_divergence, 0.0)
-            options.append(replace(option, damage=damage, is_measured=True))
+            options.append(replace(option, damage=damage, is_measured=known is not None))
             done += 1
             listener.on_phase("sensitivity", done, total)
         cache.save()

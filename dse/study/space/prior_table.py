@@ -6,13 +6,12 @@ from dse.allocation import DamageTable, Option, Unit
 from dse.config import SearchSpaceConfig
 from dse.cost import factor_parameters, parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
+from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
 from dse.study.space.levels import LevelSpace
 from dse.study.space.rank_grid import level_count, rank_at
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 
 __all__ = ["block_table", "level_table", "prior_damage"]
-
-ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
 
 
 def prior_damage(saved: int, dense: int) -> float:
@@ -38,20 +37,14 @@ def level_table(space: LevelSpace, method: str) -> DamageTable:
 
 def block_table(config: SearchSpaceConfig, topology: Topology) -> DamageTable:
     """Attention and MLP of each layer as units; options are the kept fractions of the space, and removal if offered."""
-    units = []
-    for layer in range(topology.layer_count):
-        tensors = [tensor for tensor in topology.tensors if tensor.layer == layer]
-        for kind in ("attention", "mlp"):
-            own = [tensor for tensor in tensors if (tensor.role in ATTENTION_ROLES) == (kind == "attention")]
-            if own:
-                units.append(_block(config, topology, f"layers.{layer}.{kind}", layer, kind, own))
-    return DamageTable(tuple(units), topology.parameters_dense)
+    units = tuple(_unit(config, topology, block) for block in blocks_of_topology(topology))
+    remaining = groups_that_remain(topology) if config.removal else ()
+    return DamageTable(units, topology.parameters_dense, one_remains=remaining)
 
 
-def _block(
-    config: SearchSpaceConfig, topology: Topology, name: str, layer: int, kind: str, tensors: list[DecomposableTensor]
-) -> Unit:
-    removable = topology.blocks_by_name.get(name) if config.removal else None
+def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
+    tensors = block.tensors
+    removable = topology.blocks_by_name.get(block.name) if config.removal else None
     # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
     dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
     options: dict[tuple[tuple[str, TensorChoice], ...], Option] = {(): Option((), dense, 0.0)}
@@ -66,7 +59,7 @@ def _block(
                     choices, Option(choices, dense - saved, prior_damage(saved, dense), is_measured=False)
                 )
     if removable is not None:
-        gone = ((name, TensorChoice.removal()),)
+        gone = ((block.name, TensorChoice.removal()),)
         saved = parameters_saved(topology, DesignPoint(gone))
         options[gone] = Option(gone, dense - saved, prior_damage(saved, dense), is_measured=False)
-    return Unit(name, layer, kind, tuple(options.values()))
+    return Unit(block.name, block.layer, block.kind, tuple(options.values()))
