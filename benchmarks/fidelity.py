@@ -3,7 +3,8 @@
     python benchmarks/fidelity.py --task arc_easy.yaml [--limit 250] [--trials 60] [--seeds 0 1] [--fresh 1000]
 
 Same space, seed and number of trials; accuracy and parameters are the objectives, so that nothing but evaluation
-takes time. No answer is shared between the runs, each of which is a process of its own on one thread, side by side.
+takes time. No answer is shared between the runs, each of which is a process of its own on one thread; two run side by
+side, so that both of a pair meet the machine as it is then (`--processes`).
 Evaluation time is the proxy's and the documents', in wall-clock and in CPU seconds; the latter are the robust ones on
 a machine that others use. Front points of both runs have been evaluated on all documents, so their hypervolumes are
 at full fidelity, against one reference. But a front is picked by what it scored on those documents, and the study
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,12 @@ def in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def begun(pool: ThreadPoolExecutor, options: argparse.Namespace, seed: int) -> dict[str, Future[dict[str, Any]]]:
+    """Both studies of a seed, the longer one first."""
+    studies = {"without": study_of(options, seed, None), "with": study_of(options, seed, options.fidelity)}
+    return {name: pool.submit(in_a_process, {"study": study}) for name, study in studies.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", type=Path, help="an lm-eval task file, such as one of ARC-Easy")
@@ -137,6 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--fresh", type=int, default=0, help="documents that both fronts are measured on at the end")
     parser.add_argument("--fidelity", type=json.loads, default='"auto"', help="as in a study file, as JSON")
+    parser.add_argument("--processes", type=int, default=2, help="studies at a time, one thread each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -153,10 +161,10 @@ def main() -> None:
     print(
         f"{'seed':>4} {'ladder':>7} {'CPU s':>8} {'wall s':>8} {'hypervolume':>12} {'front':>6}  trials by rung reached"
     )
+    pool = ThreadPoolExecutor(options.processes)
+    running = {seed: begun(pool, options, seed) for seed in options.seeds}
     for seed in options.seeds:
-        studies = {"with": study_of(options, seed, options.fidelity), "without": study_of(options, seed, None)}
-        with ThreadPoolExecutor() as both:  # side by side, so that both meet the machine as it is then
-            pair = dict(zip(studies, both.map(in_a_process, [{"study": s} for s in studies.values()]), strict=True))
+        pair = {name: future.result() for name, future in running[seed].items()}
         for name, found in pair.items():
             print(
                 f"{seed:>4} {name:>7} {found['cpu_s']:>8.1f} {found['wall_s']:>8.1f} {found['hypervolume']:>12.4f}"
@@ -173,7 +181,8 @@ def main() -> None:
         row = {"seed": seed, **pair, "ratio": speed, "hypervolume_change": change}
         if options.fresh:
             fronts = {name: found["front"] for name, found in pair.items()}
-            row["fresh"] = in_a_process({"study": studies["without"], "fronts": fronts, "documents": options.fresh})
+            study = study_of(options, seed, None)
+            row["fresh"] = in_a_process({"study": study, "fronts": fronts, "documents": options.fresh})
             row["fresh_change"] = row["fresh"]["with"] / row["fresh"]["without"] - 1
             print(
                 f"     on {options.fresh} fresh documents: hypervolume {100 * row['fresh_change']:+.2f} %", flush=True

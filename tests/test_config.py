@@ -82,7 +82,13 @@ def test_shipped_studies_load(path: Path) -> None:
 
 
 def test_there_are_files_to_check() -> None:
-    assert {path.stem for path in SPACES} == {"depth_profile", "layer_rank", "layer_role_rank", "moar2024"}
+    assert {path.stem for path in SPACES} == {
+        "depth_profile",
+        "layer_rank",
+        "layer_role_fisher",
+        "layer_role_rank",
+        "moar2024",
+    }
     encoders = {"bert_base_sst2", "bert_base_squad", "minilm_embedding"}
     assert {path.stem for path in STUDIES} == {"quickstart", "moar2024_llama2_7b", "llama3_8b", "qwen3_0_6b"} | encoders
 

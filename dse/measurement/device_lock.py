@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,10 @@ __all__ = ["device_in_use", "device_lock", "lock_file"]
 
 _LOG = logging.getLogger(__name__)
 
+_PATIENCE_S = 120.0
+"""Others' measurements take seconds, evaluations a minute or two; who waits longer should learn what for."""
+_POLL_S = 0.2
+
 
 def lock_file(device: torch.device) -> Path:
     """The lock's file in the cache folder. A GPU goes by its UUID where torch knows it: processes number them anew."""
@@ -37,6 +42,8 @@ def lock_file(device: torch.device) -> Path:
 @contextlib.contextmanager
 def device_lock(*devices: torch.device) -> Iterator[None]:
     """Hold `devices` alone for a measurement; waits as long as anything else of ours uses one, and logs that once.
+
+    After two minutes a warning says so, too: a process that was suspended holds its locks for as long as it exists.
 
     Two locks make it fair. A measurement holds the first throughout; mere users of the device (`device_in_use`) only
     pass through it and share the second. So a measurement waits for the users that are in, and none enters meanwhile.
@@ -86,7 +93,11 @@ def _first_lock(device: torch.device) -> Iterator[FileLock]:
             lock.acquire(timeout=0)
         except Timeout:
             _LOG.info("waiting for %s: another measurement holds %s", device, path)
-            lock.acquire()
+            try:
+                lock.acquire(timeout=_PATIENCE_S)
+            except Timeout:
+                _warn_of_long_wait(device, path)
+                lock.acquire()
     try:
         yield lock
     finally:
@@ -107,5 +118,28 @@ def _second_lock(device: torch.device, *, is_shared: bool) -> Iterator[None]:
                 fcntl.flock(stream, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 _LOG.info("waiting for %s: other trials use it (%s)", device, path)
-                fcntl.flock(stream, kind)
+                if not _locked_in_time(stream.fileno(), kind):
+                    _warn_of_long_wait(device, path)
+                    fcntl.flock(stream, kind)
         yield
+
+
+def _locked_in_time(descriptor: int, kind: int) -> bool:
+    """Whether the lock was had within `_PATIENCE_S`; `flock` itself knows no limit."""
+    until_s = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until_s:
+        time.sleep(_POLL_S)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+    return False
+
+
+def _warn_of_long_wait(device: torch.device, path: Path) -> None:
+    _LOG.warning(
+        "still waiting for %s after %.0f s, since another process of dse uses it; if none should, one may be suspended:"
+        " `fuser %s` names it",
+        device,
+        _PATIENCE_S,
+        path,
+    )

@@ -132,3 +132,45 @@ def test_users_share_a_device_but_a_measurement_has_it_alone():
     for thread in (*users, measurer, latecomer):
         thread.join(5)
     assert late.is_set()
+
+
+SHARER = """
+import fcntl, sys
+with open(sys.argv[1], "ab") as stream:
+    fcntl.flock(stream, fcntl.LOCK_SH)
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("program", [HOLDER, SHARER])
+def test_a_long_wait_is_warned_of_and_goes_on(program, caplog, monkeypatch):
+    module = sys.modules[device_lock.__module__]  # the package shows the function by this name
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)  # two minutes in earnest
+    path = lock_file(CPU) if program == HOLDER else lock_file(CPU).with_suffix(".users")
+    path.parent.mkdir()
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        entered = threading.Event()
+
+        def measure() -> None:
+            with device_lock(CPU):
+                entered.set()
+
+        thread = threading.Thread(target=measure)
+        thread.start()
+        while not caplog.records:
+            time.sleep(0.02)
+        assert not entered.is_set()
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        thread.join()
+    assert entered.is_set()
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning == (
+        "still waiting for cpu after 0 s, since another process of dse uses it; if none should, one may be suspended:"
+        f" `fuser {path}` names it"
+    )

@@ -449,7 +449,7 @@ def test_every_study_describes_a_valid_space_on_its_model(name: str, real_models
     assert {"accuracy", "parameters"} <= {objective.name for objective in objectives}
 
 
-@pytest.mark.parametrize("name", ["layer_rank", "layer_role_rank", "moar2024"])
+@pytest.mark.parametrize("name", ["layer_rank", "layer_role_fisher", "layer_role_rank", "moar2024"])
 def test_every_shipped_space_fits_every_model(name: str, real_models: dict[str, Topology]) -> None:
     for topology in real_models.values():
         space = SearchSpace.from_config(load_search_space(ROOT / "search_spaces" / f"{name}.yaml"), topology)
