@@ -5,7 +5,7 @@ A removed block saves all its parameters and FLOPs, attention over the cache and
 With m = out_features and n = in_features, a dense weight has mn parameters and costs 2mn FLOPs a token (one multiply
 and one add per entry). Two factors of rank r hold r(m + n) and cost 2r(m + n); Tucker keeps an r x r core between them
 and pays r^2 more of both. A stack is one such matrix: its right factor counts once. The break-even rank is the largest
-r at which the factors are not larger than the weight.
+r at which the factors are not larger than the weight. For fused expert tensors `dse.expert_tensor` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from dse.callable_module import make_callable
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
-from dse.topology import Matrix, RemovableBlock, Topology
+from dse.expert_tensor import ExpertTensor
+from dse.topology import Decomposable, RemovableBlock, Topology
 
 __all__ = [
     "Cost",
@@ -26,6 +27,7 @@ __all__ = [
     "cost",
     "factor_parameters",
     "has_core",
+    "largest_rank",
     "parameters_saved",
     "point_problems",
 ]
@@ -59,16 +61,28 @@ def parameters_saved(topology: Topology, point: DesignPoint) -> int:
     passed = topology.passed_layers(point.removed)
     rest = {block.layer: block.rest_parameters for block in topology.blocks if block.layer in passed}
     blocks = sum(topology.blocks_by_name[name].parameters for name in point.removed)
-    factors = sum(
-        topology.matrix(name).parameters - factor_parameters(topology.matrix(name), choice)
-        for name, choice in point
-        if not choice.is_removal
-    )
+    choices = [(topology.decomposable(name), choice) for name, choice in point if not choice.is_removal]
+    factors = sum(part.parameters - factor_parameters(part, choice) for part, choice in choices)
     return factors + blocks + sum(rest.values())
 
 
-def factor_parameters(tensor: Matrix, choice: TensorChoice) -> int:
+def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
+    """The break-even rank of a tensor, stack or fused expert tensor.
+
+    Args:
+        part: What is decomposed.
+        choice: By which method; a choice also says the expert rank.
+    """
+    method, expert_rank = (choice, 0) if isinstance(choice, str) else (choice.method, choice.expert_rank)
+    if isinstance(part, ExpertTensor):
+        return part.break_even_rank(expert_rank)
+    return break_even_rank(*part.shape, core=has_core(method))
+
+
+def factor_parameters(tensor: Decomposable, choice: TensorChoice) -> int:
     """Parameters of the factors (and core) that replace the weight or stack; biases are not counted."""
+    if isinstance(tensor, ExpertTensor):
+        return tensor.factor_parameters(choice.rank, choice.expert_rank)
     core = choice.rank**2 if has_core(choice.method) else 0
     return choice.rank * (tensor.out_features + tensor.in_features) + core
 
@@ -87,13 +101,15 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
         if isinstance(part, RemovableBlock) or choice.is_removal:
             problems += _removal_misused(part, choice)
             continue
-        tensor = part
-        limit = break_even_rank(*tensor.shape, core=has_core(choice.method))
+        if misfit := _expert_misfits(part, choice):
+            problems.append(misfit)
+            continue
+        limit = largest_rank(part, choice)
         if choice.rank > limit:
             problems.append(
                 RankError(
-                    f"`rank <= {limit}` must hold for '{name}' (break-even of {tensor.out_features} x"
-                    f" {tensor.in_features}), but got rank={choice.rank}; lower it or leave the tensor dense."
+                    f"`rank <= {limit}` must hold for '{name}' (break-even of {' x '.join(map(str, part.shape))}), but"
+                    f" got rank={choice.rank}; lower it or leave the tensor dense."
                 )
             )
     return problems + _attention_problems(topology, point)
@@ -115,12 +131,33 @@ def _overlaps(topology: Topology, name: str, taken: dict[str, str]) -> list[Poin
     return problems
 
 
-def _removal_misused(part: Matrix | RemovableBlock, choice: TensorChoice) -> list[PointError]:
+def _expert_misfits(part: Decomposable, choice: TensorChoice) -> PointError | None:
+    """A method or an expert rank that does not go with this part."""
+    if not isinstance(part, ExpertTensor):
+        if not choice.expert_rank:
+            return None
+        return PointError(
+            f"`expert_rank` must go with a fused expert tensor, but '{part.name}' is a matrix; leave it out"
+        )
+    if choice.method != "tucker":
+        return PointError(
+            f"a fused expert tensor must be decomposed by method 'tucker', but '{part.name}' of shape"
+            f" {' x '.join(map(str, part.shape))} is given '{choice.method}'; write 'tucker' or leave it dense"
+        )
+    if choice.expert_rank >= part.experts:
+        return RankError(
+            f"`expert_rank < {part.experts}` must hold for '{part.name}', which has as many experts, but got"
+            f" expert_rank={choice.expert_rank}; leave it out to keep the expert mode full"
+        )
+    return None
+
+
+def _removal_misused(part: Decomposable | RemovableBlock, choice: TensorChoice) -> list[PointError]:
     if isinstance(part, RemovableBlock) and not choice.is_removal:
         return [
             PointError(
                 f"a block can only be removed, but '{part.name}' is given method '{choice.method}'; name its tensors"
-                f" ({', '.join(part.tensors)})"
+                f" ({', '.join((*part.tensors, *part.experts))})"
             )
         ]
     if not isinstance(part, RemovableBlock) and choice.is_removal:
@@ -258,9 +295,12 @@ def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:
         if choice.is_removal:
             inside -= topology.blocks_by_name[name].matmul_parameters
             continue
-        matrix = topology.matrix(name)
-        saved = matrix.parameters - factor_parameters(matrix, choice)
-        if matrix.layer is None:
+        part = topology.decomposable(name)
+        if isinstance(part, ExpertTensor):
+            inside -= part.matmul_parameters - part.factor_matmul_parameters(choice.rank, choice.expert_rank)
+            continue
+        saved = part.parameters - factor_parameters(part, choice)
+        if part.layer is None:
             head -= saved
         else:
             inside -= saved

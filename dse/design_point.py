@@ -21,7 +21,8 @@ METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd
 REMOVED = "removed"
 """The method of a block that is removed as a whole, the limit of rank 0."""
 
-_COMPACT_KEYS = ("method", "rank", "layers", "roles")
+_CHOICE_KEYS = ("method", "rank", "expert_rank")
+_COMPACT_KEYS = (*_CHOICE_KEYS, "layers", "roles")
 
 
 @dataclass(frozen=True, order=True)
@@ -32,10 +33,12 @@ class TensorChoice:
         method: One of `METHOD_NAMES`, or `removed` for an attention or MLP block.
         rank: Columns kept, at least 1; the upper end depends on the tensor (see `dse.cost.break_even_rank`). 0 for a
             removed block, and for nothing else.
+        expert_rank: Of fused expert tensors alone: rank of the expert mode; 0, as everywhere else, keeps it full.
     """
 
     method: str
     rank: int
+    expert_rank: int = 0
 
     def __post_init__(self) -> None:
         known = (*METHOD_NAMES, REMOVED)
@@ -53,6 +56,17 @@ class TensorChoice:
         elif not is_integer or self.rank < 1:
             hint = f'; {{"method": "{REMOVED}", "rank": 0}} removes a block' if is_integer and self.rank == 0 else ""
             raise PointError(f"`rank >= 1` must hold and be an integer, but got rank={self.rank!r}{hint}")
+        self._check_expert_rank()
+
+    def _check_expert_rank(self) -> None:
+        kept = self.expert_rank
+        if not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
+            raise PointError(f"`expert_rank >= 0` must hold and be an integer, but got expert_rank={kept!r}")
+        if kept and self.method != "tucker":
+            raise PointError(
+                f"`expert_rank` is for method 'tucker' on fused expert tensors, but got expert_rank={kept} with method"
+                f" '{self.method}'; leave it out"
+            )
 
     @classmethod
     def removal(cls) -> TensorChoice:
@@ -63,6 +77,27 @@ class TensorChoice:
     def is_removal(self) -> bool:
         """Whether the block is removed rather than decomposed."""
         return self.method == REMOVED
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"method", "rank"}`, and `expert_rank` where it says something."""
+        entry: dict[str, Any] = {"method": self.method, "rank": self.rank}
+        return entry | ({"expert_rank": self.expert_rank} if self.expert_rank else {})
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> TensorChoice:
+        """Read what `to_json` wrote.
+
+        Raises:
+            PointError: A key is missing, or a value is none that a point may have.
+        """
+        for key in ("method", "rank"):
+            if key not in entry:
+                raise PointError(
+                    f"a point needs '{key}', but got {_short(dict(entry))}; write it, or use the expanded form"
+                )
+        if not isinstance(entry["method"], str):
+            raise PointError(f"`method` must be a name, but got {_short(entry['method'])}")
+        return cls(entry["method"], entry["rank"], entry.get("expert_rank", 0))
 
 
 @dataclass(frozen=True)
@@ -103,7 +138,12 @@ class DesignPoint:
         Raises:
             PointError: A layer, role, method or rank is not one.
         """
-        choice = TensorChoice(method, rank)
+        return cls._uniform(topology, TensorChoice(method, rank), layers, roles)
+
+    @classmethod
+    def _uniform(
+        cls, topology: Topology, choice: TensorChoice, layers: list[int] | str, roles: list[str] | str
+    ) -> DesignPoint:
         if choice.is_removal and roles == "all":
             roles = ["attention", "mlp"]
         return cls(tuple((name, choice) for name in topology.select(layers, roles)))
@@ -160,8 +200,8 @@ class DesignPoint:
                 raise PointError(
                     f'the choice for \'{name}\' must be like {{"method": "svd", "rank": 64}}, but got {_short(entry)}'
                 )
-            _refuse_unknown(entry, ("method", "rank"))
-            choices[part.name] = _choice(entry)
+            _refuse_unknown(entry, _CHOICE_KEYS)
+            choices[part.name] = TensorChoice.from_json(entry)
         return cls.of(choices)
 
     @classmethod
@@ -174,8 +214,7 @@ class DesignPoint:
             raise PointError(f"`layers` must be 'all' or a list of layer indices, but got {_short(layers)}")
         if not isinstance(roles, str) and not _is_list_of(roles, str):
             raise PointError(f"`roles` must be 'all' or a list of roles, but got {_short(roles)}")
-        choice = _choice(data)
-        return cls.uniform(topology, choice.method, choice.rank, layers, roles)
+        return cls._uniform(topology, TensorChoice.from_json(data), layers, roles)
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorChoice]:
@@ -203,8 +242,8 @@ class DesignPoint:
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
 
     def to_json(self) -> dict[str, Any]:
-        """The expanded form: `{"tensors": {name: {"method", "rank"}}}`."""
-        return {"tensors": {name: {"method": c.method, "rank": c.rank} for name, c in self.choices}}
+        """The expanded form: `{"tensors": {name: {"method", "rank"}}}`, fused experts perhaps with `expert_rank`."""
+        return {"tensors": {name: choice.to_json() for name, choice in self.choices}}
 
     def compact(self, topology: Topology) -> dict[str, Any] | None:
         """The compact form, or None where the point is not uniform over layers x roles."""
@@ -218,24 +257,13 @@ class DesignPoint:
         if set(topology.select(layers, roles)) != set(self.by_name):
             return None
         all_roles = roles == list(topology.roles)
-        return {"method": choice.method, "rank": choice.rank, "layers": layers, "roles": "all" if all_roles else roles}
+        return {**choice.to_json(), "layers": layers, "roles": "all" if all_roles else roles}
 
     def __len__(self) -> int:
         return len(self.choices)
 
     def __iter__(self) -> Iterator[tuple[str, TensorChoice]]:
         return iter(self.choices)
-
-
-def _choice(entry: Mapping[str, Any]) -> TensorChoice:
-    for key in ("method", "rank"):
-        if key not in entry:
-            raise PointError(
-                f"a point needs '{key}', but got {_short(dict(entry))}; write it, or use the expanded form"
-            )
-    if not isinstance(entry["method"], str):
-        raise PointError(f"`method` must be a name, but got {_short(entry['method'])}")
-    return TensorChoice(entry["method"], entry["rank"])
 
 
 def _parse_json(text: str) -> Any:

@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dse.errors import PointError, did_you_mean
+from dse.expert_tensor import ExpertTensor
 
-__all__ = ["ATTENTION_ROLES", "DecomposableTensor", "Matrix", "RemovableBlock", "TensorStack", "Topology"]
+__all__ = [
+    "ATTENTION_ROLES",
+    "Decomposable",
+    "DecomposableTensor",
+    "Matrix",
+    "RemovableBlock",
+    "TensorStack",
+    "Topology",
+]
 
 ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
 """Roles of an attention block's tensors; every other role in a layer belongs to its MLP."""
@@ -112,7 +121,10 @@ class TensorStack:
 
 
 Matrix = DecomposableTensor | TensorStack
-"""What a method can decompose: one tensor or a stack; either has a name, layer, role, shape and parameters."""
+"""What every method can decompose: one tensor or a stack; either has a name, layer, role, shape and parameters."""
+
+Decomposable = Matrix | ExpertTensor
+"""What some method can decompose: a matrix, or the fused weight of all experts of a layer."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,7 @@ class RemovableBlock:
         key_value_width: Sum over key/value heads of the head size; 0 for an MLP.
         cache_module: Path of the module that holds the index into the KV cache; "" for an MLP and in encoders.
         cache_kind: Kind of its KV cache (`full_attention`, `sliding_attention`); caches are laid out by kind.
+        experts: Names of the fused expert tensors inside, which go with it.
     """
 
     name: str
@@ -160,6 +173,7 @@ class RemovableBlock:
     key_value_width: int = 0
     cache_module: str = ""
     cache_kind: str = ""
+    experts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +198,9 @@ class Topology:
             cannot pass them by.
         stacks: Tensors of a layer that may be decomposed as one matrix, in order of layers.
         blocks_refused: Why a block that one would expect may not be removed, by its name.
+        experts: Fused tensors of routed experts that may be decomposed, in order of layers; their entries per token are
+            counted in `other_matmul_parameters`.
+        experts_refused: Why a layer's fused expert tensors may not be decomposed, by the names they would have.
     """
 
     architecture: str
@@ -202,6 +219,8 @@ class Topology:
     blocks: tuple[RemovableBlock, ...] = field(default=())
     blocks_refused: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[TensorStack, ...] = field(default=())
+    experts: tuple[ExpertTensor, ...] = field(default=())
+    experts_refused: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def blocks_by_name(self) -> Mapping[str, RemovableBlock]:
@@ -219,16 +238,39 @@ class Topology:
         first = {stack.members[0].name: stack for stack in self.stacks}
         return tuple(m for t in self.tensors for m in ((first[t.name], t) if t.name in first else (t,)))
 
+    @cached_property
+    def experts_by_name(self) -> Mapping[str, ExpertTensor]:
+        """Canonical name to fused expert tensor."""
+        return {tensor.name: tensor for tensor in self.experts}
+
     def matrix(self, name: str) -> Matrix:
         """The tensor or stack called `name`.
 
         Raises:
-            PointError: Nothing that can be decomposed has that name.
+            PointError: No matrix has that name.
         """
+        if name in self.experts_by_name:
+            raise PointError(
+                f"a matrix must be named here, but '{name}' is a fused expert tensor of shape"
+                f" {' x '.join(map(str, self.experts_by_name[name].shape))}; only method 'tucker' takes it, in a point"
+            )
         return self.stacks_by_name[name] if name in self.stacks_by_name else self[name]
 
-    def part(self, name: str) -> Matrix | RemovableBlock:
-        """Whatever a point may name: a tensor, a stack or a removable block.
+    def decomposable(self, name: str) -> Decomposable:
+        """The tensor, stack or fused expert tensor called `name`.
+
+        Raises:
+            PointError: Nothing that can be decomposed has that name, or the experts cannot be (with the reason).
+        """
+        if name in self.experts_refused:
+            raise PointError(
+                f"'{name}' must be a fused expert tensor that dse can decompose, but {self.experts_refused[name]};"
+                " leave it out"
+            )
+        return self.experts_by_name[name] if name in self.experts_by_name else self.matrix(name)
+
+    def part(self, name: str) -> Decomposable | RemovableBlock:
+        """Whatever a point may name: a tensor, a stack, a fused expert tensor or a removable block.
 
         Raises:
             PointError: Nothing has that name, or the block cannot be removed (with the reason).
@@ -237,13 +279,13 @@ class Topology:
             return self.blocks_by_name[name]
         if name in self.blocks_refused:
             raise PointError(f"'{name}' must be passed by exactly to be removed, but {self.blocks_refused[name]}")
-        return self.matrix(name)
+        return self.decomposable(name)
 
     def tensors_of(self, name: str) -> tuple[str, ...]:
         """Names of the tensors that a part of this name takes up: itself, its members, or those inside the block."""
         part = self.part(name)
         if isinstance(part, RemovableBlock):
-            return part.tensors
+            return (*part.tensors, *part.experts)
         return tuple(member.name for member in part.members) if isinstance(part, TensorStack) else (part.name,)
 
     def passed_layers(self, removed: Iterable[str]) -> tuple[int, ...]:
@@ -263,8 +305,9 @@ class Topology:
 
     @cached_property
     def part_roles(self) -> tuple[str, ...]:
-        """Roles of everything inside the layers that a point may name: tensors, then stacks, then removable blocks."""
-        more = (*(stack.role for stack in self.stacks), *(block.role for block in self.blocks))
+        """Roles of everything inside the layers that a point may name: tensors, stacks, experts, removable blocks."""
+        parts: tuple[Decomposable | RemovableBlock, ...] = (*self.stacks, *self.experts, *self.blocks)
+        more = [part.role for part in parts]
         return tuple(dict.fromkeys((*self.roles, *more)))
 
     def __getitem__(self, name: str) -> DecomposableTensor:
@@ -282,12 +325,12 @@ class Topology:
             ) from None
 
     def select(self, layers: Iterable[int] | str = "all", roles: Iterable[str] | str = "all") -> tuple[str, ...]:
-        """Names of the parts in these layers with these roles: tensors in topology order, then stacks, then blocks.
+        """Names of the parts in these layers with these roles: tensors, then stacks, fused experts and blocks.
 
         Args:
             layers: 0-based layer indices, or "all".
-            roles: Role names, or "all" (every tensor inside the layers); stacks and the removable blocks `attention`
-                and `mlp` only where they are named.
+            roles: Role names, or "all" (every matrix inside the layers); stacks, fused experts and the removable blocks
+                `attention` and `mlp` only where they are named.
 
         Raises:
             PointError: A layer or role does not exist in this model.
@@ -304,15 +347,16 @@ class Topology:
                     f"`0 <= layer < {self.layer_count}` must hold for {self.architecture}, but got layer={layer}"
                 )
         for role in sorted(wanted_roles - set(self.part_roles)):
-            self._refuse_block_role(role)
+            self._refuse_role_with_reason(role)
             raise PointError(
                 f"a role must be one of {', '.join(self.part_roles)} for {self.architecture}, but got '{role}'"
                 f"{did_you_mean(role, self.part_roles)}"
             )
-        parts: tuple[Matrix | RemovableBlock, ...] = (*self.tensors, *self.stacks, *self.blocks)
+        parts: tuple[Decomposable | RemovableBlock, ...] = (*self.tensors, *self.stacks, *self.experts, *self.blocks)
         return tuple(p.name for p in parts if p.layer in wanted_layers and p.role in wanted_roles)
 
-    def _refuse_block_role(self, role: str) -> None:
-        for name, reason in self.blocks_refused.items():
+    def _refuse_role_with_reason(self, role: str) -> None:
+        """Have a part of this role refused that cannot be had, which says why."""
+        for name in (*self.blocks_refused, *self.experts_refused):
             if name.endswith(f".{role}"):
-                raise PointError(f"'{name}' must be passed by exactly to be removed, but {reason}")
+                self.part(name)

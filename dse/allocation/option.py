@@ -61,7 +61,7 @@ class Option:
     def to_json(self) -> dict[str, Any]:
         """Attributes that are known, choices as in the expanded form of a point."""
         entry: dict[str, Any] = {
-            "tensors": {name: {"method": choice.method, "rank": choice.rank} for name, choice in self.choices},
+            "tensors": {name: choice.to_json() for name, choice in self.choices},
             "parameters": self.parameters,
             "damage": self.damage,
         }
@@ -77,7 +77,7 @@ class Option:
         Raises:
             KeyError, TypeError, ValueError, DseError: It was not written by it.
         """
-        choices = tuple((str(name), TensorChoice(c["method"], c["rank"])) for name, c in entry["tensors"].items())
+        choices = tuple((str(name), TensorChoice.from_json(c)) for name, c in entry["tensors"].items())
         known = {key: float(entry[key]) for key in ("log_likelihood_drop", "latency_s", "energy_j") if key in entry}
         return cls(
             choices,

@@ -185,7 +185,7 @@ def _changes(topology: Topology, point: DesignPoint) -> str:
     """How many tensors are decomposed and blocks removed."""
     removed = point.removed
     decomposed = sum(len(topology.tensors_of(name)) for name, choice in point if not choice.is_removal)
-    tensors = f"{decomposed} of {len(topology.tensors)} tensors"
+    tensors = f"{decomposed} of {len(topology.tensors) + len(topology.experts)} tensors"
     return f"{tensors}, {len(removed)} of {len(topology.blocks)} blocks removed" if removed else tensors
 
 

@@ -7,6 +7,9 @@ from dse.decomposition.calibration_text import held_out_windows as held_out_wind
 from dse.decomposition.calibration_text import longest_window as longest_window
 from dse.decomposition.calibration_text import named_calibration as named_calibration
 from dse.decomposition.expected_damage import expected_damage as expected_damage
+from dse.decomposition.expert_factors import TuckerFactors as TuckerFactors
+from dse.decomposition.expert_modules import TuckerExperts as TuckerExperts
+from dse.decomposition.expert_modules import TuckerExpertWeight as TuckerExpertWeight
 from dse.decomposition.factor_bank import FactorBank as FactorBank
 from dse.decomposition.factor_bank import RankRequests as RankRequests
 from dse.decomposition.factor_bank import requests_of_points as requests_of_points
@@ -26,4 +29,5 @@ from dse.decomposition.surgery import decompose as decompose
 from dse.decomposition.truncated_svd import truncated_svd as truncated_svd
 from dse.decomposition.tucker import tucker as tucker
 from dse.decomposition.tucker import tucker_merged as tucker_merged
+from dse.decomposition.tucker import tucker_of_experts as tucker_of_experts
 from dse.decomposition.whitened_svd import whitened_svd as whitened_svd

@@ -19,6 +19,8 @@ from dse.decomposition.calibration_text import (
     longest_window,
     named_calibration,
 )
+from dse.decomposition.expert_factors import TuckerFactors
+from dse.decomposition.expert_surgery import dense_experts
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
 from dse.decomposition.gradient_gram import GradientGrams
 from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
@@ -26,6 +28,7 @@ from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
 from dse.decomposition.methods import METHODS, factorise
 from dse.decomposition.refitted_point import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
 from dse.decomposition.stacked import StackedLinear
+from dse.decomposition.tucker import tucker_of_experts
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import CalibrationError, PointError, StorageFullError
 from dse.files import cache_dir, disk_errors
@@ -45,13 +48,19 @@ class FactorBank:
     """Factors of a model's tensors, built once per (model, method, calibration text) and kept in the user's cache.
 
     Truncated SVDs are nested: the best rank-r factors are the leading r columns of the best rank-R ones. So each tensor
-    is decomposed once, at the largest rank a space can ask for, and every smaller rank is a slice.
+    is decomposed once, at the largest rank a space can ask for, and every smaller rank is a slice. The Tucker
+    decompositions of a fused expert tensor are not nested: each is computed when it is first asked for, and kept.
     """
 
     def __init__(
-        self, topology: Topology, stores: Mapping[str, FactorStore], refitter: PointRefitter | None = None
+        self,
+        topology: Topology,
+        stores: Mapping[str, FactorStore],
+        refitter: PointRefitter | None = None,
+        loaded: LoadedModel | None = None,
     ) -> None:
         self._topology = topology
+        self._loaded = loaded
         self._stores = stores
         self._refitter = refitter
 
@@ -93,14 +102,15 @@ class FactorBank:
         wanted = requests if isinstance(requests, Mapping) else requests_of_points(requests)
         root = folder or cache_dir() / "factor_banks"
         stores = {method: _store(root, loaded, method, calibration) for method in wanted}
-        bank = cls(loaded.topology, stores, PointRefitter(loaded, calibration, progress))
+        bank = cls(loaded.topology, stores, PointRefitter(loaded, calibration, progress), loaded)
         for method, ranks in wanted.items():
             store = bank._stores[method]
             with disk_errors(store.folder):
                 store.folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(store.folder / ".lock"):
                 store.open(ranks)
-                missing = {name: rank for name, rank in ranks.items() if store.rank(name) < rank}
+                matrices = {name: rank for name, rank in ranks.items() if name not in loaded.topology.experts_by_name}
+                missing = {name: rank for name, rank in matrices.items() if store.rank(name) < rank}
                 if missing:
                     _check_room(store.folder, loaded.topology, method, missing)
                     _fill(store, loaded, method, missing, calibration, gram_budget_bytes, progress)
@@ -112,12 +122,17 @@ class FactorBank:
         A point is refitted on the resident model, which must be dense; the points last refitted are kept on disk.
 
         Raises:
-            PointError: The bank was not built for this point.
+            PointError: The bank was not built for this point, or it decomposes experts, which a refit cannot follow.
             NonFiniteError: The decomposed model's activations are not finite.
         """
         if self._refitter is None or not is_refitted(point):
             return self
         method = next(choice.method for _, choice in point if is_refitting(choice))
+        if experts := [name for name, _ in point if name in self._topology.experts_by_name]:
+            raise PointError(
+                f"a point with fused expert tensors must decompose its matrices without a refit, but '{experts[0]}'"
+                f" goes with '{method}'; use '{METHODS[method].refit_of}'"
+            )
         if method not in self._stores:
             raise PointError(f"this factor bank must hold '{method}' for point {point.id}; build the bank for it")
         return self._refitter.refit(point, self.factors, self._stores[method].folder / REFIT_VERSION)
@@ -136,6 +151,29 @@ class FactorBank:
                 f" rank={choice.rank}; build the bank for it"
             )
         return store.get(name, choice.rank)
+
+    def expert_factors(self, name: str, choice: TensorChoice) -> TuckerFactors:
+        """Factors of a fused expert tensor at exactly these ranks, from disk or computed now; float32 on the CPU.
+
+        Raises:
+            PointError: The bank was not built for this method, the choice does not fit, or the experts are not dense
+                while they have to be decomposed.
+            NonFiniteError: The weight holds NaN or infinity.
+            StorageFullError: The disk has no room.
+        """
+        check_point(self._topology, DesignPoint.of({name: choice}))
+        store = self._stores.get(choice.method)
+        if store is None or self._loaded is None:
+            raise PointError(f"this factor bank must hold '{choice.method}' for '{name}'; build the bank for it")
+        tensor = self._topology.experts_by_name[name]
+        ranks = tensor.ranks(choice.rank, choice.expert_rank)
+        with filelock.FileLock(store.folder / ".lock"):
+            store.open(())
+            if (known := store.get_experts(name, ranks)) is not None:
+                return known
+            factors = tucker_of_experts(dense_experts(self._loaded.model, tensor), ranks).to("cpu", torch.float32)
+            store.put_experts(name, factors)
+        return factors
 
     @property
     def methods(self) -> tuple[str, ...]:

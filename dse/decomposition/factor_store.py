@@ -1,7 +1,8 @@
 """Factors of one method on disk: a safetensors file per tensor, and a manifest that vouches for them.
 
 Left factors are stored transposed, so that the leading r columns of either factor are one contiguous slice of a
-memory-mapped file: reading rank 8 of a factor built to rank 256 touches 8 rows.
+memory-mapped file: reading rank 8 of a factor built to rank 256 touches 8 rows. Tucker factors of fused expert tensors
+are stored whole, one file for each choice of ranks.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from safetensors import safe_open
+from torch import Tensor
 
+from dse.decomposition.expert_factors import TuckerFactors
 from dse.decomposition.low_rank import LowRankFactors
 from dse.files import write_bytes, write_json
 
@@ -38,6 +41,7 @@ class FactorStore:
         self.folder = folder
         self.identity = identity
         self._entries: dict[str, dict[str, Any]] = {}
+        self._verified: set[str] = set()
 
     @property
     def manifest_path(self) -> Path:
@@ -68,13 +72,35 @@ class FactorStore:
         tensors = {"left_transposed": factors.left.T.cpu().contiguous(), "right": factors.right.cpu().contiguous()}
         if factors.core is not None:
             tensors["core"] = factors.core.cpu().contiguous()
+        self._write(name, tensors, factors.rank)
+
+    def put_experts(self, name: str, factors: TuckerFactors) -> None:
+        """Write the factors of one fused expert tensor at its ranks, then the manifest.
+
+        Raises:
+            StorageFullError: The disk is full or the folder cannot be written.
+        """
+        kept = {"core": factors.core, "experts": factors.experts, "left": factors.left, "right": factors.right}
+        tensors = {key: factor.cpu().contiguous() for key, factor in kept.items() if factor is not None}
+        self._write(_at_ranks(name, factors.ranks), tensors, max(factors.ranks[1:]))
+
+    def get_experts(self, name: str, ranks: Sequence[int]) -> TuckerFactors | None:
+        """Factors of a fused expert tensor at exactly these ranks, or None where there are none or they are damaged."""
+        key = _at_ranks(name, ranks)
+        if key not in self._verified:  # once a process: the files are large
+            if key not in self._entries:
+                return None
+            if not self._is_intact(key):
+                logger.warning("factor bank: %s of %s is damaged; it will be built again", key, self.folder)
+                return None
+            self._verified.add(key)
+        found = safetensors.torch.load_file(self._path(key))
+        return TuckerFactors(found["core"], found.get("experts"), found.get("left"), found.get("right"))
+
+    def _write(self, key: str, tensors: dict[str, Tensor], rank: int) -> None:
         content = safetensors.torch.save(tensors)
-        write_bytes(self._path(name), content)
-        self._entries[name] = {
-            "rank": factors.rank,
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
+        write_bytes(self._path(key), content)
+        self._entries[key] = {"rank": rank, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_json(self.manifest_path, {"schema": SCHEMA_VERSION, **self.identity, "tensors": self._entries})
 
     def get(self, name: str, rank: int) -> LowRankFactors:
@@ -115,3 +141,8 @@ class FactorStore:
                 return hashlib.file_digest(stream, "sha256").hexdigest() == str(entry["sha256"])
         except OSError:
             return False
+
+
+def _at_ranks(name: str, ranks: Sequence[int]) -> str:
+    """Under which name a fused expert tensor is kept at these ranks."""
+    return f"{name}@{'x'.join(map(str, ranks))}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dse.errors import NonFiniteError, RankError
 
-__all__ = ["check_rank"]
+__all__ = ["check_finite", "check_rank"]
 
 
 def check_rank(weight: Tensor, rank: int) -> None:
@@ -23,8 +23,17 @@ def check_rank(weight: Tensor, rank: int) -> None:
             f"`1 <= rank <= {largest}` must hold for a weight of {weight.shape[0]} x {weight.shape[1]},"
             f" but got rank={rank}; choose one inside"
         )
+    check_finite(weight)
+
+
+def check_finite(weight: Tensor) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        NonFiniteError: The weight holds NaN or infinity.
+    """
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(
-            f"a weight must be finite to be decomposed, but one of {weight.shape[0]} x {weight.shape[1]} holds"
+            f"a weight must be finite to be decomposed, but one of {' x '.join(map(str, weight.shape))} holds"
             " NaN or infinity; check the checkpoint"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dse.cost import point_problems
+from dse.decomposition.expert_surgery import expert_problems, expert_swaps
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
 from dse.decomposition.removal import Swap, removal_problems, removal_swaps
 from dse.decomposition.stacked import StackedLinear, stacked_modules
@@ -91,6 +92,8 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
     for name, _ in point:
         if name in topology.blocks_by_name:
             problems += removal_problems(model, topology.blocks_by_name[name])
+        elif name in topology.experts_by_name:
+            problems += expert_problems(model, topology.experts_by_name[name])
         elif name in topology.by_name or name in topology.stacks_by_name:
             problems += [p for tensor in topology.tensors_of(name) for p in _module_problems(model, topology[tensor])]
     if problems:
@@ -101,10 +104,10 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         source = source.of_point(point)
     applied = AppliedPoint(point)
     for name, choice in point:
-        if not choice.is_removal:
+        if not choice.is_removal and name not in topology.experts_by_name:
             for swap in _factor_swaps(model, topology.matrix(name), source.factors(name, choice)):
                 applied._add(swap)
-    for swap in removal_swaps(model, topology, point.removed):
+    for swap in (*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)):
         applied._add(swap)
     try:
         applied.use_point()

@@ -1,17 +1,20 @@
-"""`tucker` and `tucker_merged`: Tucker decomposition of the matrix, as in the paper; the only importer of tensorly."""
+"""Tucker decomposition of matrices, as in the paper, and of fused expert tensors; the only importer of tensorly."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dse.decomposition.expert_factors import TuckerFactors
 from dse.decomposition.low_rank import LowRankFactors
-from dse.decomposition.rank_check import check_rank
+from dse.decomposition.rank_check import check_finite, check_rank
+from dse.errors import RankError
 
-__all__ = ["tucker", "tucker_merged"]
+__all__ = ["tucker", "tucker_merged", "tucker_of_experts"]
 
 _ITERATIONS = 20
 
@@ -57,6 +60,53 @@ def tucker_merged(weight: Tensor, rank: int) -> LowRankFactors:
     factors = tucker(weight, rank)
     assert factors.core is not None  # noqa: S101 - tucker always keeps it
     return LowRankFactors((factors.left @ factors.core).contiguous(), factors.right)
+
+
+def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
+    """Tucker decomposition of a fused expert tensor by higher-order orthogonal iteration from its higher-order SVD.
+
+    Modes of full rank take no part in the iteration: their orthogonal factor would cancel against the core. At full
+    rank everywhere the core is the weight itself. The answers at two ranks are not nested.
+
+    Args:
+        weight: Shape (experts, out_features, in_features), floating point.
+        ranks: Multilinear ranks (r_e, r_o, r_i), each from 1 to the size of its mode, and where it is truncated no
+            larger than the product of the others.
+
+    Returns:
+        Factors in float32, columns (rows of `right`) orthonormal.
+
+    Raises:
+        RankError: A rank lies outside its interval.
+        NonFiniteError: The weight holds NaN or infinity.
+
+    Sources: Tucker (1966); De Lathauwer, De Moor and Vandewalle (2000), the initialisation and the iteration.
+    """
+    from tensorly.decomposition import partial_tucker
+
+    for size, rank in zip(weight.shape, ranks, strict=True):
+        others = math.prod(ranks) // max(1, rank)
+        largest = size if rank == size else min(size, others)
+        if not 1 <= rank <= largest:
+            raise RankError(
+                f"`1 <= rank <= {largest}` must hold in a mode of size {size}, but got ranks {tuple(ranks)} for a"
+                f" tensor of {' x '.join(map(str, weight.shape))}; choose ranks inside"
+            )
+    check_finite(weight)
+    tensor = weight.detach().to(torch.float32)
+    modes = [mode for mode, rank in enumerate(ranks) if rank < tensor.shape[mode]]
+    if not modes:
+        return TuckerFactors(tensor.contiguous())
+    with _torch_backend():
+        kept = [ranks[mode] for mode in modes]
+        (core, found), _ = partial_tucker(
+            tensor, rank=kept, modes=modes, init="svd", svd="truncated_svd", n_iter_max=_ITERATIONS
+        )
+    factors = {mode: factor.contiguous() for mode, factor in zip(modes, found, strict=True)}
+    right = factors.get(2)
+    return TuckerFactors(
+        core.contiguous(), factors.get(0), factors.get(1), None if right is None else right.T.contiguous()
+    )
 
 
 @contextlib.contextmanager

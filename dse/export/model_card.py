@@ -101,7 +101,7 @@ def _front_matter(content: CardContent) -> str:
 
 
 def _introduction(content: CardContent) -> str:
-    name, total = text(content.base_model), len(content.topology.tensors)
+    name, total = text(content.base_model), len(content.topology.tensors) + len(content.topology.experts)
     names = [name for name, choice in content.point if not choice.is_removal]
     count = sum(len(content.topology.tensors_of(name)) for name in names)
     if not content.point.choices:

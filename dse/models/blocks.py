@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dse.expert_tensor import ExpertTensor
 from dse.models.removed import RemovedBlock
 from dse.models.roles import block_role_of
 from dse.models.sizes import layer_attention_widths, matmul_entries, persistent_buffer_bytes
@@ -51,6 +52,7 @@ def find_blocks(
     tied: set[int],
     *,
     is_decoder: bool,
+    experts: Iterable[ExpertTensor] = (),
 ) -> tuple[tuple[RemovableBlock, ...], dict[str, str]]:
     """The removable blocks of every layer, and why others are not.
 
@@ -61,6 +63,7 @@ def find_blocks(
         tensors: The decomposable tensors inside them.
         tied: Identities of parameters that carry more than one name.
         is_decoder: Whether attention keeps a KV cache.
+        experts: The fused expert tensors inside the layers.
 
     Returns:
         Blocks in order of layers, attention before MLP, and block name to the reason why it may not be removed.
@@ -85,7 +88,9 @@ def find_blocks(
             elif role == "attention" and (problem := cannot_cache or found[role][1]):
                 refused[f"layers.{i}.{role}"] = problem
             else:
-                blocks.append(found[role][0])
+                block = found[role][0]
+                inside = tuple(t.name for t in experts if t.module.startswith(f"{block.module}."))
+                blocks.append(replace(block, experts=inside))
     return _all_attention_or_none(blocks, refused, len(layers), {t.name for ts in by_layer.values() for t in ts})
 
 

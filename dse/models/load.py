@@ -74,6 +74,12 @@ class LoadedModel:
                     f"the fingerprint must be taken of the dense model, but '{tensor.name}' is not dense; undo the"
                     f" point first, or read `.fingerprint` before applying it"
                 )
+        for expert in self.topology.experts:
+            if not isinstance(getattr(modules.get(expert.module), expert.parameter, None), torch.nn.Parameter):
+                raise ModelError(
+                    f"the fingerprint must be taken of the dense model, but '{expert.name}' is not dense; undo the"
+                    f" point first, or read `.fingerprint` before applying it"
+                )
         if _in_place_changes(self.model) != self._versions:
             raise ModelError("the fingerprint must be taken of the model as loaded, but its weights were changed")
         return model_fingerprint(self.model)

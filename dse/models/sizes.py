@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dse.topology import DecomposableTensor
 
 __all__ = [
     "attention_widths",
+    "experts_per_token",
     "is_causal",
     "layer_attention_widths",
     "matmul_entries",
@@ -51,6 +53,11 @@ class _Experts:
         return round(entries * self.share) if re.search(r"(^|\.)experts(\.|$)", path) else entries
 
 
+def experts_per_token(model: PreTrainedModel, experts: int) -> int:
+    """How many of so many routed experts multiply one token, by the config; all where it does not say."""
+    return round(experts * _Experts.of(model).share)
+
+
 def other_in_layers(
     model: PreTrainedModel, block_path: str, blocks: nn.ModuleList, mapped: set[str]
 ) -> tuple[int, tuple[str, ...]]:
@@ -64,7 +71,13 @@ def other_in_layers(
 def matmul_entries(model: PreTrainedModel, prefix: str, part: nn.Module, mapped: set[str]) -> Iterator[tuple[str, int]]:
     """Path and entries per token of each module in `part` (at `prefix`) that multiplies and is not among `mapped`."""
     experts = _Experts.of(model)
+    counted: list[str] = []
     for path, module in part.named_modules(prefix=prefix):
+        if type(module).__name__ == "TuckerExperts":  # of an export of dse
+            counted.append(f"{path}.")
+            yield path, _entries_of_decomposed(module, experts.share)
+        if path.startswith(tuple(counted)):
+            continue
         if path in mapped or isinstance(module, nn.Embedding):
             continue
         # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
@@ -73,6 +86,20 @@ def matmul_entries(model: PreTrainedModel, prefix: str, part: nn.Module, mapped:
         ]
         if matrices:
             yield path, experts.entries(path, sum(p.numel() for p in matrices))
+
+
+def _entries_of_decomposed(module: nn.Module, share: float) -> int:
+    """What one token costs in Tucker-decomposed experts, of which it meets this share."""
+    total = 0
+    for name, is_input_shared in (("gate_up", True), ("down", False)):
+        sizes = {key: tuple(p.shape) for key, p in module.get_submodule(name).named_parameters()}
+        of_cores, of_out, of_in = sizes["core"]
+        chosen = round(share * sizes.get("experts", sizes["core"])[0])
+        total += math.prod(sizes.get("right", (0,))) * (1 if is_input_shared else chosen)
+        total += math.prod(sizes.get("left", (0,))) * (chosen if is_input_shared else 1)
+        total += (of_cores if "experts" in sizes else chosen) * of_out * of_in
+        total += chosen * of_cores * (of_out if is_input_shared else of_in) if "experts" in sizes else 0
+    return total
 
 
 def other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:

@@ -1,7 +1,8 @@
 """The topology of a Hugging Face model: its repeated block, the matrices in it by role, and the sizes cost needs.
 
-Only modules of exactly `torch.nn.Linear` or transformers' `Conv1D` are decomposable: a subclass may compute something
-else, and replacing it would change the model. Everything else that multiplies is counted (`dse.models.sizes`), so that
+Only modules of exactly `torch.nn.Linear` or transformers' `Conv1D` are decomposable matrices: a subclass may compute
+something else, and replacing it would change the model. Fused tensors of routed experts are decomposable where their
+layout is verified (`dse.models.experts`). Everything else that multiplies is counted (`dse.models.sizes`), so that
 FLOPs stay right.
 """
 
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
 from dse.models.blocks import find_blocks
+from dse.models.experts import find_experts
 from dse.models.removed import PassedLayer
 from dse.models.roles import ROLE_ORDER, check_role_names, role_of, suffix_match
 from dse.models.sizes import (
@@ -60,8 +62,9 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
     _refuse_role_names_without_effect(modules, names)
     inside = [t for i, block in enumerate(blocks) for t in _layer_tensors(i, f"{block_path}.{i}", block, names, tied)]
     outside = list(_outside_tensors(modules, names, tied))
+    experts, experts_refused = find_experts(model, block_path, blocks, tied, {tensor.name for tensor in inside})
     # An export of dse may have no dense matrix left: it can be evaluated and measured, only not decomposed again.
-    if not inside and not outside and not str(model.config.model_type).startswith("lowrank-"):
+    if not inside and not outside and not experts and not str(model.config.model_type).startswith("lowrank-"):
         raise _unknown_architecture(model, block_path, blocks)
     other, unmapped = other_in_layers(model, block_path, blocks, {t.module for t in inside})
     head = output_head(model)
@@ -69,7 +72,8 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
     parameter_count = sum(p.numel() for p in parameters)
     attention_width, key_value_width = attention_widths(model, inside, len(blocks))
     is_decoder = is_causal(model, blocks[0])
-    removable, refused = find_blocks(model, block_path, blocks, inside, tied, is_decoder=is_decoder)
+    removable, refused = find_blocks(model, block_path, blocks, inside, tied, is_decoder=is_decoder, experts=experts)
+    expert_modules = {tensor.module for tensor in experts}
     return Topology(
         architecture=type(model).__name__,
         model_type=str(model.config.model_type),
@@ -83,10 +87,12 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
         key_value_width=key_value_width,
         is_decoder=is_decoder,
         other_matmul_parameters=other + other_outside_layers(model, modules, head),
-        unmapped=unmapped,
+        unmapped=tuple(path for path in unmapped if path not in expert_modules),
         blocks=removable,
         blocks_refused=refused,
         stacks=find_stacks(model, inside),
+        experts=experts,
+        experts_refused=experts_refused,
     )
 
 

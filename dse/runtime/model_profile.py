@@ -110,8 +110,10 @@ class ModelProfile:
         return self._known_s[key]
 
     def is_faster(self, name: str, choice: TensorChoice, phase: Phase) -> bool:
-        """Whether decomposing this part alone saves time; removed blocks always do."""
-        return choice.is_removal or self.group_seconds(name, choice, phase) < self.group_seconds(name, None, phase)
+        """Whether decomposing this part alone saves time; removed blocks do, and experts, not timed, are taken to."""
+        if choice.is_removal or name in self.topology.experts_by_name:
+            return True
+        return self.group_seconds(name, choice, phase) < self.group_seconds(name, None, phase)
 
     def only_faster(self, point: DesignPoint, phases: Iterable[Phase]) -> DesignPoint:
         """The point without the choices that are not faster in all of these phases."""
@@ -160,7 +162,8 @@ def _parts_by_tensor(topology: Topology, point: DesignPoint) -> dict[str, _Part]
     parts = {}
     for name, choice in point:
         members = topology.tensors_of(name)
-        part = _Part(name, choice, sum(topology[member].out_features for member in members))
+        matrices = [topology[member] for member in members if member in topology.by_name]  # experts are not timed
+        part = _Part(name, choice, sum(matrix.out_features for matrix in matrices))
         parts.update(dict.fromkeys(members, part))
     return parts
 

@@ -12,6 +12,7 @@ from dse.config import StudyConfig
 from dse.decomposition import AppliedPoint
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, MeterUnavailableError
+from dse.expert_tensor import EXPERT_ROLES
 from dse.measurement import (
     EnergyMeter,
     IdlePower,
@@ -87,6 +88,11 @@ class MeasurementPlan:
         settings = config.measurement
         if not (settings.only_if_faster or settings.predict_latency):
             return
+        if experts := [role for role in space.roles if role in EXPERT_ROLES]:
+            raise ConfigError(
+                "`measurement.only_if_faster` and `predict_latency` must go with matrices alone, whose products are"
+                f" timed, but space '{space.config.name}' names '{experts[0]}'; switch them off or leave the role out"
+            )
         self.profile = profile = model_profile(loaded, timings_for(loaded.model))
         self.predicts_latency = settings.predict_latency
         if settings.only_if_faster:

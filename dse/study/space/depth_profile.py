@@ -135,7 +135,10 @@ class DepthProfileSpace(SearchSpace):
         if point.is_dense:
             return self.dense_levels
         for name, choice in point:
-            for tensor in (self.topology[part] for part in self.topology.tensors_of(name)):
+            # What goes with a removed block beside its matrices (routed experts) is no matter of roles.
+            block = self.topology.blocks_by_name.get(name)
+            touched = self.topology.tensors_of(name) if block is None else block.tensors
+            for tensor in map(self.topology.part, touched):
                 if tensor.layer not in self.layers or tensor.role not in self.roles:
                     raise outside_space(point, self, f"'{name}' is not among its tensors")
             if choice.method not in (*self.config.methods, *(["removed"] if self.config.removal else [])):

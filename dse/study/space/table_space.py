@@ -22,6 +22,7 @@ __all__ = ["TableSpace", "constraints_of"]
 def constraints_of(space: SearchSpace) -> Constraints:
     """What an allocation must leave alone so that its points lie in the space."""
     kept_roles = {tensor.role for tensor in space.topology.tensors} - set(space.roles)
+    kept_roles |= set(space.config.keep_roles)
     allowed = set(space.layers)
     # Removing blocks can make a point that no model can run (all attention gone): at most half of them go.
     return Constraints(
@@ -35,7 +36,7 @@ def constraints_of(space: SearchSpace) -> Constraints:
 
 def _roles_touched(topology: Topology, option: Option) -> set[str]:
     names = [name for part, _ in option.choices for name in topology.tensors_of(part)]
-    return {topology[name].role for name in names}
+    return {topology.part(name).role for name in names}
 
 
 class TableSpace(SearchSpace):
