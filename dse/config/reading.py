@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def parse_study(data: Any, *, base: Path | None = None, origin: str = "study") -
             data["space"] = load_search_space(Path(_absolute(folder, data["space"]))).model_dump()
         if isinstance(data.get("tasks"), list):
             data["tasks"] = [_task_of_file(task, folder) for task in data["tasks"]]
+        if isinstance(data.get("enqueue"), list):
+            data["enqueue"] = [_point_of_file(entry, folder) for entry in data["enqueue"]]
     study = validated(StudyConfig, data, origin)
     return _with_absolute_paths(study, folder)
 
@@ -68,6 +71,18 @@ def _task_of_file(task: Any, folder: Path) -> Any:
         return task
     found = dataset_task_of_file(Path(_absolute(folder, named)))
     return task if found is None else {**found, **{key: value for key, value in entry.items() if key != "task"}}
+
+
+def _point_of_file(entry: Any, folder: Path) -> Any:
+    """A point given as a JSON file, such as `dse allocate --out` writes, is read here; everything else is left."""
+    if not isinstance(entry, str):
+        return entry
+    path = Path(_absolute(folder, entry))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"`enqueue` must name readable JSON files or hold points, but {path}: {reason}") from error
 
 
 def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:

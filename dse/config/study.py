@@ -16,6 +16,7 @@ from dse.config.fidelity import FidelityConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.search import SearchConfig, SearchParts, search_of_word
 from dse.config.search_space import ConstraintsConfig, SearchSpaceConfig
+from dse.design_point import DesignPoint
 
 __all__ = ["BudgetConfig", "ModelConfig", "ObjectiveConfig", "SamplerConfig", "StudyConfig"]
 
@@ -73,7 +74,10 @@ class StudyConfig(Section):
     search: SearchConfig = Field(SearchConfig(), description="auto, off, or parts such as {refinement: false}")
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
-    enqueue: list[dict[str, Any]] = Field([], description="design points to evaluate first, compact or expanded")
+    enqueue: list[dict[str, Any]] = Field(
+        [],
+        description="own points to evaluate first, inside the space or beside it: compact, expanded, or a JSON file",
+    )
 
     @field_validator("model", mode="before")
     @classmethod
@@ -105,6 +109,13 @@ class StudyConfig(Section):
     @classmethod
     def _tasks_of_strings(cls, value: Any) -> Any:
         return [{"task": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("enqueue", mode="before")
+    @classmethod
+    def _points_of_python(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [entry.to_json() if isinstance(entry, DesignPoint) else entry for entry in value]
 
     @field_validator("enqueue")
     @classmethod

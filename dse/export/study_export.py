@@ -50,15 +50,16 @@ def export(
     loaded = load_study_model(opened.config)
     _check_same_model(opened, loaded.fingerprint)
     space = SearchSpace.from_config(opened.config.constrained_space, loaded.topology)
-    bank, _ = study_bank(opened.config, loaded, space, watcher)
+    points = [DesignPoint.from_json(record.point, loaded.topology) for record in records]
+    bank, _ = study_bank(opened.config, loaded, space, watcher, points)
     requests = [
         ExportRequest(
-            DesignPoint.from_json(record.point, loaded.topology),
+            point,
             folder if len(numbers) == 1 else folder / f"trial-{record.trial}",
             dense,
             _card_facts(opened, record.trial),
         )
-        for record in records
+        for record, point in zip(records, points, strict=True)
     ]
     return export_points(loaded, requests, bank, progress=watcher.on_phase)
 

@@ -67,14 +67,18 @@ class StudyFolder:
     def check_same(self, config: StudyConfig, evaluated_trials: int) -> None:
         """Refuse to mix two studies; one of which nothing was evaluated makes way, since it may have been mistaken.
 
-        The number of trials may change between runs: a study is made longer by asking for more.
+        The number of trials may change between runs, and own points may be added: a study is made longer by asking for
+        more.
 
         Raises:
             StudyError: The folder holds trials of another study.
         """
         if not self.study_yaml.exists():
             return
-        before, now = _identity(self.read_config()), _identity(config)
+        earlier = self.read_config()
+        before, now = _identity(earlier), _identity(config)
+        if all(point in config.enqueue for point in earlier.enqueue):
+            del before["enqueue"], now["enqueue"]
         different = [key for key in now if before[key] != now[key]]
         if different and evaluated_trials:
             raise StudyError(

@@ -131,10 +131,23 @@ class StudyLoop:
         for record in self.storage.records():
             self._remember(record)
             self.ladder.add(record)
+        self._enqueue_added()
         if records or unfinished:
             budget = self.prepared.config.budget.trials
             self.listener.on_message(f"going on with {self.evaluated} of {budget} trials done")
         return _free_proposals(records)
+
+    def _enqueue_added(self) -> None:
+        """Queue own points that the study file has got since the study began."""
+        if self.reference is None:
+            return  # they are queued behind the dense model
+        kept = self.prepared.evaluator.plan.kept
+        known = {record.point_id for record in self.records}
+        for point in self.prepared.enqueued:
+            candidate = self.search.own(point)
+            beside = None if candidate.point is None else candidate.point.to_json()
+            if kept(point).id not in known and not self.storage.is_enqueued(candidate.levels, beside):
+                self._enqueue(candidate)
 
     def _restore_reference(self, records: list[TrialRecord]) -> None:
         dense = next((r for r in records if r.state == "complete" and not r.point["tensors"]), None)

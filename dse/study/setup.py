@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from dse.decomposition import (
     calibration_windows,
     held_out_windows,
     longest_window,
+    requests_of_points,
 )
 from dse.design_point import DesignPoint
-from dse.errors import ConfigError, PointError
+from dse.errors import ConfigError
 from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload
@@ -30,6 +31,7 @@ from dse.study.events import StudyListener
 from dse.study.fidelity import Climber, FinalEvaluator
 from dse.study.measurement_plan import MeasurementPlan, open_study_meter
 from dse.study.objectives import Needs, check_tasks_serve, needs_of, resolve_objectives
+from dse.study.own_points import own_points
 from dse.study.precision import half_precision_notice
 from dse.study.search.profile import study_table
 from dse.study.space import SearchSpace
@@ -83,7 +85,7 @@ def prepare_study(
         listener.on_message(notice)
     _check_phases(objectives, loaded)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
-    enqueued = _enqueued_points(config, loaded, space)
+    enqueued = own_points(config, space)
     has_grid, has_meter = len(plan.cells) > 1, meter is not None and config.measurement.meter is not None
     needs = needs_of(objectives, bool(config.tasks), has_grid=has_grid, has_meter=has_meter)
     if needs.latency or needs.energy or needs.memory:
@@ -97,7 +99,7 @@ def prepare_study(
         check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
     fidelity = config.fidelity
     fresh = _evaluator(config, loaded, fidelity.final_documents) if fidelity and fidelity.final_documents else None
-    bank, calibration = study_bank(config, loaded, space, listener)
+    bank, calibration = study_bank(config, loaded, space, listener, enqueued)
     climber = Climber(
         loaded,
         evaluator,
@@ -130,15 +132,29 @@ def load_study_model(config: StudyConfig) -> LoadedModel:
 
 
 def study_bank(
-    config: StudyConfig, loaded: LoadedModel, space: SearchSpace, listener: StudyListener
+    config: StudyConfig,
+    loaded: LoadedModel,
+    space: SearchSpace,
+    listener: StudyListener,
+    points: Iterable[DesignPoint] = (),
 ) -> tuple[FactorBank, CalibrationWindows | None]:
     """The factor bank up to the largest ranks of the space, and the calibration text it was made with.
+
+    Args:
+        config: The study.
+        loaded: Its model.
+        space: Its space.
+        listener: Told of progress.
+        points: To be held beside the space's.
 
     Raises:
         CalibrationError: The calibration text is missing or too short.
         StorageFullError: The disk has no room for it.
     """
     requests = space.largest_ranks()
+    for method, ranks in requests_of_points(points).items():
+        held = requests.get(method, {})
+        requests[method] = held | {name: max(rank, held.get(name, 0)) for name, rank in ranks.items()}
     calibration = None
     if any(METHODS[method].is_calibrated for method in requests):
         calibration = calibration_windows(
@@ -189,20 +205,3 @@ def _check_phases(objectives: tuple[Objective, ...], loaded: LoadedModel) -> Non
             f"objective '{decode[0]}' needs a model that generates, but {loaded.topology.architecture} does not;"
             " use prefill_latency_s or prefill_energy_j"
         )
-
-
-def _enqueued_points(config: StudyConfig, loaded: LoadedModel, space: SearchSpace) -> tuple[DesignPoint, ...]:
-    points = []
-    for index, entry in enumerate(config.enqueue):
-        try:
-            point = DesignPoint.from_json(entry, loaded.topology)
-            space.levels_of(point)
-        except PointError as error:
-            raise ConfigError(f"`enqueue.{index}`: {error}") from error
-        if not space.is_feasible(point) and not point.is_dense:
-            raise ConfigError(
-                f"`enqueue.{index}`: point {point.id} must keep the space's limits, but exceeds them by"
-                f" {space.violations(point)}"
-            )
-        points.append(point)
-    return tuple(points)

@@ -162,6 +162,10 @@ class StudyStorage:
         """Proposals waiting in the queue."""
         return len(self._queue)
 
+    def is_enqueued(self, levels: Mapping[str, int], point: Mapping[str, Any] | None = None) -> bool:
+        """Whether these levels, or this point beside them, wait in the queue."""
+        return any(entry[0] == dict(levels) and [*entry, None][3] == point for entry in self._queue)
+
     @property
     def _queue(self) -> list[Any]:
         return list(self.attributes.get(_QUEUE, []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,9 +26,9 @@ from dse.study.search.refinement import REFINED, refine
 from dse.study.search.warm_starts import ALLOCATION, allocated, candidate_of, warm_starts
 from dse.study.space import DepthProfileSpace, SearchSpace
 
-__all__ = ["SearchSession"]
+__all__ = ["ENQUEUED", "SearchSession"]
 
-_SAMPLER = "sampler"
+_SAMPLER, ENQUEUED = "sampler", "enqueued"
 _GOALS = 4
 _LEAST_MEASURED = 4
 
@@ -96,12 +96,20 @@ class SearchSession:
         if self.damages is not None and is_warm:
             found = warm_starts(self.space, self.damages, self.trials)
         seen, kept = {DesignPoint.dense().id}, []
-        for candidate in [*(candidate_of(self.space, point, "enqueued", "") for point in self.enqueued), *found]:
+        for candidate in [*map(self.own, self.enqueued), *found]:
             point = candidate.point or self.space.point(candidate.levels)
             if point.id not in seen:
                 seen.add(point.id)
                 kept.append(candidate)
         return kept
+
+    def own(self, point: DesignPoint) -> Candidate:
+        """A point of the user's as a candidate; what the sampler hears of it is said where it is not the point."""
+        found = candidate_of(self.space, point, ENQUEUED, "")
+        if found.point is None:
+            return replace(found, point=point) if self.decides_points else found
+        words = f"beside the levels of space '{self.space.config.name}': the sampler is told the nearest ones"
+        return replace(found, why=words)
 
     def next(self, seen: Collection[str], generator: random.Random) -> Candidate | None:
         """The next point, where somebody beside the sampler has earned its turn; None is the sampler's turn.

@@ -58,7 +58,7 @@ def allocated(space: SearchSpace, table: DamageTable, reduction: float) -> Desig
 
 def candidate_of(space: SearchSpace, point: DesignPoint, origin: str, why: str) -> Candidate:
     """A point as a candidate: by its levels where they say it, else beside the nearest ones."""
-    levels = space.levels_of(point)
+    levels = space.nearest_levels(point)
     return Candidate(levels, origin, why, None if space.point(levels) == point else point)
 
 

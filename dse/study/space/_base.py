@@ -82,6 +82,21 @@ class SearchSpace(ABC):
             PointError: The point does not lie in the space.
         """
 
+    def nearest_levels(self, point: DesignPoint) -> dict[str, int]:
+        """The point's levels, or those that save most nearly the same parameters where it lies outside them.
+
+        Args:
+            point: Of tensors of this space, by any method and at any rank.
+        """
+        try:
+            return self.levels_of(point)
+        except PointError:
+            return self._nearest(point)
+
+    @abstractmethod
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """Levels like a point that has none."""
+
     @abstractmethod
     def number_of_points(self) -> int:
         """Distinct design points, dense included, before limits."""

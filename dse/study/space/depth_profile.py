@@ -131,7 +131,7 @@ class DepthProfileSpace(SearchSpace):
         return self.table.scaled(factor)
 
     def levels_of(self, point: DesignPoint) -> dict[str, int]:
-        """The nearest levels: the budget by the point's reduction, everything else in the middle."""
+        """The nearest levels: every combination of the table's options counts as a point of the space."""
         if point.is_dense:
             return self.dense_levels
         for name, choice in point:
@@ -143,6 +143,10 @@ class DepthProfileSpace(SearchSpace):
                     raise outside_space(point, self, f"'{name}' is not among its tensors")
             if choice.method not in (*self.config.methods, *(["removed"] if self.config.removal else [])):
                 raise outside_space(point, self, f"'{name}' is treated by {choice.method}")
+        return self._nearest(point)
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """The budget by the point's reduction, everything else in the middle."""
         low, high = self.budgets
         share = (cost(self.topology, point).reduction - low) / (high - low) if high > low else 0.0
         return {**self._neutral, _BUDGET: 1 + round(min(max(share, 0.0), 1.0) * (MARKS - 2))}

@@ -14,6 +14,7 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.study.space._base import SearchSpace, check_roles, outside_space
 from dse.study.space.group import Group, matrices_of, stacked_roles, whole_blocks
+from dse.study.space.nearest import nearest_method, saved_by_tensor, saved_of
 from dse.study.space.rank_grid import level_count, rank_at
 from dse.topology import Matrix, Topology
 
@@ -100,6 +101,17 @@ class LevelSpace(SearchSpace):
         foreign = [name for name, _ in point if name not in covered]
         if foreign:
             raise outside_space(point, self, f"'{foreign[0]}' is not among its tensors")
+        return levels
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """Group by group, by what its tensors save in sum."""
+        index = nearest_method(point, self.config.methods)
+        method, saved = self.config.methods[index], saved_by_tensor(self.topology, point)
+        levels = {_METHOD: index} if _METHOD in self.dimensions else {}
+        for group in self.groups:
+            target = saved_of(self.topology, saved, (matrix.name for matrix in group.matrices))
+            options = (0, *group.levels(method))
+            levels[group.name] = min(options, key=lambda level: abs(group.saved(method, level) - target))
         return levels
 
     def number_of_points(self) -> int:

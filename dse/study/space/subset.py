@@ -14,6 +14,7 @@ from dse.config import SearchSpaceConfig
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.study.space._base import SearchSpace, outside_space
+from dse.study.space.nearest import nearest_method, saved_by_tensor
 from dse.study.space.rank_grid import level_count, rank_at, saved_parameters
 from dse.topology import DecomposableTensor, Topology
 
@@ -78,6 +79,21 @@ class SubsetSpace(SearchSpace):
         raise outside_space(
             point, self, "it is not one method and rank over a set of layers times a set of roles of the space"
         )
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """The layers and roles that it touches, at the rank whose factors are most nearly as large."""
+        saved = saved_by_tensor(self.topology, point)
+        touched = [self.topology[name] for name in saved]
+        levels = self.dense_levels | {f"layers.{t.layer}": 1 for t in touched} | {f"roles.{t.role}": 1 for t in touched}
+        levels = {name: levels[name] for name in self.dimensions}
+        if _METHOD in levels:
+            levels[_METHOD] = nearest_method(point, self.config.methods)
+
+        def distance(rank: int) -> float:
+            found = saved_by_tensor(self.topology, self.point({**levels, _RANK: rank}))
+            return sum(abs(found.get(name, 0.0) - saved.get(name, 0.0)) for name in {*found, *saved})
+
+        return levels | ({_RANK: min(range(self._level_count), key=distance)} if _RANK in levels else {})
 
     def number_of_points(self) -> int:
         """Non-empty layer sets x non-empty role sets x ranks that differ there x methods, and the dense model."""

@@ -14,6 +14,7 @@ from dse.cost import cost
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
 from dse.study.space._base import SearchSpace, outside_space
+from dse.study.space.nearest import saved_by_tensor, saved_of
 from dse.topology import Topology
 
 __all__ = ["TableSpace", "constraints_of"]
@@ -80,6 +81,17 @@ class TableSpace(SearchSpace):
             levels[unit.name] = found[0]
         if rest:
             raise outside_space(point, self, f"'{next(iter(rest))}' is not among its tensors")
+        return levels
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """Unit by unit, by what its tensors save in sum."""
+        saved = saved_by_tensor(self.topology, point)
+        levels = {}
+        for unit in self.table.units:
+            if unit.name in self._options:
+                dense, target = unit.dense.parameters, saved_of(self.topology, saved, unit.names)
+                gaps = [abs(dense - option.parameters - target) for option in self._options[unit.name]]
+                levels[unit.name] = gaps.index(min(gaps))
         return levels
 
     def violations(self, point: DesignPoint) -> dict[str, float]:
