@@ -18,6 +18,7 @@ from dse.pareto.objective import (
 )
 from dse.pareto.plots import plot_front
 from dse.pareto.png import front_png, heat_map_png
+from dse.pareto.point_map import MapCell, PointMap
 from dse.pareto.recommend import Recommendation, recommend
 from dse.pareto.report import front_html
 from dse.pareto.table import format_front, format_tied, front_text, tied_text, to_records
@@ -26,7 +27,9 @@ from dse.pareto.ties import mark_ties, tied_table
 __all__ = [
     "OBJECTIVES",
     "HeatMap",
+    "MapCell",
     "Objective",
+    "PointMap",
     "Recommendation",
     "directions_of",
     "dominates",

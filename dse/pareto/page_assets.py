@@ -51,6 +51,10 @@ DRAW_SCRIPT = """
   const buttons = [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]];
   Plotly.newPlot("plot", figure.data, figure.layout, {responsive: true, displaylogo: false, modeBarButtons: buttons,
     toImageButtonOptions: {filename: "front", scale: 2}});
+  document.getElementById("plot").on("plotly_click", (event) => {
+    const map = document.getElementById("map-" + event.points[0].customdata);
+    if (map) { map.scrollIntoView({behavior: "smooth", block: "center"}); map.focus({preventScroll: true}); }
+  });
 })();
 """
 

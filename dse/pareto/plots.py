@@ -174,6 +174,7 @@ def _scatter(
         name=name,
         marker=marker,
         hovertext=[hover[row] for row in points.rows],
+        customdata=points.trials.tolist(),
         hoverinfo="text" if error else "skip",
         **_legend(on),
     )
@@ -224,5 +225,7 @@ def _hover_texts(trials: pd.DataFrame, objectives: Sequence[Objective]) -> list[
             cell = front_cell(row, dense, objective, scale)
             changed = "" if cell.change_interval == "n/a" else f"  ({cell.change_interval})"
             lines.append(f"{objective.label.lower()} {cell.measured}{changed}")
+        if origin := str(row.get("origin") or ""):
+            lines.append(f"origin: {html.escape(origin)}")
         texts.append("<br>".join(lines))
     return texts

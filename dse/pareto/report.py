@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 
@@ -14,6 +14,7 @@ from dse.pareto.front import front_table
 from dse.pareto.objective import Objective
 from dse.pareto.page_assets import DRAW_SCRIPT, SORT_SCRIPT, STYLE
 from dse.pareto.plots import figure_json, plot_front, plotly_source
+from dse.pareto.point_map import MAP_STYLE, MOST_MAPS, PointMap, map_anchor, point_maps_html
 from dse.pareto.table import FrontCell, FrontRow, front_rows, tied_rows
 
 __all__ = ["front_html"]
@@ -28,6 +29,7 @@ def front_html(
     title: str,
     study_facts: Mapping[str, str],
     next_commands: Sequence[str],
+    point_maps: Sequence[PointMap] = (),
 ) -> str:
     """The report page: the plots, the front as a table that sorts, the dense reference, facts and what to type next.
 
@@ -41,12 +43,14 @@ def front_html(
         title: Name of the study.
         study_facts: What to say about the study, in order: environment, hypervolume and its reference, and so on.
         next_commands: Shell commands to offer, one a line.
+        point_maps: Pictures of front points, in order.
 
     Raises:
         ConfigError: There is no objective, or a column is missing.
     """
     front = front_table(trials, objectives)
     rows = front_rows(front, objectives)
+    mapped = {entry.trial for entry in point_maps[:MOST_MAPS]}
     scripts = [_script_text(script) for script in (plotly_source(), DRAW_SCRIPT, SORT_SCRIPT)]
     parts = [
         f"<h1>{_escape(title)}</h1>",
@@ -54,8 +58,9 @@ def front_html(
         f'<div class=scroll><div id="plot"{" class=wide" if len(objectives) > 2 else ""}></div></div>',
         f'<p class="note">{_how_to_read()}</p>',
         "<h2>The front</h2>",
-        f"<div class=scroll>{_front_html_table(rows, objectives)}</div>",
+        f"<div class=scroll>{_front_html_table(rows, objectives, mapped)}</div>",
         f'<p class="note">{_escape(_table_note(rows))}</p>',
+        point_maps_html(point_maps),
         _tied(tied_rows(trials, objectives), objectives),
         _unfinished(trials),
         _facts(study_facts),
@@ -68,7 +73,7 @@ def front_html(
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{_escape(title)}</title>\n<style>{STYLE}{MAP_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n{data}\n{code}\n</body>\n</html>\n"
     )
 
@@ -103,7 +108,8 @@ def _how_to_read() -> str:
         "Each point is a trial; bars are 95 % intervals. No trial beats a coloured point in all objectives at once. The"
         " line joins the points that are best in the two objectives of its plot; coloured points beside it owe their"
         " place to another objective. Hollow points are tied with the front: it beats them within noise only. Numbers"
-        " are trials: hover over a point for its figures, drag to zoom, double-click to return. Vermilion is the dense"
+        " are trials: hover over a point for its figures, click on a coloured one for its map, drag to zoom,"
+        " double-click to return. Vermilion is the dense"
         " model; the ring is the knee, where the front bulges most."
     )
 
@@ -136,16 +142,17 @@ def _tied(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> str:
     )
 
 
-def _front_html_table(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> str:
+def _front_html_table(rows: Sequence[FrontRow], objectives: Sequence[Objective], mapped: Collection[int]) -> str:
     heads = ["Trial", "Point", "Reduction", *(objective.label for objective in objectives)]
     head = "".join(f'<th scope="col"><button type="button">{_escape(text)}</button></th>' for text in heads)
-    body = "\n".join(_row(row) for row in rows)
+    body = "\n".join(_row(row, row.trial in mapped) for row in rows)
     return f'<table id="front"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
 
 
-def _row(row: FrontRow) -> str:
+def _row(row: FrontRow, has_map: bool) -> str:
+    trial = f'<a href="#{map_anchor(row.trial)}">{row.trial}</a>' if has_map else str(row.trial)
     cells = [
-        f'<td data-value="{row.trial}">{row.trial}</td>',
+        f'<td data-value="{row.trial}">{trial}</td>',
         f'<td data-value="{_escape(row.point_id)}"><code>{_escape(row.point_id)}</code></td>',
         f'<td data-value="{_sort_key(row.reduction_value)}">{_escape(row.reduction)}</td>',
         *(_objective_cell(cell) for cell in row.cells),

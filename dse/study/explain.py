@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dse.pareto.units import percent
+from dse.study.rank_map import OTHER, layer_and_role, rank_map_of, shape_of
 from dse.study.record import TrialRecord
 from dse.study.search.origins import credited_origins
 
 if TYPE_CHECKING:
     from dse.study.study import Study
 
-__all__ = ["Explanation", "explain_trial", "rank_map_text"]
+__all__ = ["Explanation", "doings", "explain_trial", "origin_words"]
 
-_NAME = re.compile(r"layers\.(\d+)\.(.+)")
-_DENSE, _GONE = ".", "gone"
 _ORIGIN_WORDS = {
     "dense": "the model as it is, the reference of all others",
     "enqueued": "asked for by the study file",
@@ -62,43 +60,22 @@ def explain_trial(study: Study, trial: int) -> Explanation:
     reduction = percent(float(record.cost["reduction"]))
     lines = [
         f"trial {trial}, point {record.point_id}: {reduction} of the parameters removed, {standing}",
-        f"origin: {origin} ({_ORIGIN_WORDS.get(origin, 'not known')})",
+        f"origin: {origin_words(origin)}",
     ]
     lines += [f"why: {record.why}"] if record.why else []
-    shape = study.attributes.get("facts", {}).get("shape") or _shape_of(study.records)
+    shape = shape_of(study.attributes, study.records)
     ranks = rank_map_of(record, shape)
-    lines += [f"what: {sentence}" for sentence in _doings(record, shape)]
+    lines += [f"what: {sentence}" for sentence in doings(record, shape)]
     lines += [f"result: {_results(study, record)}"]
     return Explanation(trial, origin, tuple(lines), ranks)
 
 
-def rank_map_of(record: TrialRecord, shape: Mapping[str, Any]) -> dict[int, dict[str, str]]:
-    """What stands at each layer and role."""
-    columns = [*shape["roles"]]
-    found: dict[int, dict[str, str]] = {layer: dict.fromkeys(columns, _DENSE) for layer in range(shape["layers"])}
-    for name, choice in record.point.get("tensors", {}).items():
-        matched = _NAME.fullmatch(name)
-        layer, role = (int(matched[1]), matched[2]) if matched else (-1, name)
-        row = found.setdefault(layer, dict.fromkeys(columns, _DENSE))
-        if choice["method"] == "removed":
-            row.update(dict.fromkeys(shape["blocks"].get(role, [role]), _GONE))
-        else:
-            row.update(dict.fromkeys(shape["stacks"].get(role, [role]), str(choice["rank"])))
-    return dict(sorted(found.items()))
+def origin_words(origin: str) -> str:
+    """`refined (a front point with something shifted from one group of tensors to another)`."""
+    return f"{origin} ({_ORIGIN_WORDS.get(origin, 'not known')})"
 
 
-def rank_map_text(ranks: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """The map as lines of text, one a layer; `.` is dense, `gone` a removed block, a number the rank."""
-    columns = list(dict.fromkeys(role for row in ranks.values() for role in row))
-    width = max([6, *(len(role) for role in columns)])
-    lines = ["layer " + " ".join(f"{role:>{width}}" for role in columns)]
-    for layer, row in ranks.items():
-        named = "other" if layer < 0 else str(layer)
-        lines.append(f"{named:>5} " + " ".join(f"{row.get(role, _DENSE):>{width}}" for role in columns))
-    return lines
-
-
-def _doings(record: TrialRecord, shape: Mapping[str, Any]) -> list[str]:
+def doings(record: TrialRecord, shape: Mapping[str, Any]) -> list[str]:
     """One sentence a method, and one on what is left alone."""
     tensors = record.point.get("tensors", {})
     if not tensors:
@@ -106,21 +83,23 @@ def _doings(record: TrialRecord, shape: Mapping[str, Any]) -> list[str]:
     sentences = []
     removed = [name for name, choice in tensors.items() if choice["method"] == "removed"]
     if removed:
-        sentences.append(f"{len(removed)} blocks are removed: {_listed(removed)}")
+        sentences.append(f"{_counted(len(removed), 'block is', 'blocks are')} removed: {_listed(removed)}")
     for method in sorted({choice["method"] for choice in tensors.values()} - {"removed"}):
         own = [(name, choice["rank"]) for name, choice in tensors.items() if choice["method"] == method]
         ranks = [rank for _, rank in own]
         by_role: dict[str, list[int]] = {}
         for name, rank in own:
             by_role.setdefault(name.rpartition(".")[2], []).append(rank)
-        spans = ", ".join(f"{role} {min(r)}-{max(r)} in {len(r)} layers" for role, r in by_role.items())
+        spans = ", ".join(f"{role} {_span(r)} in {_counted(len(r), 'layer')}" for role, r in by_role.items())
         sentences.append(
-            f"{len(own)} matrices become two factors by {method}, ranks {min(ranks)} to {max(ranks)}: {spans}"
+            f"{_counted(len(own), 'matrix becomes', 'matrices become')} two factors by {method}, rank {_span(ranks)}:"
+            f" {spans}"
         )
-    touched = {int(matched[1]) for name in tensors if (matched := _NAME.fullmatch(name))}
+    touched = {layer_and_role(name)[0] for name in tensors} - {OTHER}
     left = [layer for layer in range(shape["layers"]) if layer not in touched]
     if left:
-        sentences.append(f"layers {', '.join(map(str, left))} stay dense")
+        which = ", ".join(map(str, left))
+        sentences.append(f"layers {which} stay dense" if len(left) > 1 else f"layer {which} stays dense")
     return sentences
 
 
@@ -138,12 +117,13 @@ def _results(study: Study, record: TrialRecord) -> str:
     return ", ".join(words)
 
 
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def _span(ranks: Sequence[int]) -> str:
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _shape_of(records: Sequence[TrialRecord]) -> dict[str, Any]:
-    """Layers and roles as far as the points of an older study name them."""
-    parts = [m for record in records for name in record.point.get("tensors", {}) if (m := _NAME.fullmatch(name))]
-    roles = list(dict.fromkeys(matched[2] for matched in parts))
-    return {"layers": 1 + max((int(m[1]) for m in parts), default=-1), "roles": roles, "blocks": {}, "stacks": {}}

@@ -55,7 +55,23 @@ def _shape(topology: Topology) -> dict[str, Any]:
     """Layers, roles, and the roles inside blocks and stacks: what a map of a point's ranks is drawn on."""
     blocks = {block.role: [topology[name].role for name in block.tensors] for block in topology.blocks}
     stacks = {role: list(members) for role, members in STACK_ROLES.items() if role not in topology.roles}
-    return {"layers": topology.layer_count, "roles": list(topology.roles), "blocks": blocks, "stacks": stacks}
+    return {
+        "layers": topology.layer_count,
+        "roles": list(topology.roles),
+        "blocks": blocks,
+        "stacks": stacks,
+        "sizes": _sizes(topology),
+    }
+
+
+def _sizes(topology: Topology) -> dict[str, list[int]]:
+    """Role to (rows, columns), and name to them where a layer's tensor differs from the first of its role."""
+    sizes: dict[str, list[int]] = {}
+    for tensor in topology.tensors:
+        size = list(tensor.shape)
+        if sizes.setdefault(tensor.role, size) != size:
+            sizes[tensor.name] = size
+    return sizes
 
 
 def check_same_facts(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

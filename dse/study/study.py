@@ -31,6 +31,7 @@ from dse.study.explain import Explanation, explain_trial
 from dse.study.fidelity import with_final_values
 from dse.study.folder import StudyFolder
 from dse.study.paired import PairedOutcomes
+from dse.study.point_maps import point_maps
 from dse.study.record import EVALUATED_STATES, TrialRecord, to_row
 from dse.study.search import OriginShare, origin_shares
 from dse.study.search.origins import share_words
@@ -308,7 +309,12 @@ def write_reports(study: Study) -> None:
     trials = study.trials()
     title = f"dse study {study.config.name}"
     page = front_html(
-        trials, study.objectives, title=title, study_facts=study.facts(), next_commands=study.next_commands()
+        trials,
+        study.objectives,
+        title=title,
+        study_facts=study.facts(),
+        next_commands=study.next_commands(),
+        point_maps=point_maps(study),
     )
     write_text(study.folder.front_html, page)
     write_bytes(study.folder.front_png, front_png(trials, study.objectives, title=title))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dse.pareto import Objective, front_html, front_table
+from dse.pareto import MapCell, Objective, PointMap, front_html, front_table
 
 EVIL = "</script><script>alert('x')</script>"
 
@@ -25,6 +25,13 @@ def evil_trials(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> pd.
     return trials
 
 
+def maps_of(trials: pd.DataFrame, objectives: tuple[Objective, ...]) -> list[PointMap]:
+    """A map of every front point but the dense model, all words of them hostile."""
+    numbers = [int(trial) for trial in front_table(trials, objectives)["trial"] if trial]
+    cells = ((MapCell("svd", 8, 0.4), MapCell()), (MapCell("removed", 0, 0.0), MapCell("svd", 2, 0.1, EVIL)))
+    return [PointMap(n, f"Trial {n}", (EVIL,), ("0", "1"), ("query", EVIL), cells, (EVIL,)) for n in numbers]
+
+
 @pytest.fixture(scope="module")
 def page(evil_trials: pd.DataFrame, three: tuple[Objective, ...]) -> str:
     return front_html(
@@ -33,6 +40,7 @@ def page(evil_trials: pd.DataFrame, three: tuple[Objective, ...]) -> str:
         title=f"study {EVIL}",
         study_facts={"Hypervolume": "0.1490", f"Task {EVIL}": EVIL, "Reference": "accuracy 0, parameters 148.0 M"},
         next_commands=["dse recommend runs/x --max-accuracy-drop 0.02", f"dse export '{EVIL}' --trial 1"],
+        point_maps=maps_of(evil_trials, three),
     )
 
 
@@ -76,12 +84,17 @@ def read(page: str) -> _Reader:
 def test_everything_from_outside_is_escaped(read: _Reader) -> None:
     assert len(read.scripts) == 4, "plotly.js, the figure's JSON, and the two scripts of the page"
     assert not any("alert('x')" in script for script in read.scripts[:1] + read.scripts[2:])
-    assert "".join(read.text).count(EVIL) == 7  # title twice, point, reason, fact's name and value, command
+    maps = read.tags.count("figure")
+    assert maps == 14
+    # Title twice, point, reason, fact's name and value, command; of each map: role, two cells, stack, note, text.
+    assert "".join(read.text).count(EVIL) == 7 + 6 * maps
     assert read.handlers == []
 
 
-def test_the_page_needs_nothing_but_itself(read: _Reader) -> None:
-    assert read.addresses == []
+def test_the_page_needs_nothing_but_itself(page: str, read: _Reader) -> None:
+    assert all(address.startswith("#map-") for address in read.addresses), "places on the page itself"
+    assert len(read.addresses) == 14
+    assert all(f'id="{address[1:]}"' in page for address in read.addresses)
     assert "link" not in read.tags
     assert "iframe" not in read.tags
 
@@ -142,7 +155,7 @@ def test_a_real_browser_draws_the_page_without_an_error(page: str, tmp_path: Pat
     assert console == []
     assert document.count('class="main-svg"') >= 1
     assert "Decode latency (ms), lower is better" in re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
-    assert document.count('class="point"') >= 2 * 20  # every complete trial in both panels
+    assert document.count('class="point ') >= 2 * 20  # every complete trial in both panels
     assert len(re.findall(r'<td data-value="[^"]*"><code>', document)) == page.count("<td data-value=") / 6
 
 
@@ -161,3 +174,56 @@ def test_a_real_browser_sorts_the_table_when_a_head_is_clicked(
     front = front_table(evil_trials, three)
     assert shown == front.sort_values("accuracy", ascending=False)["trial"].tolist()
     assert 'aria-sort="descending"' in document
+
+
+def _scripted(page: str, script: str, folder: Path) -> tuple[str, list[str]]:
+    """The page after a script of the test's own, which its policy would refuse, as it should."""
+    path = folder / "front.html"
+    lifted = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    path.write_text(lifted.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    return _open(path, folder / "profile")
+
+
+@needs_browser
+def test_a_click_on_a_point_leads_to_its_map(
+    page: str, tmp_path: Path, evil_trials: pd.DataFrame, three: tuple[Objective, ...]
+) -> None:
+    """Where each trace's points say which trial they are, as the page's own script reads it of an event."""
+    script = """
+      const plot = document.getElementById("plot"), seen = [];
+      for (const trace of plot.data) for (const trial of trace.customdata || []) {
+        document.activeElement.blur();
+        plot.emit("plotly_click", {points: [{customdata: trial}]});
+        seen.push(trace.name + " " + trial + " " + document.activeElement.id);
+      }
+      document.body.dataset.seen = seen.join(";");
+    """
+    document, console = _scripted(page, script, tmp_path)
+    assert console == []
+    found = re.search(r'data-seen="([^"]*)"', document)
+    assert found is not None
+    seen = [entry.rsplit(" ", 2) for entry in found[1].split(";")]
+    front = {str(trial) for trial in front_table(evil_trials, three)["trial"]} - {"0"}
+    assert {trial for name, trial, _ in seen if name == "Pareto front"} == front
+    for name, trial, focused in seen:
+        assert focused == (f"map-{trial}" if trial in front else ""), name
+
+
+@needs_browser
+def test_maps_are_reached_and_opened_without_a_mouse(page: str, tmp_path: Path) -> None:
+    script = """
+      const link = document.querySelector("#front tbody a"), figure = document.querySelector("figure");
+      link.focus();
+      document.body.dataset.focused = document.activeElement === link;
+      link.click();  // what Enter does to a link
+      document.body.dataset.target = location.hash === "#" + figure.id && document.querySelector("figure:target").id;
+      figure.querySelector("summary").click();
+      document.body.dataset.open = figure.querySelector("details").open;
+      const box = figure.querySelector("svg").getBoundingClientRect();
+      document.body.dataset.drawn = box.width > 100 && box.height > 30 &&
+        document.documentElement.scrollWidth <= window.innerWidth;
+    """
+    document, console = _scripted(page, script, tmp_path)
+    assert console == []
+    for fact in ('data-focused="true"', 'data-target="map-', 'data-open="true"', 'data-drawn="true"'):
+        assert fact in document

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 def _front(options: argparse.Namespace) -> int:
     from dse.cli.report import print_front, study_json
     from dse.study import open_study
-    from dse.study.explain import rank_map_text
+    from dse.study.rank_map import rank_map_text
 
     study = open_study(options.directory)
     if options.explain is not None:

@@ -18,7 +18,9 @@ from dse.config import parse_search_space
 from dse.cost import cost, point_problems
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
+from dse.models import load_topology
 from dse.study import SearchSpace, Study, run_study
+from dse.study.point_maps import point_maps
 from dse.study.search.warm_starts import allocated, warm_starts
 from dse.study.space import DepthProfileSpace, LevelSpace
 from dse.study.space.depth_profile import MARKS, at_depth
@@ -265,6 +267,38 @@ def test_a_trial_is_explained(explained: Study, capsys: pytest.CaptureFixture[st
         assert set(found.rank_map[1].values()) == {"."}
     assert main(["front", directory, "--explain", "99"]) == 2
     assert "a trial must be one of this study's" in capsys.readouterr().err
+
+
+def test_the_page_holds_a_map_of_every_front_point(explained: Study) -> None:
+    page = explained.folder.front_html.read_text()
+    maps = {entry.trial: entry for entry in point_maps(explained)}
+    drawn = [record for record in explained.front_records if record.point["tensors"]]
+    assert drawn
+    assert list(maps) == [t for t in explained.front()["trial"] if t in maps]
+    assert set(maps) == {record.trial for record in drawn}
+    topology = load_topology(str(explained.config.model.ref))
+    for record in drawn:
+        entry = maps[record.trial]
+        assert f'<figure id="map-{record.trial}"' in page
+        assert f'<a href="#map-{record.trial}">{record.trial}</a>' in page
+        assert f"Origin: {record.origin} (" in page
+        assert (entry.layers, len(entry.roles)) == (("0", "1", "2"), len(topology.roles))
+        # The cells hold what the point holds, and their shares of parameters add up to the model's.
+        kept = 0.0
+        for role, cells in zip(entry.roles, entry.cells, strict=True):
+            for layer, cell in zip(entry.layers, cells, strict=True):
+                assert cell is not None
+                assert cell.kept is not None
+                kept += cell.kept * topology[f"layers.{layer}.{role}"].parameters
+                assert cell.is_removed or bool(cell.rank) == (f"layers.{layer}.{role}" in record.point["tensors"])
+        point = DesignPoint.from_json(record.point, topology)
+        blocks = [topology.blocks_by_name[name] for name in point.removed]
+        passed = topology.passed_layers(point.removed)
+        # Norms go with their blocks, and what is left of a layer without both; the map shows tensors alone.
+        beside = sum(b.parameters - sum(topology[t].parameters for t in b.tensors) for b in blocks)
+        beside += sum({b.layer: b.rest_parameters for b in blocks if b.layer in passed}.values())
+        saved = sum(tensor.parameters for tensor in topology.tensors) - kept
+        assert saved + beside == pytest.approx(topology.parameters_dense - record.cost["parameters"], abs=0.5)
 
 
 def test_warm_starts_are_switched_off(tiny_folder: Path, tmp_path: Path) -> None:
