@@ -9,8 +9,9 @@ m = out_features and n = in_features the parameters are
     E r^2 + r(m + n)                          r < min(m, n), expert mode full: a small core for each expert,
     r_e r^2 + r(m + n) + E r_e                r_e cores, mixed by each expert's row of the expert factor,
 
-and the break-even rank solves them against Emn. For many experts it comes close to sqrt(mn), while an expert decomposed
-alone breaks even at mn/(m + n), half of that where m = n: the two large factors are shared by all experts.
+and the break-even rank solves them against Emn. For many experts of m = n it comes close to n, while an expert
+decomposed alone breaks even at mn/(m + n) = n/2: the two large factors are shared by all experts. FLOPs break even
+earlier than parameters, since one of the factors is applied once for each chosen expert.
 
 A token pays for the shared factor on its own side once, for the other once for each of its k chosen experts, and for k
 cores; with an expert factor it pays for all r_e cores instead, whatever k is (`dse.decomposition.expert_modules`).

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers as hf
+from tiny_study import save_tiny_model
 
 COMMON = {
     "vocab_size": 320,
@@ -34,4 +37,14 @@ def tiny_qwen3_moe(**changes: object) -> hf.Qwen3MoeForCausalLM:
 
 
 TINY_EXPERTS = {"Mixtral": tiny_mixtral, "Qwen3Moe": tiny_qwen3_moe}
+
+
+def save_tiny_experts(folder: Path, family: str) -> Path:
+    """Such a model with the tokenizer of `tiny_study`, in a folder."""
+    save_tiny_model(folder)
+    vocabulary = hf.AutoTokenizer.from_pretrained(folder).vocab_size
+    TINY_EXPERTS[family](vocab_size=vocabulary).save_pretrained(folder)
+    return folder
+
+
 EXPERT_ROLES = ["expert_gate_up", "expert_down"]

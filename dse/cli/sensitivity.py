@@ -153,7 +153,13 @@ def _settings(options: argparse.Namespace, space: SearchSpaceConfig | None, load
     if space is None:
         methods = ProfileSettings().methods if options.method is None else tuple(options.method)
         return ProfileSettings(methods, with_stacks=options.stacks)
-    names = SearchSpace.from_config(space, loaded.topology).tensor_names()
+    experts = loaded.topology.experts_by_name
+    names = tuple(n for n in SearchSpace.from_config(space, loaded.topology).tensor_names() if n not in experts)
+    if not names:
+        raise ConfigError(
+            f"a sensitivity profile must have a matrix to measure, but space '{space.name}' holds fused expert tensors"
+            " alone; a study measures those itself"
+        )
     return ProfileSettings(tuple(space.methods), names, space.ranks.multiple, with_stacks=options.stacks)
 
 

@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from dse.decomposition import LowRankLinear, StackedLinear
+from dse.decomposition import LowRankLinear, StackedLinear, TuckerExperts
 from dse.design_point import DesignPoint
 from dse.export.weights import MAX_SHARD_SIZE
 from dse.topology import Topology
@@ -30,7 +30,7 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
     """
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, choice in point:
-        if choice.is_removal:
+        if choice.is_removal or name in topology.experts_by_name:
             continue
         for member in topology.tensors_of(name):
             tensor = topology[member]
@@ -41,7 +41,26 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
             # Double precision, so that each entry is rounded once, to the weight's own dtype.
             weight = module.factors().to("cpu", torch.float64).product().to(module.left.dtype)
             state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
+    for path in dict.fromkeys(topology.experts_by_name[n].module for n, _ in point if n in topology.experts_by_name):
+        state |= _merged_experts(state, topology, path, model.get_submodule(path))
     return state | _zeros_of_removed(model, state) if point.removed else state
+
+
+def _merged_experts(state: dict[str, Tensor], topology: Topology, path: str, module: nn.Module) -> dict[str, Tensor]:
+    """The fused weights of a layer's experts by their dense names; what stands in for them is taken out of `state`."""
+    assert isinstance(module, TuckerExperts)  # noqa: S101 - surgery has put it there
+    for name in [name for name in state if name.startswith((f"{path}.gate_up.", f"{path}.down."))]:
+        del state[name]
+    found = {}
+    parts = {"expert_gate_up": module.gate_up, "expert_down": module.down}
+    for tensor in (tensor for tensor in topology.experts if tensor.module == path):
+        factors = parts[tensor.role].factors()
+        if factors.ranks == tensor.shape:
+            weight = factors.core  # as it was
+        else:
+            weight = factors.to("cpu", torch.float64).product().to(factors.core.dtype)
+        found[f"{path}.{tensor.parameter}"] = weight.contiguous()
+    return found
 
 
 def _zeros_of_removed(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

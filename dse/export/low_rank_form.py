@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
-from dse.decomposition import LowRankLinear, StackedLinear
+from dse.decomposition import LowRankLinear, StackedLinear, TuckerExperts
 from dse.decomposition.removal import removal_plan
 from dse.design_point import DesignPoint
 from dse.export.weights import write_weights
@@ -22,6 +23,12 @@ __all__ = ["MODEL_TYPE_PREFIX", "low_rank_config", "modelling_code", "write_low_
 
 MODEL_TYPE_PREFIX = "lowrank-"
 _MODULE = "modeling_lowrank"
+_EXPERTS_CODE = re.compile(
+    r"class TuckerExpertWeight.*?(?=class RemovedBlock)"
+    r"|            if \"experts\" in form:\n.*?continue\n"
+    r"| Experts are named with .*?\(experts, out, in\)\.",
+    re.DOTALL,
+)
 
 
 def write_low_rank_form(
@@ -37,7 +44,9 @@ def write_low_rank_form(
         folder: An existing folder.
     """
     config = low_rank_config(model, topology, point, auto)
-    (folder / f"{_MODULE}.py").write_text(modelling_code(type(model), type(model.config)), encoding="utf-8")
+    has_experts = any(name in topology.experts_by_name for name, _ in point)
+    code = modelling_code(type(model), type(model.config), has_experts=has_experts)
+    (folder / f"{_MODULE}.py").write_text(code, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_weights(model, folder)
 
@@ -50,6 +59,10 @@ def low_rank_config(
     low_rank: dict[str, dict[str, Any]] = {}
     for name, choice in point:
         if choice.is_removal:
+            continue
+        if name in topology.experts_by_name:
+            path = topology.experts_by_name[name].module
+            low_rank[path] = {"experts": _expert_ranks(model.get_submodule(path))}
             continue
         paths = topology.matrix(name).modules
         for path in paths:
@@ -74,9 +87,22 @@ def low_rank_config(
     }
 
 
-def modelling_code(model_class: type[PreTrainedModel], config_class: type) -> str:
-    """The modelling file for one architecture: the template, which is written for Llama, with the names put in."""
+def _expert_ranks(module: nn.Module) -> dict[str, list[int]]:
+    """Multilinear ranks of both tensors of a layer's experts; full ranks where one stays dense."""
+    assert isinstance(module, TuckerExperts)  # noqa: S101 - surgery has put it there
+    return {"gate_up": list(module.gate_up.core.shape), "down": list(module.down.core.shape)}
+
+
+def modelling_code(model_class: type[PreTrainedModel], config_class: type, *, has_experts: bool = False) -> str:
+    """The modelling file for one architecture: the template, which is written for Llama, with the names put in.
+
+    Args:
+        model_class: Of the base model.
+        config_class: Of its config.
+        has_experts: Whether fused expert tensors are decomposed; without, the code for them is left out.
+    """
     template = resources.files("dse.export").joinpath("templates", f"{_MODULE}.py").read_text(encoding="utf-8")
+    template = template if has_experts else _EXPERTS_CODE.sub("", template)
     names = {
         "from transformers import LlamaConfig, LlamaForCausalLM": _imports(model_class, config_class),
         "LlamaForCausalLM": model_class.__name__,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dse.expert_tensor import EXPERT_ROLES
 from dse.pareto.units import percent
 from dse.study.rank_map import OTHER, layer_and_role, rank_map_of, shape_of
 from dse.study.record import TrialRecord
@@ -84,17 +85,25 @@ def doings(record: TrialRecord, shape: Mapping[str, Any]) -> list[str]:
     removed = [name for name, choice in tensors.items() if choice["method"] == "removed"]
     if removed:
         sentences.append(f"{_counted(len(removed), 'block is', 'blocks are')} removed: {_listed(removed)}")
-    for method in sorted({choice["method"] for choice in tensors.values()} - {"removed"}):
-        own = [(name, choice["rank"]) for name, choice in tensors.items() if choice["method"] == method]
+    kinds = {(_is_experts(name), choice["method"]) for name, choice in tensors.items()}
+    for is_experts, method in sorted(kind for kind in kinds if kind[1] != "removed"):
+        own = [
+            (name, choice["rank"])
+            for name, choice in tensors.items()
+            if choice["method"] == method and _is_experts(name) == is_experts
+        ]
         ranks = [rank for _, rank in own]
         by_role: dict[str, list[int]] = {}
         for name, rank in own:
             by_role.setdefault(name.rpartition(".")[2], []).append(rank)
         spans = ", ".join(f"{role} {_span(r)} in {_counted(len(r), 'layer')}" for role, r in by_role.items())
-        sentences.append(
-            f"{_counted(len(own), 'matrix becomes', 'matrices become')} two factors by {method}, rank {_span(ranks)}:"
-            f" {spans}"
+        become = (
+            f"{_counted(len(own), 'fused expert tensor becomes', 'fused expert tensors become')} cores between shared"
+            " factors"
+            if is_experts
+            else f"{_counted(len(own), 'matrix becomes', 'matrices become')} two factors"
         )
+        sentences.append(f"{become} by {method}, rank {_span(ranks)}: {spans}")
     touched = {layer_and_role(name)[0] for name in tensors} - {OTHER}
     left = [layer for layer in range(shape["layers"]) if layer not in touched]
     if left:
@@ -115,6 +124,10 @@ def _results(study: Study, record: TrialRecord) -> str:
         base = None if dense is None else dense.cost.get(objective.name) if before is None else before.value
         words.append(f"{objective.name} {value:.5g}" + (f" (dense {base:.5g})" if base is not None else ""))
     return ", ".join(words)
+
+
+def _is_experts(name: str) -> bool:
+    return layer_and_role(name)[1] in EXPERT_ROLES
 
 
 def _counted(count: int, one: str, many: str | None = None) -> str:

@@ -10,7 +10,7 @@ from dse.allocation.constraints import STACK_ROLES
 from dse.errors import StudyError
 from dse.measurement import describe_environment
 from dse.study.setup import PreparedStudy
-from dse.topology import Topology
+from dse.topology import Decomposable, Topology
 
 __all__ = ["check_same_facts", "study_facts"]
 
@@ -53,11 +53,11 @@ def study_facts(prepared: PreparedStudy) -> dict[str, Any]:
 
 def _shape(topology: Topology) -> dict[str, Any]:
     """Layers, roles, and the roles inside blocks and stacks: what a map of a point's ranks is drawn on."""
-    blocks = {block.role: [topology[name].role for name in block.tensors] for block in topology.blocks}
+    blocks = {b.role: [topology.decomposable(n).role for n in topology.tensors_of(b.name)] for b in topology.blocks}
     stacks = {role: list(members) for role, members in STACK_ROLES.items() if role not in topology.roles}
     return {
         "layers": topology.layer_count,
-        "roles": list(topology.roles),
+        "roles": list(dict.fromkeys([*topology.roles, *(tensor.role for tensor in topology.experts)])),
         "blocks": blocks,
         "stacks": stacks,
         "sizes": _sizes(topology),
@@ -65,9 +65,13 @@ def _shape(topology: Topology) -> dict[str, Any]:
 
 
 def _sizes(topology: Topology) -> dict[str, list[int]]:
-    """Role to (rows, columns), and name to them where a layer's tensor differs from the first of its role."""
+    """Role to (rows, columns), and name to them where a layer's tensor differs from the first of its role.
+
+    The shape of fused experts begins with their number.
+    """
     sizes: dict[str, list[int]] = {}
-    for tensor in topology.tensors:
+    parts: tuple[Decomposable, ...] = (*topology.tensors, *topology.experts)
+    for tensor in parts:
         size = list(tensor.shape)
         if sizes.setdefault(tensor.role, size) != size:
             sizes[tensor.name] = size

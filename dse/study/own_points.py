@@ -9,6 +9,7 @@ from dse.cost import check_point, cost
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
 from dse.study.space import SearchSpace
+from dse.topology import Topology
 
 __all__ = ["own_points"]
 
@@ -38,16 +39,21 @@ def _check_tensors(point: DesignPoint, space: SearchSpace) -> None:
     topology, config = space.topology, space.config
     held = set(_tensors(space, space.tensor_names()))
     for name, _ in point:
-        for tensor in (topology[member] for member in topology.tensors_of(name)):
+        for tensor in map(topology.decomposable, topology.tensors_of(name)):
             if tensor.layer in config.keep_layers:
                 why = f"`keep_layers` {config.keep_layers} keeps layer {tensor.layer} dense"
             elif tensor.role in config.keep_roles:
                 why = f"`keep_roles` {config.keep_roles} keeps {tensor.role} dense"
-            elif tensor.name not in held:
+            elif tensor.name not in held and tensor.name not in _experts_beside(topology, name):
                 why = f"search space '{config.name}' does not hold {tensor.name}"
             else:
                 continue
             raise PointError(f"point {point.id} must leave alone what the study does, but names '{name}', and {why}")
+
+
+def _experts_beside(topology: Topology, name: str) -> tuple[str, ...]:
+    """Routed experts that go with a removed block, though no space need hold them."""
+    return topology.blocks_by_name[name].experts if name in topology.blocks_by_name else ()
 
 
 def _tensors(space: SearchSpace, names: Iterable[str]) -> Iterable[str]:

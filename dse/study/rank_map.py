@@ -9,6 +9,7 @@ from typing import Any
 
 from dse.cost import factor_parameters
 from dse.design_point import TensorChoice
+from dse.expert_tensor import ExpertTensor
 from dse.study.record import TrialRecord
 from dse.topology import DecomposableTensor
 
@@ -48,7 +49,7 @@ def placed_choices(record: TrialRecord, shape: Mapping[str, Any]) -> dict[tuple[
     """Layer and role to what stands there; dense tensors are left out."""
     found: dict[tuple[int, str], Placed] = {}
     for name, entry in record.point.get("tensors", {}).items():
-        choice = TensorChoice(entry["method"], entry["rank"])
+        choice = TensorChoice.from_json(entry)
         layer, role = layer_and_role(name)
         if choice.is_removal:
             members = shape["blocks"].get(role, [role])
@@ -67,6 +68,10 @@ def _kept(layer: int, roles: Sequence[str], choice: TensorChoice, shape: Mapping
     found = [sizes.get(name) or sizes.get(role) for name, role in zip(names, roles, strict=True)]
     if any(size is None for size in found):
         return None
+    if len(found[0]) == 3:
+        experts, rows, columns = found[0]
+        fused = ExpertTensor("part", "part", "part", layer, roles[0], experts, rows, columns, 1)
+        return factor_parameters(fused, choice) / fused.parameters
     rows, columns = sum(size[0] for size in found), found[0][1]
     tensor = DecomposableTensor("part", "part", None, "part", rows, columns)
     return factor_parameters(tensor, choice) / tensor.parameters

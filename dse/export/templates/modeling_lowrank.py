@@ -13,7 +13,7 @@ It needs torch and transformers alone. Load it with
 
 `config.low_rank` names every module that is replaced, with its rank and whether it keeps a core and a bias; modules of
 one `stack` read the same input and share their right factor. `config.removed` names the blocks and layers that are left
-out, which the residual stream passes by.
+out, which the residual stream passes by. Experts are named with the ranks of their three modes (experts, out, in).
 """
 
 from __future__ import annotations
@@ -124,6 +124,83 @@ class StackedLinear(nn.Module):
         return functional.linear(self._shared[0](x, self.member), self.left, self.bias)
 
 
+class TuckerExpertWeight(nn.Module):
+    """The weights of all experts as a core (r_e, r_o, r_i) and a factor for each mode whose rank is not full.
+
+    `experts` has shape (experts, r_e), `left` (out_features, r_o), `right` (r_i, in_features).
+    """
+
+    def __init__(self, shape: tuple[int, int, int], ranks: list[int]) -> None:
+        super().__init__()
+        factors = [(shape[0], ranks[0]), (shape[1], ranks[1]), (ranks[2], shape[2])]
+        made = [
+            nn.Parameter(torch.empty(factor)) if rank < size else None
+            for factor, rank, size in zip(factors, ranks, shape, strict=True)
+        ]
+        self.core = nn.Parameter(torch.empty(*ranks))
+        self.experts, self.left, self.right = made
+        for factor in (self.core, *made):
+            if factor is not None:
+                nn.init.normal_(factor, std=factor.shape[-1] ** -0.5)
+
+    def read(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """What each of a token's chosen experts makes of it: (tokens, in) and (tokens, k) to (tokens, k, out)."""
+        inner = tokens if self.right is None else functional.linear(tokens, self.right)
+        if self.experts is None:
+            outputs = by_expert(self.core, inner.repeat_interleave(chosen.shape[1], dim=0), chosen)
+        else:
+            of_cores = functional.linear(inner, self.core.flatten(0, 1)).view(-1, *self.core.shape[:2])
+            outputs = torch.bmm(self.experts[chosen], of_cores)
+        return outputs if self.left is None else functional.linear(outputs, self.left)
+
+    def write(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Weighted sum over a token's chosen experts: (tokens, k, in), (tokens, k) and (tokens, k) to (tokens, out)."""
+        inner = hidden if self.right is None else functional.linear(hidden, self.right)
+        if self.experts is None:
+            outputs = by_expert(self.core, inner.flatten(0, 1), chosen)
+            summed = (outputs * shares.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+        else:
+            mixture = (self.experts[chosen] * shares.unsqueeze(-1)).to(hidden.dtype)
+            to_cores = torch.bmm(mixture.mT, inner).transpose(0, 1)
+            summed = torch.bmm(to_cores, self.core.mT).sum(dim=0)
+        return summed if self.left is None else functional.linear(summed, self.left)
+
+
+class TuckerExperts(nn.Module):
+    """Routed experts whose weights share their outer factors; the gate is the base model's."""
+
+    def __init__(self, dense: nn.Module, ranks: dict[str, list[int]]) -> None:
+        super().__init__()
+        for name, value in vars(dense).items():
+            if not name.startswith("_") and isinstance(value, (str, int, float, bool)):
+                setattr(self, name, value)
+        for name, child in dense.named_children():
+            setattr(self, name, child)
+        self.gate_up = TuckerExpertWeight(tuple(dense.gate_up_proj.shape), ranks["gate_up"])
+        self.down = TuckerExpertWeight(tuple(dense.down_proj.shape), ranks["down"])
+        self._gate = type(dense)._apply_gate
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map (tokens, hidden) to the same, by each token's chosen experts and their weights, (tokens, k)."""
+        gated = self._gate(self, self.gate_up.read(hidden_states, top_k_index))
+        return self.down.write(gated, top_k_index, top_k_weights)
+
+
+def by_expert(core: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
+    """Each row (tokens * k, in) times its expert's slice of the core (experts, out, in): (tokens, k, out)."""
+    experts = chosen.flatten()
+    if len(chosen) == 1:
+        outputs = torch.bmm(core[experts], rows.unsqueeze(-1)).squeeze(-1)
+    else:
+        order, counts = experts.argsort(), experts.bincount(minlength=len(core)).tolist()
+        parts = torch.split(rows[order], counts)
+        found = [functional.linear(part, core[e]) for e, part in enumerate(parts) if len(part)]
+        outputs = rows.new_empty(len(rows), core.shape[1])
+        if found:
+            outputs[order] = torch.cat(found)
+    return outputs.view(*chosen.shape, core.shape[1])
+
+
 class RemovedBlock(nn.Module):
     """Stands in for an attention or MLP block that is left out; gives a zero that any residual stream takes."""
 
@@ -154,7 +231,7 @@ class PassedLayer(nn.Module):
 
 
 class LowRankLlamaForCausalLM(LlamaForCausalLM):
-    """The base model with the modules of `config.low_rank` replaced by `LowRankLinear`, without those removed."""
+    """The base model with the modules of `config.low_rank` replaced by low-rank ones, without those removed."""
 
     config_class = LowRankLlamaConfig
 
@@ -176,6 +253,9 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
         """Put low-rank modules in the places of `config.low_rank`."""
         shared: dict[str, SharedProduct] = {}
         for path, form in low_rank.items():
+            if "experts" in form:
+                self._replace(path, TuckerExperts(self.get_submodule(path), form["experts"]))
+                continue
             dense, rank, core = self.get_submodule(path), form["rank"], form["core"]
             # GPT-2's Conv1D stores its weight as (in_features, out_features).
             out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape

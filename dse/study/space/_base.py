@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from dse.config import LayerRange, SearchSpaceConfig, load_search_space
 from dse.cost import cost, parameters_saved
+from dse.decomposition import METHODS
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError, did_you_mean
+from dse.expert_tensor import EXPERT_ROLES
 from dse.study.space.limits import reduction_limits, violations_of_cost
 from dse.topology import Topology
 
@@ -25,7 +27,7 @@ __all__ = ["KNOWN_ROLES", "SearchSpace"]
 
 KNOWN_ROLES = (
     "query", "key", "value", "query_key_value", "attention_output",
-    "gate", "up", "gate_up", "down", "intermediate", "output",
+    "gate", "up", "gate_up", "down", "intermediate", "output", *EXPERT_ROLES,
 )  # fmt: skip
 """Roles of all architectures; a space may name ones that the model at hand does not have."""
 
@@ -260,7 +262,8 @@ class SearchSpace(ABC):
     def tensor_names(self) -> tuple[str, ...]:
         """Tensors that some point decomposes."""
         named = {name for ranks in self.largest_ranks().values() for name in ranks}
-        return tuple(matrix.name for matrix in self.topology.matrices if matrix.name in named)
+        parts = (*self.topology.matrices, *self.topology.experts)
+        return tuple(part.name for part in parts if part.name in named)
 
     def _rank_listing(self) -> dict[str, list[int]]:
         """Role (or tensor outside the layers) to the ranks it may take, over methods and layers."""
@@ -268,7 +271,7 @@ class SearchSpace(ABC):
 
         listing: dict[str, set[int]] = {}
         for name in self.tensor_names():
-            tensor = self.topology.matrix(name)
+            tensor = self.topology.decomposable(name)
             for method in self.config.methods:
                 grid = self.config.ranks
                 listing.setdefault(tensor.role, set()).update(
@@ -345,11 +348,30 @@ def _named_roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ..
         return (*topology.roles, *stacked, *outside)
     present = check_roles(config.roles, config.name, topology, stacks=config.stacks)
     if not present:
+        known = (*topology.roles, *dict.fromkeys(tensor.role for tensor in topology.experts))
+        reasons = [why for name, why in topology.experts_refused.items() if name.rpartition(".")[2] in config.roles]
         raise ConfigError(
             f"`roles` of space '{config.name}' must name a role of {topology.architecture}"
-            f" ({', '.join(topology.roles)}), but got {config.roles}"
+            f" ({', '.join(known)}), but got {config.roles}{''.join(f'; {why}' for why in reasons[:1])}"
         )
+    _refuse_experts_out_of_place(config, present)
     return present
+
+
+def _refuse_experts_out_of_place(config: SearchSpaceConfig, roles: Sequence[str]) -> None:
+    """Fused expert tensors are decomposed by `tucker` in spaces of levels, and not beside a refit."""
+    experts = [role for role in roles if role in EXPERT_ROLES and role not in config.keep_roles]
+    if experts and config.kind != "levels":
+        raise ConfigError(
+            f"expert roles must be in a space of `kind: levels`, but space '{config.name}' of kind '{config.kind}'"
+            f" names '{experts[0]}'; change its kind or leave the role out"
+        )
+    refits = [method for method in config.methods if METHODS[method].refit_of]
+    if experts and refits:
+        raise ConfigError(
+            f"expert roles must go with methods that do not refit, but space '{config.name}' names '{experts[0]}' and"
+            f" '{refits[0]}'; use '{METHODS[refits[0]].refit_of}' or leave the role out"
+        )
 
 
 def check_roles(roles: Sequence[str], space_name: str, topology: Topology, *, stacks: bool = False) -> tuple[str, ...]:
@@ -365,7 +387,8 @@ def check_roles(roles: Sequence[str], space_name: str, topology: Topology, *, st
                 f"a role must be one of {', '.join(sorted(known))}, but space '{space_name}' names '{role}'"
                 f"{did_you_mean(role, known)}"
             )
-    have = {tensor.role for tensor in topology.tensors} | {stack.role for stack in topology.stacks if stacks}
+    have = {tensor.role for tensor in topology.tensors} | {tensor.role for tensor in topology.experts}
+    have |= {stack.role for stack in topology.stacks if stacks}
     return tuple(role for role in dict.fromkeys(roles) if role in have)
 
 

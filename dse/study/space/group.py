@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dse.design_point import TensorChoice
-from dse.study.space.rank_grid import saved_parameters
-from dse.topology import Matrix, RemovableBlock, Topology
+from dse.expert_tensor import ExpertTensor
+from dse.study.space.rank_grid import method_for, saved_parameters
+from dse.topology import Decomposable, Matrix, RemovableBlock, Topology
 
 __all__ = ["Group", "matrices_of", "stacked_roles", "whole_blocks"]
 
@@ -19,14 +20,14 @@ class Group:
     Attributes:
         name: Dimension name, for example `layers.4-7.attention`.
         label: Name of its role group, "" where roles choose together.
-        matrices: Its tensors and stacks.
+        matrices: Its tensors, stacks and fused expert tensors; the last take method `tucker` whatever the others take.
         ranks: Method to level (0 is the first level above dense) to the rank of each matrix; as many levels per method.
         blocks: Blocks that the matrices are the whole of, which its last level removes; empty for no such level.
     """
 
     name: str
     label: str
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[Decomposable, ...]
     ranks: Mapping[str, tuple[tuple[int, ...], ...]]
     blocks: tuple[RemovableBlock, ...] = ()
 
@@ -36,7 +37,13 @@ class Group:
             return {block.name: TensorChoice.removal() for block in self.blocks}
         levels = self.ranks[method]
         ranks = levels[min(level, len(levels)) - 1]
-        return {m.name: TensorChoice(method, rank) for m, rank in zip(self.matrices, ranks, strict=True)}
+        pairs = zip(self.matrices, ranks, strict=True)
+        return {matrix.name: TensorChoice(method_for(matrix, method), rank) for matrix, rank in pairs}
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it holds fused expert tensors alone, so that its choices are the same under every method."""
+        return all(isinstance(matrix, ExpertTensor) for matrix in self.matrices)
 
     def removes(self, level: int) -> bool:
         """Whether this level removes its blocks."""
@@ -70,8 +77,10 @@ def stacked_roles(topology: Topology, roles: Iterable[str]) -> tuple[str, ...]:
     return named
 
 
-def matrices_of(topology: Topology, layers: Iterable[int], roles: Iterable[str], *, stacks: bool) -> tuple[Matrix, ...]:
-    """The matrices with these roles in these layers, in topology order.
+def matrices_of(
+    topology: Topology, layers: Iterable[int], roles: Iterable[str], *, stacks: bool
+) -> tuple[Decomposable, ...]:
+    """The matrices with these roles in these layers, in topology order, and behind them the fused expert tensors.
 
     Args:
         topology: Of the model.
@@ -81,6 +90,11 @@ def matrices_of(topology: Topology, layers: Iterable[int], roles: Iterable[str],
             no such stack gives the members.
     """
     inside, wanted = set(layers), set(roles)
+    experts = tuple(t for t in topology.experts if t.layer in inside and t.role in wanted)
+    return (*_matrices(topology, inside, wanted, stacks=stacks), *experts)
+
+
+def _matrices(topology: Topology, inside: set[int], wanted: set[str], *, stacks: bool) -> tuple[Matrix, ...]:
     if not stacks:
         return tuple(t for t in topology.tensors if t.layer in inside and t.role in wanted)
     members = {stack.role: {member.role for member in stack.members} for stack in topology.stacks}
@@ -92,8 +106,18 @@ def matrices_of(topology: Topology, layers: Iterable[int], roles: Iterable[str],
     return tuple(matrix for matrix in topology.matrices if matrix.name in names)
 
 
-def whole_blocks(topology: Topology, matrices: Iterable[Matrix]) -> tuple[RemovableBlock, ...]:
-    """The removable blocks that these matrices are exactly the tensors of; none if some belong to no such block."""
+def whole_blocks(
+    topology: Topology, matrices: Iterable[Decomposable], *, with_experts: bool = False
+) -> tuple[RemovableBlock, ...]:
+    """The removable blocks that these matrices are the whole of; none if some belong to no such block.
+
+    Args:
+        topology: Of the model.
+        matrices: Of one group.
+        with_experts: Whether some group of the space holds fused expert tensors: then they too must be in this one.
+            Otherwise they go with a block whose matrices are all here.
+    """
     tensors = {tensor for matrix in matrices for tensor in topology.tensors_of(matrix.name)}
-    blocks = tuple(block for block in topology.blocks if block.tensors and tensors.issuperset(block.tensors))
-    return blocks if tensors == {tensor for block in blocks for tensor in block.tensors} else ()
+    own = {block.name: (*block.tensors, *(block.experts if with_experts else ())) for block in topology.blocks}
+    blocks = tuple(block for block in topology.blocks if own[block.name] and tensors.issuperset(own[block.name]))
+    return blocks if tensors <= {tensor for block in blocks for tensor in topology.tensors_of(block.name)} else ()

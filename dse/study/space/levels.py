@@ -12,11 +12,12 @@ from dse.config import SearchSpaceConfig
 from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
+from dse.expert_tensor import EXPERT_ROLES
 from dse.study.space._base import SearchSpace, check_roles, outside_space
 from dse.study.space.group import Group, matrices_of, stacked_roles, whole_blocks
 from dse.study.space.nearest import nearest_method, saved_by_tensor, saved_of
-from dse.study.space.rank_grid import level_count, rank_at
-from dse.topology import Matrix, Topology
+from dse.study.space.rank_grid import level_count, method_for, rank_at
+from dse.topology import Decomposable, Topology
 
 __all__ = ["LevelSpace"]
 
@@ -78,7 +79,10 @@ class LevelSpace(SearchSpace):
         levels = self.dense_levels
         if point.is_dense:
             return levels
-        methods = {choice.method for _, choice in point if not choice.is_removal}
+        experts = self.topology.experts_by_name
+        if truncated := [name for name, choice in point if choice.expert_rank]:
+            raise outside_space(point, self, f"it truncates the expert mode of '{truncated[0]}'")
+        methods = {choice.method for name, choice in point if not choice.is_removal and name not in experts}
         method = next(iter(methods), self.config.methods[0])
         if len(methods) > 1 or method not in self.config.methods:
             raise outside_space(point, self, f"it uses {sorted(methods)}; the space takes one of {self.config.methods}")
@@ -125,15 +129,21 @@ class LevelSpace(SearchSpace):
         return total
 
     def _combinations(self, method: str | None) -> int:
-        """Points of one method; for None those that decompose nothing: every group is dense or removed."""
+        """Points of one method; for None those in which no method takes part: groups are dense, removed, or experts."""
         total = 0
         for size in range(len(self._groups_by_kind) + 1):
             for kinds in itertools.combinations(self._groups_by_kind.values(), size):
                 gone = {group.name for groups in kinds for group in groups}
                 others = [group for group in self.groups if group.name not in gone]
-                levels = [1 + (bool(g.blocks) if method is None else len(g.levels(method))) for g in others]
+                levels = [1 + self._level_count(group, method) for group in others]
                 total += (-1) ** size * math.prod(levels)
         return total
+
+    def _level_count(self, group: Group, method: str | None) -> int:
+        """Levels of a group above dense that differ under a method; for None those in which no method takes part."""
+        if method is None and not group.is_experts:
+            return bool(group.blocks)
+        return len(group.levels(method or self.config.methods[0]))
 
     def number_of_configurations(self) -> int:
         """Product of the sizes of all dimensions."""
@@ -177,14 +187,13 @@ class LevelSpace(SearchSpace):
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
         """The first level of every group."""
-        return {
-            method: {
-                matrix.name: max(ranks[index] for ranks in group.ranks[method])
-                for group in self.groups
-                for index, matrix in enumerate(group.matrices)
-            }
-            for method in self.config.methods
-        }
+        found: dict[str, dict[str, int]] = {}
+        for method in self.config.methods:
+            for group in self.groups:
+                for index, matrix in enumerate(group.matrices):
+                    largest = max(ranks[index] for ranks in group.ranks[method])
+                    found.setdefault(method_for(matrix, method), {})[matrix.name] = largest
+        return found
 
     def ladder(self) -> list[dict[str, int]]:
         """Every role group on its own at each of its levels, in all layers; the mildest levels first."""
@@ -269,10 +278,12 @@ class LevelSpace(SearchSpace):
                     f" '{stack.role}' and {', '.join(sorted(own))} are in several"
                 )
 
-    def _group(self, name: str, label: str, matrices: tuple[Matrix, ...]) -> Group:
+    def _group(self, name: str, label: str, matrices: tuple[Decomposable, ...]) -> Group:
         grid = self.config.ranks
         ranks = {}
         for method in self.config.methods:
             levels = [tuple(rank_at(grid, i, m, method) for m in matrices) for i in range(level_count(grid))]
             ranks[method] = tuple(dict.fromkeys(levels))  # levels that snap to the same ranks are one
-        return Group(name, label, matrices, ranks, whole_blocks(self.topology, matrices) if self.config.removal else ())
+        with_experts = any(role in EXPERT_ROLES for role in self.roles)
+        blocks = whole_blocks(self.topology, matrices, with_experts=with_experts) if self.config.removal else ()
+        return Group(name, label, matrices, ranks, blocks)

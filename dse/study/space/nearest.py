@@ -18,7 +18,7 @@ def saved_by_tensor(topology: Topology, point: DesignPoint) -> dict[str, float]:
     for name, choice in point:
         part = topology.part(name)
         share = 1.0 if isinstance(part, RemovableBlock) else 1.0 - factor_parameters(part, choice) / part.parameters
-        saved |= {tensor: share * topology[tensor].parameters for tensor in topology.tensors_of(name)}
+        saved |= {tensor: share * topology.decomposable(tensor).parameters for tensor in topology.tensors_of(name)}
     return saved
 
 

@@ -83,7 +83,7 @@ class SubsetSpace(SearchSpace):
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
         """The layers and roles that it touches, at the rank whose factors are most nearly as large."""
         saved = saved_by_tensor(self.topology, point)
-        touched = [self.topology[name] for name in saved]
+        touched = [self.topology.decomposable(name) for name in saved]
         levels = self.dense_levels | {f"layers.{t.layer}": 1 for t in touched} | {f"roles.{t.role}": 1 for t in touched}
         levels = {name: levels[name] for name in self.dimensions}
         if _METHOD in levels:
