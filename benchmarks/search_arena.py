@@ -76,7 +76,7 @@ class Arena:
         self._banks: dict[str, FactorBank] = {}
         dense = DesignPoint.dense()
         self._dense_log = self.log_perplexity(dense)
-        self.dense_report = self._measured_for_report(dense, None)
+        self.dense_report = self._measured_for_report(dense, None, with_accuracy=True)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -147,31 +147,34 @@ class Arena:
             if record.state == "complete" and record.point["tensors"]
         ]
 
-    def report(self, found: Found) -> dict[str, Any]:
-        """Perplexity ratio and accuracy of a point on what no contestant saw."""
-        measured = self._measured_for_report(DesignPoint.from_json(found.point, self.loaded.topology), found.study)
+    def report(self, found: Found, *, with_accuracy: bool) -> dict[str, Any]:
+        """Perplexity ratio and, if asked for, accuracy of a point on what no contestant saw."""
+        point = DesignPoint.from_json(found.point, self.loaded.topology)
+        measured = self._measured_for_report(point, found.study, with_accuracy=with_accuracy)
         ratio = measured["perplexity"] / self.dense_report["perplexity"]
         return {"report_ratio": round(ratio, 4), **measured}
 
-    def _measured_for_report(self, point: DesignPoint, study: str | None) -> dict[str, Any]:
+    def _measured_for_report(self, point: DesignPoint, study: str | None, *, with_accuracy: bool) -> dict[str, Any]:
         """Kept in a file under the point: what the report costs is paid once."""
         kept = self.folder / "report" / f"{point.id}{'' if study is None else '-' + Path(study).name}.json"
-        if kept.exists():
-            return dict(json.loads(kept.read_text("utf-8")))
+        measured: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        with_accuracy = with_accuracy and self.options.task is not None
+        if "perplexity" in measured and ("accuracy" in measured or not with_accuracy):
+            return measured
         say(f"report on {point.id}")
         if point.is_dense:
-            measured = self._report_now()
+            measured |= self._report_now(with_accuracy)
         else:
             bank = FactorBank.build(self.loaded, [point], self.windows)  # there already, by the same calibration text
             with decompose(self.loaded, point, bank):
-                measured = self._report_now()
+                measured |= self._report_now(with_accuracy)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, measured)
         return measured
 
-    def _report_now(self) -> dict[str, Any]:
+    def _report_now(self, with_accuracy: bool) -> dict[str, Any]:
         measured: dict[str, Any] = {"perplexity": token_perplexity(self.loaded, self._report_windows)}
-        if self.options.task is not None:
+        if with_accuracy:
             measured["accuracy"] = self._questions.evaluate().accuracy
         return measured
 
