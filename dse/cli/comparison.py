@@ -98,5 +98,5 @@ def _cost_row(row: CostComparison) -> list[str]:
         scale.text(row.first),
         scale.text(row.second),
         f"x{row.ratio:.3f}",
-        ends if is_exact or row.low is not None else "not known",
+        "predicted" if row.is_predicted else ends if is_exact or row.low is not None else "not known",
     ]

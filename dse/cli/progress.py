@@ -110,7 +110,7 @@ def describe_trial(record: TrialRecord) -> str:
     for name in ("perplexity", "decode_latency_s", "prefill_latency_s", "energy_per_token_j", "prefill_energy_j"):
         value, ratio = record.quantities.get(name), record.ratios.get(name)
         if ratio is not None and ratio.value is not None and record.point["tensors"]:
-            parts.append(f"{name} x{ratio.value:.3f}")
+            parts.append(f"{name} x{ratio.value:.3f}" + (" (predicted)" if name in record.predicted else ""))
         elif value is not None and value.value is not None:
             parts.append(f"{name} {value.value:.4g}")
     return f"{head} " + ", ".join(parts)

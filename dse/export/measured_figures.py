@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dse.export.markdown import code, table, text
-from dse.pareto.columns import change, interval, number
+from dse.pareto.columns import change, interval, is_predicted, number
 from dse.pareto.objective import OBJECTIVES, Objective
 from dse.pareto.units import change_text, scale_for
 
@@ -44,7 +44,8 @@ def measured_figures(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
 def _objective_cells(objective: Objective, row: pd.Series, dense: pd.Series) -> tuple[str, str, str, str]:
     value, base = number(row, objective.name), number(dense, objective.name)
     scale = scale_for(objective, (value, base))
-    spread = scale.uncertainty(value, interval(row, objective.name))
+    is_measured = not is_predicted(row, objective.name)
+    spread = scale.uncertainty(value, interval(row, objective.name)) if is_measured else "(predicted)"
     of_dense = scale.uncertainty(base, interval(dense, objective.name))
     return (
         objective.label,

@@ -12,7 +12,7 @@ import pandas as pd
 from dse.errors import ConfigError, did_you_mean
 from dse.pareto.objective import Objective
 
-__all__ = ["change", "dense_row", "interval", "is_true", "number", "numbers", "require_columns"]
+__all__ = ["change", "dense_row", "interval", "is_predicted", "is_true", "number", "numbers", "require_columns"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -42,6 +42,11 @@ def numbers(trials: pd.DataFrame, name: str) -> FloatArray:
 def is_true(trials: pd.DataFrame, name: str) -> npt.NDArray[np.bool_]:
     """Boolean column, shape (n,), a missing value counting as false."""
     return np.array([not pd.isna(value) and value == 1 for value in trials[name]], dtype=bool)
+
+
+def is_predicted(row: pd.Series, name: str) -> bool:
+    """Whether a cell was not measured but predicted; blank, and read from a file text, where no trial's was."""
+    return row.get(f"{name}_is_predicted") in (True, "True")
 
 
 def number(row: pd.Series, name: str) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dse.pareto.columns import FloatArray, dense_row, numbers, require_columns
+from dse.pareto.columns import FloatArray, dense_row, is_predicted, numbers, require_columns
 from dse.pareto.dominance import non_dominated
 from dse.pareto.front import mark_front, objective_values
 from dse.pareto.knee import knee_index
@@ -34,10 +34,11 @@ class Palette:
 
 @dataclass(frozen=True)
 class Axis:
-    """An objective and the unit it is shown in."""
+    """An objective and the unit it is shown in; `is_predicted` where some of its values were not measured."""
 
     objective: Objective
     scale: Scale
+    is_predicted: bool = False
 
     @property
     def title(self) -> str:
@@ -47,8 +48,10 @@ class Axis:
 
     @property
     def short_title(self) -> str:
-        """Label with unit."""
-        return f"{self.objective.label} ({self.scale.symbol})" if self.scale.symbol else self.objective.label
+        """Label with unit, and "predicted" where some of the values were not measured."""
+        words = [self.scale.symbol, "predicted" if self.is_predicted else ""]
+        note = ", ".join(word for word in words if word)
+        return f"{self.objective.label} ({note})" if note else self.objective.label
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +218,8 @@ def _near(spot: FloatArray, others: Sequence[FloatArray] | FloatArray, clearance
 
 
 def _axis(shown: pd.DataFrame, entry: Objective) -> Axis:
-    return Axis(entry, scale_for(entry, numbers(shown, entry.name)))
+    some_predicted = any(is_predicted(row, entry.name) for _, row in shown.iterrows())
+    return Axis(entry, scale_for(entry, numbers(shown, entry.name)), some_predicted)
 
 
 def _knee(marked: pd.DataFrame, objectives: Sequence[Objective], is_dense: np.ndarray) -> np.ndarray:

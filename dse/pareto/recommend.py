@@ -11,7 +11,7 @@ import pandas as pd
 
 from dse.errors import ConfigError, StudyError
 from dse.evaluation.power import documents_to_settle
-from dse.pareto.columns import change, dense_row, interval, is_true, number, require_columns
+from dse.pareto.columns import change, dense_row, interval, is_predicted, is_true, number, require_columns
 from dse.pareto.front import front_table, objective_values
 from dse.pareto.knee import knee_index
 from dse.pareto.objective import OBJECTIVES, Objective, directions_of
@@ -233,7 +233,8 @@ def _cost_ratios(row: pd.Series, dense: pd.Series, costs: Sequence[Objective]) -
         ratio = change(row, dense, objective)
         if ratio is None or ratio[0] <= 0:
             return None
-        ratios.append((objective.label.lower(), ratio[0]))
+        mark = "predicted " if is_predicted(row, objective.name) else ""
+        ratios.append((mark + objective.label.lower(), ratio[0]))
     return tuple(ratios)
 
 

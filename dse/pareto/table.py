@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dse.pareto.columns import change, interval, number, numbers, require_columns
+from dse.pareto.columns import change, interval, is_predicted, number, numbers, require_columns
 from dse.pareto.front import front_table
 from dse.pareto.objective import Objective
 from dse.pareto.ties import tied_table
@@ -130,9 +130,9 @@ def front_cell(row: pd.Series, dense: pd.Series | None, objective: Objective, sc
     else:
         against = change(row, dense, objective)
         changed, with_interval = change_text(objective, against), change_text(objective, against, with_interval=True)
-    # A table of studies with and without predictions has blanks in this column.
-    is_predicted = row.get(f"{objective.name}_is_predicted") in (True, "True")
-    uncertainty = "predicted" if is_predicted else scale.uncertainty(value, interval(row, objective.name))
+    uncertainty = (
+        "predicted" if is_predicted(row, objective.name) else scale.uncertainty(value, interval(row, objective.name))
+    )
     return FrontCell(scale.text(value), uncertainty, changed, with_interval, value)
 
 

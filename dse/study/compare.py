@@ -26,6 +26,7 @@ class CostComparison:
         ratio: Second over first.
         low: Lower end of its 95 % interval; None for exact figures and where none is known.
         high: Upper end.
+        is_predicted: Whether one of the two was not measured but predicted.
     """
 
     name: str
@@ -35,6 +36,7 @@ class CostComparison:
     ratio: float
     low: float | None = None
     high: float | None = None
+    is_predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def _cost_of(name: str, first: TrialRecord, second: TrialRecord) -> CostComparis
     low = high = None
     if ratios[0] is not None and ratios[1] is not None:
         low, high = _ends_of_ratio(ratios[0], ratios[1])
-    return CostComparison(name, OBJECTIVES[name].unit, before, after, after / before, low, high)
+    is_predicted = name in (*first.predicted, *second.predicted)
+    return CostComparison(name, OBJECTIVES[name].unit, before, after, after / before, low, high, is_predicted)
 
 
 def _value(name: str, record: TrialRecord) -> float | None:

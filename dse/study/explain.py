@@ -122,7 +122,9 @@ def _results(study: Study, record: TrialRecord) -> str:
             continue
         before = None if dense is None else dense.quantities.get(objective.name)
         base = None if dense is None else dense.cost.get(objective.name) if before is None else before.value
-        words.append(f"{objective.name} {value:.5g}" + (f" (dense {base:.5g})" if base is not None else ""))
+        notes = ["predicted"] if objective.name in record.predicted else []
+        notes += [f"dense {base:.5g}"] if base is not None else []
+        words.append(f"{objective.name} {value:.5g}" + (f" ({', '.join(notes)})" if notes else ""))
     return ", ".join(words)
 
 

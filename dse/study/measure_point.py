@@ -58,7 +58,8 @@ class PointMeasurer:
         """
         is_predicted = self.plan.predicts_latency and reference is not None
         if self.needs.latency and is_predicted and reference is not None:
-            _predict_latency(run, self.plan, reference)
+            with device_lock(self.loaded.device):  # products that are not timed yet are timed now
+                _predict_latency(run, self.plan, reference)
         takes_latency = self.needs.latency and not is_predicted
         takes_energy = self.needs.energy and self.plan.meter is not None
         if not (takes_latency or takes_energy or self.needs.memory):
@@ -135,8 +136,8 @@ def _predict_latency(run: PointRun, plan: MeasurementPlan, reference: Reference)
         dense = reference.record.quantities.get(name)
         if dense is None or dense.value is None:
             continue
-        saved = plan.profile.seconds(DesignPoint.dense(), phase) - plan.profile.seconds(point, phase)
-        run.record = _with_quantity(run.record, name, Interval(dense.value - saved), reference)
+        latency = plan.profile.predicted_seconds(point, phase, dense.value)
+        run.record = _with_quantity(run.record, name, Interval(latency), reference)
         run.record = dataclasses.replace(run.record, predicted=(*run.record.predicted, name))
 
 

@@ -93,7 +93,7 @@ def prepare_study(
             check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
         if plan.cells[0].mode == "fast":
             plan.runtime = fast_runtime(loaded.model, plan.cells[0].batch_size)
-            plan.use_profile(loaded, space, config)
+    plan.use_profile(loaded, space, config)  # what is left of a point matters whatever is measured of it
     evaluator = _evaluator(config, loaded) if config.tasks else None
     if evaluator is not None:
         check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)

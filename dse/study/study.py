@@ -125,6 +125,8 @@ class Study:
                 table[entry.name] = float("nan")
         if not rows:
             return table.assign(on_front=False, tied_with=None, reduction=float("nan"), decomposed_tensors=0)
+        for name in [column for column in table.columns if str(column).endswith("_is_predicted")]:
+            table[name] = table[name].eq(True)
         table["duplicate_of"] = table["duplicate_of"].astype("Int64")
         marked = mark_front(table, self.objectives)
         return mark_ties(marked, self.objectives, PairedOutcomes(self.folder).differs)

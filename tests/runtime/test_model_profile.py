@@ -99,6 +99,19 @@ def test_only_what_is_faster_is_kept(profile):
     assert profile.only_faster(point, [PREFILL]) is point
 
 
+def test_a_prediction_is_dense_less_what_the_products_save(profile):
+    dense, point = DesignPoint.dense(), DesignPoint.of({"layers.0.down": TensorChoice("svd", 4)})
+    saved = profile.seconds(dense, DECODE) - profile.seconds(point, DECODE)
+    assert saved == 2 * (48 * 32 - 4 * (48 + 32)) - START_S
+    whole = 2 * profile.seconds(dense, DECODE)
+    assert profile.predicted_seconds(point, DECODE, whole) == whole - saved
+    # A pass that took half of what its products take alone: they are taken to be twice as fast in it.
+    half = profile.seconds(dense, DECODE) / 2
+    assert profile.predicted_seconds(point, DECODE, half) == pytest.approx(half - saved / 2)
+    assert profile.predicted_seconds(dense, DECODE, 1e-9) == 1e-9
+    assert 0 < profile.predicted_seconds(point, DECODE, 1e-9) < 1e-9
+
+
 def test_missing_are_those_without_a_timing_each_once(loaded, tmp_path):
     timings = ProductTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path)
     profile = model_profile(loaded, timings)
