@@ -15,12 +15,14 @@ from dse.config import load_search_space
 from dse.cost import break_even_rank
 from dse.design_point import TensorChoice
 from dse.errors import ConfigError
+from dse.files import write_text
 from dse.measurement import device_lock
 from dse.models import LoadedModel, load_model
+from dse.pareto import RankCurve, RankPanel, rank_curves_html
 from dse.runtime import ModelProfile, Phase, model_profile, timings_for
 from dse.study import SearchSpace, StudyListener, resolve_device
 
-__all__ = ["print_profile", "profile_device"]
+__all__ = ["print_profile", "profile_device", "write_plot"]
 
 Entry = tuple[str, TensorChoice, Phase, int]
 
@@ -117,6 +119,42 @@ def _row(profile: ModelProfile, name: str, choice: TensorChoice, phase: Phase, b
         "ratio": point_s / dense_s if dense_s else None,
         "is_faster": profile.is_faster(name, choice, phase),
     }
+
+
+def write_plot(document: Mapping[str, Any], path: str) -> None:
+    """Draw the document as a page.
+
+    Raises:
+        StorageFullError: The file cannot be written.
+    """
+    conditions = document["conditions"]
+    where = (
+        f"{conditions['device']}, {conditions['dtype']}, {conditions['threads']} threads, {conditions['torch_version']}"
+    )
+    page = rank_curves_html(_panels(document), title=f"Device profile of {document['model']}", notes=(where,))
+    write_text(Path(path), page)
+
+
+def _panels(document: Mapping[str, Any]) -> list[RankPanel]:
+    """A plot for each role and shape, a curve for each method, phase and batch size."""
+    panels: dict[tuple[str, int, int], dict[str, list[dict[str, Any]]]] = {}
+    several = len({row["method"] for row in document["matrices"]}) > 1
+    for row in document["matrices"]:
+        label = f"{row['phase']}, batch {row['batch_size']}" + (f", {row['method']}" if several else "")
+        curves = panels.setdefault((row["role"], row["out_features"], row["in_features"]), {})
+        curves.setdefault(label, []).append(row)
+    return [
+        RankPanel(
+            f"{role}, {rows} x {columns}", break_even_rank(rows, columns), tuple(map(_curve, curves, curves.values()))
+        )
+        for (role, rows, columns), curves in panels.items()
+    ]
+
+
+def _curve(label: str, rows: list[dict[str, Any]]) -> RankCurve:
+    timed = sorted((row for row in rows if row["ratio"] is not None), key=lambda row: int(row["rank"]))
+    dense = f"{1e6 * rows[0]['dense_s']:.0f} us"
+    return RankCurve(label, tuple(row["rank"] for row in timed), tuple(row["ratio"] for row in timed), dense)
 
 
 def print_profile(document: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from dse.pareto.objective import (
 from dse.pareto.plots import plot_front
 from dse.pareto.png import front_png, heat_map_png
 from dse.pareto.point_map import MapCell, PointMap
+from dse.pareto.rank_curves import RankCurve, RankPanel, rank_curves_html
 from dse.pareto.recommend import Recommendation, recommend
 from dse.pareto.report import front_html
 from dse.pareto.table import format_front, format_tied, front_text, tied_text, to_records
@@ -30,6 +31,8 @@ __all__ = [
     "MapCell",
     "Objective",
     "PointMap",
+    "RankCurve",
+    "RankPanel",
     "Recommendation",
     "directions_of",
     "dominates",
@@ -54,6 +57,7 @@ __all__ = [
     "objective_values",
     "objectives_named",
     "plot_front",
+    "rank_curves_html",
     "recommend",
     "reference_point",
     "reference_value",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,28 @@ def test_matrices_are_timed_once_and_known_the_next_time(tiny_folder: Path, caps
     assert code == 0
     assert "96 x 32" in out
     assert "0 products timed now" in out
+
+
+def test_the_profile_is_drawn(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, page = ["--model", str(tiny_folder / "model")], tmp_path / "profile.html"
+    code, out, err = run(capsys, *model, "--ranks", "2,5,9", "--prompt", "8", "--plot", str(page), "--json")
+    assert code == 0, err
+    assert f"drawn in {page}" in err
+    rows, drawn = json.loads(out)["matrices"], page.read_text()
+    pictures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", drawn, re.DOTALL)]
+    assert len(pictures) == len({row["role"] for row in rows}) == 9
+    titles = [title.text or "" for picture in pictures for title in picture.iter("title")]
+    for row in rows:
+        assert titles.count(f"{row['phase']}, batch 1, rank {row['rank']}: x{row['ratio']:.2f}") >= 1
+    assert sum(title.startswith("break-even rank 16:") for title in titles) == 2  # query and output, 32 x 32
+    assert "<script" not in drawn
+    for picture in pictures:
+        dots = [(float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in picture.iter("circle")]
+        assert len(dots) == 3 * 2
+        assert all(46 <= x <= 388 and 12 <= y <= 196 for x, y in dots), "inside the frame"
+    with pytest.raises(SystemExit):
+        main(["profile-device", *model, "--ranks", "2", "--plot", "profile.pdf"])
+    assert "a file that ends in .html is needed" in capsys.readouterr().err
 
 
 def test_ranks_of_a_space_and_a_rank_above_all_break_evens(
