@@ -14,12 +14,13 @@ from rich.table import Table
 from dse.config import load_search_space
 from dse.cost import break_even_rank
 from dse.design_point import TensorChoice
-from dse.errors import ConfigError
+from dse.errors import ConfigError, ProfileError
 from dse.files import write_text
 from dse.measurement import device_lock
 from dse.models import LoadedModel, load_model
 from dse.pareto import RankCurve, RankPanel, rank_curves_html
-from dse.runtime import ModelProfile, Phase, model_profile, timings_for
+from dse.runtime import ModelProfile, Phase, ProductShape, model_profile, option_shapes, timings_for
+from dse.sensitivity import SensitivityProfile
 from dse.study import SearchSpace, StudyListener, resolve_device
 
 __all__ = ["print_profile", "profile_device", "write_plot"]
@@ -54,6 +55,8 @@ def profile_device(options: argparse.Namespace, listener: StudyListener) -> dict
         for one in (None, choice)
         for shape in profile.shapes_of(name, one, phase)
     ]
+    if options.profile is not None:
+        shapes += _shapes_of_profile(profile, loaded, options)
     missing = profile.missing(shapes)
     with device_lock(device):
         for done, shape in enumerate(missing):
@@ -69,11 +72,23 @@ def profile_device(options: argparse.Namespace, listener: StudyListener) -> dict
     }
 
 
+def _shapes_of_profile(profile: ModelProfile, loaded: LoadedModel, options: argparse.Namespace) -> list[ProductShape]:
+    """What `dse allocate --latency-reduction` adds up over a sensitivity profile's options."""
+    table = SensitivityProfile.read(Path(options.profile)).table
+    phases = {phase for name in _phases(loaded) for phase in (Phase.of(name, b, options.prompt) for b in options.batch)}
+    ordered = sorted(phases, key=lambda phase: (phase.name, phase.rows))
+    return [shape for phase in ordered for shape in option_shapes(table, profile, phase)]
+
+
+def _phases(loaded: LoadedModel) -> tuple[str, ...]:
+    return ("decode", "prefill") if loaded.topology.is_decoder else ("prefill",)
+
+
 def _entries(loaded: LoadedModel, options: argparse.Namespace) -> Iterator[Entry]:
     """Each matrix of one role and shape once, at each rank, in each phase and batch."""
     topology = loaded.topology
     seen = set()
-    names = ("decode", "prefill") if topology.is_decoder else ("prefill",)
+    names = _phases(loaded)
     for name, choice in _choices(loaded, options):
         matrix = topology.matrix(name)
         key = (matrix.role, matrix.shape, choice)
@@ -87,6 +102,16 @@ def _entries(loaded: LoadedModel, options: argparse.Namespace) -> Iterator[Entry
 
 def _choices(loaded: LoadedModel, options: argparse.Namespace) -> Iterable[tuple[str, TensorChoice]]:
     topology = loaded.topology
+    if options.profile is not None:
+        profile = SensitivityProfile.read(Path(options.profile))
+        if profile.origin.model != loaded.fingerprint:
+            raise ProfileError(
+                f"a sensitivity profile must be of the model at hand ({loaded.fingerprint}), but {options.profile} is"
+                f" of {profile.origin.model}; name its model"
+            )
+        choices = (pair for unit in profile.table.units for option in unit.options for pair in option.choices)
+        yield from (pair for pair in choices if not pair[1].is_removal)
+        return
     if options.space is None:
         for matrix in topology.matrices:
             for rank in sorted(options.ranks):

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dse.allocation import Constraints, budget_ladder
+from dse.allocation import Allocation, Constraints, DamageTable, allocate
+from dse.cli.allocation_latency import latency_figures, timed_table
 from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, load_search_space
 from dse.decomposition import (
     BUILTIN_TEXTS,
@@ -44,29 +45,23 @@ def profile_command(options: argparse.Namespace, listener: StudyListener) -> Sen
     Raises:
         UserError: Model, space, method or text cannot be had.
     """
-    subject = _Subject(options, listener)
-    return measure_profile(
-        subject.loaded,
-        subject.windows,
-        subject.calibration,
-        subject.settings,
-        text=subject.text,
-        progress=listener.on_phase,
-    )
+    return _Subject(options, listener).profile(listener)
 
 
 def allocate_command(options: argparse.Namespace, listener: StudyListener) -> list[dict[str, Any]]:
     """One point for each reduction asked for.
 
     Raises:
-        UserError: As `profile_command`; a profile is of another model or text, or a budget cannot be reached.
+        UserError: As `profile_command`; a profile is of another model or text, products are not timed on this device,
+            or a budget cannot be reached.
     """
-    if options.profile is None:
-        profile = profile_command(options, listener)
-    else:
+    if options.profile is not None:
         path = Path(options.profile)
         SensitivityProfile.read(path)  # a damaged file is told before the model is loaded
-        subject = _Subject(options, listener)
+    subject = _Subject(options, listener)
+    if options.profile is None:
+        profile = subject.profile(listener)
+    else:
         origin = profile_origin(subject.loaded, subject.windows, subject.calibration, subject.settings)
         profile = SensitivityProfile.read(path, origin)
     methods = _refit_names(profile) if options.refit else {}
@@ -75,14 +70,17 @@ def allocate_command(options: argparse.Namespace, listener: StudyListener) -> li
         dense_roles=frozenset(options.dense_roles),
         most_removed_blocks=options.max_removed,
     )
+    table, wanted_as = profile.table, "reduction"
+    if options.latency_reduction is not None:
+        table, wanted_as = timed_table(table, subject.loaded, options), "latency_reduction"
     documents = []
-    for wanted, found in zip(
-        options.reduction, budget_ladder(profile.table, options.reduction, constraints=constraints), strict=True
-    ):
+    for wanted in getattr(options, wanted_as):
+        found = _allocated(table, wanted_as, wanted, constraints)
         point = _renamed(found.point, methods)
         document = {
-            "wanted_reduction": wanted,
+            f"wanted_{wanted_as}": wanted,
             "reduction": found.reduction,
+            **latency_figures(table, found, options),
             "parameters": found.parameters,
             "predicted_damage": found.damage,
             "removed_blocks": len(point.removed),
@@ -90,11 +88,17 @@ def allocate_command(options: argparse.Namespace, listener: StudyListener) -> li
             "point": point.to_json(),
         }
         if options.out is not None:
-            path = Path(options.out) / f"reduction-{wanted:g}.json"
+            path = Path(options.out) / f"{wanted_as.replace('_', '-')}-{wanted:g}.json"
             write_json(path, point.to_json())
             document["file"] = str(path)
         documents.append(document)
     return documents
+
+
+def _allocated(table: DamageTable, wanted_as: str, wanted: float, constraints: Constraints) -> Allocation:
+    if wanted_as == "reduction":
+        return allocate(table, reduction=wanted, constraints=constraints)
+    return allocate(table, latency_s=(table.latency_dense_s or 0.0) * (1.0 - wanted), constraints=constraints)
 
 
 def _refit_names(profile: SensitivityProfile) -> dict[str, str]:
@@ -147,6 +151,12 @@ class _Subject:
             listener.on_message(f"calibration text: {self.calibration.description}")
         self.windows, self.text = _text(options, config, self.loaded)
         listener.on_message(f"damage is measured on {self.windows.numel()} tokens of {self.text}")
+
+    def profile(self, listener: StudyListener) -> SensitivityProfile:
+        """Measured now, or found in the cache."""
+        return measure_profile(
+            self.loaded, self.windows, self.calibration, self.settings, text=self.text, progress=listener.on_phase
+        )
 
 
 def _settings(options: argparse.Namespace, space: SearchSpaceConfig | None, loaded: LoadedModel) -> ProfileSettings:
@@ -206,11 +216,18 @@ def print_profile(profile: SensitivityProfile, written: Sequence[Path]) -> None:
 
 def print_allocations(documents: Sequence[dict[str, Any]]) -> None:
     """One line a point."""
-    print("reduction  parameters  predicted KL (nats/token)  removed blocks  point")
+    latency = next((f"predicted {entry['phase']} latency  " for entry in documents if "phase" in entry), "")
+    print(f"reduction  parameters  {latency}predicted KL (nats/token)  removed blocks  point")
     for entry in documents:
+        seconds = ""
+        if latency:
+            words = f"{1e3 * entry['latency_s']:.4g} ms, -{100 * entry['latency_reduction']:.2f} %"
+            seconds = f"{words:>{len(latency) - 2}}  "
         print(
-            f"{100 * entry['reduction']:8.2f} %  {entry['parameters'] / 1e6:8.1f} M  {entry['predicted_damage']:25.4f}"
-            f"  {entry['removed_blocks']:14d}  {entry.get('file', entry['point_id'])}"
+            f"{100 * entry['reduction']:8.2f} %  {entry['parameters'] / 1e6:8.1f} M  {seconds}"
+            f"{entry['predicted_damage']:25.4f}  {entry['removed_blocks']:14d}  {entry.get('file', entry['point_id'])}"
         )
+    if notes := {entry["latency_of"] for entry in documents if "latency_of" in entry}:
+        print(f"latencies are predicted from {notes.pop()}")
     if not any("file" in entry for entry in documents):
         print("`--out DIR` writes them as files, `--json` prints them")

@@ -3,6 +3,7 @@
 from dse.runtime.forms import FormChoice, Forms, build_forms
 from dse.runtime.model_profile import ModelProfile, Phase, model_profile
 from dse.runtime.sides import FastRuntime, Sides, fast_runtime, form_choice, optimise_for_inference, timings_for
+from dse.runtime.table_latency import option_shapes, with_latencies
 from dse.runtime.timings import ProductShape, ProductTimings
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "form_choice",
     "model_profile",
     "optimise_for_inference",
+    "option_shapes",
     "timings_for",
+    "with_latencies",
 ]

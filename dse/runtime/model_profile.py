@@ -90,10 +90,19 @@ class ModelProfile:
         """The group of a part that a point may name; None for blocks, and for tensors that no pass reaches once."""
         return next((self._group_of.get(tensor) for tensor in self.topology.tensors_of(name)), None)
 
+    def groups_of(self, tensors: Iterable[str]) -> list[SharedInput] | None:
+        """The groups of these tensors, each once; None where one belongs to none."""
+        found = [self._group_of.get(name) for name in tensors]
+        return None if None in found else [group for group in dict.fromkeys(found) if group is not None]
+
+    def shapes_of_groups(self, groups: Iterable[SharedInput], point: DesignPoint, phase: Phase) -> list[ProductShape]:
+        """The products of these groups in one pass of a point."""
+        parts = _parts_by_tensor(self.topology, point)
+        return [shape for group in groups for shape in self._group_shapes(group, parts, phase)]
+
     def shapes(self, point: DesignPoint, phase: Phase) -> list[ProductShape]:
         """Every product of one pass, in its fast form."""
-        parts = _parts_by_tensor(self.topology, point)
-        return [shape for group in self._groups for shape in self._group_shapes(group, parts, phase)]
+        return self.shapes_of_groups(self._groups, point, phase)
 
     def seconds(self, point: DesignPoint, phase: Phase) -> float:
         """Seconds of all products of one pass: what a device needs beside them is not in it."""

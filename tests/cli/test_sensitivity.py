@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,56 @@ def test_a_profile_is_printed_drawn_and_allocated_from(
     printed = capsys.readouterr().out
     assert "predicted KL" in printed
     assert "`--out DIR`" in printed
+
+
+def test_points_are_allocated_under_a_latency(
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The refusal names the commands that mend it; they are run as they stand."""
+    monkeypatch.chdir(tmp_path)
+    more = ("--latency-reduction", "0.02,0.05", "--batch", "2", "--prompt", "8")
+    command = arguments("allocate", tiny_folder, text_file, *more)
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a latency budget needs the" in error
+    remedy = error[error.index("`") + 1 : error.rindex("`")]
+    for part in remedy.split(" && "):
+        assert main(shlex.split(part)[1:]) == 0, part
+    capsys.readouterr()
+    # Timings decide which reductions are there, so that ask for one that surely is: none at all.
+    none = arguments("allocate", tiny_folder, text_file, "--latency-reduction", "0", *more[2:], "--out", "points")
+    assert main([*none, "--json"]) == 0
+    (document,) = json.loads(capsys.readouterr().out)
+    topology = dse.load_topology(str(tiny_folder / "model"))
+    assert DesignPoint.read(document["file"], topology).to_json() == document["point"]
+    assert document["file"].endswith("latency-reduction-0.json")
+    assert document["latency_s"] <= document["latency_dense_s"]
+    assert document["latency_is_predicted"] is True
+    assert document["latency_dense_is_predicted"] is True
+    assert document["latency_reduction"] == pytest.approx(1 - document["latency_s"] / document["latency_dense_s"])
+    profile = ("--profile", "sensitivity/profile.json")
+    assert main([*none, *profile, "--dense-latency", "10", "--json"]) == 0
+    (measured,) = json.loads(capsys.readouterr().out)
+    assert measured["latency_dense_s"] == 10
+    assert measured["latency_dense_is_predicted"] is False
+    assert main(none) == 0
+    printed = capsys.readouterr().out
+    assert "predicted decode latency" in printed
+    assert "latencies are predicted from" in printed
+    # What was timed for decoding at this batch says nothing about another one.
+    assert main(arguments("allocate", tiny_folder, text_file, "--latency-reduction", "0", "--batch", "3")) == 2
+    assert "--batch 3 --prompt 128" in capsys.readouterr().err
+    impossible = arguments("allocate", tiny_folder, text_file, "--latency-reduction", "0.999", *more[2:])
+    assert main(impossible) == 2
+    assert "latency" in capsys.readouterr().err.strip().splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main([*none, "--reduction", "0.1"])
+    with pytest.raises(SystemExit):
+        main([*none, "--dense-latency", "0"])
 
 
 def test_what_the_user_can_mend_is_one_line(

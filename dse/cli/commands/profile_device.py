@@ -22,6 +22,9 @@ def add(commands: Any) -> None:
     add_model(parser)
     ranks = parser.add_mutually_exclusive_group(required=True)
     ranks.add_argument("--space", metavar="SPACE.yaml", help="search-space file whose ranks are timed")
+    ranks.add_argument(
+        "--profile", metavar="FILE", help="a profile.json of `dse sensitivity`: what `dse allocate` needs for latencies"
+    )
     ranks.add_argument("--ranks", type=_sizes, metavar="R,...", help="ranks, for every matrix up to its break-even")
     parser.add_argument("--batch", type=_sizes, default=(1,), metavar="N,...", help="batch sizes (1)")
     parser.add_argument("--prompt", type=positive, default=128, metavar="N", help="prompt tokens of prefill (128)")

@@ -40,8 +40,22 @@ def add_allocate(commands: Any) -> None:
         "  dse evaluate --model demo:smollm2-135m-instruct --point points/reduction-0.09.json --task dse_facts",
     )
     _add_profile_options(parser)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--reduction", type=_reductions, metavar="R,...", help="share of the parameters to remove")
+    budget.add_argument(
+        "--latency-reduction",
+        type=_reductions,
+        metavar="R,...",
+        help="share of the latency to remove, as `dse profile-device --profile` lets predict it",
+    )
+    parser.add_argument("--phase", choices=("decode", "prefill"), default="decode", help="whose latency (decode)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="of that latency: batch size (1)")
+    parser.add_argument("--prompt", type=positive, default=128, metavar="N", help="its prompt tokens (128)")
     parser.add_argument(
-        "--reduction", type=_reductions, required=True, metavar="R,...", help="share of the parameters to remove"
+        "--dense-latency",
+        type=_seconds,
+        metavar="S",
+        help="measured latency of the dense model in seconds; without it its products stand for the whole",
     )
     parser.add_argument("--profile", metavar="FILE", help="a profile.json of `dse sensitivity`, instead of measuring")
     parser.add_argument(
@@ -114,6 +128,16 @@ def _reductions(text: str) -> tuple[float, ...]:
     if not all(0 <= value < 1 for value in values) or len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"`0 <= reduction < 1` must hold, each listed once, but got '{text}'")
     return values
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds above 0 are needed, but got '{text}'")
+    return value
 
 
 def _layers(text: str) -> tuple[int, ...]:
