@@ -1,0 +1,199 @@
+"""What the fidelity ladder would have stopped in a study that ran without it, and what its front would be worth.
+
+    python benchmarks/fidelity_replay.py runs/my_study [--gains 0.001 0.002 0.005] [--fresh 1000]
+
+One and the same sequence of trials is judged at each `least_gain`, from the outcomes that the study kept, so that the
+difference is the ladder's and nothing else's; the proxy of each trial is measured now. Evaluation is counted in
+documents (the proxy as the documents whose tokens it has). The study without a ladder picks its front from more
+trials, hence from more luck: with `--fresh` the points of all fronts are measured on documents that the study never
+saw, and the fronts are compared by that too. A table for people; one JSON document as the last line for machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import dse
+from dse.config import FidelityConfig, StudyConfig, load_study
+from dse.decomposition import calibration_windows, held_out_windows, longest_window
+from dse.evaluation import EvaluationResult, evaluator_for
+from dse.evaluation.divergence import DenseDivergence
+from dse.pareto import Objective, directions_of, non_dominated, normalised_hypervolume, reference_point
+from dse.study.fidelity import Established, Judge
+from dse.study.fidelity.established import restricted
+from dse.study.folder import StudyFolder
+from dse.study.record import Interval, TrialRecord
+
+
+def with_proxies(
+    records: Sequence[TrialRecord], config: StudyConfig, loaded: Any, bank: dse.FactorBank, tokens: int
+) -> list[TrialRecord]:
+    """The records with the KL divergence on so many held-out tokens."""
+    windows = held_out_windows(
+        loaded.tokenizer, config.calibration, tokens, longest_window=longest_window(loaded.model)
+    )
+    meter = DenseDivergence(loaded.model, windows)
+    found = []
+    for number, record in enumerate(records, 1):
+        point = dse.DesignPoint.from_json(record.point, loaded.topology)
+        with dse.decompose(loaded, point, bank):
+            interval = meter.of_dense().interval if point.is_dense else meter.measure().interval
+        proxy = Interval(interval.estimate, interval.low, interval.high)
+        found.append(dataclasses.replace(record, quantities={**record.quantities, "kl_divergence": proxy}))
+        print(f"proxy: trial {number} of {len(records)}", file=sys.stderr, flush=True)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """One sequence of trials, judged again.
+
+    Attributes:
+        objectives: Of the study.
+        records: Its complete trials with their proxies, dense first.
+        evaluations: Of each, on all documents.
+        masks: Share to task to which documents belong to it.
+        proxy_documents: What the proxy costs.
+    """
+
+    objectives: Sequence[Objective]
+    records: Sequence[TrialRecord]
+    evaluations: Sequence[EvaluationResult]
+    masks: Mapping[float, Mapping[str, NDArray[np.bool_]]]
+    proxy_documents: float
+
+    def run(self, least_gain: float | None) -> tuple[float, list[TrialRecord]]:
+        """Documents evaluated, and the trials at the top; None judges nobody."""
+        spent, top = 0.0, []
+        everything = float(sum(task.documents for task in self.evaluations[0].tasks))
+        for record, evaluation in zip(self.records, self.evaluations, strict=True):
+            share = 1.0 if least_gain is None or not top else self._climbed(record, evaluation, top, least_gain)
+            spent += share * everything + (0.0 if least_gain is None else self.proxy_documents)
+            if share == 1.0:
+                top.append(Established(record, evaluation))
+        return spent, [entry.record for entry in top]
+
+    def _climbed(
+        self, record: TrialRecord, evaluation: EvaluationResult, top: Sequence[Established], least_gain: float
+    ) -> float:
+        """Share of the documents that the trial sees."""
+        judge = Judge(self.objectives, top[0], top, least_gain)
+        unseen = {name: value for name, value in record.quantities.items() if name == "kl_divergence"}
+        before = dataclasses.replace(record, quantities=unseen)
+        if judge.verdict(1, before) is not None:
+            return 0.0
+        for rung, (share, masks) in enumerate(self.masks.items(), 2):
+            if judge.verdict(rung, before, restricted(evaluation, masks), masks) is not None:
+                return share
+        return 1.0
+
+    def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Trials that no other dominates, by what the study measured."""
+        table = np.asarray([self.values(record) for record in records])
+        kept = non_dominated(table, directions_of(self.objectives))
+        return [record for record, is_kept in zip(records, kept, strict=True) if is_kept]
+
+    def values(self, record: TrialRecord, accuracies: Mapping[str, float] | None = None) -> list[float]:
+        """The objectives of a record; accuracy from elsewhere, by point, where given."""
+        found = []
+        for objective in self.objectives:
+            measured = record.quantities.get(objective.name)
+            value = record.cost[objective.name] if measured is None else measured.value
+            if accuracies is not None and objective.name == "accuracy":
+                value = accuracies[record.point_id]
+            found.append(float(value or 0.0))
+        return found
+
+    def hypervolume(self, front: Sequence[TrialRecord], accuracies: Mapping[str, float] | None = None) -> float:
+        """Against the reference that the dense model gives."""
+        dense = dict(zip([o.name for o in self.objectives], self.values(self.records[0], accuracies), strict=True))
+        reference = reference_point(self.objectives, dense)
+        corner, ideal = [reference[o.name] for o in self.objectives], [o.ideal for o in self.objectives]
+        return normalised_hypervolume([self.values(record, accuracies) for record in front], corner, ideal)
+
+
+def on_fresh_documents(
+    config: StudyConfig, loaded: Any, bank: dse.FactorBank, records: Sequence[TrialRecord], documents: int
+) -> dict[str, float]:
+    """Accuracy of these points on documents that the study never saw."""
+    evaluator = evaluator_for(loaded, config.tasks, config.evaluation, fresh=documents)
+    found = {}
+    for number, record in enumerate(records, 1):
+        with dse.decompose(loaded, dse.DesignPoint.from_json(record.point, loaded.topology), bank):
+            found[record.point_id] = evaluator.evaluate().accuracy
+        print(f"fresh documents: point {number} of {len(records)}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="folder of a study that ran without a ladder")
+    parser.add_argument("--gains", type=float, nargs="+", default=[0.001, 0.002, 0.005, 0.01])
+    parser.add_argument("--fresh", type=int, default=0, help="documents that all fronts are measured on")
+    options = parser.parse_args()
+    config = load_study(options.study / "study.yaml")
+    study = dse.open_study(options.study)
+    records = [record for record in study.records if record.state == "complete" and record.feasible]
+    folder = StudyFolder(options.study)
+    loaded = dse.load_model(config.model.ref, dtype=config.model.dtype)
+    windows = calibration_windows(loaded.tokenizer, config.calibration, longest_window=longest_window(loaded.model))
+    points = [dse.DesignPoint.from_json(record.point, loaded.topology) for record in records]
+    bank = dse.FactorBank.build(loaded, points, windows)
+    evaluator = evaluator_for(loaded, config.tasks, config.evaluation)
+    ladder = FidelityConfig()
+    evaluations = [folder.read_evaluation(record.trial) for record in records]
+    tokens_a_document = 30.0
+    replay = Replay(
+        study.objectives,
+        with_proxies(records, config, loaded, bank, ladder.proxy_tokens),
+        evaluations,
+        {share: evaluator.within_share(share) for share in ladder.shares},
+        ladder.proxy_tokens / tokens_a_document,
+    )
+    runs = {gain: replay.run(gain) for gain in (None, *options.gains)}
+    fronts = {gain: replay.front(top) for gain, (_, top) in runs.items()}
+    accuracies = None
+    if options.fresh:
+        union = {record.point_id: record for front in fronts.values() for record in front}
+        union.setdefault(records[0].point_id, records[0])
+        accuracies = on_fresh_documents(config, loaded, bank, list(union.values()), options.fresh)
+    rows = []
+    print("least gain   less evaluation   hypervolume            fresh           front   at the top")
+    for gain, (spent, top) in runs.items():
+        row: dict[str, Any] = {"least_gain": gain, "saved": runs[None][0] / spent, "top": len(top)}
+        row["hypervolume"] = replay.hypervolume(fronts[gain])
+        row["change"] = row["hypervolume"] / replay.hypervolume(fronts[None]) - 1
+        fresh = ""
+        if accuracies is not None:
+            row["fresh"] = replay.hypervolume(fronts[gain], accuracies)
+            row["fresh_change"] = row["fresh"] / replay.hypervolume(fronts[None], accuracies) - 1
+            fresh = f"{row['fresh']:.4f} {100 * row['fresh_change']:+.2f} %"
+        print(
+            f"{'none' if gain is None else gain:>10} {row['saved']:>15.2f} x   {row['hypervolume']:.4f}"
+            f" {100 * row['change']:+7.2f} %   {fresh:>16} {len(fronts[gain]):>6} {len(top):>8}",
+            flush=True,
+        )
+        rows.append(row)
+    trials = [
+        {
+            "trial": record.trial,
+            "kl_divergence": record.quantities["kl_divergence"].value,
+            "parameters": record.cost["parameters"],
+            "accuracy": record.quantities["accuracy"].value,
+        }
+        for record in replay.records
+    ]
+    print(json.dumps({"fresh": options.fresh, "rows": rows, "trials": trials}))
+
+
+if __name__ == "__main__":
+    main()
