@@ -110,6 +110,11 @@ class ProductTimings:
         self._seconds: dict[str, float] = self._read()
         self._pool: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where products run."""
+        return self._device
+
     def knows(self, shape: ProductShape, layout: Layout) -> bool:
         """Whether a timing is at hand."""
         return shape.key(layout) in self._seconds

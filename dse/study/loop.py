@@ -23,7 +23,7 @@ from dse.study.objectives import objective_values
 from dse.study.precision import compare_with_float32
 from dse.study.proposals import unseen_feasible_levels
 from dse.study.record import EVALUATED_STATES, TrialRecord, finite
-from dse.study.search import Candidate, SearchSession
+from dse.study.search import Candidate, LatencyForecast, SearchSession
 from dse.study.setup import PreparedStudy
 from dse.study.space.limits import measured_violations
 from dse.study.storage import Proposal, StudyStorage
@@ -66,6 +66,7 @@ class StudyLoop:
             config.budget.trials,
             self.prepared.enqueued,
             self.prepared.damages,
+            LatencyForecast.of(self.prepared.evaluator.plan, self.prepared.space.config.limits),
         )
         self.storage = StudyStorage.open(
             self.folder.storage,
@@ -127,7 +128,8 @@ class StudyLoop:
             if self.reference is None and self.storage.enqueued == 0:
                 self.storage.enqueue(self.prepared.space.dense_levels, "dense")
         if "reference" in self.storage.attributes:
-            self.search.begin(self.storage.attributes["reference"])
+            dense = None if self.reference is None else self.reference.record
+            self.search.begin(self.storage.attributes["reference"], dense)
         for record in self.storage.records():
             self._remember(record)
             self.ladder.add(record)
@@ -303,7 +305,8 @@ class StudyLoop:
         """The dense model is known: fix the reference of the hypervolume, and queue what is evaluated first."""
         dense = dict(zip((o.name for o in self.prepared.objectives), values, strict=True))
         self.storage.set_attribute("reference", reference_point(self.prepared.objectives, dense))
-        self.search.begin(self.storage.attributes["reference"])
+        dense_record = None if self.reference is None else self.reference.record
+        self.search.begin(self.storage.attributes["reference"], dense_record)
         for candidate in self.search.first():
             self._enqueue(candidate)
 

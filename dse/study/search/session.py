@@ -19,6 +19,7 @@ from dse.study.record import EVALUATED_STATES, TrialRecord
 from dse.study.search.candidate import Candidate
 from dse.study.search.competition import choose
 from dse.study.search.damage_model import RefittedDamage, refit
+from dse.study.search.forecast import LatencyForecast
 from dse.study.search.goals import FrontPoint, goal
 from dse.study.search.observed import observed_damage
 from dse.study.search.origins import Ledger
@@ -45,6 +46,7 @@ class SearchSession:
         trials: Its budget.
         enqueued: The user's own points.
         damages: Measured at set-up; None where the search starts without a profile.
+        forecast: Predicts a limited latency; None where the study predicts or limits none.
     """
 
     space: SearchSpace
@@ -54,6 +56,7 @@ class SearchSession:
     trials: int
     enqueued: Sequence[DesignPoint] = ()
     damages: DamageTable | None = None
+    forecast: LatencyForecast | None = None
     _dense: TrialRecord | None = None
     _measured: list[tuple[DesignPoint, float]] = field(default_factory=list)
     _model: RefittedDamage | None = None
@@ -64,9 +67,16 @@ class SearchSession:
         self._ledger = Ledger(self.objectives)
         self._learn()
 
-    def begin(self, reference: Mapping[str, float]) -> None:
-        """The dense model is known, and with it the reference of the hypervolume."""
+    def begin(self, reference: Mapping[str, float], dense: TrialRecord | None = None) -> None:
+        """The dense model is known, and with it the reference of the hypervolume and what latencies are told from."""
         self._ledger.reference = reference
+        if self.forecast is not None and self.damages is not None and dense is not None:
+            self.damages, self._model = self.forecast.table(self.damages, dense), None
+            self._learn()
+
+    @property
+    def _most_latency_s(self) -> float | None:
+        return None if self.forecast is None else self.forecast.most_s
 
     def add(self, record: TrialRecord) -> None:
         """A trial is finished."""
@@ -94,7 +104,7 @@ class SearchSession:
             for levels, origin in first_points(self.space, (), seed=self.seed, trials=start_up)
         ]
         if self.damages is not None and is_warm:
-            found = warm_starts(self.space, self.damages, self.trials)
+            found = warm_starts(self.space, self.damages, self.trials, self._most_latency_s)
         seen, kept = {DesignPoint.dense().id}, []
         for candidate in [*map(self.own, self.enqueued), *found]:
             point = candidate.point or self.space.point(candidate.levels)
@@ -172,7 +182,8 @@ class SearchSession:
         table = self._model.corrected_table()
         for _ in range(_GOALS):
             aim = goal(front, generator)
-            point = allocated(self.space, table, aim.reduction + generator.uniform(-0.005, 0.005))
+            reduction = aim.reduction + generator.uniform(-0.005, 0.005)
+            point = allocated(self.space, table, reduction, self._most_latency_s)
             if point is not None and point.id not in seen:
                 words = f"{aim.words}: the least damage in sum there, refitted to {self._model.points} measured points"
                 return candidate_of(self.space, point, ALLOCATION, words)

@@ -21,34 +21,42 @@ _MOST = 12
 _CEILING = 0.6  # a start reaches no further: what keeps less than two fifths of a model is a wreck
 
 
-def warm_starts(space: SearchSpace, table: DamageTable, trials: int) -> list[Candidate]:
+def warm_starts(space: SearchSpace, table: DamageTable, trials: int, latency_s: float | None = None) -> list[Candidate]:
     """About half the budget, a dozen at the most: seven in twelve are allocations, three uniform, two removals.
 
     Args:
         space: Every candidate keeps its limits.
         table: Damages of its options.
         trials: Budget of the study.
+        latency_s: Most predicted latency of the allocations, where the table predicts it.
     """
     count = max(0, min(_MOST, trials // 2))
     smallest, largest = space.reduction_range()
     low, high = max(space.limits[0], smallest), min(space.limits[1], largest, _CEILING)
     found: list[Candidate] = []
     for origin, points, share in (
-        (ALLOCATION, _ladder(space, table, _budgets(low, high, -(-count * 7 // 12))), -(-count * 7 // 12)),
+        (ALLOCATION, _ladder(space, table, _budgets(low, high, -(-count * 7 // 12)), latency_s), -(-count * 7 // 12)),
         (UNIFORM, _uniform(space, table, _budgets(low, high, count * 3 // 12)), count * 3 // 12),
         (REMOVAL, _removals(space, table, _budgets(low, high, count * 2 // 12)), count * 2 // 12),
     ):
         for point in list(points)[:share]:
             if not point.is_dense and _keeps(space, point) and all(_point(space, c) != point for c in found):
-                found.append(candidate_of(space, point, origin, _words(space, origin, point)))
+                found.append(candidate_of(space, point, origin, _words(space, origin, point, latency_s)))
     return found
 
 
-def allocated(space: SearchSpace, table: DamageTable, reduction: float) -> DesignPoint | None:
-    """The allocation at a reduction that keeps the space's limits; None where none does."""
+def allocated(
+    space: SearchSpace, table: DamageTable, reduction: float, latency_s: float | None = None
+) -> DesignPoint | None:
+    """The allocation at a reduction that keeps the space's limits, and a predicted latency where the table has any.
+
+    None where none does.
+    """
+    most_s = None if table.latency_dense_s is None else latency_s
     for target in (reduction, reduction - 0.002, reduction - 0.005):
         try:
-            point = allocate(table, reduction=max(target, 0.0), constraints=constraints_of(space)).point
+            found = allocate(table, reduction=max(target, 0.0), latency_s=most_s, constraints=constraints_of(space))
+            point = found.point
         except AllocationError:
             continue
         if not point.is_dense and _keeps(space, point):
@@ -67,9 +75,11 @@ def _budgets(low: float, high: float, count: int) -> list[float]:
     return [low + (high - low) * ((index + 0.75) / count) ** 1.5 * 0.98 for index in range(count)]
 
 
-def _ladder(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) -> Iterator[DesignPoint]:
+def _ladder(
+    space: SearchSpace, table: DamageTable, budgets: Iterable[float], latency_s: float | None
+) -> Iterator[DesignPoint]:
     for budget in budgets:
-        point = allocated(space, table, budget)
+        point = allocated(space, table, budget, latency_s)
         if point is not None:
             yield point
 
@@ -131,10 +141,11 @@ def _point(space: SearchSpace, candidate: Candidate) -> DesignPoint:
     return space.point(candidate.levels) if candidate.point is None else candidate.point
 
 
-def _words(space: SearchSpace, origin: str, point: DesignPoint) -> str:
+def _words(space: SearchSpace, origin: str, point: DesignPoint, latency_s: float | None) -> str:
     reduction = percent(cost(space.topology, point).reduction)
     words: Mapping[str, str] = {
-        ALLOCATION: f"the least damage in sum at a reduction of {reduction}, by the sensitivity profile",
+        ALLOCATION: f"the least damage in sum at a reduction of {reduction}, by the sensitivity profile"
+        + ("" if latency_s is None else ", within the latency limit as predicted"),
         UNIFORM: f"every block at the same share of its parameters, a reduction of {reduction}",
         REMOVAL: f"whole blocks whose absence costs least, a reduction of {reduction}",
     }
