@@ -119,9 +119,11 @@ def _point(content: Any, loaded: Any) -> Any:
     return dse.DesignPoint.from_json(content, loaded.topology)
 
 
-def in_a_process(request: dict[str, Any]) -> dict[str, Any]:
+def in_a_process(request: dict[str, Any], kept: Path | None = None) -> dict[str, Any]:
+    """The request's answer; a study's folder is `kept`, or gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--one", json.dumps({"out": str(Path(folder) / "run"), **request})]
+        out = Path(folder) / "run" if kept is None else kept
+        command = [sys.executable, __file__, "--one", json.dumps({"out": str(out), **request})]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -130,7 +132,8 @@ def in_a_process(request: dict[str, Any]) -> dict[str, Any]:
 def begun(pool: ThreadPoolExecutor, options: argparse.Namespace, seed: int) -> dict[str, Future[dict[str, Any]]]:
     """Both studies of a seed, the longer one first."""
     studies = {"without": study_of(options, seed, None), "with": study_of(options, seed, options.fidelity)}
-    return {name: pool.submit(in_a_process, {"study": study}) for name, study in studies.items()}
+    kept = {name: None if options.keep is None else options.keep / f"{seed}-{name}" for name in studies}
+    return {name: pool.submit(in_a_process, {"study": study}, kept[name]) for name, study in studies.items()}
 
 
 def main() -> None:
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--fresh", type=int, default=0, help="documents that both fronts are measured on at the end")
     parser.add_argument("--fidelity", type=json.loads, default='"auto"', help="as in a study file, as JSON")
+    parser.add_argument("--keep", type=Path, help="where the studies' folders stay, for `fidelity_replay.py`")
     parser.add_argument("--processes", type=int, default=2, help="studies at a time, one thread each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

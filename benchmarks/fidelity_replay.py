@@ -97,10 +97,10 @@ class Replay:
         return 1.0
 
     def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Trials that no other dominates, by what the study measured."""
+        """Feasible trials that no other dominates, by what the study measured."""
+        records = [record for record in records if record.feasible]
         table = np.asarray([self.values(record) for record in records])
-        kept = non_dominated(table, directions_of(self.objectives))
-        return [record for record, is_kept in zip(records, kept, strict=True) if is_kept]
+        return [records[index] for index in np.flatnonzero(non_dominated(table, directions_of(self.objectives)))]
 
     def values(self, record: TrialRecord, accuracies: Mapping[str, float] | None = None) -> list[float]:
         """The objectives of a record; accuracy from elsewhere, by point, where given."""
@@ -142,7 +142,9 @@ def main() -> None:
     options = parser.parse_args()
     config = load_study(options.study / "study.yaml")
     study = dse.open_study(options.study)
-    records = [record for record in study.records if record.state == "complete" and record.feasible]
+    complete = sorted((r for r in study.records if r.state == "complete"), key=lambda record: record.trial)
+    # The dense model removes nothing, so that it breaks the space's limits; everything is judged against it.
+    records = [record for record in complete if record.feasible or not record.point["tensors"]]
     folder = StudyFolder(options.study)
     loaded = dse.load_model(config.model.ref, dtype=config.model.dtype)
     windows = calibration_windows(loaded.tokenizer, config.calibration, longest_window=longest_window(loaded.model))
