@@ -29,7 +29,7 @@ from dse.evaluation import EvaluationResult, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.pareto import Objective, directions_of, non_dominated, normalised_hypervolume, reference_point
 from dse.study.fidelity import Established, Judge
-from dse.study.fidelity.established import restricted
+from dse.study.fidelity.established import restricted, value_of
 from dse.study.folder import StudyFolder
 from dse.study.record import Interval, TrialRecord
 
@@ -104,14 +104,12 @@ class Replay:
 
     def values(self, record: TrialRecord, accuracies: Mapping[str, float] | None = None) -> list[float]:
         """The objectives of a record; accuracy from elsewhere, by point, where given."""
-        found = []
-        for objective in self.objectives:
-            measured = record.quantities.get(objective.name)
-            value = record.cost[objective.name] if measured is None else measured.value
-            if accuracies is not None and objective.name == "accuracy":
-                value = accuracies[record.point_id]
-            found.append(float(value or 0.0))
-        return found
+        return [
+            accuracies[record.point_id]
+            if accuracies is not None and objective.name == "accuracy"
+            else value_of(objective, record)
+            for objective in self.objectives
+        ]
 
     def hypervolume(self, front: Sequence[TrialRecord], accuracies: Mapping[str, float] | None = None) -> float:
         """Against the reference that the dense model gives."""
@@ -138,6 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="folder of a study that ran without a ladder")
     parser.add_argument("--gains", type=float, nargs="+", default=[0.001, 0.002, 0.005, 0.01])
+    parser.add_argument(
+        "--proxy-documents", type=float, default=9.0, help="whose tokens the proxy has: 9 of ARC-Easy's"
+    )
     parser.add_argument("--fresh", type=int, default=0, help="documents that all fronts are measured on")
     options = parser.parse_args()
     config = load_study(options.study / "study.yaml")
@@ -153,13 +154,12 @@ def main() -> None:
     evaluator = evaluator_for(loaded, config.tasks, config.evaluation)
     ladder = FidelityConfig()
     evaluations = [folder.read_evaluation(record.trial) for record in records]
-    tokens_a_document = 30.0
     replay = Replay(
         study.objectives,
         with_proxies(records, config, loaded, bank, ladder.proxy_tokens),
         evaluations,
         {share: evaluator.within_share(share) for share in ladder.shares},
-        ladder.proxy_tokens / tokens_a_document,
+        options.proxy_documents,
     )
     runs = {gain: replay.run(gain) for gain in (None, *options.gains)}
     fronts = {gain: replay.front(top) for gain, (_, top) in runs.items()}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dse.decomposition.expert_factors import TuckerFactors
 from dse.decomposition.expert_modules import TuckerExperts, TuckerExpertWeight
+from dse.decomposition.module_check import weight_problems
 from dse.decomposition.removal import Swap
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError
@@ -29,31 +30,7 @@ class ExpertFactorSource(Protocol):
 
 def expert_problems(model: nn.Module, tensor: ExpertTensor) -> list[PointError]:
     """What keeps this tensor from being decomposed in this very model."""
-    try:
-        module = model.get_submodule(tensor.module)
-    except AttributeError:
-        return [
-            PointError(
-                f"the model must have the module '{tensor.module}' ('{tensor.name}'), but it has none: another model?"
-            )
-        ]
-    if isinstance(module, TuckerExperts):
-        return [
-            PointError(
-                f"'{tensor.name}' must be dense before a point is applied, but its experts are decomposed already;"
-                " undo first"
-            )
-        ]
-    weight = getattr(module, tensor.parameter, None)
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-    if shape != tensor.shape:
-        return [
-            PointError(
-                f"'{tensor.name}' must have a weight of shape {tensor.shape}, but the model's is {shape}: another"
-                " model?"
-            )
-        ]
-    return []
+    return weight_problems(model, tensor.name, tensor.module, tensor.parameter, tensor.shape, (TuckerExperts,))
 
 
 def dense_experts(model: nn.Module, tensor: ExpertTensor) -> Tensor:

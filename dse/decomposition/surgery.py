@@ -12,6 +12,7 @@ from torch import nn
 from dse.cost import point_problems
 from dse.decomposition.expert_surgery import expert_problems, expert_swaps
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
+from dse.decomposition.module_check import weight_problems
 from dse.decomposition.removal import Swap, removal_problems, removal_swaps
 from dse.decomposition.stacked import StackedLinear, stacked_modules
 from dse.design_point import DesignPoint, TensorChoice
@@ -132,30 +133,8 @@ def decompose(loaded: LoadedModel, point: DesignPoint, source: FactorSource) -> 
 
 
 def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[PointError]:
-    try:
-        module = model.get_submodule(tensor.module)
-    except AttributeError:
-        return [
-            PointError(
-                f"the model must have the module '{tensor.module}' ('{tensor.name}'), but it has none: another model?"
-            )
-        ]
-    if isinstance(module, (LowRankLinear, StackedLinear)):
-        return [
-            PointError(
-                f"'{tensor.name}' must be dense before a point is applied, but it is decomposed already; undo first"
-            )
-        ]
-    weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
     expected = tensor.shape if tensor.kind == "linear" else tensor.shape[::-1]
-    if shape != expected:
-        return [
-            PointError(
-                f"'{tensor.name}' must have a weight of shape {expected}, but the model's is {shape}: another model?"
-            )
-        ]
-    return []
+    return weight_problems(model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, StackedLinear))
 
 
 def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> Iterator[Swap]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,32 @@ with FileLock(sys.argv[1]):
     sys.stdin.readline()
 """
 
+SHARER = """
+import fcntl, sys
+with open(sys.argv[1], "ab") as stream:
+    fcntl.flock(stream, fcntl.LOCK_SH)
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def held(program: str, path: Path) -> Iterator[Callable[[], None]]:
+    """Another process that holds a lock until the function is called."""
+    path.parent.mkdir()
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        stdin, stdout = holder.stdin, holder.stdout
+        assert stdin is not None
+        assert stdout is not None
+        assert stdout.readline() == "held\n"
+
+        def let_go() -> None:
+            stdin.write("\n")
+            stdin.flush()
+
+        yield let_go
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -33,19 +61,13 @@ def cache(tmp_path, monkeypatch):
 
 def test_waits_for_another_process_and_says_so_once(caplog):
     path = lock_file(CPU)
-    path.parent.mkdir()
-    command = [sys.executable, "-c", HOLDER, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with held(HOLDER, path) as let_go:
         released_s: list[float] = []
 
         def release() -> None:
             time.sleep(0.4)
             released_s.append(time.perf_counter())
-            holder.stdin.write("\n")
-            holder.stdin.flush()
+            let_go()
 
         thread = threading.Thread(target=release)
         thread.start()
@@ -134,26 +156,12 @@ def test_users_share_a_device_but_a_measurement_has_it_alone():
     assert late.is_set()
 
 
-SHARER = """
-import fcntl, sys
-with open(sys.argv[1], "ab") as stream:
-    fcntl.flock(stream, fcntl.LOCK_SH)
-    print("held", flush=True)
-    sys.stdin.readline()
-"""
-
-
 @pytest.mark.parametrize("program", [HOLDER, SHARER])
 def test_a_long_wait_is_warned_of_and_goes_on(program, caplog, monkeypatch):
     module = sys.modules[device_lock.__module__]  # the package shows the function by this name
     monkeypatch.setattr(module, "_PATIENCE_S", 0.1)  # two minutes in earnest
     path = lock_file(CPU) if program == HOLDER else lock_file(CPU).with_suffix(".users")
-    path.parent.mkdir()
-    command = [sys.executable, "-c", program, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with held(program, path) as let_go:
         entered = threading.Event()
 
         def measure() -> None:
@@ -165,8 +173,7 @@ def test_a_long_wait_is_warned_of_and_goes_on(program, caplog, monkeypatch):
         while not caplog.records:
             time.sleep(0.02)
         assert not entered.is_set()
-        holder.stdin.write("\n")
-        holder.stdin.flush()
+        let_go()
         thread.join()
     assert entered.is_set()
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]

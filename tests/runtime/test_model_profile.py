@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from scripted_timings import START_S
 
 from dse.decomposition import apply_point
 from dse.design_point import DesignPoint, TensorChoice
-from dse.models import LoadedModel, load_model
-from dse.runtime import ModelProfile, Phase, ProductShape, ProductTimings, model_profile
+from dse.runtime import Phase, ProductShape, ProductTimings, model_profile
 from dse.runtime.forms import FormChoice, build_forms
 from dse.runtime.products import Product
-
-START_S = 1000.0
-"""What every product costs beside its multiplications, which cost a second each."""
-
-
-class ScriptedTimings(ProductTimings):
-    def seconds(self, shape, layout):
-        return START_S + shape.flops / 2 + (0.0 if layout == "row_major" else 1.0)
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> LoadedModel:
-    return load_model(str(tiny_folder / "model"))
-
-
-@pytest.fixture
-def profile(loaded: LoadedModel, tmp_path: Path) -> ModelProfile:
-    return model_profile(loaded, ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path))
-
 
 DECODE, PREFILL = Phase.of("decode", 2, 8), Phase.of("prefill", 2, 8)
 # Width 32, MLP 48, key and value 16, vocabulary 18: per layer query-key-value, output, gate-up, down; then the head.

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model_profile import ScriptedTimings
+from scripted_timings import ScriptedTimings
 
 from dse.allocation import DamageTable, Option, Unit, allocate
 from dse.config import parse_search_space
 from dse.cost import factor_parameters
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import AllocationError
-from dse.models import LoadedModel, load_model
+from dse.models import LoadedModel
 from dse.runtime import ModelProfile, Phase, model_profile, option_shapes, with_latencies
 from dse.study.space.prior_table import block_table
 
@@ -28,16 +28,6 @@ SPACE = parse_search_space(
     }
 )
 DECODE, PREFILL = Phase.of("decode", 2, 8), Phase.of("prefill", 2, 8)
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> LoadedModel:
-    return load_model(str(tiny_folder / "model"))
-
-
-@pytest.fixture
-def profile(loaded: LoadedModel, tmp_path: Path) -> ModelProfile:
-    return model_profile(loaded, ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path))
 
 
 def table_of(loaded: LoadedModel) -> DamageTable:

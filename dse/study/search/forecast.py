@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from dse.allocation import DamageTable
@@ -13,6 +14,8 @@ from dse.study.measurement_plan import MeasurementPlan
 from dse.study.record import TrialRecord
 
 __all__ = ["LatencyForecast"]
+
+logger = logging.getLogger("dse")
 
 
 @dataclass(frozen=True)
@@ -45,5 +48,6 @@ class LatencyForecast:
         try:
             with device_lock(profile.timings.device):  # products that are not timed yet are timed now
                 return with_latencies(table, profile, self.plan.phases()[self.quantity], dense_s=measured.value)
-        except AllocationError:  # the space holds what no single product multiplies
+        except AllocationError as error:  # the space holds what no single product multiplies
+            logger.warning("allocations do not look at the limit of %s: %s", self.quantity, error)
             return table

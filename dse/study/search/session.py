@@ -76,7 +76,9 @@ class SearchSession:
 
     @property
     def _most_latency_s(self) -> float | None:
-        return None if self.forecast is None else self.forecast.most_s
+        """The limit that allocations keep; None where there is none or the table predicts no latencies."""
+        is_predicted = self.damages is not None and self.damages.latency_dense_s is not None
+        return self.forecast.most_s if self.forecast is not None and is_predicted else None
 
     def add(self, record: TrialRecord) -> None:
         """A trial is finished."""

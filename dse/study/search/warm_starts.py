@@ -48,14 +48,10 @@ def warm_starts(space: SearchSpace, table: DamageTable, trials: int, latency_s: 
 def allocated(
     space: SearchSpace, table: DamageTable, reduction: float, latency_s: float | None = None
 ) -> DesignPoint | None:
-    """The allocation at a reduction that keeps the space's limits, and a predicted latency where the table has any.
-
-    None where none does.
-    """
-    most_s = None if table.latency_dense_s is None else latency_s
+    """The allocation at a reduction that keeps the space's limits, and a predicted latency; None where none does."""
     for target in (reduction, reduction - 0.002, reduction - 0.005):
         try:
-            found = allocate(table, reduction=max(target, 0.0), latency_s=most_s, constraints=constraints_of(space))
+            found = allocate(table, reduction=max(target, 0.0), latency_s=latency_s, constraints=constraints_of(space))
             point = found.point
         except AllocationError:
             continue

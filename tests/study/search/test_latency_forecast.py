@@ -22,7 +22,6 @@ from dse.study.evaluate_point import blank_record
 from dse.study.measurement_plan import MeasurementPlan
 from dse.study.record import Interval, TrialRecord
 from dse.study.search import LatencyForecast, SearchSession
-from dse.study.search.warm_starts import allocated
 from dse.study.space import LevelSpace
 from dse.study.space.prior_table import level_table
 
@@ -124,6 +123,13 @@ def test_without_a_forecast_nothing_changes(loaded: LoadedModel, plan: Measureme
     assert LatencyForecast.of(replace(plan, predicts_latency=False), limits) is None
     assert LatencyForecast.of(plan, LimitsConfig()) is None
     assert LatencyForecast.of(plan, LimitsConfig(peak_memory_bytes=Range(max=1.0))) is None
-    space = space_of(loaded)
-    table = level_table(space, "svd")
-    assert allocated(space, table, 0.1, latency_s=1e-12) == allocated(space, table, 0.1)
+
+
+def test_where_the_dense_latency_is_not_known_allocations_do_not_claim_to_keep_a_limit(
+    loaded: LoadedModel, plan: MeasurementPlan
+) -> None:
+    session = session_of(loaded, plan, 1e-12)
+    session.begin({}, None)
+    found = session.first()
+    assert [candidate.origin for candidate in found].count("allocation") > 0
+    assert not any("latency" in candidate.why for candidate in found)
