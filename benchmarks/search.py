@@ -1,15 +1,16 @@
 """Which search finds the best front: ours against the hand, the heuristics and plain Bayesian optimisation.
 
     python benchmarks/search.py --text wikitext2_valid.txt [--task arc_easy.yaml] [--out runs/search] [--evaluations 60]
-        [--seeds 0 1 2] [--only paper tpe ours] [--plot search.png]
+        [--seeds 0 1 2] [--only paper tpe ours] [--processes 2] [--plot search.png]
 
 Every contestant may evaluate the same number of points, each on the same windows of the text's middle third; what is
 calibrated is so on the first third; and the front's points at 9 % and 20 % reduction are measured once more at the end,
 on the last third, which no contestant saw, and on the questions of `--task`. What a contestant needs beside evaluations
 (a sensitivity profile, ASVD's sensitivities) counts into its seconds.
 
-Interrupt it at will: the same command goes on, and evaluations are shared by all contestants. A table for people, a
-plot if asked for; one JSON document as the last line for machines.
+Interrupt it at will: the same command goes on, and evaluations are shared by all contestants. With `--processes`
+that many runs go side by side, on one thread each. A table for people, a plot if asked for; one JSON document as the
+last line for machines.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +102,25 @@ def report_on(arena: Arena, run: Run, evaluations: int, *, with_accuracy: bool) 
     return row
 
 
+def run_side_by_side(options: argparse.Namespace) -> None:
+    """Every run and its report in a process of its own, for this one to read; those that take longest begin first."""
+    todo = [
+        (contestant, seed)
+        for contestant in reversed(options.only)
+        for seed in (options.seeds if CONTESTANTS[contestant].is_random else options.seeds[:1])
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run_one(contestant: str, seed: int) -> None:
+        command = [sys.executable, *sys.argv, "--processes", "1", "--only", contestant, "--seeds", str(seed)]
+        command += ["--child", "first" if seed == options.seeds[0] else "later"]
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        for future in [pool.submit(run_one, *entry) for entry in todo]:
+            future.result()
+
+
 def print_table(rows: Sequence[dict[str, Any]], evaluations: int) -> None:
     counts = [n for n in AT if n <= evaluations]
     head = "".join(f"{f'HV@{n}':>8}" for n in counts)
@@ -173,7 +196,12 @@ def main() -> None:
     parser.add_argument("--report-tokens", type=int, default=8192)
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--child", choices=("first", "later"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    begun_s = time.monotonic()
+    if options.processes > 1:
+        run_side_by_side(options)
     arena = prepared(options)
     runs, rows = [], []
     for contestant in options.only:
@@ -182,12 +210,13 @@ def main() -> None:
             run = run_of(arena, contestant, seed, options.evaluations)
             runs.append(run)
             # Questions take longer than all else that is reported: one run of each, and every one of ours.
-            with_accuracy = contestant == "ours" or seed == options.seeds[0]
+            with_accuracy = contestant == "ours" or (seed == options.seeds[0] and options.child != "later")
             rows.append(report_on(arena, run, options.evaluations, with_accuracy=with_accuracy))
     print_table(rows, options.evaluations)
-    if options.plot is not None:
+    if options.plot is not None and options.child is None:
         plot(runs, options.evaluations, options.plot)
-    print(json.dumps({"evaluations": options.evaluations, "dtype": options.dtype, **arena.facts, "rows": rows}))
+    facts = {"evaluations": options.evaluations, "dtype": options.dtype, "wall_s": round(time.monotonic() - begun_s, 1)}
+    print(json.dumps({**facts, **arena.facts, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_arena import Arena, Found, break_even, say, token_perplexity
+from search_arena import Arena, Found, break_even, say
 
-from dse import DesignPoint, TensorChoice, cost, decompose
+from dse import DesignPoint, TensorChoice, cost
 from dse.decomposition import iterate_grams
 from dse.decomposition.low_rank import as_matrix
 from dse.files import write_json
+from dse.sensitivity import DamageMeter
 from dse.topology import DecomposableTensor
 
 __all__ = ["CONTESTANTS", "Contestant"]
@@ -134,9 +135,10 @@ def whitened_spectra(arena: Arena) -> dict[str, torch.Tensor]:
 def asvd(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
     """Truncation ranks by a common bound on what each tensor alone costs (ASVD, Yuan et al., arXiv 2312.05821).
 
-    Perplexity is measured with one tensor at a time truncated to each of a few shares of its parameters, on one window;
-    a point takes for every tensor the smallest share whose perplexity stays below a bound, and the bound is what gives
-    the budget. The factors are whitened, as everybody's here: what competes is the choice of ranks.
+    The text's log-likelihood is measured with one tensor at a time truncated to each of a few shares of its parameters,
+    on one window; a point takes for every tensor the smallest share whose loss stays below a bound, and the bound is
+    what gives the budget. The factors are whitened, as everybody's here: what competes is the choice of ranks. Layers
+    in front of the changed one are not computed again, which ASVD's own code does at twice the price.
     """
     topology = arena.loaded.topology
     sensitivities = _sensitivities(arena)
@@ -149,21 +151,20 @@ def asvd(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
 
 
 def _sensitivities(arena: Arena) -> dict[str, dict[float, float]]:
-    """Tensor to share of its parameters to perplexity on one window of the calibration text; kept on the disk."""
+    """Tensor to share of its parameters to what its loss costs on one window, nats per token; kept on the disk."""
     kept = arena.folder / "asvd.json"
     known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    window = arena.windows.token_ids[:1]
-    bank = arena.bank("whitened_svd")
-    for done, tensor in enumerate(arena.loaded.topology.tensors):
-        if tensor.name in known:
-            continue
-        known[tensor.name] = {}
-        for share in ASVD_SHARES:
-            point = DesignPoint.of({tensor.name: _kept(tensor, share)})
-            with decompose(arena.loaded, point, bank):
-                known[tensor.name][str(share)] = token_perplexity(arena.loaded, window)
+    tensors = sorted(arena.loaded.topology.tensors, key=lambda tensor: tensor.layer)  # as the meter wants them
+    missing = [tensor for tensor in tensors if tensor.name not in known]
+    if missing:
+        meter = DamageMeter(arena.loaded, arena.windows.token_ids[:1], arena.bank("whitened_svd"))
+    for done, tensor in enumerate(missing):
+        damages = [meter.measure(DesignPoint.of({tensor.name: _kept(tensor, s)}), tensor.layer) for s in ASVD_SHARES]
+        known[tensor.name] = {
+            str(share): damage.log_likelihood_drop for share, damage in zip(ASVD_SHARES, damages, strict=True)
+        }
         if done % 21 == 0:
-            say(f"ASVD: sensitivity of tensor {done} of {len(arena.loaded.topology.tensors)}")
+            say(f"ASVD: sensitivity of tensor {done} of {len(missing)}")
             write_json(kept, known)
     write_json(kept, known)
     return {name: {float(share): value for share, value in found.items()} for name, found in known.items()}
