@@ -1,9 +1,13 @@
 """Does refitting the damage table to measured points tell later points better than the additive table alone?
 
-Points of a depth-profile space (allocations under random profiles, and random ones) are measured one after the other.
-After every fifth the damage model is refitted to those measured so far, and both models predict the ten that follow.
-
+    python benchmarks/refitted_damage.py --study runs/search_benchmark/studies/ours-0 [...]
     python benchmarks/refitted_damage.py --dtype bfloat16 --points 40
+
+Of finished studies on a depth-profile space it takes the trials in their order: after every fifth the damage model is
+refitted to those so far, and both models predict the ten that follow. That costs nothing but a profile, which the cache
+has if the study ran here. Without a study, points of such a space (allocations under random profiles, and random ones)
+are drawn and measured first. The additive table is in nats of another text, so that it may have a factor of its own,
+the median over the points seen. A table for people; one JSON document as the last line for machines.
 """
 
 from __future__ import annotations
@@ -11,28 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
+import dse
 from dse import FactorBank, load_model
+from dse.allocation import DamageTable
 from dse.config import CalibrationConfig, CalibrationSource, load_search_space
-from dse.decomposition import calibration_windows, held_out_windows
+from dse.decomposition import calibration_windows, held_out_windows, longest_window
 from dse.design_point import DesignPoint
+from dse.errors import PointError
 from dse.sensitivity import DamageMeter, ProfileSettings, measure_profile
-from dse.study import SearchSpace
+from dse.study import SearchSpace, StudyListener
 from dse.study.search.damage_model import refit
+from dse.study.search.observed import observed_damage
+from dse.study.search.profile import study_table
 from dse.study.space import DepthProfileSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 AHEAD = 10
 
+Sequenced = tuple[DamageTable, list[DesignPoint], list[float]]
+
 
 def main() -> None:
-    """Measure, refit, compare; one JSON line last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure or read, refit, compare; one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", type=Path, nargs="+", default=[], help="folders of finished studies")
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--method", default="whitened_svd")
@@ -40,7 +52,58 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the profile, and as many of the measured points")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    began = time.perf_counter()
+    sequences = {str(folder): of_study(folder) for folder in options.study} or {"drawn": of_drawn_points(options)}
+    found = {name: [compared(*sequence, seen) for seen in counts(sequence)] for name, sequence in sequences.items()}
+    for name, rows in found.items():
+        print(name)
+        for row in rows:
+            print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    for key in ("rank_correlation", "log_error"):
+        means = [
+            np.mean([r[f"{who}_{key}"] for rows in found.values() for r in rows]) for who in ("additive", "refitted")
+        ]
+        print(f"mean {key}: additive {means[0]:.3f}, refitted {means[1]:.3f}")
+    print(json.dumps(found))
+
+
+def counts(sequence: Sequenced) -> range:
+    """After how many points the next ones are predicted."""
+    return range(5, len(sequence[1]) - AHEAD + 1, 5)
+
+
+def of_study(folder: Path) -> Sequenced:
+    """Table, points and what each lost, in the order in which the study evaluated them."""
+    study = dse.open_study(folder)
+    config = study.config
+    loaded = load_model(config.model.ref, dtype=config.model.dtype)
+    space = SearchSpace.from_config(config.space, loaded.topology)
+    windows = calibration_windows(loaded.tokenizer, config.calibration, longest_window=longest_window(loaded.model))
+    table = study_table(config, loaded, space, FactorBank.build(loaded, {}, windows), windows, StudyListener())
+    if table is None:
+        raise SystemExit(f"the study in {folder} has no sensitivity profile")
+    complete = [record for record in study.records if record.state == "complete"]
+    dense = next(record for record in complete if not record.point["tensors"])
+    points, damages = [], []
+    for record in complete:
+        point = DesignPoint.from_json(record.point, loaded.topology)
+        damage = observed_damage(record, dense)
+        if not point.is_dense and damage is not None and damage > 0 and is_known(table, point):
+            points.append(point)
+            damages.append(damage)
+    return table, points, damages
+
+
+def is_known(table: DamageTable, point: DesignPoint) -> bool:
+    """Whether the table has options for all of the point, so that both models can predict it."""
+    try:
+        table.damage_of(point)
+    except PointError:
+        return False
+    return True
+
+
+def of_drawn_points(options: argparse.Namespace) -> Sequenced:
+    """Table of a profile, points that are drawn, and their KL divergence."""
     loaded = load_model(options.model, dtype=options.dtype)
     calibration = CalibrationConfig(
         sources=[CalibrationSource(builtin="general")], tokens=8192, window=256, seed=options.seed
@@ -50,22 +113,17 @@ def main() -> None:
     half = len(text) // 2
     settings = ProfileSettings(methods=(options.method,))
     table = measure_profile(loaded, text[:half], windows, settings).table
-    print(f"profile of {len(table.units)} blocks, {time.perf_counter() - began:.0f} s", flush=True)
     bank = FactorBank.build(loaded, settings.rank_requests(loaded.topology), windows)
     config = load_search_space(ROOT / "search_spaces" / "depth_profile.yaml")
     space = SearchSpace.from_config(config.model_copy(update={"methods": [options.method]}), loaded.topology)
     assert isinstance(space, DepthProfileSpace)  # noqa: S101 - by its kind
-    space = space.with_table(table)
-    points = drawn(space, options.points, random.Random(options.seed))
+    points = drawn(space.with_table(table), options.points, random.Random(options.seed))
     meter = DamageMeter(loaded, text[half:], bank)
     measured = []
     for index, point in enumerate(points):
         measured.append(meter.measure(point).kl_divergence)
         print(f"{index + 1}/{len(points)}: {measured[-1]:.4f}, additive {table.damage_of(point):.4f}", flush=True)
-    rows = [compared(table, points, measured, seen) for seen in range(5, len(points) - AHEAD + 1, 5)]
-    for row in rows:
-        print(row)
-    print(json.dumps({"model": options.model, "dtype": options.dtype, "method": options.method, "rows": rows}))
+    return table, points, measured
 
 
 def drawn(space: DepthProfileSpace, count: int, generator: random.Random) -> list[DesignPoint]:
@@ -79,12 +137,19 @@ def drawn(space: DepthProfileSpace, count: int, generator: random.Random) -> lis
     return points
 
 
-def compared(table: object, points: list[DesignPoint], measured: list[float], seen: int) -> dict[str, float]:
+def compared(
+    table: DamageTable, points: Sequence[DesignPoint], measured: Sequence[float], seen: int
+) -> dict[str, float]:
     """Predictions of the ten points after the first `seen`, by either model."""
-    model = refit(table, points[:seen], measured[:seen])  # type: ignore[arg-type]
-    later, real = points[seen : seen + AHEAD], np.array(measured[seen : seen + AHEAD])
+    model = refit(table, points[:seen], measured[:seen])
+    additive = np.array([max(table.damage_of(point), 1e-9) for point in points[: seen + AHEAD]])
+    factor = float(np.median(np.array(measured[:seen]) / additive[:seen]))
+    real = np.array(measured[seen : seen + AHEAD])
+    predictions = {
+        "additive": factor * additive[seen:],
+        "refitted": np.array([model.predict(point) for point in points[seen : seen + AHEAD]]),
+    }
     row: dict[str, float] = {"seen": seen}
-    predictions = {"additive": [table.damage_of(p) for p in later], "refitted": [model.predict(p) for p in later]}  # type: ignore[attr-defined]
     for name, values in predictions.items():
         row[f"{name}_rank_correlation"] = round(float(spearmanr(values, real).statistic), 3)
         row[f"{name}_log_error"] = round(float(np.abs(np.log(np.maximum(values, 1e-9) / real)).mean()), 3)

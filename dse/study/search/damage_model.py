@@ -8,6 +8,11 @@ one region of depth, that repair or worsen each other's loss. The weights w lear
 exponent how fast losses grow together (1: they add up). All are fitted in logarithms, so that they stay positive, by
 least squares on the logarithm of the measured damage, with a ridge that pulls every factor towards 1: with few points
 the table stays as it was measured.
+
+Near the dense model damages are of the size of their noise (another text, or documents that flip), may even be
+negative, and their logarithms would decide the fit: on real studies it then predicts worse than the table alone. So the
+logarithm is an inverse hyperbolic sine: errors count relatively for large damages, absolutely below a part of the
+median one.
 """
 
 from __future__ import annotations
@@ -27,8 +32,10 @@ from dse.errors import PointError
 __all__ = ["KNOTS", "RefittedDamage", "refit"]
 
 KNOTS = 4
-_RIDGE = 0.25  # a factor of e weighs like an error of a quarter in the logarithm of one measured damage
+_RIDGE = 0.4  # a factor of e weighs like an error of 0.4 in the logarithm of one measured damage
+_RIDGE_EXPONENT = 1.0
 _RIDGE_SCALE = 0.02  # the scale only translates units: nats on one text to nats, or accuracy, on another
+_NOISE = 0.4  # of the median damage: where errors begin to count relatively
 _FLOOR = 1e-5
 
 FloatArray = NDArray[np.float64]
@@ -93,42 +100,28 @@ class RefittedDamage:
 
 
 def refit(table: DamageTable, points: Sequence[DesignPoint], damages: Sequence[float]) -> RefittedDamage:
-    """Fit the factors to measured points; those the table has no options for, or without damage, are left out.
+    """Fit the factors to measured points; those the table has no options for are left out.
 
     Args:
         table: As measured unit by unit.
         points: Measured, in order.
-        damages: What each cost, in any unit that is 0 for dense; same length.
+        damages: What each cost, in any unit that is 0 for dense; same length. Slightly negative ones are noise.
 
     Returns:
-        The refitted model; without usable points the table as it is. The same points give the same factors.
+        The refitted model; without a point that lost something the table as it is. The same points give the same
+        factors.
     """
     model = RefittedDamage.of(table)
-    rows = []
+    rows, measured = [], []
     for point, damage in zip(points, damages, strict=True):
-        row = _row(model, point)
-        if row is not None and math.isfinite(damage) and damage > _FLOOR:
-            rows.append((*row, math.log(damage)))
-    if not rows:
+        row = _row(model, point) if math.isfinite(damage) else None
+        if row is not None:
+            rows.append(row)
+            measured.append(damage)
+    if not measured or max(measured) <= _FLOOR:
         return replace(model, offered=len(points))
     size = len(model.log_factors)
-    # The scale begins at what explains the median, so that the ridge has units to forget but no offset to fight.
-    offset = float(np.median([target - math.log(max(weights.sum(), _FLOOR)) for weights, _, target in rows]))
-
-    def residuals(parameters: FloatArray) -> FloatArray:
-        errors = [
-            offset
-            + parameters[size]
-            + math.exp(parameters[size + 1]) * math.log(max(float(base @ np.exp(features @ parameters[:size])), _FLOOR))
-            - target
-            for base, features, target in rows
-        ]
-        ridge = np.concatenate(
-            [parameters[:size] * _RIDGE, [parameters[size] * _RIDGE_SCALE, parameters[size + 1] * _RIDGE]]
-        )
-        return np.concatenate([np.array(errors), ridge])
-
-    found = least_squares(residuals, np.zeros(size + 2), method="trf", max_nfev=200).x
+    found, offset = _fitted(rows, np.array(measured), size)
     return RefittedDamage(
         table,
         model.kinds,
@@ -138,6 +131,29 @@ def refit(table: DamageTable, points: Sequence[DesignPoint], damages: Sequence[f
         points=len(rows),
         offered=len(points),
     )
+
+
+def _fitted(rows: Sequence[tuple[FloatArray, FloatArray]], measured: FloatArray, size: int) -> tuple[FloatArray, float]:
+    """Logarithms of the factors, of the scale beyond the offset, and of the exponent, shape (size + 2,); the offset."""
+    base, features = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    starts = np.cumsum([0, *(len(weights) for weights, _ in rows[:-1])])
+    sums = np.maximum(np.add.reduceat(base, starts), _FLOOR)
+    has_lost = measured > _FLOOR
+    noise = _NOISE * float(np.median(measured[has_lost]))
+    target = np.arcsinh(measured / noise)
+    # The scale begins at what explains the median, so that the ridge has units to forget but no offset to fight.
+    offset = float(np.median(np.log(measured[has_lost] / sums[has_lost])))
+    ridge = np.array([*[_RIDGE] * size, _RIDGE_SCALE, _RIDGE_EXPONENT])
+
+    def residuals(parameters: FloatArray) -> FloatArray:
+        weighted = np.add.reduceat(base * np.exp(features @ parameters[:size]), starts)
+        predicted = np.exp(
+            offset + parameters[size] + math.exp(parameters[size + 1]) * np.log(np.maximum(weighted, _FLOOR))
+        )
+        return np.concatenate([np.arcsinh(predicted / noise) - target, parameters * ridge])
+
+    found: FloatArray = least_squares(residuals, np.zeros(size + 2), method="trf", max_nfev=200).x
+    return found, offset
 
 
 def _row(model: RefittedDamage, point: DesignPoint) -> tuple[FloatArray, FloatArray] | None:

@@ -67,6 +67,21 @@ def test_later_points_are_told_better_by_a_refitted_table(seed: int) -> None:
     assert model.exponent == pytest.approx(1.3, abs=0.15)
 
 
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_points_lost_in_noise_do_not_decide_the_fit(seed: int) -> None:
+    table, generator = table_of(seed), random.Random(seed)
+    points = [random_point(table, generator) for _ in range(60)]
+    slight = [DesignPoint(generator.choice(table.units).options[1].choices) for _ in range(15)]
+    noisy = [truth(table, point) + generator.gauss(0, 0.03) for point in slight]  # as large as what they lose
+    clean = [truth(table, point) for point in points[:15]]
+    model = refit(table, [*slight, *points[:15]], [*noisy, *clean])
+    assert min(noisy) < 0
+    assert model.points == 30
+    errors = [abs(math.log(model.predict(point) / truth(table, point))) for point in points[15:]]
+    additive = [abs(math.log(table.damage_of(point) / truth(table, point))) for point in points[15:]]
+    assert np.mean(errors) < 0.5 * np.mean(additive)
+
+
 def test_without_points_the_table_stays() -> None:
     table = table_of(0)
     point = random_point(table, random.Random(3))
