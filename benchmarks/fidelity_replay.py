@@ -1,12 +1,13 @@
 """What the fidelity ladder would have stopped in a study that ran without it, and what its front would be worth.
 
-    python benchmarks/fidelity_replay.py runs/my_study [--gains 0.001 0.002 0.005] [--fresh 1000]
+    python benchmarks/fidelity_replay.py runs/my_study [--gains 0.002 0.005] [--second-looks 0.002 0.003] [--fresh 1000]
 
-One and the same sequence of trials is judged at each `least_gain`, from the outcomes that the study kept, so that the
-difference is the ladder's and nothing else's; the proxy of each trial is measured now. Evaluation is counted in
-documents (the proxy as the documents whose tokens it has). The study without a ladder picks its front from more
-trials, hence from more luck: with `--fresh` the points of all fronts are measured on documents that the study never
-saw, and the fronts are compared by that too. A table for people; one JSON document as the last line for machines.
+One and the same sequence of trials is judged at each `least_gain`, and the stopped ones once more at each `second_look`
+below it, from the outcomes that the study kept, so that the difference is the ladder's and nothing else's; the proxy of
+each trial is measured now. Evaluation is counted in documents (the proxy as the documents whose tokens it has). The
+study without a ladder picks its front from more trials, hence from more luck: with `--fresh` the points of all fronts
+are measured on documents that the study never saw, and the fronts are compared by that too. A table for people; one
+JSON document as the last line for machines.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from dse.decomposition import calibration_windows, held_out_windows, longest_win
 from dse.evaluation import EvaluationResult, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.pareto import Objective, directions_of, non_dominated, normalised_hypervolume, reference_point
-from dse.study.fidelity import Established, Judge
+from dse.study.fidelity import Established, Judge, look_again
 from dse.study.fidelity.established import restricted, value_of
+from dse.study.fidelity.judge import PROXY_RUNG
 from dse.study.folder import StudyFolder
 from dse.study.record import Interval, TrialRecord
 
@@ -71,30 +73,53 @@ class Replay:
     masks: Mapping[float, Mapping[str, NDArray[np.bool_]]]
     proxy_documents: float
 
-    def run(self, least_gain: float | None) -> tuple[float, list[TrialRecord]]:
-        """Documents evaluated, and the trials at the top; None judges nobody."""
-        spent, top = 0.0, []
-        everything = float(sum(task.documents for task in self.evaluations[0].tasks))
+    def run(self, least_gain: float | None, second_look: float | None = None) -> tuple[float, list[TrialRecord]]:
+        """Documents evaluated, and the trials at the top; None judges nobody, or has no second look."""
+        spent, top, stopped = 0.0, [], {}
         for record, evaluation in zip(self.records, self.evaluations, strict=True):
-            share = 1.0 if least_gain is None or not top else self._climbed(record, evaluation, top, least_gain)
-            spent += share * everything + (0.0 if least_gain is None else self.proxy_documents)
-            if share == 1.0:
+            share, seen = 1.0, None
+            if least_gain is not None and top:
+                judge = Judge(self.objectives, top[0], top, least_gain)
+                share, seen = self._climbed(record, evaluation, judge)
+            spent += share * self.documents + (0.0 if least_gain is None else self.proxy_documents)
+            if seen is None:
                 top.append(Established(record, evaluation))
+            else:
+                stopped[record.trial] = share, seen, record, evaluation
+        if second_look is None or not stopped:
+            return spent, [entry.record for entry in top]
+
+        def climb_on(seen: TrialRecord, judge: Judge) -> None:
+            nonlocal spent
+            before, _, record, evaluation = stopped[seen.trial]
+            share, still = self._climbed(record, evaluation, judge)
+            spent += max(0.0, share - before) * self.documents
+            if still is None:
+                top.append(Established(record, evaluation))
+
+        waiting = [seen for _, seen, _, _ in stopped.values()]
+        look_again(waiting, lambda: Judge(self.objectives, top[0], top, second_look), climb_on, second_look)
         return spent, [entry.record for entry in top]
 
+    @property
+    def documents(self) -> float:
+        """Of all tasks."""
+        return float(sum(task.documents for task in self.evaluations[0].tasks))
+
     def _climbed(
-        self, record: TrialRecord, evaluation: EvaluationResult, top: Sequence[Established], least_gain: float
-    ) -> float:
-        """Share of the documents that the trial sees."""
-        judge = Judge(self.objectives, top[0], top, least_gain)
+        self, record: TrialRecord, evaluation: EvaluationResult, judge: Judge
+    ) -> tuple[float, TrialRecord | None]:
+        """Share of the documents that the trial sees, and its record if it is stopped there."""
         unseen = {name: value for name, value in record.quantities.items() if name == "kl_divergence"}
         before = dataclasses.replace(record, quantities=unseen)
-        if judge.verdict(1, before) is not None:
-            return 0.0
-        for rung, (share, masks) in enumerate(self.masks.items(), 2):
-            if judge.verdict(rung, before, restricted(evaluation, masks), masks) is not None:
-                return share
-        return 1.0
+        stop = judge.verdict(PROXY_RUNG, before)
+        if stop is not None:
+            return 0.0, dataclasses.replace(before, rung=stop.rung, estimates=stop.estimates)
+        for rung, (share, masks) in enumerate(self.masks.items(), PROXY_RUNG + 1):
+            stop = judge.verdict(rung, before, restricted(evaluation, masks), masks)
+            if stop is not None:
+                return share, dataclasses.replace(before, rung=stop.rung, estimates=stop.estimates)
+        return 1.0, None
 
     def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Feasible trials that no other dominates, by what the study measured."""
@@ -136,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="folder of a study that ran without a ladder")
     parser.add_argument("--gains", type=float, nargs="+", default=[0.001, 0.002, 0.005, 0.01])
+    parser.add_argument("--second-looks", type=float, nargs="*", default=[0.002, 0.003])
     parser.add_argument(
         "--proxy-documents", type=float, default=9.0, help="whose tokens the proxy has: 9 of ARC-Easy's"
     )
@@ -161,27 +187,30 @@ def main() -> None:
         {share: evaluator.within_share(share) for share in ladder.shares},
         options.proxy_documents,
     )
-    runs = {gain: replay.run(gain) for gain in (None, *options.gains)}
-    fronts = {gain: replay.front(top) for gain, (_, top) in runs.items()}
+    pairs = [(gain, second) for gain in options.gains for second in (None, *options.second_looks)]
+    pairs = [(None, None), *((gain, second) for gain, second in pairs if second is None or second < gain)]
+    runs = {pair: replay.run(*pair) for pair in pairs}
+    fronts = {pair: replay.front(top) for pair, (_, top) in runs.items()}
+    unjudged = None, None
     accuracies = None
     if options.fresh:
         union = {record.point_id: record for front in fronts.values() for record in front}
         union.setdefault(records[0].point_id, records[0])
         accuracies = on_fresh_documents(config, loaded, bank, list(union.values()), options.fresh)
     rows = []
-    print("least gain   less evaluation   hypervolume            fresh           front   at the top")
-    for gain, (spent, top) in runs.items():
-        row: dict[str, Any] = {"least_gain": gain, "saved": runs[None][0] / spent, "top": len(top)}
-        row["hypervolume"] = replay.hypervolume(fronts[gain])
-        row["change"] = row["hypervolume"] / replay.hypervolume(fronts[None]) - 1
+    print("least gain, second look   less evaluation   hypervolume            fresh           front   at the top")
+    for (gain, second), (spent, top) in runs.items():
+        row: dict[str, Any] = {"least_gain": gain, "second_look": second, "saved": runs[unjudged][0] / spent}
+        row |= {"top": len(top), "hypervolume": replay.hypervolume(fronts[gain, second])}
+        row["change"] = row["hypervolume"] / replay.hypervolume(fronts[unjudged]) - 1
         fresh = ""
         if accuracies is not None:
-            row["fresh"] = replay.hypervolume(fronts[gain], accuracies)
-            row["fresh_change"] = row["fresh"] / replay.hypervolume(fronts[None], accuracies) - 1
+            row["fresh"] = replay.hypervolume(fronts[gain, second], accuracies)
+            row["fresh_change"] = row["fresh"] / replay.hypervolume(fronts[unjudged], accuracies) - 1
             fresh = f"{row['fresh']:.4f} {100 * row['fresh_change']:+.2f} %"
         print(
-            f"{'none' if gain is None else gain:>10} {row['saved']:>15.2f} x   {row['hypervolume']:.4f}"
-            f" {100 * row['change']:+7.2f} %   {fresh:>16} {len(fronts[gain]):>6} {len(top):>8}",
+            f"{gain or 'none':>10} {second or '-':>12} {row['saved']:>17.2f} x   {row['hypervolume']:.4f}"
+            f" {100 * row['change']:+7.2f} %   {fresh:>16} {len(fronts[gain, second]):>6} {len(top):>8}",
             flush=True,
         )
         rows.append(row)

@@ -26,6 +26,12 @@ class FidelityConfig(Section):
         lt=1,
         description="a trial climbs while it is expected to add at least this share to the front's hypervolume",
     )
+    second_look: float | None = Field(
+        0.003,
+        ge=0,
+        lt=1,
+        description="at the end stopped trials climb on while one is expected to add this share; null leaves it out",
+    )
     tell: Literal["estimate", "bound", "infeasible", "nothing"] = Field(
         "estimate", description="what the sampler hears of a stopped trial"
     )

@@ -13,10 +13,11 @@ from dse.design_point import DesignPoint
 from dse.errors import InvalidMeasurementError, StudyError, UserError
 from dse.evaluation import EvaluationResult
 from dse.pareto import directions_of, reference_point
+from dse.study.ending import StudyEnd
 from dse.study.evaluate_point import Reference, blank_record
 from dse.study.events import StudyListener, StudyProgress
 from dse.study.facts import check_same_facts, study_facts
-from dse.study.fidelity import LadderSession, reevaluate_front
+from dse.study.fidelity import LadderSession
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts
 from dse.study.objectives import objective_values
@@ -273,27 +274,19 @@ class StudyLoop:
             self.prepared.evaluator.check_device()
 
     def _end(self) -> None:
-        """The search is over: fresh documents have a say about the front, where the study keeps some."""
-        final, reference = self.prepared.final, self.reference
-        if final is None or reference is None:
-            return
-
-        def progress(done: int, total: int) -> None:
-            if self.interrupts.requested:
-                raise KeyboardInterrupt
-            self.listener.on_phase("evaluate the front", done, total)
-
-        self.listener.on_message("evaluating the front on documents that the search did not see")
-        reevaluate_front(
-            final,
-            reference.record,
-            lambda: (
-                Study.running(self.folder, self.prepared.config, self.storage.attributes, self.records).front_records
-            ),
-            self.storage.attributes.get("final", {}),
-            lambda known: self.storage.set_attribute("final", known),
-            progress,
-        )
+        """The search is over: stopped trials get a second look, and fresh documents a say about the front."""
+        if self.reference is not None:
+            StudyEnd(
+                self.prepared,
+                self.folder,
+                self.storage,
+                self.ladder,
+                self.reference,
+                self.records,
+                self.listener,
+                self.interrupts,
+                self._progress,
+            ).run()
 
     def _report_precision(self, evaluation: EvaluationResult | None) -> None:
         """Keep what half precision does to the dense model's metrics, where the model is held so."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dse.config import StudyConfig, load_study, parse_study
+from dse.config import FidelityConfig, StudyConfig, load_study, parse_study
 from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
+from dse.study.ending import looked_again
 from dse.study.events import StudyListener
 from dse.study.fidelity import final_pending
 from dse.study.folder import StudyFolder
@@ -77,7 +78,7 @@ def _config_of(study: StudyConfig | Mapping[str, Any] | str | Path) -> StudyConf
 
 def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> bool:
     """Whether nothing is left to do: no model needs loading to say so."""
-    if config.fidelity is not None and config.fidelity.final_documents and _has_pending(study):
+    if config.fidelity is not None and _has_pending(study, config.fidelity):
         return False
     if study.evaluated_trials >= config.budget.trials:
         listener.on_message(f"complete: all {config.budget.trials} trials are there")
@@ -90,5 +91,9 @@ def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> 
     return False
 
 
-def _has_pending(study: Study) -> bool:
-    return final_pending(study.front_records, study.attributes.get("final", {}))
+def _has_pending(study: Study, fidelity: FidelityConfig) -> bool:
+    """Whether stopped trials wait for their second look, or the front for fresh documents."""
+    has_stopped = any(record.state == "stopped" for record in study.records)
+    if fidelity.second_look is not None and has_stopped and not looked_again(study.attributes, len(study.records)):
+        return True
+    return bool(fidelity.final_documents) and final_pending(study.front_records, study.attributes.get("final", {}))

@@ -24,6 +24,7 @@ from dse.study.sqlite import SqliteStorage
 __all__ = ["Proposal", "StudyStorage"]
 
 _NAME, _RECORD, _ORIGIN, _QUEUE, _WHY, _POINT = "dse", "record", "origin", "queue", "why", "point"
+_REVISED = "revised"
 _NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
 
 
@@ -218,6 +219,11 @@ class StudyStorage:
             trial.set_user_attr(_RECORD, json.dumps(record.to_json(), allow_nan=False))
             self._study.tell(record.trial, list(values) if values is not None else None, state=state)
 
+    def revise(self, record: TrialRecord) -> None:
+        """Keep another record of a trial that is finished; Optuna, which lets no trial be changed, keeps its values."""
+        with self.at_once():
+            self.set_attribute(_REVISED, {**self.attributes.get(_REVISED, {}), str(record.trial): record.to_json()})
+
     def records(self) -> list[TrialRecord]:
         """Records of all finished trials, by number.
 
@@ -225,8 +231,12 @@ class StudyStorage:
             StudyError: A record cannot be read.
         """
         finished = [trial for trial in self._in_state() if trial.state.is_finished()]
+        revised = self.attributes.get(_REVISED, {})
         try:
-            return [TrialRecord.from_json(json.loads(trial.user_attrs[_RECORD])) for trial in finished]
+            return [
+                TrialRecord.from_json(revised.get(str(trial.number)) or json.loads(trial.user_attrs[_RECORD]))
+                for trial in finished
+            ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StudyError(f"{self._path} must hold a record of every trial, but one is damaged: {error}") from error
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dse.evaluation import EvaluationResult, TaskResult
 from dse.pareto import normalised_hypervolume, objectives_named
 from dse.study import Interval, TrialRecord
-from dse.study.fidelity import TELL, Established, Judge, told
+from dse.study.fidelity import TELL, Established, Judge, look_again, told
 from dse.study.fidelity.belief import Belief, believed
 from dse.study.fidelity.established import restricted
 from dse.study.fidelity.prediction import FEWEST_POINTS, linear_prediction
@@ -170,6 +170,40 @@ def test_a_hair_ahead_of_its_neighbours_is_not_worth_a_climb() -> None:
     hair, gap = record(21, 499, divergence=0.75), record(22, 300, divergence=0.75)
     assert judge.verdict(1, hair) is not None
     assert judge.verdict(1, gap) is None
+
+
+def test_what_the_proxy_promised_is_judged_by_what_is_known_now() -> None:
+    candidate = record(21, 700, divergence=0.9)
+    early = judge_of(*line(), established(20, 500, 45, 0.75), least_gain=0.9).verdict(1, candidate)
+    assert early is not None
+    stopped = dataclasses.replace(candidate, rung=early.rung, estimates=early.estimates)
+    noisy = judge_of(*line(0.06), established(20, 500, 45, 0.75))
+    beliefs = [believed(objective, candidate, None, None, noisy._known) for objective in OBJECTIVES]
+    assert noisy.promise(stopped) == noisy.expected_gain([belief for belief in beliefs if belief is not None])
+    # What documents said stands: it is read back from the estimates.
+    seen = dataclasses.replace(
+        stopped, rung=2, estimates={**early.estimates, "accuracy": Interval(0.5, 0.5 - 0.0196, 0.5 + 0.0196)}
+    )
+    expected = noisy.expected_gain([Belief(0.5, 0.01), Belief(700.0, 0.0)])
+    assert noisy.promise(seen) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_second_look_takes_the_most_promising_first_and_ends_where_too_little_is_promised() -> None:
+    known = [*line(), established(20, 500, 45, 0.75)]
+    stopped = [record(30 + i, 700, divergence=kl) for i, kl in enumerate((1.2, 0.3, 0.5, 0.1))]
+    stopped = [dataclasses.replace(entry, rung=1) for entry in stopped]
+    looked: list[int] = []
+
+    def climb_on(entry: TrialRecord, judge: Judge) -> None:
+        looked.append(entry.trial)
+        if entry.trial == 33:  # as good as the line said: whoever is behind it promises nothing any more
+            known.append(established(33, 700, 58, 0.1))
+
+    look_again(stopped, lambda: judge_of(*known), climb_on, 0.005)
+    assert looked == [33]
+    known.remove(known[-1])
+    look_again(stopped, lambda: judge_of(*known), lambda entry, judge: looked.append(entry.trial), 0.005)
+    assert looked[1:] == [33, 31, 32]
 
 
 def test_without_enough_trials_the_proxy_stops_nobody() -> None:

@@ -16,7 +16,7 @@ from dse.errors import ConfigError, TaskError
 from dse.study import Study, open_study, run_study
 from dse.study.fidelity import TELL
 
-LADDER: dict[str, Any] = {"proxy_tokens": 256, "shares": [0.2, 0.5], "least_gain": 0.01}
+LADDER: dict[str, Any] = {"proxy_tokens": 256, "shares": [0.2, 0.5], "least_gain": 0.01, "second_look": None}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,55 @@ def test_a_study_stopped_at_its_end_evaluates_the_rest_of_the_front(study: Study
     resumed = run_study(config, out=tmp_path / "run", use_cache=False)
     assert set(before.attributes["final"]) < set(resumed.attributes["final"])
     assert resumed.attributes["final"] == study.attributes["final"]
+
+
+SECOND: dict[str, Any] = {"least_gain": 0.05, "second_look": 0.002}
+
+
+def test_stopped_trials_of_promise_climb_on_at_the_end(folder: Path, tmp_path: Path) -> None:
+    once = run_study(ladder_study(folder, fidelity={**SECOND, "second_look": None}), out=tmp_path / "once")
+    config = ladder_study(folder, fidelity=SECOND)
+    found = run_study(config, out=tmp_path / "twice")
+    before = {record.trial: record for record in once.records}
+    assert [record.point_id for record in found.records] == [record.point_id for record in once.records]
+    looked = [record for record in found.records if "second look" in record.why]
+    assert looked
+    assert {before[record.trial].state for record in looked} == {"stopped"}
+    assert all((record.rung or 0) >= (before[record.trial].rung or 0) for record in looked)
+    climbed = [record for record in looked if record.state == "complete"]
+    assert climbed
+    assert all(record.rung == 4 and "accuracy" in record.quantities and not record.estimates for record in climbed)
+    others = [record for record in found.records if record not in looked]
+    assert all(record.state == before[record.trial].state for record in others)
+    assert found.evaluated_trials == once.evaluated_trials == 18
+    assert found.hypervolume > once.hypervolume
+    # Whoever is still stopped promises less than asked for, or was looked at.
+    assert found.trials().set_index("trial").loc[[record.trial for record in climbed], "accuracy"].notna().all()
+    messages = Watcher()
+    again = run_study(config, out=tmp_path / "twice", listener=messages)
+    assert any("all 18 trials are there" in message for message in messages.messages)
+    assert [record.state for record in again.records] == [record.state for record in found.records]
+
+
+def test_a_second_look_that_is_interrupted_goes_on(folder: Path, tmp_path: Path) -> None:
+    config = ladder_study(folder, fidelity=SECOND)
+    whole = run_study(config, out=tmp_path / "whole")
+
+    class AtTheSecond(Watcher):
+        looked = 0
+
+        def on_trial_start(self, progress: Any, record: Any) -> None:
+            self.looked += "second look" in record.why
+            if self.looked == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config, out=tmp_path / "stopped", listener=AtTheSecond())
+    stopped = open_study(tmp_path / "stopped")
+    assert sum("second look" in record.why for record in stopped.records) == 1
+    resumed = run_study(config, out=tmp_path / "stopped")
+    assert [(r.point_id, r.state) for r in resumed.records] == [(r.point_id, r.state) for r in whole.records]
+    assert resumed.hypervolume == pytest.approx(whole.hypervolume)
 
 
 @pytest.mark.parametrize("way", sorted(TELL))

@@ -13,6 +13,8 @@ from dse.study.fidelity.final import reevaluate_front as reevaluate_front
 from dse.study.fidelity.final import with_final_values as with_final_values
 from dse.study.fidelity.judge import Judge as Judge
 from dse.study.fidelity.judge import Stop as Stop
+from dse.study.fidelity.second_look import look_again as look_again
+from dse.study.fidelity.second_look import most_promising as most_promising
 from dse.study.fidelity.session import LadderSession as LadderSession
 from dse.study.fidelity.telling import TELL as TELL
 from dse.study.fidelity.telling import told as told

@@ -10,13 +10,11 @@ from dse.evaluation.divergence import DenseDivergence, Divergence
 from dse.measurement import device_in_use
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
-from dse.study.fidelity.judge import Judge, Stop
+from dse.study.fidelity.judge import PROXY_RUNG, Judge, Stop
 from dse.study.point_run import PointRun
 from dse.study.record import Interval, TrialRecord
 
 __all__ = ["Climber", "climb"]
-
-PROXY_RUNG = 1
 
 
 @dataclasses.dataclass

@@ -16,8 +16,9 @@ from dse.study.fidelity.belief import Belief, believed
 from dse.study.fidelity.established import Established, value_of
 from dse.study.record import Interval, TrialRecord
 
-__all__ = ["Judge", "Stop"]
+__all__ = ["PROXY_RUNG", "Judge", "Stop"]
 
+PROXY_RUNG = 1
 _SAMPLES = 64
 _TWO_SIDED_95 = 1.959963984540054
 
@@ -99,6 +100,26 @@ class Judge:
         estimates = {o.name: _interval(o, belief) for o, belief in beliefs.items()}
         return Stop(rung, _reason(gain, self._least_gain, estimates), estimates)
 
+    def promise(self, record: TrialRecord) -> float:
+        """Hypervolume that a stopped trial is expected to add by what is known now, as a share of the front's.
+
+        What only the proxy said is predicted anew, since more trials tell by now what it means; what documents said is
+        taken as it was estimated then.
+
+        Args:
+            record: A stopped trial's.
+        """
+        beliefs = []
+        for objective in self._objectives:
+            found = believed(objective, record, None, None, self._known)
+            estimate = record.estimates.get(objective.name)
+            if estimate is not None and (found is None or (record.rung or 0) > PROXY_RUNG):
+                found = _belief(estimate)
+            if found is None:
+                return 0.0
+            beliefs.append(found)
+        return self.expected_gain(beliefs)
+
     def expected_gain(self, beliefs: Sequence[Belief]) -> float:
         """Hypervolume that a trial is expected to add, as a share of the front's; one belief an objective."""
         if not self._volume:
@@ -137,6 +158,13 @@ def _interval(objective: Objective, belief: Belief) -> Interval:
     half = _TWO_SIDED_95 * belief.deviation
     ends = (belief.mean, belief.mean - half, belief.mean + half)
     return Interval(*(min(1.0, max(0.0, end)) for end in ends) if objective.is_fraction else ends)
+
+
+def _belief(interval: Interval) -> Belief:
+    """What `_interval` was made of; the longer half, where the other was cut off at 0 or 1."""
+    value = interval.value or 0.0
+    half = max((value if end is None else abs(end - value)) for end in (interval.low, interval.high))
+    return Belief(value, half / _TWO_SIDED_95)
 
 
 def _reason(gain: float, least_gain: float, estimates: Mapping[str, Interval]) -> str:

@@ -10,6 +10,7 @@ from dse.evaluation import EvaluationResult
 from dse.pareto import Objective
 from dse.study.fidelity.established import Established
 from dse.study.fidelity.judge import Judge
+from dse.study.fidelity.second_look import look_again
 from dse.study.fidelity.telling import Told, told
 from dse.study.point_run import Reference
 from dse.study.record import TrialRecord
@@ -44,8 +45,19 @@ class LadderSession:
         """Who stops the next trial; None for the dense model, and without a ladder."""
         if self.config is None or reference is None:
             return None
+        return self._judge(reference, self.config.least_gain)
+
+    def look_again(
+        self, stopped: Sequence[TrialRecord], reference: Reference, climb_on: Callable[[TrialRecord, Judge], None]
+    ) -> None:
+        """Have stopped trials climb on, now that more is known; `climb_on` adds those that come to the top."""
+        if self.config is not None and self.config.second_look is not None:
+            least_gain = self.config.second_look
+            look_again(stopped, lambda: self._judge(reference, least_gain), climb_on, least_gain)
+
+    def _judge(self, reference: Reference, least_gain: float) -> Judge:
         dense = Established(reference.record, reference.evaluation)
-        return Judge(self.objectives, dense, list(self._established.values()), self.config.least_gain)
+        return Judge(self.objectives, dense, list(self._established.values()), least_gain)
 
     def told(self, record: TrialRecord, violations: Mapping[str, float]) -> Told:
         """What the sampler hears of a stopped trial."""
