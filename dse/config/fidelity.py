@@ -27,7 +27,7 @@ class FidelityConfig(Section):
         description="a trial climbs while it is expected to add at least this share to the front's hypervolume",
     )
     second_look: float | None = Field(
-        0.002,
+        0.0015,
         ge=0,
         lt=1,
         description="at the end stopped trials climb on while one is expected to add this share; null leaves it out",

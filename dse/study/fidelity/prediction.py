@@ -12,8 +12,8 @@ from dse.evaluation.statistics import student_quantile
 
 __all__ = ["FEWEST_POINTS", "Prediction", "linear_prediction"]
 
-FEWEST_POINTS = 8
-"""Below this nothing is predicted: a line through a handful of points looks surer than it is."""
+FEWEST_POINTS = 6
+"""Below this nothing is predicted: an interval with three degrees of freedom or fewer is too wide to stop anybody."""
 
 FloatArray = npt.NDArray[np.float64]
 
