@@ -1,9 +1,9 @@
 """What the fidelity ladder saves, and what it costs the front: the same study with and without it.
 
-    python benchmarks/fidelity.py --task arc_easy.yaml [--limit 250] [--trials 60] [--seeds 0 1] [--fresh 1000]
+    python benchmarks/fidelity.py --task arc_easy.yaml [--limit 250] [--trials 60] [--seeds 0 1 2] [--fresh 1000]
 
-Same space, seed and number of trials; accuracy and parameters are the objectives, so that nothing but evaluation
-takes time. No answer is shared between the runs, each of which is a process of its own on one thread; two run side by
+Same space, seed and number of trials, with the random sampler the very same trials, so that all difference is the
+ladder's; accuracy and parameters are the objectives, so that nothing but evaluation takes time. No answer is shared between the runs, each of which is a process of its own on one thread; two run side by
 side, so that both of a pair meet the machine as it is then (`--processes`).
 Evaluation time is the proxy's and the documents', in wall-clock and in CPU seconds; the latter are the robust ones on
 a machine that others use. Front points of both runs have been evaluated on all documents, so their hypervolumes are
@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--limit", type=int, default=250, help="documents")
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--sampler", default="tpe")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--sampler", default="random", help="one that learns goes another way after a stopped trial")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fresh", type=int, default=0, help="documents that both fronts are measured on at the end")
     parser.add_argument("--fidelity", type=json.loads, default='"auto"', help="as in a study file, as JSON")
     parser.add_argument("--keep", type=Path, help="where the studies' folders stay, for `fidelity_replay.py`")
