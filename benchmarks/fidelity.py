@@ -3,8 +3,9 @@
     python benchmarks/fidelity.py --task arc_easy.yaml [--limit 250] [--trials 60] [--seeds 0 1 2] [--fresh 1000]
 
 Same space, seed and number of trials, with the random sampler the very same trials, so that all difference is the
-ladder's; accuracy and parameters are the objectives, so that nothing but evaluation takes time. No answer is shared between the runs, each of which is a process of its own on one thread; two run side by
-side, so that both of a pair meet the machine as it is then (`--processes`).
+ladder's; accuracy and parameters are the objectives, so that nothing but evaluation takes time. No answer is shared
+between the runs, each of which is a process of its own on one thread; two run side by side, so that both of a pair meet
+the machine as it is then (`--processes`).
 Evaluation time is the proxy's and the documents', in wall-clock and in CPU seconds; the latter are the robust ones on
 a machine that others use. Front points of both runs have been evaluated on all documents, so their hypervolumes are
 at full fidelity, against one reference. But a front is picked by what it scored on those documents, and the study
