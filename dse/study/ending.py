@@ -64,8 +64,10 @@ class StudyEnd:
 
     def run(self) -> None:
         """Second look, then fresh documents."""
-        if not looked_again(self.storage.attributes, len(self.records)):
+        if self.ladder.has_second_look and not looked_again(self.storage.attributes, len(self.records)):
             stopped = [record for record in self.records if record.state == "stopped"]
+            if stopped:
+                self.listener.on_message(f"a second look at {len(stopped)} stopped trials, by all that is known now")
             self.ladder.look_again(stopped, self.reference, self._climb_on)
             self.storage.set_attribute(_SECOND_LOOK, len(self.records))
         self._ask_fresh_documents()
@@ -96,6 +98,8 @@ class StudyEnd:
         study = Study.running(self.folder, self.prepared.config, self.storage.attributes, self.records)
         study.write_tables()
         self.listener.on_trial_end(self.progress(study), record)
+        if record.state == "failed":
+            self.prepared.evaluator.check_device()
 
     def _checked(self, record: TrialRecord) -> TrialRecord:
         """The record with what its measurements break: limits, or that every objective has a value."""

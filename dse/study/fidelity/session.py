@@ -55,6 +55,11 @@ class LadderSession:
             least_gain = self.config.second_look
             look_again(stopped, lambda: self._judge(reference, least_gain), climb_on, least_gain)
 
+    @property
+    def has_second_look(self) -> bool:
+        """Whether stopped trials may climb on at the end."""
+        return self.config is not None and self.config.second_look is not None
+
     def _judge(self, reference: Reference, least_gain: float) -> Judge:
         dense = Established(reference.record, reference.evaluation)
         return Judge(self.objectives, dense, list(self._established.values()), least_gain)
