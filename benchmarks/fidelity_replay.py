@@ -160,8 +160,8 @@ def on_fresh_documents(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="folder of a study that ran without a ladder")
-    parser.add_argument("--gains", type=float, nargs="+", default=[0.001, 0.002, 0.005, 0.01])
-    parser.add_argument("--second-looks", type=float, nargs="*", default=[0.002, 0.003])
+    parser.add_argument("--gains", type=float, nargs="+", default=[0.002, 0.003, 0.005])
+    parser.add_argument("--second-looks", type=float, nargs="*", default=[0.001, 0.0015, 0.002, 0.003])
     parser.add_argument(
         "--proxy-documents", type=float, default=9.0, help="whose tokens the proxy has: 9 of ARC-Easy's"
     )

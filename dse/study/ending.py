@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dse.design_point import DesignPoint
-from dse.errors import InvalidMeasurementError
 from dse.study.evaluate_point import blank_record
 from dse.study.events import StudyListener, StudyProgress
 from dse.study.fidelity import Judge, LadderSession, reevaluate_front
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts
-from dse.study.objectives import objective_values
+from dse.study.outcome import broken_limits, valued
 from dse.study.point_run import Reference
 from dse.study.record import TrialRecord
 from dse.study.setup import PreparedStudy
-from dse.study.space.limits import measured_violations
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
 
@@ -86,7 +84,9 @@ class StudyEnd:
         record, evaluation = self.prepared.evaluator.evaluate(blank, point, self.reference, judge)
         if self.interrupts.requested:
             raise KeyboardInterrupt
-        record = self._checked(record)
+        record, _ = valued(self.prepared.objectives, record)
+        broken = broken_limits(self.prepared.space.config.limits, record)
+        record = dataclasses.replace(record, feasible=record.feasible and all(value <= 0 for value in broken.values()))
         phases = dict.fromkeys([*before.seconds, *record.seconds])
         seconds = {phase: before.seconds.get(phase, 0.0) + record.seconds.get(phase, 0.0) for phase in phases}
         record = dataclasses.replace(record, seconds=seconds)
@@ -100,19 +100,6 @@ class StudyEnd:
         self.listener.on_trial_end(self.progress(study), record)
         if record.state == "failed":
             self.prepared.evaluator.check_device()
-
-    def _checked(self, record: TrialRecord) -> TrialRecord:
-        """The record with what its measurements break: limits, or that every objective has a value."""
-        if record.state != "complete":
-            return record
-        known = {name: entry.value for name, entry in record.quantities.items() if entry.value is not None}
-        broken = measured_violations(self.prepared.space.config.limits, known)
-        record = dataclasses.replace(record, feasible=record.feasible and all(v <= 0 for v in broken.values()))
-        try:
-            objective_values(self.prepared.objectives, record)
-        except InvalidMeasurementError as error:
-            return dataclasses.replace(record, state="failed", reason=str(error))
-        return record
 
     def _ask_fresh_documents(self) -> None:
         if self.prepared.final is None:

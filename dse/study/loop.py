@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from dse.design_point import DesignPoint
-from dse.errors import InvalidMeasurementError, StudyError, UserError
+from dse.errors import StudyError, UserError
 from dse.evaluation import EvaluationResult
 from dse.pareto import directions_of, reference_point
 from dse.study.ending import StudyEnd
@@ -21,12 +21,12 @@ from dse.study.fidelity import LadderSession
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts
 from dse.study.objectives import objective_values
+from dse.study.outcome import broken_limits, valued
 from dse.study.precision import compare_with_float32
 from dse.study.proposals import unseen_feasible_levels
 from dse.study.record import EVALUATED_STATES, TrialRecord, finite
 from dse.study.search import Candidate, LatencyForecast, SearchSession
 from dse.study.setup import PreparedStudy
-from dse.study.space.limits import measured_violations
 from dse.study.storage import Proposal, StudyStorage
 from dse.study.study import Study, write_reports
 
@@ -215,7 +215,7 @@ class StudyLoop:
             seconds={},
             reason=f"same point as trial {earlier.trial}{failed}",
         )
-        values, violations = None, violations | self._measured(earlier)
+        values, violations = None, violations | broken_limits(self.search.space.config.limits, earlier)
         if earlier.state == "stopped":
             told = self.ladder.told(earlier, violations)
             values, violations = told.values, dict(told.violations)
@@ -238,13 +238,8 @@ class StudyLoop:
         except KeyboardInterrupt:
             self._interrupt(proposal, "stopped by the user")
             raise
-        values: list[float] | None = None
-        if record.state == "complete":
-            try:
-                values = objective_values(self.prepared.objectives, record)
-            except InvalidMeasurementError as error:
-                record = dataclasses.replace(record, state="failed", reason=str(error))
-        violations |= self._measured(record)
+        record, values = valued(self.prepared.objectives, record)
+        violations |= broken_limits(self.search.space.config.limits, record)
         record = dataclasses.replace(record, feasible=all(value <= 0 for value in violations.values()))
         if record.state == "stopped":
             told = self.ladder.told(record, violations)
@@ -321,11 +316,6 @@ class StudyLoop:
         if proposal.point is None:
             return kept(self.search.space.point(proposal.levels))
         return kept(DesignPoint.from_json(proposal.point, self.prepared.loaded.topology))
-
-    def _measured(self, record: TrialRecord) -> dict[str, float]:
-        """By how much the measured quantities of a trial break the limits on them."""
-        known = {name: entry.value for name, entry in record.quantities.items() if entry.value is not None}
-        return measured_violations(self.search.space.config.limits, known)
 
     def _enqueue_unseen(self) -> bool:
         levels = unseen_feasible_levels(self.search.space, set(self.by_point), self._generator("unseen"))

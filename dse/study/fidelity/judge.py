@@ -19,6 +19,8 @@ from dse.study.record import Interval, TrialRecord
 __all__ = ["PROXY_RUNG", "Judge", "Stop"]
 
 PROXY_RUNG = 1
+"""Where the KL divergence is all that was measured; shares of the documents follow."""
+
 _SAMPLES = 64
 _TWO_SIDED_95 = 1.959963984540054
 
@@ -162,9 +164,10 @@ def _interval(objective: Objective, belief: Belief) -> Interval:
 
 def _belief(interval: Interval) -> Belief:
     """What `_interval` was made of; the longer half, where the other was cut off at 0 or 1."""
-    value = interval.value or 0.0
-    half = max((value if end is None else abs(end - value)) for end in (interval.low, interval.high))
-    return Belief(value, half / _TWO_SIDED_95)
+    if interval.value is None or interval.low is None or interval.high is None:
+        raise ValueError(f"an estimate has a value and both ends, but this one is {interval}")
+    half = max(interval.value - interval.low, interval.high - interval.value)
+    return Belief(interval.value, half / _TWO_SIDED_95)
 
 
 def _reason(gain: float, least_gain: float, estimates: Mapping[str, Interval]) -> str:

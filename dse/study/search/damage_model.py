@@ -33,7 +33,7 @@ __all__ = ["KNOTS", "RefittedDamage", "refit"]
 
 KNOTS = 4
 _RIDGE = 0.4  # a factor of e weighs like an error of 0.4 in the logarithm of one measured damage
-_RIDGE_EXPONENT = 1.0
+_RIDGE_EXPONENT = 1.0  # losses that do not add up are rarer than units that weigh more
 _RIDGE_SCALE = 0.02  # the scale only translates units: nats on one text to nats, or accuracy, on another
 _NOISE = 0.4  # of the median damage: where errors begin to count relatively
 _FLOOR = 1e-5
