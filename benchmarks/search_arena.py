@@ -29,6 +29,7 @@ __all__ = ["Arena", "Found", "break_even", "prepared", "say", "token_perplexity"
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 512
+SEARCH_WINDOW = 256  # half as long, so that few tokens still are several passages
 TASK = """task: search_text
 dataset_path: json
 dataset_kwargs:
@@ -195,7 +196,8 @@ class Arena:
         third = len(text) // 3
         calibrated, searched, reported = (text[i * third : (i + 1) * third] for i in range(3))
         write_text(self.folder / "calibration.txt", calibrated)
-        rows = [self.loaded.tokenizer.decode(window) for window in self._spread(searched, self.options.search_tokens)]
+        passages = self._spread(searched, self.options.search_tokens, SEARCH_WINDOW)
+        rows = [self.loaded.tokenizer.decode(passage) for passage in passages]
         write_text(self.folder / "search.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
         write_text(self.folder / "search.yaml", TASK)
         tokens = sum(len(self.loaded.tokenizer(row)["input_ids"]) for row in rows)
@@ -204,11 +206,11 @@ class Arena:
         source = CalibrationSource(file=str((self.folder / "calibration.txt").resolve()))
         return CalibrationConfig(sources=[source], tokens=self.options.calibration_tokens, window=WINDOW)
 
-    def _spread(self, text: str, tokens: int) -> torch.Tensor:
-        """Windows of the text, evenly spread; shape (windows, WINDOW)."""
+    def _spread(self, text: str, tokens: int, window: int = WINDOW) -> torch.Tensor:
+        """Windows of the text, evenly spread; shape (windows, window)."""
         ids = torch.tensor(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
-        count = min(len(windows), max(1, tokens // WINDOW))
+        windows = ids[: len(ids) // window * window].reshape(-1, window)
+        count = min(len(windows), max(1, tokens // window))
         return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
