@@ -21,7 +21,7 @@ from dse.models import LoadedModel, load_model
 from dse.pareto import RankCurve, RankPanel, rank_curves_html
 from dse.runtime import ModelProfile, Phase, ProductShape, model_profile, option_shapes, timings_for
 from dse.sensitivity import SensitivityProfile
-from dse.study import SearchSpace, StudyListener, resolve_device
+from dse.study import SearchSpace, StudyListener, resolve_device, settled_space
 
 __all__ = ["print_profile", "profile_device", "write_plot"]
 
@@ -46,7 +46,8 @@ def profile_device(options: argparse.Namespace, listener: StudyListener) -> dict
         trust_remote_code=options.trust_remote_code,
     )
     profile = model_profile(loaded, timings_for(loaded.model))
-    entries = list(_entries(loaded, options))
+    space = _space(options, loaded, profile, listener)
+    entries = list(_entries(loaded, options, space))
     if not entries:
         raise ConfigError("a rank must lie within the break-even of some matrix, but none does; lower `--ranks`")
     shapes = [
@@ -68,6 +69,7 @@ def profile_device(options: argparse.Namespace, listener: StudyListener) -> dict
         "conditions": dataclasses.asdict(profile.timings.conditions),
         "file": str(profile.timings.path),
         "timed_now": len(missing),
+        "rank_multiple": None if space is None else space.config.ranks.settled_multiple,
         "matrices": [_row(profile, *entry) for entry in entries],
     }
 
@@ -84,12 +86,23 @@ def _phases(loaded: LoadedModel) -> tuple[str, ...]:
     return ("decode", "prefill") if loaded.topology.is_decoder else ("prefill",)
 
 
-def _entries(loaded: LoadedModel, options: argparse.Namespace) -> Iterator[Entry]:
+def _space(
+    options: argparse.Namespace, loaded: LoadedModel, profile: ModelProfile, listener: StudyListener
+) -> SearchSpace | None:
+    """The space whose ranks are timed, its rank multiple settled for all phases and batch sizes asked for."""
+    if options.space is None:
+        return None
+    phases = [Phase.of(name, batch, options.prompt) for name in _phases(loaded) for batch in options.batch]
+    config = settled_space(load_search_space(Path(options.space)), loaded, phases, profile.timings, listener)
+    return SearchSpace.from_config(config, loaded.topology)
+
+
+def _entries(loaded: LoadedModel, options: argparse.Namespace, space: SearchSpace | None) -> Iterator[Entry]:
     """Each matrix of one role and shape once, at each rank, in each phase and batch."""
     topology = loaded.topology
     seen = set()
     names = _phases(loaded)
-    for name, choice in _choices(loaded, options):
+    for name, choice in _choices(loaded, options, space):
         matrix = topology.matrix(name)
         key = (matrix.role, matrix.shape, choice)
         if key in seen:
@@ -100,7 +113,9 @@ def _entries(loaded: LoadedModel, options: argparse.Namespace) -> Iterator[Entry
                 yield name, choice, Phase.of(phase, batch, options.prompt), batch
 
 
-def _choices(loaded: LoadedModel, options: argparse.Namespace) -> Iterable[tuple[str, TensorChoice]]:
+def _choices(
+    loaded: LoadedModel, options: argparse.Namespace, space: SearchSpace | None
+) -> Iterable[tuple[str, TensorChoice]]:
     topology = loaded.topology
     if options.profile is not None:
         profile = SensitivityProfile.read(Path(options.profile))
@@ -112,13 +127,12 @@ def _choices(loaded: LoadedModel, options: argparse.Namespace) -> Iterable[tuple
         choices = (pair for unit in profile.table.units for option in unit.options for pair in option.choices)
         yield from (pair for pair in choices if not pair[1].is_removal)
         return
-    if options.space is None:
+    if space is None:
         for matrix in topology.matrices:
             for rank in sorted(options.ranks):
                 if rank <= break_even_rank(*matrix.shape):
                     yield matrix.name, TensorChoice("svd", rank)
         return
-    space = SearchSpace.from_config(load_search_space(Path(options.space)), topology)
     for dimension, size in space.dimensions.items():
         for level in range(1, size):
             for name, choice in space.point({**space.dense_levels, dimension: level}):

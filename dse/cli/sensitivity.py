@@ -170,7 +170,7 @@ def _settings(options: argparse.Namespace, space: SearchSpaceConfig | None, load
             f"a sensitivity profile must have a matrix to measure, but space '{space.name}' holds fused expert tensors"
             " alone; a study measures those itself"
         )
-    return ProfileSettings(tuple(space.methods), names, space.ranks.multiple, with_stacks=options.stacks)
+    return ProfileSettings(tuple(space.methods), names, space.ranks.settled_multiple, with_stacks=options.stacks)
 
 
 def _text(options: argparse.Namespace, config: CalibrationConfig, loaded: LoadedModel) -> tuple[Tensor, str]:

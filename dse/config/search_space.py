@@ -108,7 +108,23 @@ class RankConfig(Section):
     kept_fractions: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, description="share of a tensor's parameters that its factors keep"
     )
-    multiple: int = Field(1, ge=1, description="ranks are rounded down to a multiple of this")
+    multiple: Annotated[int, Field(ge=1)] | Literal["device"] = Field(
+        1, description="ranks are rounded down to a multiple of this; device: what the study's device is timed to like"
+    )
+
+    @property
+    def settled_multiple(self) -> int:
+        """The multiple as a number.
+
+        Raises:
+            ConfigError: It follows the device, and nobody has timed it yet.
+        """
+        if self.multiple == "device":
+            raise ConfigError(
+                "ranks need a number to be multiples of, but `ranks.multiple` is 'device', which `dse run` settles when"
+                " a study begins; `dse profile-device --space` tells the number: write that one"
+            )
+        return self.multiple
 
     @model_validator(mode="after")
     def _one_grid(self) -> Self:
@@ -170,6 +186,10 @@ class SearchSpaceConfig(Section):
         if self.kind != "depth_profile" and self.knots != 5:
             raise ValueError("`knots` is for `kind: depth_profile`")
         return self
+
+    def at_multiple(self, multiple: int) -> SearchSpaceConfig:
+        """This space with the rank multiple settled."""
+        return self.model_copy(update={"ranks": self.ranks.model_copy(update={"multiple": multiple})})
 
     def constrained(self, constraints: ConstraintsConfig) -> SearchSpaceConfig:
         """This space under further constraints.

@@ -2,11 +2,13 @@
 
 from dse.runtime.forms import FormChoice, Forms, build_forms
 from dse.runtime.model_profile import ModelProfile, Phase, model_profile
+from dse.runtime.rank_multiple import RANK_MULTIPLES, rank_multiple, rank_multiple_shapes
 from dse.runtime.sides import FastRuntime, Sides, fast_runtime, form_choice, optimise_for_inference, timings_for
 from dse.runtime.table_latency import option_shapes, with_latencies
 from dse.runtime.timings import ProductShape, ProductTimings
 
 __all__ = [
+    "RANK_MULTIPLES",
     "FastRuntime",
     "FormChoice",
     "Forms",
@@ -21,6 +23,8 @@ __all__ = [
     "model_profile",
     "optimise_for_inference",
     "option_shapes",
+    "rank_multiple",
+    "rank_multiple_shapes",
     "timings_for",
     "with_latencies",
 ]

@@ -6,6 +6,7 @@ from dse.study.evaluate_point import PointEvaluator as PointEvaluator
 from dse.study.evaluate_point import Reference as Reference
 from dse.study.events import StudyListener as StudyListener
 from dse.study.events import StudyProgress as StudyProgress
+from dse.study.rank_multiple import settled_space as settled_space
 from dse.study.record import Interval as Interval
 from dse.study.record import TrialRecord as TrialRecord
 from dse.study.record import finite as finite

@@ -89,6 +89,19 @@ class StudyFolder:
             with disk_errors(self.storage):
                 self.storage.unlink(missing_ok=True)
 
+    def with_settled_multiple(self, config: StudyConfig) -> StudyConfig:
+        """The study at the rank multiple that was settled when it began, where it leaves that to the device.
+
+        Timings may have changed since; a study's space may not.
+
+        Raises:
+            StudyError: The folder's study is damaged.
+        """
+        if config.space.ranks.multiple != "device" or not self.study_yaml.exists():
+            return config
+        settled = self.read_config().space.ranks.multiple
+        return config if settled == "device" else config.model_copy(update={"space": config.space.at_multiple(settled)})
+
     def write_config(self, config: StudyConfig) -> None:
         """Write the resolved study.
 

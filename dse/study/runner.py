@@ -53,6 +53,7 @@ def run_study(
     watcher = listener or StudyListener()
     folder.check_usable()
     with folder.locked():
+        config = folder.with_settled_multiple(config)
         begun = begun_study(folder.path)
         folder.check_same(config, begun.evaluated_trials if begun is not None else 0)
         begun = begun if folder.storage.exists() else None
@@ -63,7 +64,7 @@ def run_study(
             return finished
         cache = EvaluationCache(cache_dir() / "evaluations" if use_cache else folder.answers)
         prepared = prepare_study(config, watcher, None if begun is None else begun.attributes["objectives"], cache)
-        folder.write_config(config)
+        folder.write_config(prepared.config)
         with folder.logging_to_file(), noticing_interrupts() as interrupts:
             StudyLoop(prepared, folder, watcher, interrupts).run()
         folder.drop_answers()

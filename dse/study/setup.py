@@ -33,6 +33,7 @@ from dse.study.measurement_plan import MeasurementPlan, open_study_meter
 from dse.study.objectives import Needs, check_tasks_serve, needs_of, resolve_objectives
 from dse.study.own_points import own_points
 from dse.study.precision import half_precision_notice
+from dse.study.rank_multiple import settled_study
 from dse.study.search.profile import study_table
 from dse.study.space import SearchSpace
 
@@ -41,7 +42,7 @@ __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device
 
 @dataclass(frozen=True, eq=False)
 class PreparedStudy:
-    """A study that is ready to run."""
+    """A study that is ready to run; nothing in its configuration is left for the device to settle."""
 
     config: StudyConfig
     loaded: LoadedModel
@@ -84,6 +85,7 @@ def prepare_study(
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
     _check_phases(objectives, loaded)
+    config = settled_study(config, loaded, plan, listener)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = own_points(config, space)
     has_grid, has_meter = len(plan.cells) > 1, meter is not None and config.measurement.meter is not None

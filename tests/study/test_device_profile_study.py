@@ -180,3 +180,39 @@ def test_predicted_latencies_are_marked_wherever_they_stand(
         assert {c.name for c in comparison.costs if c.is_predicted} == {"prefill_latency_s", "decode_latency_s"}
     assert main(["front", str(out), "--explain", str(first)]) == 0
     assert "(predicted, dense" in capsys.readouterr().out
+
+
+def test_a_rank_multiple_left_to_the_device_is_settled_once(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The matrices here are smaller than a tile: 1. A study that began at 2 goes on at 2 wherever it is resumed."""
+    study = {**tiny_study(tiny_folder), "budget": {"trials": 3}}
+
+    def at(multiple: int | str) -> dict[str, Any]:
+        space = {**study["space"], "ranks": {**study["space"]["ranks"], "multiple": multiple}}
+        return {**study, "space": space}
+
+    free = run_study(at("device"), out=tmp_path / "free")
+    assert free.config.space.ranks.multiple == 1
+    assert outcome(free) == outcome(run_study(at(1), out=tmp_path / "one"))
+    begun = run_study(at(2), out=tmp_path / "two")
+    file = write_study(tmp_path / "study.yaml", {**at("device"), "budget": {"trials": 5}})
+    assert main(["run", str(file), "--out", str(tmp_path / "two")]) == 0
+    longer = open_study(tmp_path / "two")
+    assert longer.config.space.ranks.multiple == 2
+    assert longer.evaluated_trials == 5
+    assert outcome(longer)[:3] == outcome(begun)[:3]
+
+
+def test_a_space_that_waits_for_a_device_has_no_size_yet(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"name": "tiles", "methods": ["svd"], "ranks": {"absolute": [2, 6], "multiple": "device"}}
+    file = tmp_path / "space.yaml"
+    file.write_text(json.dumps(space))
+    model = str(tiny_folder / "model")
+    assert main(["space", str(file), "--model", model]) == 2
+    assert "`dse profile-device --space` tells the number" in capsys.readouterr().err
+    told = ["profile-device", "--space", str(file), "--model", model, "--prompt", "8", "--json"]
+    assert main(told) == 0
+    assert json.loads(capsys.readouterr().out)["rank_multiple"] == 1

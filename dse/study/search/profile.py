@@ -56,7 +56,7 @@ def study_table(
     settings = ProfileSettings(
         methods=methods if isinstance(space, DepthProfileSpace) else methods[:1],
         names=tuple(t.name for t in loaded.topology.tensors if t.layer in space.layers and t.role in space.roles),
-        multiple=config.space.ranks.multiple,
+        multiple=config.space.ranks.settled_multiple,
         with_removals=config.space.removal,
     )
     try:

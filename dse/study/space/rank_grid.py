@@ -40,7 +40,8 @@ def rank_at(grid: RankConfig, index: int, tensor: Decomposable, method: str) -> 
         # As written: 0.29 of 100 is 29, where the float product is 28.999999999999996.
         fraction = Fraction(repr(sorted(grid.kept_fractions, reverse=True)[index]))
         rank = _rank_within(math.floor(fraction * tensor.parameters), tensor, method)
-    return min(max(rank // grid.multiple * grid.multiple, grid.multiple), limit)
+    multiple = grid.settled_multiple
+    return min(max(rank // multiple * multiple, multiple), limit)
 
 
 def _rank_within(budget: int, tensor: Decomposable, method: str) -> int:

@@ -1,0 +1,62 @@
+"""`ranks.multiple: device`: the multiple of ranks that the study's device is timed to like, settled once a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dse.config import SearchSpaceConfig, StudyConfig
+from dse.measurement import device_lock
+from dse.models import LoadedModel
+from dse.runtime import Phase, ProductTimings, rank_multiple, rank_multiple_shapes, timings_for
+from dse.study.events import StudyListener
+from dse.study.measurement_plan import MeasurementPlan
+from dse.study.space import SearchSpace
+
+__all__ = ["settled_space", "settled_study"]
+
+
+def settled_study(
+    config: StudyConfig, loaded: LoadedModel, plan: MeasurementPlan, listener: StudyListener
+) -> StudyConfig:
+    """The study with a number for a multiple; products are timed in the phases of its latencies, or in all it has.
+
+    Raises:
+        ConfigError: The space does not fit the model.
+        StorageFullError: A timing cannot be kept.
+    """
+    if config.space.ranks.multiple != "device":
+        return config
+    phases = {name: phase for name, phase in plan.phases().items() if loaded.topology.is_decoder or "prefill" in name}
+    asked = [phase for name, phase in phases.items() if name in {entry.name for entry in config.objectives}]
+    space = settled_space(config.space, loaded, asked or phases.values(), timings_for(loaded.model), listener)
+    return config.model_copy(update={"space": space})
+
+
+def settled_space(
+    space: SearchSpaceConfig,
+    loaded: LoadedModel,
+    phases: Iterable[Phase],
+    timings: ProductTimings,
+    listener: StudyListener,
+) -> SearchSpaceConfig:
+    """The space with a number for a multiple, timed now where this device has not timed it yet.
+
+    Raises:
+        ConfigError: The space does not fit the model.
+        StorageFullError: A timing cannot be kept.
+    """
+    if space.ranks.multiple != "device":
+        return space
+    names = SearchSpace.from_config(space.at_multiple(1), loaded.topology).tensor_names()
+    experts = loaded.topology.experts_by_name
+    sizes = [loaded.topology.matrix(name).shape for name in names if name not in experts]
+    phases = tuple(phases)
+    shapes = rank_multiple_shapes(sizes, phases)
+    with device_lock(loaded.device):
+        for done, shape in enumerate(shapes):
+            listener.on_phase("rank multiple", done, len(shapes))
+            timings.best_seconds(shape)
+    listener.on_phase("rank multiple", len(shapes), len(shapes))
+    multiple = rank_multiple(sizes, phases, timings)
+    listener.on_message(f"ranks are multiples of {multiple}: a smaller step would save no time on this device")
+    return space.at_multiple(multiple)
