@@ -2,6 +2,7 @@
 
     python benchmarks/realised_speed.py
     python benchmarks/realised_speed.py --kinds blocks --reductions 0.2 --batch 1 --pause
+    python benchmarks/realised_speed.py --kinds --points points/reduction-0.2.json     # of `dse allocate`
 
 Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, both phases
 compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the plain dense model. The ideal
@@ -17,7 +18,9 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,7 +189,7 @@ def text(found: dict[str, Any]) -> str:
     for phase in PHASES:
         v = found[phase]
         line = (
-            f"{found['kind']:<7} {100 * found['reduction']:5.1f} %  batch {found['batch']}  {phase:<8}"
+            f"{found['kind']:<16} {100 * found['reduction']:5.1f} %  batch {found['batch']}  {phase:<8}"
             f" dense {1e3 * v['dense_s']:8.2f} ms  point {1e3 * v['point_s']:8.2f} ms"
             f"  x{v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}]  ideal x{v['ideal']:.3f}  share {v['share']:5.2f}"
         )
@@ -205,11 +208,20 @@ def point_of(kind: str, topology: Topology, reduction: float, multiple: int) -> 
     return ranks_point(topology, names, reduction, multiple)
 
 
+def points_of(options: argparse.Namespace, topology: Topology) -> Iterator[tuple[str, DesignPoint]]:
+    for reduction in options.reductions:
+        for kind in options.kinds:
+            yield kind, point_of(kind, topology, reduction, options.multiple)
+    for path in options.points:
+        yield path.stem, DesignPoint.from_json(json.loads(path.read_text("utf-8")), topology)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--kinds", nargs="+", default=["stacks", "blocks"], choices=["ranks", "stacks", "blocks"])
+    parser.add_argument("--points", nargs="+", type=Path, default=[], help="files of points, measured beside the kinds")
+    parser.add_argument("--kinds", nargs="*", default=["stacks", "blocks"], choices=["ranks", "stacks", "blocks"])
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.1, 0.2, 0.4])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256)
@@ -241,11 +253,9 @@ def main() -> int:
                 mode="fast",
             )
             runtime = fast_runtime(loaded.model, batch)
-            for reduction in options.reductions:
-                for kind in options.kinds:
-                    point = point_of(kind, loaded.topology, reduction, options.multiple)
-                    print(f"compiling {kind} {reduction:g}, batch {batch}", file=sys.stderr, flush=True)
-                    cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack))
+            for kind, point in points_of(options, loaded.topology):
+                print(f"compiling {kind} {point.id}, batch {batch}", file=sys.stderr, flush=True)
+                cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack))
         for cell in cells:
             if options.pause:
                 print(f"ready for {cell.kind} {cell.reduction:.3f}, batch {cell.spec.batch_size}", flush=True)

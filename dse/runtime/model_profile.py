@@ -15,7 +15,7 @@ from dse.runtime.products import LAYOUTS
 from dse.runtime.timings import ProductShape, ProductTimings
 from dse.topology import Topology
 
-__all__ = ["ModelProfile", "Phase", "SharedInput", "shared_inputs"]
+__all__ = ["ModelProfile", "PassTime", "Phase", "SharedInput", "shared_inputs"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,23 @@ def shared_inputs(loaded: LoadedModel) -> tuple[SharedInput, ...]:
     return tuple(groups)
 
 
+@dataclass(frozen=True)
+class PassTime:
+    """A measured pass of the dense model, by what takes its time.
+
+    Attributes:
+        products_s: Of all products, timed one by one with cold weights.
+        scale: 1, or less where the products would take longer alone than the whole pass did: they are scaled to it, so
+            that no prediction falls below what is left of them.
+        beside_a_block_s: What each block is taken to need beside its products: attention, norms and starting kernels,
+            spread evenly over the blocks.
+    """
+
+    products_s: float
+    scale: float
+    beside_a_block_s: float
+
+
 class ModelProfile:
     """Seconds of a model's products on one device, by point.
 
@@ -111,12 +128,20 @@ class ModelProfile:
     def predicted_seconds(self, point: DesignPoint, phase: Phase, dense_s: float) -> float:
         """Seconds of one pass of a point: the dense model's as measured, less what the point's products take less.
 
-        Where the products, timed one by one with cold weights, would take longer than the whole pass did, they are
-        scaled to it: no prediction falls below what is left of the products.
+        A removed block takes its share of what the products do not explain with it (`PassTime`).
         """
+        taken = self.pass_time(phase, dense_s)
+        removed = sum(choice.is_removal for _, choice in point)
+        return (
+            dense_s - taken.scale * (taken.products_s - self.seconds(point, phase)) - removed * taken.beside_a_block_s
+        )
+
+    def pass_time(self, phase: Phase, dense_s: float) -> PassTime:
+        """What a pass of the dense model, which took so long, is made of."""
         products_s = self.seconds(DesignPoint.dense(), phase)
         scale = min(1.0, dense_s / products_s) if products_s > 0 else 1.0
-        return dense_s - scale * (products_s - self.seconds(point, phase))
+        # One more share for what lies outside the layers: embedding, last norm, choice of the token.
+        return PassTime(products_s, scale, (dense_s - scale * products_s) / (len(self.topology.blocks) + 1))
 
     def group_seconds(self, name: str, choice: TensorChoice | None, phase: Phase) -> float:
         """Seconds of all products that share the input of this part, which is decomposed so, or dense for None.

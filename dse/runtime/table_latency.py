@@ -48,19 +48,20 @@ def with_latencies(
         AllocationError: A unit holds what no single product multiplies.
         StorageFullError: A timing cannot be kept.
     """
-    products_s = profile.seconds(DesignPoint.dense(), phase)
-    whole_s = products_s if dense_s is None else dense_s
-    # As in `ModelProfile.predicted_seconds`: products timed alone may take longer than a whole pass did.
-    scale = min(1.0, whole_s / products_s) if products_s > 0 else 1.0
+    whole_s = profile.seconds(DesignPoint.dense(), phase) if dense_s is None else dense_s
+    taken = profile.pass_time(phase, whole_s)
 
     def timed(unit: Unit) -> Unit:
         groups = _groups(profile, unit)
         before = _seconds(profile, groups, Option((), 0, 0.0), phase)
         own = sum(_own_share(profile, unit, group) * _seconds(profile, [group], unit.dense, phase) for group in groups)
-        options = tuple(
-            dataclasses.replace(o, latency_s=scale * (own + _seconds(profile, groups, o, phase) - before))
-            for o in unit.options
-        )
+
+        def latency_s(option: Option) -> float:
+            removed = sum(choice.is_removal for _, choice in option.choices)
+            products_s = taken.scale * (own + _seconds(profile, groups, option, phase) - before)
+            return products_s - removed * taken.beside_a_block_s
+
+        options = tuple(dataclasses.replace(option, latency_s=latency_s(option)) for option in unit.options)
         return dataclasses.replace(unit, options=options)
 
     return dataclasses.replace(table, units=tuple(map(timed, table.units)), latency_dense_s=whole_s)

@@ -67,7 +67,9 @@ class StudyLoop:
             config.budget.trials,
             self.prepared.enqueued,
             self.prepared.damages,
-            LatencyForecast.of(self.prepared.evaluator.plan, self.prepared.space.config.limits),
+            LatencyForecast.of(
+                self.prepared.evaluator.plan, self.prepared.space.config.limits, self.prepared.objectives
+            ),
         )
         self.storage = StudyStorage.open(
             self.folder.storage,

@@ -84,6 +84,15 @@ def test_a_prediction_is_dense_less_what_the_products_save(profile):
     assert saved == 2 * (48 * 32 - 4 * (48 + 32)) - START_S
     whole = 2 * profile.seconds(dense, DECODE)
     assert profile.predicted_seconds(point, DECODE, whole) == whole - saved
+    # Half of that pass is no product: seven shares, of three layers' two blocks and of what lies outside them.
+    topology = profile.topology
+    removed = DesignPoint.of({"layers.1.mlp": TensorChoice.removal()})
+    assert len(topology.blocks) == 6
+    gone = profile.seconds(dense, DECODE) - profile.seconds(removed, DECODE)
+    assert profile.predicted_seconds(removed, DECODE, whole) == pytest.approx(whole - gone - whole / 2 / 7)
+    everything = DesignPoint.of({block.name: TensorChoice.removal() for block in topology.blocks})
+    head = profile.seconds(everything, DECODE)
+    assert profile.predicted_seconds(everything, DECODE, whole) == pytest.approx(whole / 2 / 7 + head)
     # A pass that took half of what its products take alone: they are taken to be twice as fast in it.
     half = profile.seconds(dense, DECODE) / 2
     assert profile.predicted_seconds(point, DECODE, half) == pytest.approx(half - saved / 2)

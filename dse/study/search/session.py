@@ -24,7 +24,13 @@ from dse.study.search.goals import FrontPoint, goal
 from dse.study.search.observed import observed_damage
 from dse.study.search.origins import Ledger
 from dse.study.search.refinement import REFINED, refine
-from dse.study.search.warm_starts import ALLOCATION, allocated, candidate_of, warm_starts
+from dse.study.search.warm_starts import (
+    ALLOCATION,
+    allocated,
+    allocated_in_time,
+    candidate_of,
+    warm_starts,
+)
 from dse.study.space import DepthProfileSpace, SearchSpace
 
 __all__ = ["ENQUEUED", "SearchSession"]
@@ -46,7 +52,7 @@ class SearchSession:
         trials: Its budget.
         enqueued: The user's own points.
         damages: Measured at set-up; None where the search starts without a profile.
-        forecast: Predicts a limited latency; None where the study predicts or limits none.
+        forecast: Predicts a latency; None where the study predicts none.
     """
 
     space: SearchSpace
@@ -181,13 +187,19 @@ class SearchSession:
         front = self._front_points()
         if self._model is None or all(entry.point.is_dense for entry in front):
             return None
-        table = self._model.corrected_table()
+        table, refitted = self._model.corrected_table(), f"refitted to {self._model.points} measured points"
         for _ in range(_GOALS):
             aim = goal(front, generator)
-            reduction = aim.reduction + generator.uniform(-0.005, 0.005)
-            point = allocated(self.space, table, reduction, self._most_latency_s)
+            share = aim.reduction + generator.uniform(-0.005, 0.005)
+            # Where time is an objective, half of the proposals save a share of it instead of a share of the parameters.
+            if table.latency_dense_s is not None and generator.random() < 0.5:
+                timed = allocated_in_time(self.space, table, share, self._most_latency_s)
+                point, words = (None, "") if timed is None else (timed[0], f"the least damage in sum {timed[1]}")
+                words = f"{words}, {refitted}"
+            else:
+                point = allocated(self.space, table, share, self._most_latency_s)
+                words = f"{aim.words}: the least damage in sum there, {refitted}"
             if point is not None and point.id not in seen:
-                words = f"{aim.words}: the least damage in sum there, refitted to {self._model.points} measured points"
                 return candidate_of(self.space, point, ALLOCATION, words)
         return None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from dse.allocation import Constraints, DamageTable, allocate
+from dse.allocation import DamageTable, allocate
 from dse.cost import cost
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import AllocationError, PointError
@@ -14,7 +14,15 @@ from dse.study.search.candidate import Candidate
 from dse.study.space import SearchSpace
 from dse.study.space.table_space import constraints_of
 
-__all__ = ["ALLOCATION", "REMOVAL", "UNIFORM", "allocated", "candidate_of", "warm_starts"]
+__all__ = [
+    "ALLOCATION",
+    "REMOVAL",
+    "UNIFORM",
+    "allocated",
+    "allocated_in_time",
+    "candidate_of",
+    "warm_starts",
+]
 
 ALLOCATION, UNIFORM, REMOVAL = "allocation", "uniform", "removal"
 _MOST = 12
@@ -23,6 +31,9 @@ _CEILING = 0.6  # a start reaches no further: what keeps less than two fifths of
 
 def warm_starts(space: SearchSpace, table: DamageTable, trials: int, latency_s: float | None = None) -> list[Candidate]:
     """About half the budget, a dozen at the most: seven in twelve are allocations, three uniform, two removals.
+
+    Where the table predicts a latency, every other allocation is the one that saves a share of the time instead of a
+    share of the parameters: a parameter that no time is saved by is not worth its damage there.
 
     Args:
         space: Every candidate keeps its limits.
@@ -34,14 +45,15 @@ def warm_starts(space: SearchSpace, table: DamageTable, trials: int, latency_s: 
     smallest, largest = space.reduction_range()
     low, high = max(space.limits[0], smallest), min(space.limits[1], largest, _CEILING)
     found: list[Candidate] = []
+    allocations, uniform, removals = -(-count * 7 // 12), count * 3 // 12, count * 2 // 12
     for origin, points, share in (
-        (ALLOCATION, _ladder(space, table, _budgets(low, high, -(-count * 7 // 12)), latency_s), -(-count * 7 // 12)),
-        (UNIFORM, _uniform(space, table, _budgets(low, high, count * 3 // 12)), count * 3 // 12),
-        (REMOVAL, _removals(space, table, _budgets(low, high, count * 2 // 12)), count * 2 // 12),
+        (ALLOCATION, _ladder(space, table, _budgets(low, high, allocations), latency_s), allocations),
+        (UNIFORM, _uniform(space, table, _budgets(low, high, uniform)), uniform),
+        (REMOVAL, _removals(space, table, _budgets(low, high, removals)), removals),
     ):
-        for point in list(points)[:share]:
+        for point, words in list(points)[:share]:
             if not point.is_dense and _keeps(space, point) and all(_point(space, c) != point for c in found):
-                found.append(candidate_of(space, point, origin, _words(space, origin, point, latency_s)))
+                found.append(candidate_of(space, point, origin, words))
     return found
 
 
@@ -60,6 +72,40 @@ def allocated(
     return None
 
 
+def allocated_in_time(
+    space: SearchSpace, table: DamageTable, share: float, latency_s: float | None = None
+) -> tuple[DesignPoint, str] | None:
+    """The allocation that saves as much time as this share of the parameters would if time followed parameters.
+
+    What counts is what can be saved at all: where every parameter that may go saves a tenth of the time, half of them
+    stand for a twentieth.
+
+    Returns:
+        The point, and the time aimed at in words; None where no allocation saves it within the space's limits, or the
+        table predicts no latency.
+    """
+    if table.latency_dense_s is None:
+        return None
+    kept = 1 - share * _time_for_parameters(space, table)
+    budget_s = kept * table.latency_dense_s
+    least = max(space.limits[0], 0.0)
+    point = allocated(space, table, least, budget_s if latency_s is None else min(budget_s, latency_s))
+    words = f"at {kept:.3f} of the dense model's time, {1e3 * budget_s:.3g} ms as predicted"
+    return None if point is None else (point, words)
+
+
+def _time_for_parameters(space: SearchSpace, table: DamageTable) -> float:
+    """Share of the time that can be saved over the share of the parameters that can."""
+    assert table.latency_dense_s is not None  # noqa: S101 - the caller's business
+    saved_s, saved = 0.0, 0
+    for options in constraints_of(space).allowed_options(table):
+        latencies_s = [option.latency_s for option in options if option.latency_s is not None]
+        dense = options[0]
+        saved += dense.parameters - min(option.parameters for option in options)
+        saved_s += 0.0 if dense.latency_s is None else dense.latency_s - min(latencies_s)
+    return (saved_s / table.latency_dense_s) / (saved / table.parameters_dense) if saved else 0.0
+
+
 def candidate_of(space: SearchSpace, point: DesignPoint, origin: str, why: str) -> Candidate:
     """A point as a candidate: by its levels where they say it, else beside the nearest ones."""
     levels = space.nearest_levels(point)
@@ -73,14 +119,20 @@ def _budgets(low: float, high: float, count: int) -> list[float]:
 
 def _ladder(
     space: SearchSpace, table: DamageTable, budgets: Iterable[float], latency_s: float | None
-) -> Iterator[DesignPoint]:
-    for budget in budgets:
-        point = allocated(space, table, budget, latency_s)
-        if point is not None:
-            yield point
+) -> Iterator[tuple[DesignPoint, str]]:
+    within = "" if latency_s is None else ", within the latency limit as predicted"
+    for index, budget in enumerate(budgets):
+        if index % 2 and (timed := allocated_in_time(space, table, budget, latency_s)) is not None:
+            yield timed[0], f"the least damage in sum {timed[1]}, by the sensitivity profile{within}"
+        elif (point := allocated(space, table, budget, latency_s)) is not None:
+            yield point, f"the least damage in sum {_at(space, point)}, by the sensitivity profile{within}"
 
 
-def _uniform(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) -> Iterator[DesignPoint]:
+def _at(space: SearchSpace, point: DesignPoint) -> str:
+    return f"at a reduction of {percent(cost(space.topology, point).reduction)}"
+
+
+def _uniform(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) -> Iterator[tuple[DesignPoint, str]]:
     """Every unit at the same share of its parameters, as near to each budget as shares of the table come."""
     allowed = constraints_of(space).allowed_options(table)
     shares = sorted(
@@ -102,10 +154,11 @@ def _uniform(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) -
         points.append(DesignPoint(tuple(choices)))
     for budget in budgets:
         if points:
-            yield min(points, key=lambda point: abs(cost(space.topology, point).reduction - budget))
+            point = min(points, key=lambda point: abs(cost(space.topology, point).reduction - budget))
+            yield point, f"every block at the same share of its parameters, {_at(space, point)}"
 
 
-def _removals(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) -> Iterator[DesignPoint]:
+def _removals(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) -> Iterator[tuple[DesignPoint, str]]:
     """Nothing but whole blocks, those whose absence costs least."""
     own = constraints_of(space)
     constraints = replace(
@@ -115,15 +168,12 @@ def _removals(space: SearchSpace, table: DamageTable, budgets: Iterable[float]) 
             or (own.forbidden is not None and own.forbidden(unit, option))
         ),
     )
-    yield from _only(table, budgets, constraints)
-
-
-def _only(table: DamageTable, budgets: Iterable[float], constraints: Constraints) -> Iterator[DesignPoint]:
     for budget in budgets:
         try:
-            yield allocate(table, reduction=budget, constraints=constraints).point
+            point = allocate(table, reduction=budget, constraints=constraints).point
         except AllocationError:
             return
+        yield point, f"whole blocks whose absence costs least, {_at(space, point)}"
 
 
 def _keeps(space: SearchSpace, point: DesignPoint) -> bool:
@@ -135,14 +185,3 @@ def _keeps(space: SearchSpace, point: DesignPoint) -> bool:
 
 def _point(space: SearchSpace, candidate: Candidate) -> DesignPoint:
     return space.point(candidate.levels) if candidate.point is None else candidate.point
-
-
-def _words(space: SearchSpace, origin: str, point: DesignPoint, latency_s: float | None) -> str:
-    reduction = percent(cost(space.topology, point).reduction)
-    words: Mapping[str, str] = {
-        ALLOCATION: f"the least damage in sum at a reduction of {reduction}, by the sensitivity profile"
-        + ("" if latency_s is None else ", within the latency limit as predicted"),
-        UNIFORM: f"every block at the same share of its parameters, a reduction of {reduction}",
-        REMOVAL: f"whole blocks whose absence costs least, a reduction of {reduction}",
-    }
-    return words[origin]

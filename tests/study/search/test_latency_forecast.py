@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny_study import tiny_study
 
+from dse.allocation import allocate
 from dse.config import LimitsConfig, Range, SearchParts, parse_search_space
 from dse.design_point import DesignPoint
 from dse.measurement import LatencySpec
@@ -24,6 +26,7 @@ from dse.study.record import Interval, TrialRecord
 from dse.study.search import LatencyForecast, SearchSession
 from dse.study.space import LevelSpace
 from dse.study.space.prior_table import level_table
+from dse.study.space.table_space import constraints_of
 
 DENSE_S = 1e-3
 
@@ -60,18 +63,20 @@ def dense_record(loaded: LoadedModel) -> TrialRecord:
     return replace(blank, state="complete", quantities={"decode_latency_s": Interval(DENSE_S)})
 
 
-def session_of(loaded: LoadedModel, plan: MeasurementPlan, most_s: float | None) -> SearchSession:
+def session_of(
+    loaded: LoadedModel, plan: MeasurementPlan, most_s: float | None, latencies: Sequence[str] = ("decode_latency_s",)
+) -> SearchSession:
     space = space_of(loaded)
     limits = LimitsConfig(decode_latency_s=Range(max=most_s))
     parts = SearchParts(warm_starts=True, start_up=True, refinement=True, refit=True)
     return SearchSession(
         space,
-        objectives_named(["accuracy", "decode_latency_s"]),
+        objectives_named(["accuracy", *latencies, "parameters"]),
         parts,
         seed=0,
         trials=24,
         damages=level_table(space, "svd"),
-        forecast=LatencyForecast.of(plan, limits),
+        forecast=LatencyForecast.of(plan, limits, objectives_named(["accuracy", *latencies])),
     )
 
 
@@ -81,9 +86,10 @@ def predicted(profile: ModelProfile | None, plan: MeasurementPlan, point: Design
 
 
 def test_allocations_keep_the_limit_that_they_would_break(loaded: LoadedModel, plan: MeasurementPlan) -> None:
-    free = session_of(loaded, plan, None)
+    free = session_of(loaded, plan, None, latencies=())
     assert free.forecast is None
     free.begin({}, dense_record(loaded))
+    assert not any("time" in candidate.why for candidate in free.first())
     points = [free.space.point(c.levels) for c in free.first() if c.origin == "allocation"]
     latencies = sorted(predicted(plan.profile, plan, point) for point in points)
     assert latencies[0] < latencies[-1]
@@ -118,11 +124,44 @@ def test_the_table_tells_the_latency_of_its_points(loaded: LoadedModel, plan: Me
         assert total == pytest.approx(predicted(plan.profile, plan, point), rel=1e-9)
 
 
-def test_without_a_forecast_nothing_changes(loaded: LoadedModel, plan: MeasurementPlan) -> None:
+def test_every_other_allocation_saves_time_where_time_is_an_objective(
+    loaded: LoadedModel, plan: MeasurementPlan
+) -> None:
+    session = session_of(loaded, plan, None)
+    session.begin({}, dense_record(loaded))
+    assert session.forecast is not None
+    assert session.forecast.most_s is None
+    found = [candidate for candidate in session.first() if candidate.origin == "allocation"]
+    timed = [candidate for candidate in found if "of the dense model's time" in candidate.why]
+    assert 0 < len(timed) < len(found)
+    for candidate in timed:
+        share = float(candidate.why.split(" of the dense")[0].split()[-1])
+        point = session.space.point(candidate.levels)
+        assert predicted(plan.profile, plan, point) <= (share + 0.0005) * DENSE_S
+        # The words tell the budget; no point of less damage keeps it.
+        assert session.damages is not None
+        budget_s = (share - 0.0005) * DENSE_S
+        least = allocate(session.damages, latency_s=budget_s, constraints=constraints_of(session.space))
+        chosen = sum(option.damage for option in session.damages.options_of(point).values())
+        assert chosen <= least.damage * (1 + 1e-4)
+
+
+def test_a_limited_latency_comes_first(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     limits = LimitsConfig(decode_latency_s=Range(max=1.0))
-    assert LatencyForecast.of(replace(plan, predicts_latency=False), limits) is None
-    assert LatencyForecast.of(plan, LimitsConfig()) is None
-    assert LatencyForecast.of(plan, LimitsConfig(peak_memory_bytes=Range(max=1.0))) is None
+    both = objectives_named(["accuracy", "prefill_latency_s", "decode_latency_s"])
+    found = LatencyForecast.of(plan, limits, both)
+    assert found is not None
+    assert (found.quantity, found.most_s) == ("decode_latency_s", 1.0)
+    found = LatencyForecast.of(plan, LimitsConfig(), both)
+    assert found is not None
+    assert (found.quantity, found.most_s) == ("prefill_latency_s", None)
+
+
+def test_without_a_predicted_objective_nothing_changes(loaded: LoadedModel, plan: MeasurementPlan) -> None:
+    limits = LimitsConfig(decode_latency_s=Range(max=1.0))
+    timed, untimed = (objectives_named(["accuracy", name]) for name in ("decode_latency_s", "parameters"))
+    assert LatencyForecast.of(replace(plan, predicts_latency=False), limits, timed) is None
+    assert LatencyForecast.of(plan, LimitsConfig(peak_memory_bytes=Range(max=1.0)), untimed) is None
 
 
 def test_where_the_dense_latency_is_not_known_allocations_do_not_claim_to_keep_a_limit(
