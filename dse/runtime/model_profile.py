@@ -131,10 +131,8 @@ class ModelProfile:
         A removed block takes its share of what the products do not explain with it (`PassTime`).
         """
         taken = self.pass_time(phase, dense_s)
-        removed = sum(choice.is_removal for _, choice in point)
-        return (
-            dense_s - taken.scale * (taken.products_s - self.seconds(point, phase)) - removed * taken.beside_a_block_s
-        )
+        saved_s = taken.scale * (taken.products_s - self.seconds(point, phase))
+        return dense_s - saved_s - sum(choice.is_removal for _, choice in point) * taken.beside_a_block_s
 
     def pass_time(self, phase: Phase, dense_s: float) -> PassTime:
         """What a pass of the dense model, which took so long, is made of."""
