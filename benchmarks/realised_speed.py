@@ -32,7 +32,7 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.measurement import LatencySpec, PairedLatency, measure_latency
 from dse.measurement.workload import Workload
 from dse.models import LoadedModel
-from dse.runtime import FastRuntime, Sides, fast_runtime
+from dse.runtime import FastRuntime, GenerationShape, Sides, fast_runtime
 from dse.topology import Topology
 
 PHASES = ("prefill", "decode")
@@ -252,7 +252,7 @@ def main() -> int:
                 max_duration_s=options.max_seconds,
                 mode="fast",
             )
-            runtime = fast_runtime(loaded.model, batch)
+            runtime = fast_runtime(loaded.model, GenerationShape(batch, options.prompt, options.new))
             for kind, point in points_of(options, loaded.topology):
                 print(f"compiling {kind} {point.id}, batch {batch}", file=sys.stderr, flush=True)
                 cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack))

@@ -32,7 +32,7 @@ from dse.measurement import (
 )
 from dse.models import LoadedModel, load_model
 from dse.models.several_devices import spread_over
-from dse.runtime import Sides, fast_runtime
+from dse.runtime import GenerationShape, Sides, fast_runtime
 from dse.study import StudyListener, finite, resolve_device
 
 __all__ = ["measure_command"]
@@ -76,7 +76,7 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
             idle = None if meter is None else measure_idle_power(meter)
             measured = []
             for cell in cells:
-                runtime = fast_runtime(loaded.model, cell.batch_size) if cell.mode == "fast" else None
+                runtime = fast_runtime(loaded.model, _generation(cell)) if cell.mode == "fast" else None
                 with nullcontext(applied) if runtime is None else runtime.sides(applied) as sides:
                     measured.append(_Cell(loaded, point, sides, cell, meter, idle, listener).measure())
     finally:
@@ -95,6 +95,10 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
         "idle_power": None if idle is None else finite(dataclasses.asdict(idle)),
         "cells": measured,
     }
+
+
+def _generation(cell: LatencySpec) -> GenerationShape:
+    return GenerationShape(cell.batch_size, cell.prompt_tokens, cell.new_tokens)
 
 
 def _devices(names: str) -> list[torch.device]:

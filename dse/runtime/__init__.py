@@ -3,7 +3,15 @@
 from dse.runtime.forms import FormChoice, Forms, build_forms
 from dse.runtime.model_profile import ModelProfile, Phase, model_profile
 from dse.runtime.rank_multiple import RANK_MULTIPLES, rank_multiple, rank_multiple_shapes
-from dse.runtime.sides import FastRuntime, Sides, fast_runtime, form_choice, optimise_for_inference, timings_for
+from dse.runtime.sides import (
+    FastRuntime,
+    GenerationShape,
+    Sides,
+    fast_runtime,
+    form_choice,
+    optimise_for_inference,
+    timings_for,
+)
 from dse.runtime.table_latency import option_shapes, with_latencies
 from dse.runtime.timings import ProductShape, ProductTimings
 
@@ -12,6 +20,7 @@ __all__ = [
     "FastRuntime",
     "FormChoice",
     "Forms",
+    "GenerationShape",
     "ModelProfile",
     "Phase",
     "ProductShape",

@@ -29,10 +29,12 @@ class FormChoice:
         layout: The layout that multiplies fastest.
         seconds: Seconds of the product in it, by which factors that take longer than their product are merged; None
             merges nothing.
+        head: For the output head and what shares its input, which multiply fewer rows; None where it is no different.
     """
 
     layout: Callable[[int, int], Layout]
     seconds: Callable[[int, int], float] | None = None
+    head: FormChoice | None = None
 
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -118,8 +120,11 @@ def build_forms(
     tokens = torch.arange(1, _PROBE_TOKENS + 1, device=embedding.weight.device)[None] % embedding.weight.shape[0]
     weights = LaidOutWeights(dense)
     forms = Forms()
+    head = model.get_output_embeddings()  # type: ignore[operator]
     for group in modules_by_input(model, tokens):
-        for matrix, form, is_merged in _forms_of_group(group, choice, weights):
+        is_head = any(model.get_submodule(matrix.path) is head for matrix in group)
+        own = choice.head if is_head and choice.head is not None else choice
+        for matrix, form, is_merged in _forms_of_group(group, own, weights):
             if is_merged:
                 forms.merged.append(matrix.path)
             parent, _, attribute = matrix.path.rpartition(".")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
@@ -12,7 +14,7 @@ from dse.runtime.forms import FormChoice, Forms, LaidOutWeights, build_forms
 from dse.runtime.products import Layout
 from dse.runtime.timings import ProductShape, ProductTimings
 
-__all__ = ["FastRuntime", "Sides", "fast_runtime", "form_choice", "optimise_for_inference"]
+__all__ = ["FastRuntime", "GenerationShape", "Sides", "fast_runtime", "form_choice", "optimise_for_inference"]
 
 
 class Sides(Protocol):
@@ -90,26 +92,58 @@ class _FastSides:
         self._in_use = forms
 
 
-def form_choice(timings: ProductTimings, rows: int) -> FormChoice:
-    """What the timings found faster for so many rows: the batch size, since decode is bound by reading weights."""
+@dataclass(frozen=True)
+class GenerationShape:
+    """The passes of one generation, by which forms are chosen: a weight lies in memory once, for all of them.
 
+    Attributes:
+        batch_size: Sequences at a time.
+        prompt_tokens: Of the one prefill; 0 where prefill does not count.
+        new_tokens: Decode steps; 0 where decode does not count.
+    """
+
+    batch_size: int = 1
+    prompt_tokens: int = 0
+    new_tokens: int = 1
+
+    def passes(self, *, of_head: bool = False) -> dict[int, int]:
+        """Rows of a product to how often a generation multiplies so many; the head multiplies last positions alone."""
+        prefill_rows = self.batch_size * (1 if of_head else self.prompt_tokens)
+        found: dict[int, int] = {}
+        for rows, count in ((self.batch_size, self.new_tokens), (prefill_rows, int(self.prompt_tokens > 0))):
+            if count:
+                found[rows] = found.get(rows, 0) + count
+        return found
+
+
+def form_choice(timings: ProductTimings, generation: GenerationShape) -> FormChoice:
+    """What the timings found faster, summed over the passes of a generation."""
+    head = _choice(timings, generation.passes(of_head=True))
+    return dataclasses.replace(_choice(timings, generation.passes()), head=head)
+
+
+def _choice(timings: ProductTimings, passes: Mapping[int, int]) -> FormChoice:
     def layout(out_features: int, in_features: int) -> Layout:
-        return timings.best_layout(ProductShape(rows, out_features, in_features))
+        return timings.best_layout_of(_counted(out_features, in_features))
 
     def seconds(out_features: int, in_features: int) -> float:
-        return timings.best_seconds(ProductShape(rows, out_features, in_features))
+        shapes = _counted(out_features, in_features)
+        return timings.total_seconds(shapes, timings.best_layout_of(shapes))
+
+    def _counted(out_features: int, in_features: int) -> dict[ProductShape, int]:
+        return {ProductShape(rows, out_features, in_features): count for rows, count in passes.items()}
 
     return FormChoice(layout, seconds)
 
 
-def fast_runtime(model: nn.Module, rows: int) -> FastRuntime:
+def fast_runtime(model: nn.Module, generation: GenerationShape) -> FastRuntime:
     """The runtime of a model on its own device, by the device's timings, which are measured where they are missing.
 
     Args:
         model: The resident model.
-        rows: Batch size of its decode steps.
+        generation: What is to be fast.
     """
-    return FastRuntime(model, form_choice(timings_for(model), rows))
+    return FastRuntime(model, form_choice(timings_for(model), generation))
 
 
 def timings_for(model: nn.Module) -> ProductTimings:
@@ -119,18 +153,23 @@ def timings_for(model: nn.Module) -> ProductTimings:
     return ProductTimings(first.device, first.dtype, footprint)
 
 
-def optimise_for_inference(model: nn.Module, rows: int = 1) -> nn.Module:
+def optimise_for_inference(
+    model: nn.Module, batch_size: int = 1, *, prompt_tokens: int = 0, new_tokens: int = 1
+) -> nn.Module:
     """Put a model's fast forms in for good, in place; its plain weights are let go where nothing else holds them.
 
     For deployment: what a study measures in mode `fast` runs so. The model can no longer be decomposed or saved.
 
     Args:
         model: Dense or decomposed, for example loaded from an exported folder; in eval mode.
-        rows: Batch size of its decode steps.
+        batch_size: Sequences at a time.
+        prompt_tokens: Of a typical prompt; 0 looks at decode steps alone.
+        new_tokens: Of a typical answer; with `prompt_tokens` it says how much decode weighs against prefill.
 
     Raises:
         InvalidMeasurementError: Its outputs in the fast form differ by more than rounding.
     """
-    forms, _ = build_forms(model, form_choice(timings_for(model), rows))
+    generation = GenerationShape(batch_size, prompt_tokens, new_tokens)
+    forms, _ = build_forms(model, form_choice(timings_for(model), generation))
     forms.put()
     return model

@@ -133,8 +133,16 @@ class ProductTimings:
 
     def best_layout(self, shape: ProductShape) -> Layout:
         """The faster layout; the usual one, row by row, unless the other is clearly faster."""
-        rows, columns = (self.seconds(shape, layout) for layout in LAYOUTS)
+        return self.best_layout_of({shape: 1})
+
+    def best_layout_of(self, counts: Mapping[ProductShape, int]) -> Layout:
+        """The layout of a weight that several products share, each taken so often."""
+        rows, columns = (self.total_seconds(counts, layout) for layout in LAYOUTS)
         return "column_major" if columns < _CLEARLY_FASTER * rows else "row_major"
+
+    def total_seconds(self, counts: Mapping[ProductShape, int], layout: Layout) -> float:
+        """Seconds of all these products, each taken so often."""
+        return sum(count * self.seconds(shape, layout) for shape, count in counts.items())
 
     def best_seconds(self, shape: ProductShape) -> float:
         """Seconds in the better layout."""

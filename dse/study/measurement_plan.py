@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,7 +24,16 @@ from dse.measurement import (
     named_meter,
 )
 from dse.models import LoadedModel
-from dse.runtime import FastRuntime, ModelProfile, Phase, Sides, model_profile, timings_for
+from dse.runtime import (
+    FastRuntime,
+    GenerationShape,
+    ModelProfile,
+    Phase,
+    Sides,
+    fast_runtime,
+    model_profile,
+    timings_for,
+)
 from dse.study.space import SearchSpace
 
 __all__ = ["MeasurementPlan", "open_study_meter"]
@@ -78,6 +87,19 @@ class MeasurementPlan:
         return {
             f"{name}_latency_s": Phase.of(name, first.batch_size, first.prompt_tokens) for name in ("prefill", "decode")
         }
+
+    def use_runtime(self, loaded: LoadedModel, objectives: Collection[str]) -> None:
+        """Have models put into the form that is fastest in the phases of the latency objectives, in mode `fast`."""
+        first = self.cells[0]
+        if first.mode != "fast":
+            return
+        counts = [name for name in self.phases() if name in objectives] or list(self.phases())
+        generation = GenerationShape(
+            first.batch_size,
+            first.prompt_tokens if "prefill_latency_s" in counts else 0,
+            first.new_tokens if "decode_latency_s" in counts else 0,
+        )
+        self.runtime = fast_runtime(loaded.model, generation)
 
     def use_profile(self, loaded: LoadedModel, space: SearchSpace, config: StudyConfig) -> None:
         """Let the device profile decide what the study asks it for.

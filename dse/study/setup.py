@@ -25,7 +25,6 @@ from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
-from dse.runtime import fast_runtime
 from dse.study.evaluate_point import PointEvaluator
 from dse.study.events import StudyListener
 from dse.study.fidelity import Climber, FinalEvaluator
@@ -93,8 +92,7 @@ def prepare_study(
     if needs.latency or needs.energy or needs.memory:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
-        if plan.cells[0].mode == "fast":
-            plan.runtime = fast_runtime(loaded.model, plan.cells[0].batch_size)
+        plan.use_runtime(loaded, [entry.name for entry in objectives])
     plan.use_profile(loaded, space, config)  # what is left of a point matters whatever is measured of it
     evaluator = _evaluator(config, loaded) if config.tasks else None
     if evaluator is not None:

@@ -12,7 +12,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
 from dse.decomposition.stacked import stacked_modules
 from dse.errors import InvalidMeasurementError
-from dse.runtime import FastRuntime, FormChoice, ProductShape, ProductTimings, build_forms, optimise_for_inference
+from dse.runtime import (
+    FastRuntime,
+    FormChoice,
+    GenerationShape,
+    ProductShape,
+    ProductTimings,
+    build_forms,
+    form_choice,
+    optimise_for_inference,
+)
 from dse.runtime.matrices import modules_by_input
 from dse.runtime.products import ChainLinear, Product, SharedProduct
 
@@ -254,6 +263,50 @@ def test_a_model_whose_outputs_change_is_refused():
     with pytest.raises(InvalidMeasurementError, match="in its fast form must agree with its own"):
         build_forms(model, everywhere("row_major"))
     assert type(mlp.gate_proj) is nn.Linear
+
+
+class PhaseTimings(ProductTimings):
+    """Decode likes columns and pays for the entries read; prefill likes rows, and few products."""
+
+    def seconds(self, shape, layout):
+        if shape.rows == 1:
+            return shape.weight_entries * (1.0 if layout == "column_major" else 1.5)
+        return (shape.weight_entries + 10_000) * (1.0 if layout == "row_major" else 1.5)
+
+
+@pytest.fixture
+def phase_timings(tmp_path):
+    return PhaseTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path)
+
+
+def test_a_generation_counts_its_passes():
+    assert GenerationShape(2, 8, 5).passes() == {2: 5, 16: 1}
+    assert GenerationShape(2, 8, 5).passes(of_head=True) == {2: 6}
+    assert GenerationShape(2, 0, 5).passes() == GenerationShape(2, 0, 5).passes(of_head=True) == {2: 5}
+    assert GenerationShape(2, 8, 0).passes() == {16: 1}
+    assert GenerationShape(2, 1, 5).passes() == {2: 6}
+
+
+@pytest.mark.parametrize(
+    ("generation", "layout", "is_merged"),
+    [
+        (GenerationShape(1, 0, 1), "column_major", False),
+        (GenerationShape(1, 8, 0), "row_major", True),
+        # A weight lies once for both phases, so that a long answer and a short one after the same prompt differ.
+        (GenerationShape(1, 8, 1), "row_major", True),
+        (GenerationShape(1, 8, 200), "column_major", False),
+    ],
+)
+def test_forms_are_chosen_by_the_time_of_a_whole_generation(phase_timings, generation, layout, is_merged):
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = low_rank(mlp.down_proj, 4)
+    forms, _ = build_forms(model, form_choice(phase_timings, generation))
+    assert forms.merged == (["model.layers.0.mlp.down_proj"] if is_merged else [])
+    forms.put()
+    assert model.model.layers[0].mlp.down_proj.first.product.layout == layout
+    # The head multiplies one row a sequence in prefill, too: it is always a decode product.
+    assert model.lm_head.first.product.layout == "column_major"
 
 
 def test_optimised_for_good(monkeypatch, tmp_path):
