@@ -4,6 +4,10 @@
     python benchmarks/realised_speed.py --kinds blocks --reductions 0.2 --batch 1 --pause
     python benchmarks/realised_speed.py --kinds --points points/reduction-0.2.json     # of `dse allocate`
 
+Kinds: `ranks`, every matrix at the same fraction; `stacks`, the same with query-key-value and gate-up as one; `blocks`,
+half by removed blocks; with a sensitivity profile `allocated`, least damage for the parameters, and `timed`, least damage
+for the time that the device profile predicts, at the same reduction.
+
 Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, both phases
 compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the plain dense model. The ideal
 is the ratio of FLOPs in prefill and of the bytes read in decode (weights and the cache). `share` is the gain that was
@@ -24,15 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from realised_points import KINDS, point_of, table_in_time
 
 from dse import load_model
 from dse.cost import cost
 from dse.decomposition import AppliedPoint, LowRankFactors, apply_point
 from dse.design_point import DesignPoint, TensorChoice
+from dse.files import write_json
 from dse.measurement import LatencySpec, PairedLatency, measure_latency
 from dse.measurement.workload import Workload
 from dse.models import LoadedModel
 from dse.runtime import FastRuntime, GenerationShape, Sides, fast_runtime
+from dse.sensitivity import SensitivityProfile
 from dse.topology import Topology
 
 PHASES = ("prefill", "decode")
@@ -48,52 +55,6 @@ class RandomFactors:
         rows, columns = self._topology.matrix(name).shape
         scale = (columns * choice.rank) ** -0.5
         return LowRankFactors(torch.randn(rows, choice.rank) * scale, torch.randn(choice.rank, columns))
-
-
-def uniform_ranks(topology: Topology, names: list[str], fraction: float, multiple: int) -> dict[str, TensorChoice]:
-    """All these matrices with this fraction of their parameters, at ranks that are multiples."""
-    choices = {}
-    for name in names:
-        rows, columns = topology.matrix(name).shape
-        rank = round(fraction * rows * columns / (rows + columns) / multiple) * multiple
-        choices[name] = TensorChoice("svd", max(multiple, rank))
-    return choices
-
-
-def tensors(topology: Topology) -> list[str]:
-    return [tensor.name for tensor in topology.tensors if tensor.layer is not None]
-
-
-def stacks_and_others(topology: Topology) -> list[str]:
-    stacked = {name for stack in topology.stacks for name in topology.tensors_of(stack.name)}
-    return [stack.name for stack in topology.stacks] + [name for name in tensors(topology) if name not in stacked]
-
-
-def ranks_point(topology: Topology, names: list[str], reduction: float, multiple: int) -> DesignPoint:
-    """Every matrix decomposed alike: the fraction whose reduction is nearest."""
-    found = [DesignPoint.of(uniform_ranks(topology, names, 0.02 * step, multiple)) for step in range(5, 50)]
-    return min(found, key=lambda point: abs(cost(topology, point).reduction - reduction))
-
-
-def blocks_point(topology: Topology, reduction: float, multiple: int) -> DesignPoint:
-    """Half of the reduction by removed blocks, from the last third on backwards, the rest by ranks of MLP tensors."""
-    last = topology.layer_count - 2
-    removed: dict[str, TensorChoice] = {}
-    for layer in range(last, 0, -1):
-        for role in ("mlp", "attention") if (last - layer) % 2 == 0 else ("attention",):
-            larger = {**removed, f"layers.{layer}.{role}": TensorChoice.removal()}
-            if cost(topology, DesignPoint.of(larger)).reduction <= reduction / 2:
-                removed = larger
-    gone = {name for block in removed for name in topology.tensors_of(block)}
-    names = [
-        name
-        for name in stacks_and_others(topology)
-        if name.endswith(("gate_up", "down")) and not gone & set(topology.tensors_of(name))
-    ]
-    found = [
-        DesignPoint.of({**removed, **uniform_ranks(topology, names, 0.02 * step, multiple)}) for step in range(5, 50)
-    ]
-    return min(found, key=lambda point: abs(cost(topology, point).reduction - reduction))
 
 
 @dataclass
@@ -201,19 +162,27 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def point_of(kind: str, topology: Topology, reduction: float, multiple: int) -> DesignPoint:
-    if kind == "blocks":
-        return blocks_point(topology, reduction, multiple)
-    names = tensors(topology) if kind == "ranks" else stacks_and_others(topology)
-    return ranks_point(topology, names, reduction, multiple)
+def dense_latencies(loaded: LoadedModel, spec: LatencySpec, runtime: FastRuntime) -> dict[str, float]:
+    """Seconds of both phases of the dense model in its fast form."""
+    with contextlib.ExitStack() as stack:
+        cell = compiled_cell(loaded, "dense", DesignPoint(), spec, runtime, stack)
+        found = timed(loaded, cell, with_plain=False)
+    return {phase: found[phase]["dense_s"] for phase in PHASES}
 
 
-def points_of(options: argparse.Namespace, topology: Topology) -> Iterator[tuple[str, DesignPoint]]:
+def points_of(
+    options: argparse.Namespace, loaded: LoadedModel, spec: LatencySpec, runtime: FastRuntime
+) -> Iterator[tuple[str, DesignPoint]]:
+    """The points of the kinds asked for, at each reduction, then those of files."""
+    table = None if options.profile is None else SensitivityProfile.read(options.profile).table
+    tables = {"allocated": table}
+    if "timed" in options.kinds and table is not None:
+        tables["timed"] = table_in_time(loaded, table, spec, dense_latencies(loaded, spec, runtime))
     for reduction in options.reductions:
         for kind in options.kinds:
-            yield kind, point_of(kind, topology, reduction, options.multiple)
+            yield kind, point_of(kind, loaded.topology, reduction, options.multiple, tables.get(kind))
     for path in options.points:
-        yield path.stem, DesignPoint.from_json(json.loads(path.read_text("utf-8")), topology)
+        yield path.stem, DesignPoint.from_json(json.loads(path.read_text("utf-8")), loaded.topology)
 
 
 def arguments() -> argparse.Namespace:
@@ -221,7 +190,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--points", nargs="+", type=Path, default=[], help="files of points, measured beside the kinds")
-    parser.add_argument("--kinds", nargs="*", default=["stacks", "blocks"], choices=["ranks", "stacks", "blocks"])
+    parser.add_argument("--kinds", nargs="*", default=["stacks", "blocks"], choices=KINDS)
+    parser.add_argument("--profile", type=Path, help="a profile.json of `dse sensitivity`, for `allocated` and `timed`")
+    parser.add_argument("--keep", type=Path, help="a folder for the points, one file each")
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.1, 0.2, 0.4])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256)
@@ -232,7 +203,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pause", action="store_true", help="wait for Enter between compiling and timing")
     parser.add_argument("--no-plain", action="store_true", help="leave out the plain form")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.profile is None and {"allocated", "timed"} & set(options.kinds):
+        parser.error("kinds `allocated` and `timed` need --profile")
+    return options
 
 
 def main() -> int:
@@ -253,7 +227,10 @@ def main() -> int:
                 mode="fast",
             )
             runtime = fast_runtime(loaded.model, GenerationShape(batch, options.prompt, options.new))
-            for kind, point in points_of(options, loaded.topology):
+            for kind, point in points_of(options, loaded, spec, runtime):
+                if options.keep is not None:
+                    reduction = 100 * cost(loaded.topology, point).reduction
+                    write_json(options.keep / f"{kind}-{reduction:.0f}-batch-{batch}.json", point.to_json())
                 print(f"compiling {kind} {point.id}, batch {batch}", file=sys.stderr, flush=True)
                 cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack))
         for cell in cells:
