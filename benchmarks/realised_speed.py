@@ -5,8 +5,8 @@
     python benchmarks/realised_speed.py --kinds --points points/reduction-0.2.json     # of `dse allocate`
 
 Kinds: `ranks`, every matrix at the same fraction; `stacks`, the same with query-key-value and gate-up as one; `blocks`,
-half by removed blocks; with a sensitivity profile `allocated`, least damage for the parameters, and `timed`, least damage
-for the time that the device profile predicts, at the same reduction.
+half by removed blocks; with a sensitivity profile `allocated`, least damage for the parameters, and `timed`, least
+damage for the time that the device profile predicts, at the same reduction.
 
 Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, both phases
 compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the plain dense model. The ideal
