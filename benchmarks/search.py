@@ -149,10 +149,10 @@ def plot(runs: Sequence[Run], evaluations: int, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.6))
     for index, contestant in enumerate(dict.fromkeys(run.contestant for run in runs)):
         mine = [run for run in runs if run.contestant == contestant]
-        colour, width = f"C{index % 10}", 2.6 if contestant == "ours" else 1.2
+        colour, width = ("black", 2.6) if contestant == "ours" else (f"C{index % 10}", 1.2)
         counts = np.arange(1, evaluations + 1)
         curves = np.asarray([[run.hypervolume(n) for n in counts] for run in mine])
         style = "-" if index < 10 else "--"
@@ -178,7 +178,7 @@ def plot(runs: Sequence[Run], evaluations: int, path: Path) -> None:
         title=f"fronts after {evaluations} evaluations, first seed",
     )
     right.set_yticks([1, 1.2, 1.5, 2, 3, 4], ["1", "1.2", "1.5", "2", "3", "4"])
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
