@@ -35,8 +35,7 @@ from dse.cost import cost
 from dse.decomposition import AppliedPoint, LowRankFactors, apply_point
 from dse.design_point import DesignPoint, TensorChoice
 from dse.files import write_json
-from dse.measurement import LatencySpec, PairedLatency, measure_latency
-from dse.measurement.workload import Workload
+from dse.measurement import LatencySpec, PairedLatency, Workload, measure_latency
 from dse.models import LoadedModel
 from dse.runtime import FastRuntime, GenerationShape, Sides, fast_runtime
 from dse.sensitivity import SensitivityProfile
@@ -79,16 +78,24 @@ class Cell:
 
 
 def compiled_cell(
-    loaded: LoadedModel, kind: str, point: DesignPoint, spec: LatencySpec, runtime: FastRuntime, stack: Any
+    loaded: LoadedModel,
+    kind: str,
+    point: DesignPoint,
+    spec: LatencySpec,
+    runtime: FastRuntime,
+    stack: Any,
+    dense: Workload,
 ) -> Cell:
     applied = apply_point(loaded.model, loaded.topology, point, RandomFactors(loaded.topology))
     sides = stack.enter_context(runtime.sides(applied))
     workload = Workload(loaded.model, spec)
+    workload.adopt(dense)
     for side, use in (("dense", sides.use_dense), ("subject", sides.use_point)):
         use()
         generation = workload.begin(side)
         workload.prefill(generation)
         workload.get_ready(generation, side)
+    dense.adopt(workload)
     sides.use_dense()
     sides.remove()
     applied.use_dense()
@@ -162,22 +169,32 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def dense_latencies(loaded: LoadedModel, spec: LatencySpec, runtime: FastRuntime) -> dict[str, float]:
-    """Seconds of both phases of the dense model in its fast form."""
+def dense_latencies(loaded: LoadedModel, spec: LatencySpec, dense: Workload, runtime: FastRuntime) -> dict[str, float]:
+    """Seconds of both phases of the dense model in its fast form, against itself."""
     with contextlib.ExitStack() as stack:
-        cell = compiled_cell(loaded, "dense", DesignPoint(), spec, runtime, stack)
-        found = timed(loaded, cell, with_plain=False)
-    return {phase: found[phase]["dense_s"] for phase in PHASES}
+        cell = compiled_cell(loaded, "dense", DesignPoint(), spec, runtime, stack, dense)
+        found = measure_latency(
+            loaded.model,
+            spec,
+            use_subject=cell.sides.use_point,
+            use_dense=cell.sides.use_dense,
+            workload=cell.workload,
+        )
+        cell.sides.remove()
+        cell.applied.use_dense()
+    seconds = {phase: getattr(found, phase).dense.median_s for phase in PHASES}
+    print({f"dense {phase}, ms": round(1e3 * value, 2) for phase, value in seconds.items()}, file=sys.stderr)
+    return seconds
 
 
 def points_of(
-    options: argparse.Namespace, loaded: LoadedModel, spec: LatencySpec, runtime: FastRuntime
+    options: argparse.Namespace, loaded: LoadedModel, spec: LatencySpec, dense: Workload, runtime: FastRuntime
 ) -> Iterator[tuple[str, DesignPoint]]:
     """The points of the kinds asked for, at each reduction, then those of files."""
     table = None if options.profile is None else SensitivityProfile.read(options.profile).table
     tables = {"allocated": table}
     if "timed" in options.kinds and table is not None:
-        tables["timed"] = table_in_time(loaded, table, spec, dense_latencies(loaded, spec, runtime))
+        tables["timed"] = table_in_time(loaded, table, spec, dense_latencies(loaded, spec, dense, runtime))
     for reduction in options.reductions:
         for kind in options.kinds:
             yield kind, point_of(kind, loaded.topology, reduction, options.multiple, tables.get(kind))
@@ -227,12 +244,13 @@ def main() -> int:
                 mode="fast",
             )
             runtime = fast_runtime(loaded.model, GenerationShape(batch, options.prompt, options.new))
-            for kind, point in points_of(options, loaded, spec, runtime):
+            dense = Workload(loaded.model, spec)  # what it compiles for the dense side serves every cell
+            for kind, point in points_of(options, loaded, spec, dense, runtime):
                 if options.keep is not None:
                     reduction = 100 * cost(loaded.topology, point).reduction
                     write_json(options.keep / f"{kind}-{reduction:.0f}-batch-{batch}.json", point.to_json())
                 print(f"compiling {kind} {point.id}, batch {batch}", file=sys.stderr, flush=True)
-                cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack))
+                cells.append(compiled_cell(loaded, kind, point, spec, runtime, stack, dense))
         for cell in cells:
             if options.pause:
                 print(f"ready for {cell.kind} {cell.reduction:.3f}, batch {cell.spec.batch_size}", flush=True)

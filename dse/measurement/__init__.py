@@ -17,7 +17,7 @@ from dse.measurement.nvml import NvmlMeter
 from dse.measurement.rapl import RaplMeter
 from dse.measurement.replay import PowerTrace, ReplayMeter
 from dse.measurement.spec import LatencySpec
-from dse.measurement.workload import check_workload
+from dse.measurement.workload import Workload, check_workload
 
 __all__ = [
     "CellLatency",
@@ -42,6 +42,7 @@ __all__ = [
     "ReplayMeter",
     "WindowEnergy",
     "WindowFault",
+    "Workload",
     "check_workload",
     "describe_environment",
     "device_in_use",

@@ -76,6 +76,9 @@ class Execution(ABC):
     def get_ready(self, side: str, generation: Generation) -> None:  # noqa: B027 - most modes need nothing
         """Build, once for a side, what its decode steps need; leaves `generation` as it was."""
 
+    def adopt(self, other: Execution, side: str) -> None:  # noqa: B027 - most modes keep nothing for a side
+        """Take over what `other`, of the same model, prompt and mode, has built for `side`."""
+
     @abstractmethod
     def step(self, side: str, generation: Generation) -> None:
         """Take one greedy step of one token for each sequence."""

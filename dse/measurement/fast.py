@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dse.measurement.attention import grouped_attention_in_use
-from dse.measurement.execution import Generation, StaticExecution
+from dse.measurement.execution import Execution, Generation, StaticExecution
 
 __all__ = ["FastExecution"]
 
@@ -51,6 +51,13 @@ class FastExecution(StaticExecution):
         """See `Execution.prefill`."""
         program = self._programs["prefill", generation.side]
         generation.next_tokens = program(self._prompt, generation.cache)
+
+    def adopt(self, other: Execution, side: str) -> None:
+        """See `Execution.adopt`: its programs, and the cache that they were compiled with."""
+        assert isinstance(other, FastExecution)  # noqa: S101 - of the same mode
+        self._programs.update({key: program for key, program in other._programs.items() if key[1] == side})
+        if side in other._caches:
+            self._caches[side] = other._caches[side]
 
     def get_ready(self, side: str, generation: Generation) -> None:
         """See `Execution.get_ready`; compiling takes up to a minute."""

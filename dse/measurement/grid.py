@@ -10,7 +10,9 @@ from torch import nn
 from dse.errors import OutOfMemoryError
 from dse.measurement.latency import measure_latency
 from dse.measurement.latency_result import PairedLatency
+from dse.measurement.out_of_memory import out_of_memory_errors
 from dse.measurement.spec import LatencySpec
+from dse.measurement.workload import Workload
 
 __all__ = ["CellLatency", "grid_of", "measure_cell"]
 
@@ -46,8 +48,9 @@ def measure_cell(
     use_dense: Callable[[], None],
     attempts: int = 5,
     progress: Callable[[int, int], None] | None = None,
+    compiled: Workload | None = None,
 ) -> CellLatency:
-    """Measure one cell, again where the machine was too disturbed to say anything.
+    """Measure one cell, again where the machine was too disturbed to say anything; what is compiled serves every try.
 
     Args:
         model: The resident model; see `measure_latency`.
@@ -56,14 +59,23 @@ def measure_cell(
         use_dense: Puts the dense weights back; likewise.
         attempts: Most measurements taken: another look is cheaper than a lost trial.
         progress: Told of generations done and expected.
+        compiled: Of the same model and cell: what it has compiled for the dense side is used, and what is compiled for
+            it now is left there for the next point.
 
     Raises:
         ConfigError: The prompt does not fit the model's context, or the mode cannot be had.
     """
     discarded: list[str] = []
+    workload: Workload | None = None
     while True:
         try:
-            latency = measure_latency(model, spec, use_subject=use_subject, use_dense=use_dense, progress=progress)
+            if workload is None:
+                workload = _workload(model, spec, compiled, use_subject)
+            latency = measure_latency(
+                model, spec, use_subject=use_subject, use_dense=use_dense, progress=progress, workload=workload
+            )
+            if compiled is not None:
+                compiled.adopt(workload)
         except OutOfMemoryError as error:
             use_subject()
             tried = len(discarded) + 1
@@ -73,6 +85,17 @@ def measure_cell(
                 spec, latency, len(discarded) + 1, tuple(discarded), None, latency.is_valid, latency.reason
             )
         discarded.append(latency.reason)
+
+
+def _workload(
+    model: nn.Module, spec: LatencySpec, compiled: Workload | None, use_subject: Callable[[], None]
+) -> Workload:
+    with out_of_memory_errors("measuring latency"):
+        use_subject()  # before anything runs, so that the first pass is the subject's
+        workload = Workload(model, spec)
+    if compiled is not None:
+        workload.adopt(compiled)
+    return workload
 
 
 def grid_of(spec: LatencySpec, cells: Sequence[tuple[int, int, int]]) -> tuple[LatencySpec, ...]:

@@ -71,6 +71,13 @@ class Workload:
         if self.decodes:
             self._execution.get_ready(side, generation)
 
+    def adopt(self, other: Workload, side: str = "dense") -> None:
+        """Take over what `other`, of the same model and spec, has compiled for `side`, whose weights must be the same.
+
+        One side stays the same from point to point, and compiling takes a minute for a phase.
+        """
+        self._execution.adopt(other._execution, side)
+
     def step(self, generation: Generation, side: str = "dense") -> None:
         """Take one greedy step: one token for each sequence.
 

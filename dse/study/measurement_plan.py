@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from dse.measurement import (
     EnergyMeter,
     IdlePower,
     LatencySpec,
+    Workload,
     device_lock,
     grid_of,
     measure_idle_power,
@@ -53,6 +54,7 @@ class MeasurementPlan:
         profile: The model's products on this device; None where nothing asks for it.
         predicts_latency: Whether the latency of points is predicted from it.
         kept: What of a point the study takes: all of it, or what the profile calls faster.
+        compiled: Cell to what was compiled for the dense model, see `compiled_for`.
     """
 
     cells: tuple[LatencySpec, ...]
@@ -64,6 +66,7 @@ class MeasurementPlan:
     profile: ModelProfile | None = None
     predicts_latency: bool = False
     kept: Callable[[DesignPoint], DesignPoint] = lambda point: point
+    compiled: dict[LatencySpec, Workload] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: StudyConfig, meter: EnergyMeter | None) -> MeasurementPlan:
@@ -129,6 +132,17 @@ class MeasurementPlan:
                     "`measurement.only_if_faster` needs something that is faster decomposed, but the device profile"
                     " calls nothing of this space faster; see `dse profile-device`, or lower the ranks"
                 )
+
+    def compiled_for(self, loaded: LoadedModel, spec: LatencySpec) -> Workload | None:
+        """Where the dense model's programs of a cell are kept from trial to trial, in mode `fast`; else None.
+
+        Its modules in the fast form stay the same, and so do its programs; other modes compile a trial's own.
+        """
+        if spec.mode != "fast":
+            return None
+        if spec not in self.compiled:
+            self.compiled[spec] = Workload(loaded.model, spec)
+        return self.compiled[spec]
 
     def sides(self, applied: AppliedPoint) -> AbstractContextManager[Sides]:
         """What swaps a point and the dense model while they are measured."""

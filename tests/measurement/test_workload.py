@@ -227,6 +227,36 @@ def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each
         assert torch.equal(torch.cat(tokens, dim=1), expected[side])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_what_was_compiled_for_the_dense_side_serves_the_next_point(llama):
+    del llama.model.layers[1]
+    llama.config.num_hidden_layers = 1
+    kept, others = llama.lm_head, [torch.nn.Linear(32, 200, bias=False) for _ in range(2)]
+    spec = LatencySpec(prompt_tokens=6, new_tokens=3, mode="fast")
+    counters = torch._dynamo.utils.counters["stats"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler stack's own
+        compiled, programs = Workload(llama, spec), []
+        for other in others:
+            before = counters["unique_graphs"]
+            workload = Workload(llama, spec)
+            workload.adopt(compiled)
+            for side, head in (("dense", kept), ("subject", other)):
+                llama.lm_head = head
+                expected = greedy_without_cache(llama, workload.prompt, 3)
+                generation = prefilled(workload, side)
+                tokens = [generation.next_tokens]
+                for _ in range(2):
+                    workload.step(generation, side)
+                    tokens.append(generation.next_tokens)
+                assert torch.equal(torch.cat(tokens, dim=1), expected[:, :3])
+            compiled.adopt(workload)
+            programs.append(counters["unique_graphs"] - before)
+    # Prefill and step of two sides; then of the new point alone, and nothing of the point before is held.
+    assert programs == [4, 2]
+    assert {side for _, side in compiled._execution._programs} == {"dense"}
+
+
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_grouped_attention_is_attention_with_the_cache_repeated(key_heads, scaling):
