@@ -6,7 +6,7 @@ fall back to slower kernels where a dimension is not aligned. A rank a little sm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from dse.cost import break_even_rank
 from dse.runtime.model_profile import Phase
@@ -27,8 +27,8 @@ def rank_multiple_shapes(matrices: Iterable[tuple[int, int]], phases: Iterable[P
     found = [
         product
         for shape in dict.fromkeys(matrices)
-        for base in _aligned_rank(shape)
-        for rank in (base, *(base - multiple // 2 for multiple in RANK_MULTIPLES))
+        if (aligned := _aligned_rank(shape))
+        for rank in (aligned, *(aligned - multiple // 2 for multiple in RANK_MULTIPLES))
         for phase in phases
         for product in _products(shape, rank, phase)
     ]
@@ -51,14 +51,14 @@ def rank_multiple(matrices: Iterable[tuple[int, int]], phases: Iterable[Phase], 
         A multiple from `RANK_MULTIPLES`; 1 where no rank is worse than its neighbours, or matrices are too small.
     """
     sizes, phases = tuple(matrices), tuple(phases)
-    aligned = [(shape, base) for shape in sizes for base in _aligned_rank(shape)]
+    aligned = [(shape, rank) for shape in sizes if (rank := _aligned_rank(shape))]
 
     def ratio(multiple: int) -> float:
-        """Mean of the time at the smaller rank over that at the aligned one, less what was to be expected."""
+        """Mean of the time at the smaller rank over that at the aligned one, plus half of what it should save."""
         ratios = [
-            _seconds(shape, base - multiple // 2, phase, timings) / _seconds(shape, base, phase, timings)
-            + 0.5 * (multiple // 2) / base
-            for shape, base in aligned
+            _seconds(shape, rank - multiple // 2, phase, timings) / _seconds(shape, rank, phase, timings)
+            + 0.5 * (multiple // 2) / rank
+            for shape, rank in aligned
             for phase in phases
         ]
         return sum(ratios) / len(ratios)
@@ -66,10 +66,9 @@ def rank_multiple(matrices: Iterable[tuple[int, int]], phases: Iterable[Phase], 
     return next((m for m in RANK_MULTIPLES if aligned and ratio(m) > 1 + _NOISE), 1)
 
 
-def _aligned_rank(shape: tuple[int, int]) -> Sequence[int]:
-    """A rank in the middle of those that save parameters; none where even the first tile saves nothing."""
-    middle = break_even_rank(*shape) * 2 // 3 // RANK_MULTIPLES[0] * RANK_MULTIPLES[0]
-    return (middle,) if middle else ()
+def _aligned_rank(shape: tuple[int, int]) -> int:
+    """A rank in the middle of those that save parameters; 0 where the first tile is above it."""
+    return break_even_rank(*shape) * 2 // 3 // RANK_MULTIPLES[0] * RANK_MULTIPLES[0]
 
 
 def _products(shape: tuple[int, int], rank: int, phase: Phase) -> tuple[ProductShape, ProductShape]:

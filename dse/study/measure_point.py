@@ -97,7 +97,7 @@ class PointMeasurer:
             use_subject=sides.use_point,
             use_dense=sides.use_dense,
             progress=lambda done, total: self.on_phase("latency", done, total),
-            compiled=self.plan.compiled_for(self.loaded, spec),
+            compiled=self.plan.compiled.get(spec),
         )
 
     def _energy(self, run: PointRun, meter: EnergyMeter, reference: Reference | None) -> None:

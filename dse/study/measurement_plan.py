@@ -54,7 +54,8 @@ class MeasurementPlan:
         profile: The model's products on this device; None where nothing asks for it.
         predicts_latency: Whether the latency of points is predicted from it.
         kept: What of a point the study takes: all of it, or what the profile calls faster.
-        compiled: Cell to what was compiled for the dense model, see `compiled_for`.
+        compiled: Cell to what was compiled for the dense model, whose modules in the fast form stay the same from trial
+            to trial; empty in other modes, where every trial compiles its own.
     """
 
     cells: tuple[LatencySpec, ...]
@@ -103,6 +104,7 @@ class MeasurementPlan:
             first.new_tokens if "decode_latency_s" in counts else 0,
         )
         self.runtime = fast_runtime(loaded.model, generation)
+        self.compiled = {cell: Workload(loaded.model, cell) for cell in self.cells}
 
     def use_profile(self, loaded: LoadedModel, space: SearchSpace, config: StudyConfig) -> None:
         """Let the device profile decide what the study asks it for.
@@ -132,17 +134,6 @@ class MeasurementPlan:
                     "`measurement.only_if_faster` needs something that is faster decomposed, but the device profile"
                     " calls nothing of this space faster; see `dse profile-device`, or lower the ranks"
                 )
-
-    def compiled_for(self, loaded: LoadedModel, spec: LatencySpec) -> Workload | None:
-        """Where the dense model's programs of a cell are kept from trial to trial, in mode `fast`; else None.
-
-        Its modules in the fast form stay the same, and so do its programs; other modes compile a trial's own.
-        """
-        if spec.mode != "fast":
-            return None
-        if spec not in self.compiled:
-            self.compiled[spec] = Workload(loaded.model, spec)
-        return self.compiled[spec]
 
     def sides(self, applied: AppliedPoint) -> AbstractContextManager[Sides]:
         """What swaps a point and the dense model while they are measured."""

@@ -58,5 +58,6 @@ def settled_space(
             timings.best_seconds(shape)
     listener.on_phase("rank multiple", len(shapes), len(shapes))
     multiple = rank_multiple(sizes, phases, timings)
-    listener.on_message(f"ranks are multiples of {multiple}: a smaller step would save no time on this device")
+    reason = "a smaller step would save no time" if multiple > 1 else "no multiple is faster than the ranks below it"
+    listener.on_message(f"ranks are multiples of {multiple}: {reason} on this device")
     return space.at_multiple(multiple)

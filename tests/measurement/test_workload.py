@@ -201,7 +201,12 @@ def test_compile_without_a_compiler_says_so(tmp_path):
     assert "install a C++ compiler, or use eager" in done.stdout
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
 @pytest.mark.parametrize("mode", ["compile", "fast"])
 def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each_once(llama, mode):
     del llama.model.layers[1]  # compiling takes its time for every layer
@@ -227,7 +232,7 @@ def test_compiled_steps_generate_the_same_tokens_for_both_sides_and_compile_each
         assert torch.equal(torch.cat(tokens, dim=1), expected[side])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@needs_compiler
 def test_what_was_compiled_for_the_dense_side_serves_the_next_point(llama):
     del llama.model.layers[1]
     llama.config.num_hidden_layers = 1

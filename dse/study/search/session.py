@@ -24,13 +24,7 @@ from dse.study.search.goals import FrontPoint, goal
 from dse.study.search.observed import observed_damage
 from dse.study.search.origins import Ledger
 from dse.study.search.refinement import REFINED, refine
-from dse.study.search.warm_starts import (
-    ALLOCATION,
-    allocated,
-    allocated_in_time,
-    candidate_of,
-    warm_starts,
-)
+from dse.study.search.warm_starts import ALLOCATION, allocated, allocated_in_time, candidate_of, warm_starts
 from dse.study.space import DepthProfileSpace, SearchSpace
 
 __all__ = ["ENQUEUED", "SearchSession"]
@@ -193,14 +187,13 @@ class SearchSession:
             share = aim.reduction + generator.uniform(-0.005, 0.005)
             # Where time is an objective, half of the proposals save a share of it instead of a share of the parameters.
             if table.latency_dense_s is not None and generator.random() < 0.5:
-                timed = allocated_in_time(self.space, table, share, self._most_latency_s)
-                point, words = (None, "") if timed is None else (timed[0], f"the least damage in sum {timed[1]}")
-                words = f"{words}, {refitted}"
+                found = allocated_in_time(self.space, table, share, self._most_latency_s)
             else:
                 point = allocated(self.space, table, share, self._most_latency_s)
-                words = f"{aim.words}: the least damage in sum there, {refitted}"
-            if point is not None and point.id not in seen:
-                return candidate_of(self.space, point, ALLOCATION, words)
+                found = None if point is None else (point, "there")
+            if found is not None and found[0].id not in seen:
+                words = f"{aim.words}: the least damage in sum {found[1]}, {refitted}"
+                return candidate_of(self.space, found[0], ALLOCATION, words)
         return None
 
     def _front_points(self) -> list[FrontPoint]:
