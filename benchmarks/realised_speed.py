@@ -35,6 +35,7 @@ from dse.cost import cost
 from dse.decomposition import AppliedPoint, LowRankFactors, apply_point
 from dse.design_point import DesignPoint, TensorChoice
 from dse.files import write_json
+from dse.kernel import kernel_name
 from dse.measurement import LatencySpec, PairedLatency, Workload, measure_latency
 from dse.models import LoadedModel
 from dse.runtime import FastRuntime, GenerationShape, Sides, fast_runtime
@@ -258,7 +259,8 @@ def main() -> int:
             rows.append(timed(loaded, cell, with_plain=not options.no_plain))
             print(text(rows[-1]), flush=True)
     slower = [f"{r['kind']} {r['reduction']} batch {r['batch']} {p}" for r in rows for p in PHASES if r[p]["low"] > 1]
-    print(json.dumps({"model": options.model, "threads": torch.get_num_threads(), "rows": rows, "slower": slower}))
+    machine = {"threads": torch.get_num_threads(), "kernel": kernel_name()}
+    print(json.dumps({"model": options.model, **machine, "rows": rows, "slower": slower}))
     return 1 if slower else 0
 
 

@@ -7,11 +7,14 @@ so too, but not while `torch.compile` traces it: there it copies the whole cache
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dse.kernel import attend, attends, has_kernel
 
 __all__ = ["GROUPED_ATTENTION", "grouped_attention", "grouped_attention_in_use"]
 
@@ -27,6 +30,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    kernel: bool = False,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention for one query token; anything else goes to `transformers`' own SDPA form.
@@ -39,6 +43,7 @@ def grouped_attention(
         attention_mask: Additive, broadcastable to (batch, 1, tokens, cached tokens).
         dropout: Not applied to one token: models that are measured are in eval mode.
         scaling: Factor of the products; None for the inverse root of the head size.
+        kernel: Whether the CPU kernel is there to be used.
         more: Whatever else the model hands to its attention.
 
     Returns:
@@ -53,6 +58,8 @@ def grouped_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
     batch, heads, _, size = query.shape
+    if kernel and attends(query, key, value, attention_mask):
+        return attend(query, key, value, attention_mask, size**-0.5 if scaling is None else scaling), None
     groups = batch * key.shape[1]
     rows = query.reshape(groups, batch * heads // groups, size) * (size**-0.5 if scaling is None else scaling)
     scores = torch.bmm(rows, key.reshape(groups, -1, size).transpose(1, 2)).view(batch, key.shape[1], -1, key.shape[2])
@@ -71,7 +78,7 @@ def grouped_attention_in_use(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+    AttentionInterface.register(GROUPED_ATTENTION, functools.partial(grouped_attention, kernel=has_kernel()))
     ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     config._attn_implementation = GROUPED_ATTENTION
     try:

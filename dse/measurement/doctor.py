@@ -11,6 +11,7 @@ import torch
 
 from dse.errors import StorageFullError
 from dse.files import cache_dir, disk_errors
+from dse.kernel import KERNEL_VARIABLE, kernel_name, kernel_problem
 from dse.measurement.doctor_check import Check
 from dse.measurement.doctor_meters import check_meters
 from dse.measurement.environment import package_versions
@@ -24,13 +25,22 @@ _ROOMY_BYTES = 4 * 2**30  # demo model, its float32 factor bank, and air
 
 def run_checks() -> list[Check]:
     """Run every check, without network, in a few seconds a meter; never raises for what it finds."""
-    return [_torch_build(), *_gpus(), *check_meters(), _cache(), *_versions()]
+    return [_torch_build(), *_gpus(), *check_meters(), _kernel(), _cache(), *_versions()]
 
 
 def _torch_build() -> Check:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     detail = f"torch {torch.__version__} ({build}), {torch.get_num_threads()} threads"
     return Check("torch", "ok", detail)
+
+
+def _kernel() -> Check:
+    """Decode steps on a CPU; built where it is not yet, which takes some twenty seconds, once."""
+    problem = kernel_problem()
+    if not problem:
+        return Check("CPU kernel", "ok", f"{kernel_name()}, built for this processor")
+    remedy = f"install g++, so that mode fast decodes faster on a CPU, and do not set {KERNEL_VARIABLE}"
+    return Check("CPU kernel", "note", f"none, torch's own operators are used: {problem}", remedy)
 
 
 def _gpus() -> Iterator[Check]:

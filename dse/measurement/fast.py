@@ -89,7 +89,7 @@ def _compiled(function: Program, side: str) -> Program:
     assert isinstance(function, types.FunctionType)  # noqa: S101 - narrows the type
     code = function.__code__.replace(co_name=f"{function.__name__}_{side}")
     own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"size_asserts": False}  # shapes cannot change here either
     skip_checks = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # torch 2.9
     if skip_checks is not None:
         options["guard_filter_fn"] = skip_checks

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dse.errors import InvalidMeasurementError
+from dse.kernel import ChainMatrix, KernelChains
 from dse.runtime.matrices import MatrixModule, modules_by_input
-from dse.runtime.products import ChainLinear, Layout, Product, SharedProduct
+from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest, joined_bias
+from dse.runtime.products import Chain, Layout, Product, SharedLinear, SharedProduct
 
-__all__ = ["FormChoice", "Forms", "LaidOutWeights", "build_forms"]
+__all__ = ["FormChoice", "Forms", "build_forms"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class FormChoice:
     """Which form is fastest, by (out_features, in_features) of a product.
 
     Attributes:
-        layout: The layout that multiplies fastest.
-        seconds: Seconds of the product in it, by which factors that take longer than their product are merged; None
-            merges nothing.
+        layouts: The layouts in which products that share an input, and those that follow from it, are fastest together.
+        seconds: Seconds of a product in the layout that suits it best, by which factors that take longer than their
+            product are merged; None merges nothing.
         head: For the output head and what shares its input, which multiply fewer rows; None where it is no different.
     """
 
-    layout: Callable[[int, int], Layout]
+    layouts: Callable[[Sequence[tuple[int, int]]], Sequence[Layout]]
     seconds: Callable[[int, int], float] | None = None
     head: FormChoice | None = None
 
@@ -75,31 +77,6 @@ class Forms:
             setattr(swap.parent, swap.attribute, swap.plain)
 
 
-class LaidOutWeights:
-    """Weights in a layout, one copy for each combination of sources: forms of a point share those of the dense model.
-
-    Args:
-        known: Where to look first; it is not changed.
-    """
-
-    def __init__(self, known: LaidOutWeights | None = None) -> None:
-        self._known = known
-        # The sources are held beside the copy, so that no address in a key is used twice.
-        self._copies: dict[tuple[tuple[int, int, int], ...], tuple[Sequence[Tensor], nn.Parameter]] = {}
-
-    def get(self, sources: Sequence[Tensor], layout: Layout) -> nn.Parameter:
-        """Rows of all `sources`, one below the other, in `layout`; a lone weight that lies so already is not copied."""
-        key = (*((source.data_ptr(), source.shape[0], source.shape[1]) for source in sources), (hash(layout), 0, 0))
-        if self._known is not None and key in self._known._copies:
-            return self._known._copies[key][1]
-        if key not in self._copies:
-            with torch.no_grad():
-                stacked = sources[0] if len(sources) == 1 else torch.cat(list(sources))
-                placed = stacked if layout == "row_major" else stacked.T
-                self._copies[key] = (sources, nn.Parameter(placed.contiguous(), requires_grad=False))
-        return self._copies[key][1]
-
-
 def build_forms(
     model: nn.Module, choice: FormChoice, dense: LaidOutWeights | None = None
 ) -> tuple[Forms, LaidOutWeights]:
@@ -136,26 +113,49 @@ def build_forms(
 
 def _forms_of_group(
     group: Sequence[MatrixModule], choice: FormChoice, weights: LaidOutWeights
-) -> Iterator[tuple[MatrixModule, ChainLinear, bool]]:
+) -> Iterator[tuple[MatrixModule, SharedLinear, bool]]:
     parts = _parts(group, choice)
     heads = [part.chain[0] for part in parts]
-    first = SharedProduct(
-        _product(
-            heads, _bias([part.biases if len(part.chain) == 1 else None for part in parts], heads), choice, weights
-        ),
-        [head.shape[0] for head in heads],
-    )
-    for index, part in enumerate(parts):
-        last = [matrix.chain[-1] for matrix in part.members] if len(part.chain) > 1 else []
-        rest = [_product([core], None, choice, weights) for core in part.chain[1:-1]]
-        if last:
-            rest.append(_product(last, _bias([[bias] for bias in part.biases], last), choice, weights))
-        if len(part.members) == 1:
-            yield part.members[0], ChainLinear(first, index, rest), part.is_merged
-            continue
-        shared = SharedProduct(ChainLinear(first, index, rest), [matrix.out_features for matrix in part.members])
-        for place, member in enumerate(part.members):
-            yield member, ChainLinear(shared, place), part.is_merged
+    bias = joined_bias([part.biases if len(part.chain) == 1 else None for part in parts], heads)
+    wanted = [(heads, bias), *(later for part in parts for later in part.later())]
+    layouts = choice.layouts([(sum(source.shape[0] for source in w), w[0].shape[1]) for w, _ in wanted])
+    packed = weights.get([WeightRequest(*each, layout) for each, layout in zip(wanted, layouts, strict=True)])
+    first, *rest = packed.products
+    chains = [
+        Chain(
+            part.chain[0].shape[0],
+            [rest.pop(0) for _ in part.chain[1:]],
+            [matrix.out_features for matrix in part.members],
+        )
+        for part in parts
+    ]
+    shared = SharedProduct(first, chains, _kernel(packed, first, chains))
+    members = [(member, part.is_merged) for part in parts for member in part.members]
+    for index, (member, is_merged) in enumerate(members):
+        yield member, SharedLinear(shared, index), is_merged
+
+
+def _kernel(packed: PackedProducts, first: Product, chains: Sequence[Chain]) -> KernelChains | None:
+    """All these products as one call of the kernel for few rows; None where it cannot be had."""
+    if not KernelChains.is_for(packed.flat) or any(product.layout != "row_major" for product in packed.products):
+        return None
+    found = []
+    row = 0
+    for chain in chains:
+        begin = ChainMatrix(
+            chain.given,
+            first.in_features,
+            packed.place(first.weight_data) + row * first.in_features,
+            None if first.bias is None else packed.place(first.bias) + row,
+        )
+        row += chain.given
+        found.append([begin, *(_matrix(packed, product) for product in chain.products)])
+    return KernelChains(packed.flat, found)
+
+
+def _matrix(packed: PackedProducts, product: Product) -> ChainMatrix:
+    bias_at = None if product.bias is None else packed.place(product.bias)
+    return ChainMatrix(product.out_features, product.in_features, packed.place(product.weight_data), bias_at)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,14 @@ class _Part:
     def shapes(self) -> list[tuple[int, int]]:
         """(out_features, in_features) of what follows the first product."""
         return [(matrix.shape[0], matrix.shape[1]) for matrix in self.chain[1:]]
+
+    def later(self) -> list[tuple[list[Tensor], Tensor | None]]:
+        """What follows the first product: the rows of each weight, and its bias."""
+        if len(self.chain) == 1:
+            return []
+        last = [matrix.chain[-1] for matrix in self.members]
+        cores: list[tuple[list[Tensor], Tensor | None]] = [([core], None) for core in self.chain[1:-1]]
+        return [*cores, (last, joined_bias([[bias] for bias in self.biases], last))]
 
     def merged(self) -> _Part:
         """As one matrix, multiplied in double precision."""
@@ -232,29 +240,6 @@ def _merged_if_faster(parts: Sequence[_Part], choice: FormChoice) -> list[bool]:
         if total_s(best) >= total_s(is_merged):
             return is_merged
         is_merged = best
-
-
-def _product(sources: Sequence[Tensor], bias: Tensor | None, choice: FormChoice, weights: LaidOutWeights) -> Product:
-    layout = choice.layout(sum(source.shape[0] for source in sources), sources[0].shape[1])
-    return Product(weights.get(sources, layout), layout, bias)
-
-
-def _bias(biases: Sequence[Sequence[Tensor | None] | None], sources: Sequence[Tensor]) -> Tensor | None:
-    """The biases of products one below the other, zero where one has none; None where none has any.
-
-    Args:
-        biases: For each source the biases of its modules in order; None for a source to which none is added yet.
-        sources: The weights, for the sizes of what is zero.
-    """
-    if all(bias is None for entry in biases for bias in entry or ()):
-        return None
-    parts = []
-    for entry, source in zip(biases, sources, strict=True):
-        given = [bias for bias in entry or () if bias is not None]
-        if given and len(given) < len(entry or ()):
-            raise InvalidMeasurementError("modules of one stack must all have a bias or none; use mode compile")
-        parts.append(torch.cat([bias.detach() for bias in given]) if given else source.new_zeros(source.shape[0]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @torch.inference_mode()

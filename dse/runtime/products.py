@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LAYOUTS", "ChainLinear", "Layout", "Product", "SharedProduct"]
+from dse.kernel import KernelChains
+
+__all__ = ["LAYOUTS", "Chain", "Layout", "Product", "SharedLinear", "SharedProduct"]
 
 Layout = Literal["row_major", "column_major"]
 LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major")
@@ -36,6 +38,11 @@ class Product(nn.Module):
         """Size of the last dimension of the output."""
         return self.weight_data.shape[0 if self.layout == "row_major" else 1]
 
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the input."""
+        return self.weight_data.shape[1 if self.layout == "row_major" else 0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         if self.layout == "row_major":
@@ -45,32 +52,72 @@ class Product(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+class Chain(nn.Module):
+    """What follows the first product for one of those who share it, and to whom its outputs go.
+
+    Args:
+        given: Columns of the first product that are this chain's.
+        rest: Further matrices, in order; none where the first product is all.
+        sizes: Columns of the result for each module that this chain serves: more than one for the members of a stack.
+    """
+
+    def __init__(self, given: int, rest: Sequence[Product] = (), sizes: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.given = given
+        self.rest = nn.ModuleList(rest)
+        self.out_features = rest[-1].out_features if rest else given
+        self.sizes = [self.out_features] if sizes is None else list(sizes)
+
+    @property
+    def products(self) -> list[Product]:
+        """The further matrices."""
+        return list(self.rest)  # type: ignore[arg-type]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., given) to (..., out_features)."""
+        for product in self.rest:
+            hidden = product(hidden)
+        return hidden
+
+
 class SharedProduct(nn.Module):
-    """One product for several modules that are given the very same tensor; each takes its columns of it.
+    """One first product for several modules that are given the very same tensor; each takes its part of what follows.
 
     Whichever is called first with a tensor computes for all. The others are served from that as long as they are given
     the same tensor object, and what was kept is let go with the last of them, so the order of calls does not matter and
-    a call with another tensor computes anew.
+    a call with another tensor computes anew. Few rows, as in decode steps, go to the kernel of `dse.kernel`
+    where there is one: all products of all chains in one call.
 
     Args:
-        product: The product with the concatenated weights, or a chain that ends in one.
-        sizes: Columns of each module's part, in the order of the weights.
+        first: The product with the concatenated weights.
+        chains: What follows, in the order of the weights.
+        kernel: All of it as one call of the kernel; None where that cannot be had.
     """
 
-    def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
+    def __init__(self, first: Product, chains: Sequence[Chain], kernel: KernelChains | None = None) -> None:
         super().__init__()
-        self.product = product
-        self.sizes = list(sizes)
+        self.first = first
+        self.chains = nn.ModuleList(chains)
+        self.sizes = [size for chain in chains for size in chain.sizes]
+        self._kernel = kernel
         self._given: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
         self._waiting: int = 0
 
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map (..., in_features) to the parts of all modules."""
+        if self._kernel is not None and self._kernel.takes(x):
+            return _split(self._kernel(x), self.sizes)
+        given = _split(self.first(x), [chain.given for chain in self.chains])  # type: ignore[misc]
+        parts = zip(self.chains, given, strict=True)
+        return tuple(part for chain, hidden in parts for part in _split(chain(hidden), chain.sizes))  # type: ignore[arg-type]
+
     def part(self, index: int, x: Tensor) -> Tensor:
-        """The part of module `index` for (..., in_features): shape (..., sizes[index]), a view of the whole."""
+        """The part of module `index` for (..., in_features): shape (..., sizes[index])."""
         if len(self.sizes) == 1:
-            return self.product(x)  # type: ignore[no-any-return]
+            return self(x)[0]  # type: ignore[no-any-return]
         if self._given is not x:
-            self._parts = self.product(x).split(self.sizes, dim=-1)
+            self._parts = self(x)
             self._given, self._waiting = x, len(self.sizes)
         found = self._parts[index]
         self._waiting -= 1
@@ -79,24 +126,23 @@ class SharedProduct(nn.Module):
         return found
 
 
-class ChainLinear(nn.Module):
-    """A linear layer whose weight is one matrix or a chain of them; the first may be shared with other modules.
+class SharedLinear(nn.Module):
+    """A linear layer that is one part of a shared product.
 
     Args:
-        first: The shared first product; its bias is this layer's where there are no further matrices.
+        shared: The product, and those who share it.
         index: Which part of it is this layer's.
-        rest: Further matrices, in order.
     """
 
-    def __init__(self, first: SharedProduct, index: int, rest: Sequence[Product] = ()) -> None:
+    def __init__(self, shared: SharedProduct, index: int) -> None:
         super().__init__()
-        self.first = first
+        self.shared = shared
         self.index = index
-        self.rest = nn.ModuleList(rest)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        hidden = self.first.part(self.index, x)
-        for product in self.rest:
-            hidden = product(hidden)
-        return hidden
+        return self.shared.part(self.index, x)
+
+
+def _split(whole: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return (whole,) if len(sizes) == 1 else torch.split(whole, list(sizes), dim=-1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
 
-from dse.runtime.forms import FormChoice, Forms, LaidOutWeights, build_forms
+from dse.runtime.forms import FormChoice, Forms, build_forms
+from dse.runtime.packing import LaidOutWeights
 from dse.runtime.products import Layout
 from dse.runtime.timings import ProductShape, ProductTimings
 
@@ -123,8 +124,11 @@ def form_choice(timings: ProductTimings, generation: GenerationShape) -> FormCho
 
 
 def _choice(timings: ProductTimings, passes: Mapping[int, int]) -> FormChoice:
-    def layout(out_features: int, in_features: int) -> Layout:
-        return timings.best_layout_of(_counted(out_features, in_features))
+    def layouts(shapes: Sequence[tuple[int, int]]) -> list[Layout]:
+        counts = [_counted(*shape) for shape in shapes]
+        if timings.joins_row_major:  # products that lie otherwise would part from the others
+            return [timings.best_layout_of(_added(counts))] * len(shapes)
+        return [timings.best_layout_of(count) for count in counts]
 
     def seconds(out_features: int, in_features: int) -> float:
         shapes = _counted(out_features, in_features)
@@ -133,7 +137,15 @@ def _choice(timings: ProductTimings, passes: Mapping[int, int]) -> FormChoice:
     def _counted(out_features: int, in_features: int) -> dict[ProductShape, int]:
         return {ProductShape(rows, out_features, in_features): count for rows, count in passes.items()}
 
-    return FormChoice(layout, seconds)
+    return FormChoice(layouts, seconds)
+
+
+def _added(counts: Sequence[Mapping[ProductShape, int]]) -> dict[ProductShape, int]:
+    total: dict[ProductShape, int] = {}
+    for count in counts:
+        for shape, times in count.items():
+            total[shape] = total.get(shape, 0) + times
+    return total
 
 
 def fast_runtime(model: nn.Module, generation: GenerationShape) -> FastRuntime:

@@ -23,7 +23,7 @@ from dse.runtime import (
     optimise_for_inference,
 )
 from dse.runtime.matrices import modules_by_input
-from dse.runtime.products import ChainLinear, Product, SharedProduct
+from dse.runtime.products import Chain, Product, SharedLinear, SharedProduct
 
 
 def llama(**changes):
@@ -57,11 +57,11 @@ def low_rank(linear, rank, *, core=False):
 
 def by_turns(layouts):
     turns = itertools.cycle(layouts)
-    return FormChoice(lambda _out_features, _in_features: next(turns))
+    return FormChoice(lambda shapes: [next(turns) for _ in shapes])
 
 
-def everywhere(layout):
-    return FormChoice(lambda _out_features, _in_features: layout)
+def everywhere(layout, seconds=None):
+    return FormChoice(lambda shapes: [layout] * len(shapes), seconds)
 
 
 def logits(model, tokens):
@@ -128,7 +128,7 @@ def test_forms_keep_the_function_and_undo_is_exact(build, layouts):
     forms, _ = build_forms(model, by_turns(layouts))
     assert dict(model.named_modules()) == before
     forms.put()
-    assert any(isinstance(module, ChainLinear) for module in model.modules())
+    assert any(isinstance(module, SharedLinear) for module in model.modules())
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
     forms.remove()
     assert dict(model.named_modules()) == before
@@ -140,10 +140,10 @@ def test_query_key_and_value_are_one_product_and_so_are_right_factors():
     forms, _ = build_forms(model, everywhere("column_major"))
     forms.put()
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    assert attention.q_proj.first is attention.k_proj.first is attention.v_proj.first
-    assert attention.q_proj.first.product.weight_data.shape == (32, 32 + 3 + 16)
-    assert mlp.gate_proj.first is mlp.up_proj.first
-    assert mlp.gate_proj.first.product.weight_data.shape == (32, 5 + 7)
+    assert attention.q_proj.shared is attention.k_proj.shared is attention.v_proj.shared
+    assert attention.q_proj.shared.first.weight_data.shape == (32, 32 + 3 + 16)
+    assert mlp.gate_proj.shared is mlp.up_proj.shared
+    assert mlp.gate_proj.shared.first.weight_data.shape == (32, 5 + 7)
 
 
 def with_stacks(model, *, core=False):
@@ -169,19 +169,19 @@ def test_stacks_are_two_products_and_merged_ones_are_one(core, bias, merges):
     tokens = torch.randint(5, 50, (3, 9))
     expected = logits(model, tokens)
     # Seconds as the number of products: one matrix is always faster than a chain.
-    forms, _ = build_forms(model, FormChoice(lambda *_: "column_major", (lambda *_: 1.0) if merges else None))
+    forms, _ = build_forms(model, everywhere("column_major", (lambda *_: 1.0) if merges else None))
     forms.put()
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.first is attention.v_proj.first
+    shared = attention.q_proj.shared
+    assert shared is attention.v_proj.shared
     if merges:
         assert len(forms.merged) == 5
-        assert not any(isinstance(module, ChainLinear) and len(module.rest) for module in model.modules())
+        assert not any(isinstance(module, Chain) and len(module.rest) for module in model.modules())
     else:
         assert forms.merged == []
-        chain = attention.q_proj.first.product
-        assert chain.first.product.weight_data.shape == (32, 6)
-        assert [product.weight_data.shape for product in chain.rest] == [(6, 6)] * core + [(6, 64)]
+        assert shared.first.weight_data.shape == (32, 6)
+        assert [product.weight_data.shape for product in shared.chains[0].rest] == [(6, 6)] * core + [(6, 64)]
 
 
 def test_only_what_is_slower_is_merged():
@@ -189,7 +189,7 @@ def test_only_what_is_slower_is_merged():
     model = llama()
     mlp = model.model.layers[0].mlp
     mlp.up_proj, mlp.gate_proj = low_rank(mlp.up_proj, 60), low_rank(mlp.gate_proj, 4)
-    forms, _ = build_forms(model, FormChoice(lambda *_: "row_major", lambda rows, columns: float(rows * columns)))
+    forms, _ = build_forms(model, everywhere("row_major", lambda rows, columns: float(rows * columns)))
     assert forms.merged == ["model.layers.0.mlp.up_proj"]
 
 
@@ -199,8 +199,8 @@ def test_a_shared_product_serves_any_order_of_calls(calls):
     """Members called in any order, repeatedly, with either of two inputs: always what each would give alone."""
     torch.manual_seed(0)
     weights = [torch.randn(rows, 4) for rows in (2, 3, 1)]
-    shared = SharedProduct(Product(torch.cat(weights), "row_major"), [2, 3, 1])
-    members = [ChainLinear(shared, index) for index in range(3)]
+    shared = SharedProduct(Product(torch.cat(weights), "row_major"), [Chain(2), Chain(3), Chain(1)])
+    members = [SharedLinear(shared, index) for index in range(3)]
     inputs = [torch.randn(5, 4), torch.randn(5, 4)]
     for member, given_input in calls:
         x = inputs[given_input]
@@ -208,7 +208,7 @@ def test_a_shared_product_serves_any_order_of_calls(calls):
 
 
 def test_a_shared_product_holds_nothing_once_all_are_served():
-    shared = SharedProduct(Product(torch.randn(4, 4), "row_major"), [2, 2])
+    shared = SharedProduct(Product(torch.randn(4, 4), "row_major"), [Chain(2), Chain(2)])
     x = torch.randn(1, 4)
     shared.part(1, x)
     shared.part(0, x)
@@ -242,10 +242,10 @@ def test_sides_swap_forms_share_weights_that_did_not_change_and_leave_the_plain_
             for _ in range(2):
                 fast.use_dense()
                 torch.testing.assert_close(logits(model, tokens), dense, rtol=1e-4, atol=1e-5)
-                head = model.lm_head.first.product.weight_data
+                head = model.lm_head.shared.first.weight_data
                 fast.use_point()
                 torch.testing.assert_close(logits(model, tokens), point, rtol=1e-4, atol=1e-5)
-                assert model.lm_head.first.product.weight_data is head
+                assert model.lm_head.shared.first.weight_data is head
         assert dict(model.named_modules()) == plain
 
 
@@ -304,9 +304,9 @@ def test_forms_are_chosen_by_the_time_of_a_whole_generation(phase_timings, gener
     forms, _ = build_forms(model, form_choice(phase_timings, generation))
     assert forms.merged == (["model.layers.0.mlp.down_proj"] if is_merged else [])
     forms.put()
-    assert model.model.layers[0].mlp.down_proj.first.product.layout == layout
+    assert model.model.layers[0].mlp.down_proj.shared.first.layout == layout
     # The head multiplies one row a sequence in prefill, too: it is always a decode product.
-    assert model.lm_head.first.product.layout == "column_major"
+    assert model.lm_head.shared.first.layout == "column_major"
 
 
 def test_optimised_for_good(monkeypatch, tmp_path):

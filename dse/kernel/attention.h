@@ -1,0 +1,155 @@
+// Attention of one new token of each sequence over a key-value cache, in one parallel region: scores, softmax and the
+// mean of the values together, instead of two products and a kernel between them, each with its own start.
+//
+// Every thread takes a stretch of the cache for all heads, so that keys and values are read once, in one stream, and
+// keeps the largest score, the sum and the mean of its own stretch; these are joined at the end, as in flash decoding
+// (Dao et al. 2023). Heads that share keys (grouped-query attention) are rows of one product with them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "products.h"
+
+struct Cache {
+    const float *keys, *values, *mask;  // (batch, heads, positions, columns); mask (positions) for each sequence
+    int64_t batch, heads, positions, key_columns, value_columns, mask_stride;
+};
+
+// The scores of `rows` queries with positions [from, to) of a head, `item` among those of all sequences. To their right
+// lies what no exponential counts.
+static void stretch_scores(const Cache &c, int64_t item, int64_t from, int64_t to, float *queries, int64_t rows,
+                           float *scores, int64_t stride) {
+    const float *keys = c.keys + (item * c.positions + from) * c.key_columns;
+    const Piece piece = {keys,
+                         c.mask + item / c.heads * c.mask_stride + from,
+                         to - from,
+                         c.key_columns,
+                         {queries, c.key_columns},
+                         {scores, stride}};
+    some_rows(piece, 0, to - from, rows);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = to - from; i < stride; i++) scores[row * stride + i] = -std::numeric_limits<float>::infinity();
+}
+
+// Scores to weights e^(score - largest), in place. Returns their sum; `largest` is the largest score.
+static float to_weights(float *scores, int64_t stride, float &largest) {
+    largest = -std::numeric_limits<float>::infinity();
+    lanes above = lanes{} + largest;
+    for (int64_t i = 0; i < stride; i += LANES) {
+        const lanes here = *(const lanes *)(scores + i);
+        above = here > above ? here : above;
+    }
+    for (int64_t lane = 0; lane < LANES; lane++) largest = std::max(largest, above[lane]);
+    if (largest == -std::numeric_limits<float>::infinity()) {  // nothing in this stretch may be attended to
+        for (int64_t i = 0; i < stride; i++)
+            if (std::isnan(scores[i])) return scores[i];
+        std::memset(scores, 0, sizeof(float) * stride);
+        return 0.0f;
+    }
+    lanes sums = {};
+    for (int64_t i = 0; i < stride; i += LANES) {
+        lanes &weights = *(lanes *)(scores + i);
+        weights = exponential(weights - largest);
+        sums += weights;
+    }
+    const quad parts = folded(sums);
+    return parts[0] + parts[1] + parts[2] + parts[3];
+}
+
+template <int PARTS>
+static int64_t mix_columns(const float *weights, int64_t count, const float *values, int64_t columns, float *mixed,
+                           int64_t column) {
+    for (; column + PARTS * LANES <= columns; column += PARTS * LANES) {
+        lanes sums[PARTS] = {};
+        for (int64_t i = 0; i < count; i++)
+            for (int part = 0; part < PARTS; part++)
+                sums[part] += weights[i] * *(const lanes *)(values + i * columns + column + part * LANES);
+        std::memcpy(mixed + column, sums, sizeof sums);
+    }
+    return column;
+}
+
+// mixed = sum over `count` positions of weight x value.
+static void mix(const float *weights, int64_t count, const float *values, int64_t columns, float *mixed) {
+    int64_t column = mix_columns<8>(weights, count, values, columns, mixed, 0);
+    column = mix_columns<1>(weights, count, values, columns, mixed, column);
+    for (; column < columns; column++) {
+        mixed[column] = 0.0f;
+        for (int64_t i = 0; i < count; i++) mixed[column] += weights[i] * values[i * columns + column];
+    }
+}
+
+// The mean over all stretches from what each found: `stretches` partial results, `step` floats from one to the next.
+static void join(const float *first, int64_t stretches, int64_t step, int64_t width, float *mean) {
+    float largest = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+    for (int64_t s = 0; s < stretches; s++) largest = std::max(largest, first[s * step + width]);
+    std::memset(mean, 0, sizeof(float) * width);
+    for (const float *part = first; part < first + stretches * step; part += step) {
+        if (part[width + 1] == 0.0f) continue;
+        const float share = std::exp(part[width] - largest);
+        sum += share * part[width + 1];
+        for (int64_t i = 0; i < width; i++) mean[i] += share * part[i];
+    }
+    for (int64_t i = 0; i < width; i++) mean[i] /= sum;
+}
+
+// query (batch, query heads, 1, columns), key and value (batch, heads, positions, columns), mask (batch, 1, 1,
+// positions), added to the scores. Returns (batch, 1, query heads, columns of values).
+static at::Tensor attend(const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,
+                         const at::Tensor &mask, double scaling) {
+    for (const at::Tensor *tensor : {&query, &key, &value, &mask})
+        TORCH_CHECK(tensor->dim() == 4 && tensor->scalar_type() == at::kFloat,
+                    "all must be float32, with four dimensions");
+    const int64_t batch = query.size(0), query_heads = query.size(1), heads = key.size(1), positions = key.size(2);
+    TORCH_CHECK(key.is_contiguous() && value.is_contiguous() && query.size(2) == 1 && query_heads % heads == 0 &&
+                    key.size(0) == batch && value.size(0) == batch && value.size(1) == heads &&
+                    value.size(2) == positions && query.size(3) == key.size(3),
+                "query, key and value must fit each other");
+    TORCH_CHECK(mask.size(0) == batch && mask.size(1) == 1 && mask.size(2) == 1 && mask.size(3) == positions &&
+                    (positions == 1 || mask.stride(3) == 1),
+                "the mask must have a number for each position");
+    const int64_t columns = key.size(3), width = value.size(3), group = query_heads / heads, rows = batch * query_heads;
+    const at::Tensor given = query.contiguous(), result = at::empty({batch, 1, query_heads, width}, query.options());
+    const Cache cache = {key.const_data_ptr<float>(),
+                         value.const_data_ptr<float>(),
+                         mask.const_data_ptr<float>(),
+                         batch,
+                         heads,
+                         positions,
+                         columns,
+                         width,
+                         mask.stride(0)};
+    float *out = result.mutable_data_ptr<float>();
+
+    // As many stretches as threads are asked for; where fewer come, some take several.
+    const int64_t stretches = at::get_num_threads();
+    const int64_t longest = (positions + stretches - 1) / stretches, stride = (longest + LANES - 1) / LANES * LANES;
+    const int64_t partial = width + 2;  // of a row: the sum of weight x value, the largest score, the sum of weights
+    const std::unique_ptr<float[]> room(new float[rows * columns + stretches * (rows * partial + group * stride)]);
+    float *queries = room.get(), *partials = queries + rows * columns, *scratch = partials + stretches * rows * partial;
+    const float *unscaled = given.const_data_ptr<float>();
+    for (int64_t i = 0; i < rows * columns; i++) queries[i] = unscaled[i] * (float)scaling;
+#pragma omp parallel num_threads(stretches)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int64_t stretch = thread; stretch < stretches; stretch += threads) {
+            const int64_t from = positions * stretch / stretches, to = positions * (stretch + 1) / stretches;
+            float *scores = scratch + stretch * group * stride;
+            for (int64_t item = 0; item < batch * heads; item++) {
+                float *first = queries + item * group * columns,
+                      *mine = partials + (stretch * rows + item * group) * partial;
+                stretch_scores(cache, item, from, to, first, group, scores, stride);
+                for (int64_t row = 0; row < group; row++, mine += partial) {
+                    mine[width + 1] = to_weights(scores + row * stride, stride, mine[width]);
+                    mix(scores + row * stride, to - from, cache.values + (item * positions + from) * width, width,
+                        mine);
+                }
+            }
+        }
+#pragma omp barrier
+        for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+            join(partials + row * partial, stretches, rows * partial, width, out + row * width);
+    }
+    return result;
+}

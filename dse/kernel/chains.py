@@ -1,0 +1,84 @@
+"""Chains of products from one input as one call of the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dse.kernel.library import has_kernel
+
+__all__ = ["FEW_ROWS", "ChainMatrix", "KernelChains"]
+
+FEW_ROWS = 16
+"""Most rows that the kernel is asked for: beyond, matrix libraries reuse weights better."""
+
+
+@dataclass(frozen=True)
+class ChainMatrix:
+    """A matrix (rows, columns) within a flat tensor, row by row.
+
+    Attributes:
+        rows: Of its outputs.
+        columns: Of its inputs.
+        weight_at: Index of its first number.
+        bias_at: Index of its bias; None where it has none.
+    """
+
+    rows: int
+    columns: int
+    weight_at: int
+    bias_at: int | None = None
+
+
+class KernelChains:
+    """Products of one input, in chains: each begins with the input, and the results lie side by side.
+
+    Args:
+        weights: All matrices and biases, a flat tensor: one place in memory, read from one end to the other.
+        chains: The matrices of each chain in order, as parts of `weights`.
+    """
+
+    def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]]) -> None:
+        self._weights = weights
+        self._out_features = sum(chain[-1].rows for chain in chains)
+        self._scratch = sum(matrix.rows for chain in chains for matrix in chain[:-1])
+        self._layout = torch.tensor(_layout(chains), dtype=torch.long)
+
+    @staticmethod
+    def is_for(weights: Tensor) -> bool:
+        """Whether the kernel is here and knows the type of these weights."""
+        return _is_known(weights) and weights.is_contiguous() and has_kernel()
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        """Whether the kernel is for this input: few rows, of which nobody asks for gradients."""
+        is_recorded = torch.is_grad_enabled() and x.requires_grad
+        return not is_recorded and _is_known(x) and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., the results of all chains)."""
+        found: Tensor = torch.ops.dse.chains(x, self._weights, self._layout, self._out_features, self._scratch)
+        return found
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def _layout(chains: Sequence[Sequence[ChainMatrix]]) -> list[list[int]]:
+    """The rows that `products.cpp` calls a layout, by stage: the first matrices of all chains, then the second ones."""
+    rows = []
+    scratch = result = 0
+    for chain in chains:
+        source = -1
+        for stage, matrix in enumerate(chain):
+            is_last = stage == len(chain) - 1
+            bias_at = -1 if matrix.bias_at is None else matrix.bias_at
+            sink = -1 if is_last else scratch
+            rows.append([stage, matrix.rows, matrix.columns, matrix.weight_at, bias_at, source, sink, result])
+            source, scratch = sink, scratch + (0 if is_last else matrix.rows)
+        result += chain[-1].rows
+    return sorted(rows, key=lambda row: row[0])
