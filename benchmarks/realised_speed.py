@@ -259,7 +259,8 @@ def main() -> int:
             rows.append(timed(loaded, cell, with_plain=not options.no_plain))
             print(text(rows[-1]), flush=True)
     slower = [f"{r['kind']} {r['reduction']} batch {r['batch']} {p}" for r in rows for p in PHASES if r[p]["low"] > 1]
-    machine = {"threads": torch.get_num_threads(), "kernel": kernel_name()}
+    first = next(loaded.model.parameters())
+    machine = {"threads": torch.get_num_threads(), "kernel": kernel_name(first.device, first.dtype)}
     print(json.dumps({"model": options.model, **machine, "rows": rows, "slower": slower}))
     return 1 if slower else 0
 

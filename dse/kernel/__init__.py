@@ -1,6 +1,6 @@
 """The kernel for decode steps on a CPU: products of few rows by large weights, and attention over a cache."""
 
-from dse.kernel.attend import attend, attends
+from dse.kernel.attend import attend, can_attend
 from dse.kernel.chains import FEW_ROWS, ChainMatrix, KernelChains
 from dse.kernel.library import KERNEL_VARIABLE, NO_KERNEL, has_kernel, kernel_name, kernel_problem
 
@@ -11,7 +11,7 @@ __all__ = [
     "ChainMatrix",
     "KernelChains",
     "attend",
-    "attends",
+    "can_attend",
     "has_kernel",
     "kernel_name",
     "kernel_problem",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "attends"]
+from dse.kernel.library import is_supported
+
+__all__ = ["attend", "can_attend"]
 
 
-def attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Whether the kernel, where there is one, is for these: one token each, and a mask for all heads alike."""
     given = (query, key, value, mask)
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    is_known = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.ndim == 4 for t in given)
+    is_known = all(is_supported(tensor.device, tensor.dtype) and tensor.ndim == 4 for tensor in given)
     return is_known and not is_recorded and query.shape[2] == 1 and mask.shape[1:3] == (1, 1)
 
 

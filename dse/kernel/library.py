@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 
 from dse.files import cache_dir
 
-__all__ = ["KERNEL_VARIABLE", "NO_KERNEL", "has_kernel", "kernel_name", "kernel_problem"]
+__all__ = ["KERNEL_VARIABLE", "NO_KERNEL", "has_kernel", "is_supported", "kernel_name", "kernel_problem"]
 
 KERNEL_VARIABLE = "DSE_KERNEL"
 """Environment variable; `off` leaves all to torch's own libraries."""
@@ -55,9 +55,14 @@ def kernel_problem() -> str:
     return ""
 
 
-def kernel_name() -> str:
-    """What multiplies few rows: a timing taken with one kernel says nothing about another."""
-    return NO_KERNEL if not has_kernel() else f"dse {_digest(_sources())[:12]}"
+def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes decode steps there: a timing taken with one kernel says nothing about another."""
+    return f"dse {_digest(_sources())[:12]}" if is_supported(device, dtype) and has_kernel() else NO_KERNEL
+
+
+def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel is meant for tensors of this kind; where it is not, none is built."""
+    return device.type == "cpu" and dtype == torch.float32
 
 
 def _sources() -> bytes:

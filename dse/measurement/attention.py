@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dse.kernel import attend, attends, has_kernel
+from dse.kernel import NO_KERNEL, attend, can_attend, kernel_name
 
 __all__ = ["GROUPED_ATTENTION", "grouped_attention", "grouped_attention_in_use"]
 
@@ -58,7 +58,7 @@ def grouped_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
     batch, heads, _, size = query.shape
-    if kernel and attends(query, key, value, attention_mask):
+    if kernel and can_attend(query, key, value, attention_mask):
         return attend(query, key, value, attention_mask, size**-0.5 if scaling is None else scaling), None
     groups = batch * key.shape[1]
     rows = query.reshape(groups, batch * heads // groups, size) * (size**-0.5 if scaling is None else scaling)
@@ -78,7 +78,9 @@ def grouped_attention_in_use(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(GROUPED_ATTENTION, functools.partial(grouped_attention, kernel=has_kernel()))
+    first = next(model.parameters())
+    kernel = kernel_name(first.device, first.dtype) != NO_KERNEL
+    AttentionInterface.register(GROUPED_ATTENTION, functools.partial(grouped_attention, kernel=kernel))
     ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     config._attn_implementation = GROUPED_ATTENTION
     try:

@@ -11,7 +11,7 @@ import torch
 
 from dse.errors import StorageFullError
 from dse.files import cache_dir, disk_errors
-from dse.kernel import KERNEL_VARIABLE, kernel_name, kernel_problem
+from dse.kernel import KERNEL_VARIABLE, kernel_problem
 from dse.measurement.doctor_check import Check
 from dse.measurement.doctor_meters import check_meters
 from dse.measurement.environment import package_versions
@@ -38,7 +38,7 @@ def _kernel() -> Check:
     """Decode steps on a CPU; built where it is not yet, which takes some twenty seconds, once."""
     problem = kernel_problem()
     if not problem:
-        return Check("CPU kernel", "ok", f"{kernel_name()}, built for this processor")
+        return Check("CPU kernel", "ok", "built for this processor")
     remedy = f"install g++, so that mode fast decodes faster on a CPU, and do not set {KERNEL_VARIABLE}"
     return Check("CPU kernel", "note", f"none, torch's own operators are used: {problem}", remedy)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dse.errors import InvalidMeasurementError
+from dse.kernel import kernel_name
 from dse.measurement.alternation import SIDES, TURN_PREFILLS, Alternation, Block, Side, Turn
 from dse.measurement.clock import Stopwatch, stopwatch_for
 from dse.measurement.distribution import Distribution, RatioInterval, block_ratio
@@ -80,6 +81,7 @@ def measure_latency(
         device_name=_device_name(workload.devices[0]),
         clock=clock.source,
         mode=spec.mode,
+        kernel=_kernel(model, spec),
         warmup_blocks=discarded,
         is_warm=is_warm,
         repeats=2 * TURN_PREFILLS * len(blocks),
@@ -190,6 +192,11 @@ def _reasons_against(**phases: PhaseLatency | None) -> Iterator[str]:
                 f"the interval of the {name} ratio, {phase.ratio_low:.3g} to {phase.ratio_high:.3g}, spans more than a "
                 f"factor of {MAX_INTERVAL_FACTOR:g}: the device was too busy with other work"
             )
+
+
+def _kernel(model: nn.Module, spec: LatencySpec) -> str:
+    first = next(model.parameters())
+    return kernel_name(first.device, first.dtype) if spec.mode == "fast" else ""
 
 
 def _device_name(device: torch.device) -> str:

@@ -42,6 +42,7 @@ class PairedLatency:
         device_name: The GPU's name, or "" on a CPU.
         clock: Clock source.
         mode: How decode steps were run.
+        kernel: What computed them in mode fast (`dse.kernel.kernel_name`); "" in other modes.
         warmup_blocks: Blocks run before and not counted.
         is_warm: Whether the first two counted blocks agreed; False where `max_warmup_blocks` ended the warm-up.
         repeats: Prefills a side that count.
@@ -57,6 +58,7 @@ class PairedLatency:
     device_name: str
     clock: str
     mode: str
+    kernel: str
     warmup_blocks: int
     is_warm: bool
     repeats: int

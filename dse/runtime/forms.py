@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dse.errors import InvalidMeasurementError
 from dse.kernel import ChainMatrix, KernelChains
 from dse.runtime.matrices import MatrixModule, modules_by_input
-from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest, joined_bias
+from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest
 from dse.runtime.products import Chain, Layout, Product, SharedLinear, SharedProduct
 
 __all__ = ["FormChoice", "Forms", "build_forms"]
@@ -116,8 +116,8 @@ def _forms_of_group(
 ) -> Iterator[tuple[MatrixModule, SharedLinear, bool]]:
     parts = _parts(group, choice)
     heads = [part.chain[0] for part in parts]
-    bias = joined_bias([part.biases if len(part.chain) == 1 else None for part in parts], heads)
-    wanted = [(heads, bias), *(later for part in parts for later in part.later())]
+    biases = [part.biases if len(part.chain) == 1 else None for part in parts]
+    wanted = [(heads, biases), *(later for part in parts for later in part.later())]
     layouts = choice.layouts([(sum(source.shape[0] for source in w), w[0].shape[1]) for w, _ in wanted])
     packed = weights.get([WeightRequest(*each, layout) for each, layout in zip(wanted, layouts, strict=True)])
     first, *rest = packed.products
@@ -184,13 +184,12 @@ class _Part:
         """(out_features, in_features) of what follows the first product."""
         return [(matrix.shape[0], matrix.shape[1]) for matrix in self.chain[1:]]
 
-    def later(self) -> list[tuple[list[Tensor], Tensor | None]]:
-        """What follows the first product: the rows of each weight, and its bias."""
+    def later(self) -> list[tuple[list[Tensor], Sequence[Sequence[Tensor | None] | None]]]:
+        """What follows the first product: sources and biases of each weight, as `WeightRequest` has them."""
         if len(self.chain) == 1:
             return []
         last = [matrix.chain[-1] for matrix in self.members]
-        cores: list[tuple[list[Tensor], Tensor | None]] = [([core], None) for core in self.chain[1:-1]]
-        return [*cores, (last, joined_bias([[bias] for bias in self.biases], last))]
+        return [*(([core], [None]) for core in self.chain[1:-1]), (last, [[bias] for bias in self.biases])]
 
     def merged(self) -> _Part:
         """As one matrix, multiplied in double precision."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,26 +127,18 @@ def form_choice(timings: ProductTimings, generation: GenerationShape) -> FormCho
 def _choice(timings: ProductTimings, passes: Mapping[int, int]) -> FormChoice:
     def layouts(shapes: Sequence[tuple[int, int]]) -> list[Layout]:
         counts = [_counted(*shape) for shape in shapes]
-        if timings.joins_row_major:  # products that lie otherwise would part from the others
-            return [timings.best_layout_of(_added(counts))] * len(shapes)
+        if timings.has_kernel:  # products that lie otherwise would part from the others
+            return [timings.best_layout_of(sum(counts, Counter()))] * len(shapes)
         return [timings.best_layout_of(count) for count in counts]
 
     def seconds(out_features: int, in_features: int) -> float:
         shapes = _counted(out_features, in_features)
         return timings.total_seconds(shapes, timings.best_layout_of(shapes))
 
-    def _counted(out_features: int, in_features: int) -> dict[ProductShape, int]:
-        return {ProductShape(rows, out_features, in_features): count for rows, count in passes.items()}
+    def _counted(out_features: int, in_features: int) -> Counter[ProductShape]:
+        return Counter({ProductShape(rows, out_features, in_features): count for rows, count in passes.items()})
 
     return FormChoice(layouts, seconds)
-
-
-def _added(counts: Sequence[Mapping[ProductShape, int]]) -> dict[ProductShape, int]:
-    total: dict[ProductShape, int] = {}
-    for count in counts:
-        for shape, times in count.items():
-            total[shape] = total.get(shape, 0) + times
-    return total
 
 
 def fast_runtime(model: nn.Module, generation: GenerationShape) -> FastRuntime:

@@ -71,7 +71,7 @@ class TimingConditions:
         torch_version: With the build.
         footprint_bytes: Weights that one pass of the model reads: a product's weight is read again only after so many
             others, as in the model, so that it comes from where the model's would come from.
-        kernel: What multiplies few rows (`dse.kernel.kernel_name`).
+        kernel: What computes decode steps (`dse.kernel.kernel_name`).
     """
 
     device: str
@@ -93,7 +93,7 @@ class TimingConditions:
             torch.get_num_threads(),
             str(torch.__version__),
             min(2**30, 2 ** round(math.log2(max(footprint_bytes, 2**20)))),
-            kernel_name(),
+            kernel_name(device, dtype),
         )
 
 
@@ -123,9 +123,9 @@ class ProductTimings:
         return self._device
 
     @property
-    def joins_row_major(self) -> bool:
-        """Whether row-major products of few rows that follow from one input are one call of a kernel."""
-        return self._dtype == torch.float32 and self._device.type == "cpu" and self.conditions.kernel != NO_KERNEL
+    def has_kernel(self) -> bool:
+        """Whether row-major products of few rows that follow from one input are one call of the kernel."""
+        return self.conditions.kernel != NO_KERNEL
 
     def knows(self, shape: ProductShape, layout: Layout) -> bool:
         """Whether a timing is at hand."""

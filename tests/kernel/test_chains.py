@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_compiler
 
-from dse.kernel import FEW_ROWS, ChainMatrix, KernelChains, kernel_problem
+from dse.kernel import FEW_ROWS, ChainMatrix, KernelChains
 from dse.runtime.packing import LaidOutWeights, WeightRequest
 from dse.runtime.products import Chain, SharedProduct
-
-needs_kernel = pytest.mark.skipif(bool(kernel_problem()), reason=f"no kernel here: {kernel_problem()}")
 
 
 def packed(chains):
@@ -54,7 +53,7 @@ def chain_shapes(draw):
     return chains
 
 
-@needs_kernel
+@needs_compiler
 @settings(max_examples=150, deadline=None)
 @given(chain_shapes(), st.integers(1, FEW_ROWS), st.sampled_from([1, 2, 3, 7]))
 def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
@@ -69,7 +68,7 @@ def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
     torch.testing.assert_close(found.double(), one_by_one(flat, places, x), rtol=1e-4, atol=1e-4)
 
 
-@needs_kernel
+@needs_compiler
 def test_input_that_does_not_lie_row_by_row():
     flat, places = packed([[(8, 6, True)]])
     x = torch.randn(6, 4).T
@@ -78,7 +77,7 @@ def test_input_that_does_not_lie_row_by_row():
     )
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("column", range(1, 8))
 def test_a_layout_that_points_outside_its_tensors_is_refused(column):
     flat, places = packed([[(5, 4, True), (3, 5, True)]])
@@ -105,7 +104,7 @@ def shared_product():
     """Two modules, one of them a chain; with the kernel and without."""
     torch.manual_seed(0)
     first, second, bias = torch.randn(7 + 5, 6), torch.randn(9, 5), torch.randn(9)
-    requests = [WeightRequest([first], None, "row_major"), WeightRequest([second], bias, "row_major")]
+    requests = [WeightRequest([first], [None], "row_major"), WeightRequest([second], [[bias]], "row_major")]
     found = LaidOutWeights().get(requests)
     matrices = [ChainMatrix(7, 6, 0), ChainMatrix(5, 6, 7 * 6)]
     last = ChainMatrix(9, 5, found.place(found.products[1].weight_data), found.place(found.products[1].bias))
@@ -114,7 +113,7 @@ def shared_product():
     return SharedProduct(found.products[0], chains, kernel), SharedProduct(found.products[0], chains)
 
 
-@needs_kernel
+@needs_compiler
 def test_few_rows_go_to_the_kernel_and_many_to_the_library():
     with_kernel, without = shared_product()
     for rows in (1, FEW_ROWS, FEW_ROWS + 1):
@@ -127,7 +126,7 @@ def test_few_rows_go_to_the_kernel_and_many_to_the_library():
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernel
+@needs_compiler
 def test_a_copy_of_a_model_has_weights_of_its_own():
     module, _ = shared_product()
     other = copy.deepcopy(module)
@@ -139,7 +138,7 @@ def test_a_copy_of_a_model_has_weights_of_its_own():
     assert not torch.equal(other(x)[0], before)
 
 
-@needs_kernel
+@needs_compiler
 def test_compiled_programs_call_the_kernel():
     module, without = shared_product()
     with torch.inference_mode(), warnings.catch_warnings():

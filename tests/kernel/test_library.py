@@ -5,14 +5,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dse.kernel import KERNEL_VARIABLE, NO_KERNEL
+import pytest
+import torch
+from needs import needs_compiler
+
+from dse.kernel import KERNEL_VARIABLE, NO_KERNEL, kernel_name, kernel_problem
 
 ROOT = Path(__file__).parents[2]
 
 
+@needs_compiler
+def test_where_there_is_a_compiler_there_is_a_kernel():
+    assert kernel_problem() == ""
+    assert kernel_name(torch.device("cpu"), torch.float32).startswith("dse ")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_what_it_is_not_meant_for_is_left_to_torch(device, dtype):
+    assert kernel_name(torch.device(device), dtype) == NO_KERNEL
+
+
 def said(tmp_path, **variables):
     """What a process of its own says of the kernel: its name, and why there is none."""
-    program = "from dse.kernel import *; print(kernel_name(), '|', kernel_problem())"
+    program = (
+        "import torch; from dse.kernel import kernel_name, kernel_problem;"
+        "print(kernel_name(torch.device('cpu'), torch.float32), '|', kernel_problem())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DSE_CACHE": str(tmp_path), **variables}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     name, _, problem = done.stdout.strip().partition(" | ")

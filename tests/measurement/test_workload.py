@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from needs import needs_compiler
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -199,11 +199,6 @@ def test_compile_without_a_compiler_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "torch.compile does not work here" in done.stdout
     assert "install a C++ compiler, or use eager" in done.stdout
-
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
-)
 
 
 @needs_compiler
