@@ -24,7 +24,10 @@ _ROOMY_BYTES = 4 * 2**30  # demo model, its float32 factor bank, and air
 
 
 def run_checks() -> list[Check]:
-    """Run every check, without network, in a few seconds a meter; never raises for what it finds."""
+    """Run every check, without network, in a few seconds a meter and 20 s where the CPU kernel is not built yet.
+
+    Never raises for what it finds.
+    """
     return [_torch_build(), *_gpus(), *check_meters(), _kernel(), _cache(), *_versions()]
 
 

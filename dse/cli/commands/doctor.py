@@ -17,10 +17,13 @@ def add(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from dse.cli.report import print_checks
     from dse.measurement import run_checks
 
-    checks = run_checks()
+    with Console(stderr=True).status("checking; the first time the CPU kernel is built, in some twenty seconds"):
+        checks = run_checks()
     if options.json:
         print_json([dataclasses.asdict(check) for check in checks])
     else:
