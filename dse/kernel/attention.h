@@ -16,6 +16,28 @@ struct Cache {
     int64_t batch, heads, positions, key_columns, value_columns, mask_stride;
 };
 
+// Where the threads of one attention work: `rows` queries, scaled, in groups that share a head of the cache.
+struct Stretches {
+    int64_t count, used;  // how many there are, and how many positions of the cache are looked at
+    int64_t rows, group, partial, stride;
+    float *partials;  // (stretches, rows, partial): of a row the sum of weight x value, the largest score, the sum of
+                      // weights
+
+    Stretches(const Cache &c, int64_t group, int64_t used)
+        : count(at::get_num_threads()),
+          used(used),
+          rows(c.batch * c.heads * group),
+          group(group),
+          partial(c.value_columns + 2),
+          partials(nullptr) {
+        const int64_t longest = (used + count - 1) / count;
+        stride = (longest + LANES - 1) / LANES * LANES;
+    }
+    int64_t partials_size() const { return count * rows * partial; }
+    int64_t scores_size() const { return group * stride; }  // of each thread
+    int64_t from(int64_t stretch) const { return used * stretch / count; }
+};
+
 // The scores of `rows` queries with positions [from, to) of a head, `item` among those of all sequences. To their right
 // lies what no exponential counts.
 static void stretch_scores(const Cache &c, int64_t item, int64_t from, int64_t to, float *queries, int64_t rows,
@@ -94,6 +116,27 @@ static void join(const float *first, int64_t stretches, int64_t step, int64_t wi
     for (int64_t i = 0; i < width; i++) mean[i] /= sum;
 }
 
+// One stretch of the cache for all queries, (rows, columns) as their heads lie in the cache.
+static void one_stretch(const Cache &c, const Stretches &s, int64_t stretch, float *queries, float *scores) {
+    const int64_t from = s.from(stretch), to = s.from(stretch + 1), width = c.value_columns;
+    for (int64_t item = 0; item < c.batch * c.heads; item++) {
+        float *first = queries + item * s.group * c.key_columns,
+              *mine = s.partials + (stretch * s.rows + item * s.group) * s.partial;
+        stretch_scores(c, item, from, to, first, s.group, scores, s.stride);
+        for (int64_t row = 0; row < s.group; row++, mine += s.partial) {
+            mine[width + 1] = to_weights(scores + row * s.stride, s.stride, mine[width]);
+            mix(scores + row * s.stride, to - from, c.values + (item * c.positions + from) * width, width, mine);
+        }
+    }
+}
+
+// The attention's outputs of some rows, (rows, columns of values), once all stretches are done.
+static void join_rows(const Stretches &s, int64_t from, int64_t to, float *out) {
+    const int64_t width = s.partial - 2;
+    for (int64_t row = from; row < to; row++)
+        join(s.partials + row * s.partial, s.count, s.rows * s.partial, width, out + row * width);
+}
+
 // query (batch, query heads, 1, columns), key and value (batch, heads, positions, columns), mask (batch, 1, 1,
 // positions), added to the scores. Returns (batch, 1, query heads, columns of values).
 static at::Tensor attend(const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,
@@ -123,33 +166,20 @@ static at::Tensor attend(const at::Tensor &query, const at::Tensor &key, const a
     float *out = result.mutable_data_ptr<float>();
 
     // As many stretches as threads are asked for; where fewer come, some take several.
-    const int64_t stretches = at::get_num_threads();
-    const int64_t longest = (positions + stretches - 1) / stretches, stride = (longest + LANES - 1) / LANES * LANES;
-    const int64_t partial = width + 2;  // of a row: the sum of weight x value, the largest score, the sum of weights
-    const std::unique_ptr<float[]> room(new float[rows * columns + stretches * (rows * partial + group * stride)]);
-    float *queries = room.get(), *partials = queries + rows * columns, *scratch = partials + stretches * rows * partial;
+    Stretches work(cache, group, positions);
+    const std::unique_ptr<float[]> room(
+        new float[rows * columns + work.partials_size() + work.count * work.scores_size()]);
+    float *queries = room.get(), *scratch = queries + rows * columns + work.partials_size();
+    work.partials = queries + rows * columns;
     const float *unscaled = given.const_data_ptr<float>();
     for (int64_t i = 0; i < rows * columns; i++) queries[i] = unscaled[i] * (float)scaling;
-#pragma omp parallel num_threads(stretches)
+#pragma omp parallel num_threads(work.count)
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        for (int64_t stretch = thread; stretch < stretches; stretch += threads) {
-            const int64_t from = positions * stretch / stretches, to = positions * (stretch + 1) / stretches;
-            float *scores = scratch + stretch * group * stride;
-            for (int64_t item = 0; item < batch * heads; item++) {
-                float *first = queries + item * group * columns,
-                      *mine = partials + (stretch * rows + item * group) * partial;
-                stretch_scores(cache, item, from, to, first, group, scores, stride);
-                for (int64_t row = 0; row < group; row++, mine += partial) {
-                    mine[width + 1] = to_weights(scores + row * stride, stride, mine[width]);
-                    mix(scores + row * stride, to - from, cache.values + (item * positions + from) * width, width,
-                        mine);
-                }
-            }
-        }
+        for (int64_t stretch = thread; stretch < work.count; stretch += threads)
+            one_stretch(cache, work, stretch, queries, scratch + stretch * work.scores_size());
 #pragma omp barrier
-        for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
-            join(partials + row * partial, stretches, rows * partial, width, out + row * width);
+        join_rows(work, rows * thread / threads, rows * (thread + 1) / threads, out);
     }
     return result;
 }

@@ -39,13 +39,19 @@ class KernelChains:
     Args:
         weights: All matrices and biases, a flat tensor: one place in memory, read from one end to the other.
         chains: The matrices of each chain in order, as parts of `weights`.
+
+    Attributes:
+        weights: As given.
+        layout: What the kernel calls a layout: eight integers for each product, by stage.
+        out_features: Numbers in a row of the results.
+        scratch: Numbers in a row of what lies between the first and the last matrices.
     """
 
     def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]]) -> None:
-        self._weights = weights
-        self._out_features = sum(chain[-1].rows for chain in chains)
-        self._scratch = sum(matrix.rows for chain in chains for matrix in chain[:-1])
-        self._layout = torch.tensor(_layout(chains), dtype=torch.long)
+        self.weights = weights
+        self.out_features = sum(chain[-1].rows for chain in chains)
+        self.scratch = sum(matrix.rows for chain in chains for matrix in chain[:-1])
+        self.layout = torch.tensor(_layout(chains), dtype=torch.long)
 
     @staticmethod
     def is_for(weights: Tensor) -> bool:
@@ -60,12 +66,12 @@ class KernelChains:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., the results of all chains)."""
-        found: Tensor = torch.ops.dse.chains(x, self._weights, self._layout, self._out_features, self._scratch)
+        found: Tensor = torch.ops.dse.chains(x, self.weights, self.layout, self.out_features, self.scratch)
         return found
 
 
 def _layout(chains: Sequence[Sequence[ChainMatrix]]) -> list[list[int]]:
-    """The rows that `products.cpp` calls a layout, by stage: the first matrices of all chains, then the second ones."""
+    """The rows that `products.h` calls a layout, by stage: the first matrices of all chains, then the second ones."""
     rows = []
     scratch = result = 0
     for chain in chains:

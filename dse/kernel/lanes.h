@@ -32,8 +32,9 @@ static inline quad totals(quad a, quad b, quad c, quad d) {
 
 typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// e^x for x <= 0, to 1.1 units in the last place where it was tried (every 1e-5 from -87 on); 0 where that is below the smallest normal number.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of the Cephes library (Moshier), 2^n as an exponent.
+// e^x for x <= 0, to 1.1 units in the last place where it was tried (every 1e-5 from -87 on); 0 where that is below the
+// smallest normal number. x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of the Cephes library (Moshier),
+// 2^n as an exponent.
 static inline lanes exponential(lanes x) {
     const lanes rounder = lanes{} + 12582912.0f;  // 1.5 x 2^23: what is added to it loses its fraction
     const lanes n = (x * 1.44269504088896341f + rounder) - rounder;

@@ -37,7 +37,7 @@ class _UnavailableError(Exception):
 
 
 def has_kernel() -> bool:
-    """Whether `torch.ops.dse.chains` and `attend` are there; built the first time, which takes some twenty seconds."""
+    """Whether `torch.ops.dse` holds the operators; built the first time, which takes some twenty seconds."""
     return not kernel_problem()
 
 
@@ -50,6 +50,7 @@ def kernel_problem() -> str:
         torch.ops.load_library(str(_built()))  # type: ignore[no-untyped-call]
         torch.library.register_fake("dse::chains")(_chains_shape)
         torch.library.register_fake("dse::attend")(_attend_shape)
+        torch.library.register_fake("dse::decoder_layers")(_layers_shape)
     except (_UnavailableError, OSError) as error:
         return " ".join(str(error).split())
     return ""
@@ -123,6 +124,10 @@ def _chains_shape(x: Tensor, _weights: Tensor, _layout: Tensor, out_features: in
 
 def _attend_shape(query: Tensor, _key: Tensor, value: Tensor, _mask: Tensor, _scaling: float) -> Tensor:
     return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[3]))
+
+
+def _layers_shape(hidden: Tensor, *_others: object) -> Tensor:
+    return hidden.new_empty(hidden.shape)
 
 
 def _digest(content: bytes) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dse.errors import InvalidMeasurementError
 from dse.kernel import ChainMatrix, KernelChains
+from dse.runtime.decoder_layers import step_output, stepped_layers
 from dse.runtime.matrices import MatrixModule, modules_by_input
 from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest
 from dse.runtime.products import Chain, Layout, Product, SharedLinear, SharedProduct
@@ -61,10 +62,12 @@ class Forms:
         swaps: What takes the place of what.
         merged: Paths of decomposed modules that run as one matrix, since their factors would take longer: they save
             neither time nor the bytes that their factors would.
+        stepped: How many layers' decode steps are the kernel's as a whole.
     """
 
     swaps: list[_Swap] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
+    stepped: int = 0
 
     def put(self) -> None:
         """Put the forms into the model."""
@@ -73,7 +76,7 @@ class Forms:
 
     def remove(self) -> None:
         """Put the very same plain modules back."""
-        for swap in self.swaps:
+        for swap in reversed(self.swaps):
             setattr(swap.parent, swap.attribute, swap.plain)
 
 
@@ -108,6 +111,7 @@ def build_forms(
             plain = model.get_submodule(matrix.path)
             forms.swaps.append(_Swap(model.get_submodule(parent), attribute, plain, form.train(plain.training)))
     _refuse_other_outputs(model, tokens, forms)
+    _step_by_layers(model, tokens, forms)
     return forms, weights
 
 
@@ -249,14 +253,40 @@ def _refuse_other_outputs(model: nn.Module, tokens: Tensor, forms: Forms) -> Non
         got = _first_output(model, tokens)
     finally:
         forms.remove()
-    largest = max(1.0, float(expected.abs().max()))
-    deviation = float((got - expected).abs().max()) / largest
+    deviation = _deviation(got, expected)
     allowed = _TOLERANCE.get(expected.dtype, 1e-1)
     if not deviation <= allowed:  # not-a-number is no agreement
         raise InvalidMeasurementError(
             f"the outputs of {type(model).__name__} in its fast form must agree with its own within {allowed:g} of the "
             f"largest, but differ by {deviation:.2g}; use mode compile"
         )
+
+
+def _step_by_layers(model: nn.Module, tokens: Tensor, forms: Forms) -> None:
+    """Let the kernel have whole layers where it gives what the layers give; otherwise leave them as they are."""
+    forms.put()
+    try:
+        found = stepped_layers(model)
+        if not found:
+            return
+        expected = step_output(model, tokens)
+        swaps = [_Swap(layers, name, stepped.plain, stepped) for layers, name, stepped in found]
+        whole = Forms([*forms.swaps, *swaps])
+        whole.put()
+        try:
+            agrees = _deviation(step_output(model, tokens), expected) <= _TOLERANCE[torch.float32]
+        finally:
+            whole.remove()
+    finally:
+        forms.remove()
+    if agrees:
+        forms.swaps += swaps
+        forms.stepped = len(found)
+
+
+def _deviation(got: Tensor, expected: Tensor) -> float:
+    """Largest difference as a part of the largest number; not-a-number where there is one."""
+    return float((got - expected).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def _first_output(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -92,6 +92,10 @@ class SharedProduct(nn.Module):
         first: The product with the concatenated weights.
         chains: What follows, in the order of the weights.
         kernel: All of it as one call of the kernel; None where that cannot be had.
+
+    Attributes:
+        sizes: Columns of the result for each module, in order.
+        kernel: As given.
     """
 
     def __init__(self, first: Product, chains: Sequence[Chain], kernel: KernelChains | None = None) -> None:
@@ -99,15 +103,15 @@ class SharedProduct(nn.Module):
         self.first = first
         self.chains = nn.ModuleList(chains)
         self.sizes = [size for chain in chains for size in chain.sizes]
-        self._kernel = kernel
+        self.kernel = kernel
         self._given: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
         self._waiting: int = 0
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map (..., in_features) to the parts of all modules."""
-        if self._kernel is not None and self._kernel.takes(x):
-            return _split(self._kernel(x), self.sizes)
+        if self.kernel is not None and self.kernel.takes(x):
+            return _split(self.kernel(x), self.sizes)
         given = _split(self.first(x), [chain.given for chain in self.chains])  # type: ignore[misc]
         parts = zip(self.chains, given, strict=True)
         return tuple(part for chain, hidden in parts for part in _split(chain(hidden), chain.sizes))  # type: ignore[arg-type]

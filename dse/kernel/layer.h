@@ -1,0 +1,363 @@
+// Decoder layers for one new token of each sequence, all of them as one parallel region: norm, query-key-value,
+// rotation, cache, attention, output, norm, gate and up, activation, down, and both residual sums.
+//
+// A step of a small model is some thirty layers of some twenty kernels; what each costs to be called, and to wait for
+// its last thread, adds up to a fifth of the time and does not shrink with the weights. Here threads meet once a stage
+// of products and once for attention. What lies between is so little work (a norm of a few hundred numbers) that every
+// thread does all of it for itself, in memory of its own, instead of waiting for others.
+#pragma once
+#include <mutex>
+#include <unordered_map>
+
+#include "attention.h"
+
+constexpr int64_t NONE = -1;
+
+struct Norm {
+    at::Tensor weight;
+    float epsilon;
+};
+
+// Softmax attention over a cache, with rotary positions; begins with a norm.
+struct AttentionBlock {
+    Norm norm;
+    Group inputs, output;                // query, key and value; what maps the heads back
+    int64_t query_at, key_at, value_at;  // in a row of the results of `inputs`
+    int64_t query_heads, heads, head_size;
+    float scaling;
+    std::unique_ptr<Norm> query_norm, key_norm;  // of each head, or null
+};
+
+// down(silu(gate) * up); begins with a norm.
+struct MlpBlock {
+    Norm norm;
+    Group inputs, output;
+    int64_t gate_at, up_at, width;
+};
+
+struct Layer {
+    std::unique_ptr<AttentionBlock> attention;  // null where it was removed
+    std::unique_ptr<MlpBlock> mlp;
+    int64_t width;
+};
+
+// y = weight * x / sqrt(mean(x^2) + epsilon). `y` may be `x`.
+static void normalise(const float *x, int64_t width, const Norm &norm, float *y) {
+    const float *weight = norm.weight.const_data_ptr<float>();
+    lanes squares = {};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) squares += *(const lanes *)(x + i) * *(const lanes *)(x + i);
+    const quad parts = folded(squares);
+    float sum = parts[0] + parts[1] + parts[2] + parts[3];
+    for (; i < width; i++) sum += x[i] * x[i];
+    const float factor = 1.0f / std::sqrt(sum / (float)width + norm.epsilon);
+    for (i = 0; i < width; i++) y[i] = weight[i] * (x[i] * factor);
+}
+
+// Rotary positions (Su et al. 2021), the halves of a head turned against each other as in GPT-NeoX. `y` may be `x`.
+static void rotate(const float *x, const float *cos, const float *sin, int64_t size, float factor, float *y) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float low = x[i], high = x[i + half];
+        y[i] = factor * (low * cos[i] - high * sin[i]);
+        y[i + half] = factor * (high * cos[i + half] + low * sin[i + half]);
+    }
+}
+
+// y = silu(gate) * up, silu(x) = x / (1 + e^-x); by e^-|x|, which cannot overflow.
+static void activate(const float *gate, const float *up, int64_t width, float *y) {
+    auto of = [](lanes g, lanes u) {
+        const lanes e = exponential(g < 0.0f ? g : -g), above = 1.0f / (1.0f + e);
+        return g * (g < 0.0f ? e * above : above) * u;
+    };
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) *(lanes *)(y + i) = of(*(const lanes *)(gate + i), *(const lanes *)(up + i));
+    if (i == width) return;
+    lanes g = {}, u = {};
+    std::memcpy(&g, gate + i, sizeof(float) * (width - i));
+    std::memcpy(&u, up + i, sizeof(float) * (width - i));
+    const lanes found = of(g, u);
+    std::memcpy(y + i, &found, sizeof(float) * (width - i));
+}
+
+static void add(float *sum, const float *x, int64_t size) {
+    for (int64_t i = 0; i < size; i++) sum[i] += x[i];
+}
+
+// The cache of one layer, and where the new token goes.
+struct Step {
+    Cache cache;
+    float *keys, *values;  // those of `cache`, to be written
+    const float *cos, *sin;
+    int64_t angle_stride, position;  // from one sequence's angles to the next; index of the new token
+};
+
+// Memory that all threads share, or that is one thread's own; handed out from one allocation.
+struct Room {
+    float *next;
+    float *take(int64_t size) {
+        float *taken = next;
+        next += (size + LINE - 1) / LINE * LINE;
+        return taken;
+    }
+    static int64_t of(std::initializer_list<int64_t> sizes) {
+        int64_t sum = 0;
+        for (int64_t size : sizes) sum += (size + LINE - 1) / LINE * LINE;
+        return sum;
+    }
+};
+
+// One thread's part of an attention block: `hidden` (count, width), its own, grows by the block's output.
+static void attention_share(const AttentionBlock &a, const Step &step, Stretches stretches, Room shared, Room own,
+                            float *hidden, int64_t width, int64_t thread, int64_t threads) {
+    const Cache &c = step.cache;
+    const int64_t count = c.batch, size = a.head_size, stride = a.inputs.out_features;
+    float *given = shared.take(count * stride),
+          *between = shared.take(count * std::max(a.inputs.scratch, a.output.scratch));
+    float *delta = shared.take(count * width);
+    stretches.partials = shared.take(stretches.partials_size());
+    float *normed = own.take(count * width), *queries = own.take(count * a.query_heads * size);
+    float *mixed = own.take(count * a.query_heads * size), *scores = own.take(stretches.scores_size());
+
+    for (int64_t i = 0; i < count; i++) normalise(hidden + i * width, width, a.norm, normed + i * width);
+    share(a.inputs, {{normed, width}, {between, a.inputs.scratch}, {given, stride}}, count, thread, threads);
+#pragma omp barrier
+    for (int64_t i = 0; i < count; i++) {
+        const float *cos = step.cos + i * step.angle_stride, *sin = step.sin + i * step.angle_stride;
+        for (int64_t head = 0; head < a.query_heads; head++) {
+            float *query = queries + (i * a.query_heads + head) * size;
+            std::memcpy(query, given + i * stride + a.query_at + head * size, sizeof(float) * size);
+            if (a.query_norm) normalise(query, size, *a.query_norm, query);
+            rotate(query, cos, sin, size, a.scaling, query);
+        }
+    }
+    for (int64_t stretch = thread; stretch < stretches.count; stretch += threads) {
+        // Whoever looks at the new position is the one who writes it.
+        if (stretches.from(stretch) <= step.position && step.position < stretches.from(stretch + 1))
+            for (int64_t item = 0; item < count * a.heads; item++) {
+                const int64_t i = item / a.heads, head = item % a.heads,
+                              at = (item * c.positions + step.position) * size;
+                const float *row = given + i * stride;
+                const float *cos = step.cos + i * step.angle_stride, *sin = step.sin + i * step.angle_stride;
+                std::memcpy(step.keys + at, row + a.key_at + head * size, sizeof(float) * size);
+                if (a.key_norm) normalise(step.keys + at, size, *a.key_norm, step.keys + at);
+                rotate(step.keys + at, cos, sin, size, 1.0f, step.keys + at);
+                std::memcpy(step.values + at, row + a.value_at + head * size, sizeof(float) * size);
+            }
+        one_stretch(c, stretches, stretch, queries, scores);
+    }
+#pragma omp barrier
+    join_rows(stretches, 0, stretches.rows, mixed);
+    share(a.output, {{mixed, a.query_heads * size}, {between, a.output.scratch}, {delta, width}}, count, thread,
+          threads);
+#pragma omp barrier
+    add(hidden, delta, count * width);
+}
+
+static int64_t attention_shared(const AttentionBlock &a, const Stretches &s, int64_t count, int64_t width) {
+    return Room::of({count * a.inputs.out_features, count * std::max(a.inputs.scratch, a.output.scratch), count * width,
+                     s.partials_size()});
+}
+
+static int64_t attention_own(const AttentionBlock &a, const Stretches &s, int64_t count, int64_t width) {
+    const int64_t heads = count * a.query_heads * a.head_size;
+    return Room::of({count * width, heads, heads, s.scores_size()});
+}
+
+// One thread's part of an MLP block: like `attention_share`.
+static void mlp_share(const MlpBlock &m, int64_t count, Room shared, Room own, float *hidden, int64_t width,
+                      int64_t thread, int64_t threads) {
+    const int64_t stride = m.inputs.out_features;
+    float *given = shared.take(count * stride),
+          *between = shared.take(count * std::max(m.inputs.scratch, m.output.scratch));
+    float *delta = shared.take(count * width);
+    float *normed = own.take(count * width), *active = own.take(count * m.width);
+    for (int64_t i = 0; i < count; i++) normalise(hidden + i * width, width, m.norm, normed + i * width);
+    share(m.inputs, {{normed, width}, {between, m.inputs.scratch}, {given, stride}}, count, thread, threads);
+#pragma omp barrier
+    for (int64_t i = 0; i < count; i++)
+        activate(given + i * stride + m.gate_at, given + i * stride + m.up_at, m.width, active + i * m.width);
+    share(m.output, {{active, m.width}, {between, m.output.scratch}, {delta, width}}, count, thread, threads);
+#pragma omp barrier
+    add(hidden, delta, count * width);
+}
+
+static int64_t mlp_shared(const MlpBlock &m, int64_t count, int64_t width) {
+    return Room::of(
+        {count * m.inputs.out_features, count * std::max(m.inputs.scratch, m.output.scratch), count * width});
+}
+
+static int64_t mlp_own(const MlpBlock &m, int64_t count, int64_t width) {
+    return Room::of({count * width, count * m.width});
+}
+
+// Layers live here from `new_layer` to `free_layer`; a number is all that a traced program has to carry.
+struct Layers {
+    std::mutex mutex;
+    std::unordered_map<int64_t, std::shared_ptr<const Layer>> known;
+    int64_t last = 0;
+
+    int64_t keep(Layer layer) {
+        const std::lock_guard<std::mutex> guard(mutex);
+        known[++last] = std::make_shared<const Layer>(std::move(layer));
+        return last;
+    }
+    std::shared_ptr<const Layer> get(int64_t number) {
+        const std::lock_guard<std::mutex> guard(mutex);
+        const auto found = known.find(number);
+        TORCH_CHECK(found != known.end(), "layer ", number, " must be known, but was freed or never made");
+        return found->second;
+    }
+    void drop(int64_t number) {
+        const std::lock_guard<std::mutex> guard(mutex);
+        known.erase(number);
+    }
+};
+
+static Layers &layers() {
+    static Layers *kept = new Layers;  // never destroyed: tensors must not be freed after torch itself
+    return *kept;
+}
+
+static Norm norm_of(const at::Tensor &weight, double epsilon, int64_t size) {
+    TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.numel() == size,
+                "a norm must have ", size, " weights in float32");
+    return {weight, (float)epsilon};
+}
+
+// Makes a layer. Tensors and numbers are those of `KernelLayer` in Python: of each block that is there its norm, and
+// for the two groups of its products their weights, layout, out_features and scratch.
+static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_sizes,
+                         at::ArrayRef<double> attention_numbers, at::TensorList mlp, at::IntArrayRef mlp_sizes,
+                         double mlp_epsilon, int64_t width) {
+    Layer layer = {nullptr, nullptr, width};
+    if (!attention.empty()) {
+        TORCH_CHECK((attention.size() == 5 || attention.size() == 7) && attention_sizes.size() == 9 &&
+                        attention_numbers.size() == 2,
+                    "an attention block has five or seven tensors and eleven numbers");
+        const int64_t *n = attention_sizes.data();
+        const int64_t query_heads = n[6], heads = n[7], size = n[8];
+        TORCH_CHECK(heads > 0 && query_heads % heads == 0 && size > 0 && size % 2 == 0, "heads must fit each other");
+        auto block = std::make_unique<AttentionBlock>();
+        block->norm = norm_of(attention[0], attention_numbers[0], width);
+        block->inputs = group_of(attention[1], attention[2], width, n[0], n[1]);
+        block->output = group_of(attention[3], attention[4], query_heads * size, width, n[2]);
+        block->query_at = n[3], block->key_at = n[4], block->value_at = n[5];
+        TORCH_CHECK(lies_within(n[3], query_heads * size, n[0]) && lies_within(n[4], heads * size, n[0]) &&
+                        lies_within(n[5], heads * size, n[0]),
+                    "query, key and value must lie within what is multiplied");
+        block->query_heads = query_heads, block->heads = heads, block->head_size = size;
+        block->scaling = (float)attention_numbers[1];
+        if (attention.size() == 7) {
+            block->query_norm = std::make_unique<Norm>(norm_of(attention[5], attention_numbers[0], size));
+            block->key_norm = std::make_unique<Norm>(norm_of(attention[6], attention_numbers[0], size));
+        }
+        layer.attention = std::move(block);
+    }
+    if (!mlp.empty()) {
+        TORCH_CHECK(mlp.size() == 5 && mlp_sizes.size() == 6, "an MLP block has five tensors and seven numbers");
+        const int64_t *n = mlp_sizes.data();
+        auto block = std::make_unique<MlpBlock>();
+        block->norm = norm_of(mlp[0], mlp_epsilon, width);
+        block->inputs = group_of(mlp[1], mlp[2], width, n[0], n[1]);
+        block->output = group_of(mlp[3], mlp[4], n[5], width, n[2]);
+        block->gate_at = n[3], block->up_at = n[4], block->width = n[5];
+        TORCH_CHECK(lies_within(n[3], n[5], n[0]) && lies_within(n[4], n[5], n[0]),
+                    "gate and up must lie within what is multiplied");
+        layer.mlp = std::move(block);
+    }
+    return layers().keep(std::move(layer));
+}
+
+static void free_layer(int64_t number) { layers().drop(number); }
+
+static Step step_of(const AttentionBlock &a, const at::Tensor &keys, const at::Tensor &values, const at::Tensor &length,
+                    const at::Tensor &cos, const at::Tensor &sin, const at::Tensor &mask, int64_t batch) {
+    const int64_t positions = keys.size(2), size = a.head_size, position = *length.const_data_ptr<int64_t>();
+    for (const at::Tensor *cached : {&keys, &values})
+        TORCH_CHECK(cached->scalar_type() == at::kFloat && cached->is_contiguous() &&
+                        cached->sizes() == at::IntArrayRef({batch, a.heads, positions, size}),
+                    "the cache must be float32, (batch, heads, positions, head size)");
+    TORCH_CHECK(position >= 0 && position < positions, "the cache has ", positions,
+                " positions, but was asked for number ", position);
+    TORCH_CHECK(mask.size(3) >= position + 1, "the mask must have a number for each position");
+    return {{keys.const_data_ptr<float>(), values.const_data_ptr<float>(), mask.const_data_ptr<float>(), batch, a.heads,
+             positions, size, size, mask.size(0) == 1 ? 0 : mask.stride(0)},
+            keys.mutable_data_ptr<float>(),
+            values.mutable_data_ptr<float>(),
+            cos.const_data_ptr<float>(),
+            sin.const_data_ptr<float>(),
+            cos.size(0) == 1 ? 0 : size,
+            position};
+}
+
+// hidden (batch, 1, width); cos and sin (batch or 1, 1, head size); mask (batch or 1, 1, 1, positions), added to the
+// scores; of each layer with attention the cache's keys and values (batch, heads, positions, head size), which take the
+// new token, and its length, which grows by it. Returns hidden after all `numbers`.
+static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos, const at::Tensor &sin,
+                                 const at::Tensor &mask, at::TensorList keys, at::TensorList values,
+                                 at::TensorList lengths, at::IntArrayRef numbers) {
+    TORCH_CHECK(hidden.dim() == 3 && hidden.size(1) == 1 && hidden.scalar_type() == at::kFloat,
+                "hidden states must be float32, (batch, 1, width)");
+    TORCH_CHECK(mask.dim() == 4 && mask.size(1) == 1 && mask.size(2) == 1 && mask.scalar_type() == at::kFloat &&
+                    (mask.size(3) == 1 || mask.stride(3) == 1),
+                "the mask must be float32, (batch, 1, 1, positions)");
+    const int64_t count = hidden.size(0), width = hidden.size(2);
+    const at::Tensor x = hidden.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
+    const at::Tensor y = at::empty(x.sizes(), x.options());
+    std::vector<std::shared_ptr<const Layer>> held;
+    std::vector<Step> steps;
+    std::vector<Stretches> stretches;
+    int64_t shared_size = 0, own_size = 0;
+    for (const int64_t number : numbers) {
+        held.push_back(layers().get(number));
+        const Layer &layer = *held.back();
+        TORCH_CHECK(layer.width == width, "layer ", number, " has width ", layer.width, ", but got ", width);
+        if (layer.attention) {
+            const size_t slot = steps.size();
+            TORCH_CHECK(slot < keys.size() && slot < values.size() && slot < lengths.size(), "a cache is missing");
+            TORCH_CHECK(cosines.size(-1) == layer.attention->head_size && sines.sizes() == cosines.sizes(),
+                        "angles must be those of a whole head");
+            steps.push_back(
+                step_of(*layer.attention, keys[slot], values[slot], lengths[slot], cosines, sines, mask, count));
+            stretches.emplace_back(steps.back().cache, layer.attention->query_heads / layer.attention->heads,
+                                   steps.back().position + 1);
+            shared_size = std::max(shared_size, attention_shared(*layer.attention, stretches.back(), count, width));
+            own_size = std::max(own_size, attention_own(*layer.attention, stretches.back(), count, width));
+        }
+        if (layer.mlp) {
+            shared_size = std::max(shared_size, mlp_shared(*layer.mlp, count, width));
+            own_size = std::max(own_size, mlp_own(*layer.mlp, count, width));
+        }
+    }
+    const int64_t threads_asked = at::get_num_threads(), residual = Room::of({count * width});
+    const std::unique_ptr<float[]> room(new float[2 * shared_size + threads_asked * (residual + own_size)]);
+#pragma omp parallel num_threads(threads_asked)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        float *mine = room.get() + 2 * shared_size + thread * (residual + own_size);
+        std::memcpy(mine, x.const_data_ptr<float>(), sizeof(float) * count * width);
+        // Blocks take the two shared rooms by turns: a thread that lags may still read what the last block left.
+        bool is_second = false;
+        auto rooms = [&](auto work) {
+            work(Room{room.get() + is_second * shared_size}, Room{mine + residual});
+            is_second = !is_second;
+        };
+        size_t slot = 0;
+        for (const auto &layer : held) {
+            if (layer->attention)
+                rooms([&](Room shared, Room own) {
+                    attention_share(*layer->attention, steps[slot], stretches[slot], shared, own, mine, width, thread,
+                                    threads);
+                    slot++;
+                });
+            if (layer->mlp)
+                rooms([&](Room shared, Room own) {
+                    mlp_share(*layer->mlp, count, shared, own, mine, width, thread, threads);
+                });
+        }
+        if (thread == 0) std::memcpy(y.mutable_data_ptr<float>(), mine, sizeof(float) * count * width);
+    }
+    for (size_t slot = 0; slot < steps.size(); slot++) ++*lengths[slot].mutable_data_ptr<int64_t>();
+    return y;
+}
