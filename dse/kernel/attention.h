@@ -49,7 +49,9 @@ static void stretch_scores(const Cache &c, int64_t item, int64_t from, int64_t t
                          c.key_columns,
                          {queries, c.key_columns},
                          {scores, stride}};
-    some_rows(piece, 0, to - from, rows);
+    int64_t at = 0;  // four short rows side by side: adding up lanes takes as long as the products do
+    for (; at + 4 <= to - from; at += 4) rows_of_x<4>(piece, at, rows);
+    for (; at < to - from; at++) rows_of_x<1>(piece, at, rows);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = to - from; i < stride; i++) scores[row * stride + i] = -std::numeric_limits<float>::infinity();
 }
@@ -79,27 +81,53 @@ static float to_weights(float *scores, int64_t stride, float &largest) {
     return parts[0] + parts[1] + parts[2] + parts[3];
 }
 
-template <int PARTS>
-static int64_t mix_columns(const float *weights, int64_t count, const float *values, int64_t columns, float *mixed,
-                           int64_t column) {
+// Some columns of `mix`, in registers for several rows at once, so that values are read once for all of them.
+template <int ROWS, int PARTS>
+static int64_t mix_columns(const float *weights, int64_t stride, int64_t count, const float *values, int64_t columns,
+                           float *mixed, int64_t mixed_stride, int64_t column) {
     for (; column + PARTS * LANES <= columns; column += PARTS * LANES) {
-        lanes sums[PARTS] = {};
+        lanes sums[ROWS][PARTS] = {};
         for (int64_t i = 0; i < count; i++)
-            for (int part = 0; part < PARTS; part++)
-                sums[part] += weights[i] * *(const lanes *)(values + i * columns + column + part * LANES);
-        std::memcpy(mixed + column, sums, sizeof sums);
+            for (int part = 0; part < PARTS; part++) {
+                const lanes value = *(const lanes *)(values + i * columns + column + part * LANES);
+                for (int row = 0; row < ROWS; row++) sums[row][part] += weights[row * stride + i] * value;
+            }
+        for (int row = 0; row < ROWS; row++)
+            std::memcpy(mixed + row * mixed_stride + column, sums[row], sizeof sums[row]);
     }
     return column;
 }
 
-// mixed = sum over `count` positions of weight x value.
-static void mix(const float *weights, int64_t count, const float *values, int64_t columns, float *mixed) {
-    int64_t column = mix_columns<8>(weights, count, values, columns, mixed, 0);
-    column = mix_columns<1>(weights, count, values, columns, mixed, column);
-    for (; column < columns; column++) {
-        mixed[column] = 0.0f;
-        for (int64_t i = 0; i < count; i++) mixed[column] += weights[i] * values[i * columns + column];
-    }
+template <int ROWS>
+static void mix_rows(const float *weights, int64_t stride, int64_t count, const float *values, int64_t columns,
+                     float *mixed, int64_t mixed_stride) {
+    constexpr int PARTS = LANES == 16 ? 4 : 2;
+    int64_t column = mix_columns<ROWS, PARTS>(weights, stride, count, values, columns, mixed, mixed_stride, 0);
+    column = mix_columns<ROWS, 1>(weights, stride, count, values, columns, mixed, mixed_stride, column);
+    for (int row = 0; row < ROWS; row++)
+        for (int64_t rest = column; rest < columns; rest++) {
+            float sum = 0.0f;
+            for (int64_t i = 0; i < count; i++) sum += weights[row * stride + i] * values[i * columns + rest];
+            mixed[row * mixed_stride + rest] = sum;
+        }
+}
+
+// Of each of `rows` rows of weights: mixed = sum over `count` positions of weight x value.
+static void mix(const float *weights, int64_t stride, int64_t rows, int64_t count, const float *values, int64_t columns,
+                float *mixed, int64_t mixed_stride) {
+    for (; rows > 0; rows -= 4, weights += 4 * stride, mixed += 4 * mixed_stride) switch (rows) {
+            case 1:
+                mix_rows<1>(weights, stride, count, values, columns, mixed, mixed_stride);
+                break;
+            case 2:
+                mix_rows<2>(weights, stride, count, values, columns, mixed, mixed_stride);
+                break;
+            case 3:
+                mix_rows<3>(weights, stride, count, values, columns, mixed, mixed_stride);
+                break;
+            default:
+                mix_rows<4>(weights, stride, count, values, columns, mixed, mixed_stride);
+        }
 }
 
 // The mean over all stretches from what each found: `stretches` partial results, `step` floats from one to the next.
@@ -123,10 +151,12 @@ static void one_stretch(const Cache &c, const Stretches &s, int64_t stretch, flo
         float *first = queries + item * s.group * c.key_columns,
               *mine = s.partials + (stretch * s.rows + item * s.group) * s.partial;
         stretch_scores(c, item, from, to, first, s.group, scores, s.stride);
-        for (int64_t row = 0; row < s.group; row++, mine += s.partial) {
-            mine[width + 1] = to_weights(scores + row * s.stride, s.stride, mine[width]);
-            mix(scores + row * s.stride, to - from, c.values + (item * c.positions + from) * width, width, mine);
+        for (int64_t row = 0; row < s.group; row++) {
+            float *found = mine + row * s.partial + width;
+            found[1] = to_weights(scores + row * s.stride, s.stride, found[0]);
         }
+        mix(scores, s.stride, s.group, to - from, c.values + (item * c.positions + from) * width, width, mine,
+            s.partial);
     }
 }
 

@@ -71,12 +71,14 @@ static inline void tile(const float *weight, const float *bias, int64_t columns,
             for (int o = 0; o < OUT; o++) sums[o][i] += w[o] * given;
         }
     }
-    for (int o = 0; o < OUT; o++) {
+    constexpr int ALL = OUT * IN;
+    for (int first = 0; first < ALL; first += 4) {
         quad parts[4] = {};
-        for (int i = 0; i < IN; i++) parts[i] = folded(sums[o][i]);
+        for (int n = first; n < first + 4 && n < ALL; n++) parts[n - first] = folded(sums[n / IN][n % IN]);
         const quad found = totals(parts[0], parts[1], parts[2], parts[3]);
-        for (int i = 0; i < IN; i++) {
-            float sum = found[i] + (bias ? bias[o] : 0.0f);
+        for (int n = first; n < first + 4 && n < ALL; n++) {
+            const int o = n / IN, i = n % IN;
+            float sum = found[n - first] + (bias ? bias[o] : 0.0f);
             for (int64_t rest = k; rest < columns; rest++)
                 sum += weight[o * columns + rest] * x.at[i * x.stride + rest];
             y[i * y_stride + o] = sum;

@@ -82,9 +82,9 @@ def test_input_that_does_not_lie_row_by_row():
 def test_a_layout_that_points_outside_its_tensors_is_refused(column):
     flat, places = packed([[(5, 4, True), (3, 5, True)]])
     chains = KernelChains(flat, places)
-    chains._layout[-1, column] = 10**6
+    chains.layout[-1, column] = 10**6
     if column == 7:
-        chains._layout[-1, 6] = -1  # the last product writes to the result
+        chains.layout[-1, 6] = -1  # the last product writes to the result
     with pytest.raises(RuntimeError, match="must lie within its tensors"):
         chains(torch.randn(1, 4))
 
@@ -133,7 +133,7 @@ def test_a_copy_of_a_model_has_weights_of_its_own():
     x = torch.randn(1, 6)
     before = module(x)[0]
     with torch.no_grad():
-        other._kernel._weights.zero_()
+        other.kernel.weights.zero_()
     assert torch.equal(module(x)[0], before)
     assert not torch.equal(other(x)[0], before)
 
