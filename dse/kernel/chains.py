@@ -53,6 +53,20 @@ class KernelChains:
         self.scratch = sum(matrix.rows for chain in chains for matrix in chain[:-1])
         self.layout = torch.tensor(_layout(chains), dtype=torch.long)
 
+    @classmethod
+    def one_by_one(cls, weights: Tensor, matrices: Sequence[ChainMatrix]) -> KernelChains:
+        """Products of one input, each begun when the last is done, as the matrices of a layer are; to be timed.
+
+        Args:
+            weights: As of the class.
+            matrices: In order. The result is that of the last one, in the columns it has.
+        """
+        found = cls(weights, [])
+        found.out_features = max(matrix.rows for matrix in matrices)
+        rows = [[stage, m.rows, m.columns, m.weight_at, -1, -1, -1, 0] for stage, m in enumerate(matrices)]
+        found.layout = torch.tensor(rows, dtype=torch.long)
+        return found
+
     @staticmethod
     def is_for(weights: Tensor) -> bool:
         """Whether the kernel is here and knows the type of these weights."""

@@ -54,13 +54,13 @@ static void normalise(const float *x, int64_t width, const Norm &norm, float *y)
     for (i = 0; i < width; i++) y[i] = weight[i] * (x[i] * factor);
 }
 
-// Rotary positions (Su et al. 2021), the halves of a head turned against each other as in GPT-NeoX. `y` may be `x`.
-static void rotate(const float *x, const float *cos, const float *sin, int64_t size, float factor, float *y) {
+// Rotary positions (Su et al. 2021), in place, the halves of a head turned against each other as in GPT-NeoX.
+static void rotate(float *x, const float *cos, const float *sin, int64_t size, float factor) {
     const int64_t half = size / 2;
     for (int64_t i = 0; i < half; i++) {
         const float low = x[i], high = x[i + half];
-        y[i] = factor * (low * cos[i] - high * sin[i]);
-        y[i + half] = factor * (high * cos[i + half] + low * sin[i + half]);
+        x[i] = factor * (low * cos[i] - high * sin[i]);
+        x[i + half] = factor * (high * cos[i + half] + low * sin[i + half]);
     }
 }
 
@@ -78,12 +78,6 @@ static void activate(const float *gate, const float *up, int64_t width, float *y
     std::memcpy(&u, up + i, sizeof(float) * (width - i));
     const lanes found = of(g, u);
     std::memcpy(y + i, &found, sizeof(float) * (width - i));
-}
-
-// Asks for what a block needs first, before threads wait for each other.
-static void fetch(const at::Tensor &numbers) {
-    const float *at = numbers.const_data_ptr<float>();
-    for (int64_t i = 0; i < numbers.numel(); i += LINE) __builtin_prefetch(at + i);
 }
 
 static void add(float *sum, const float *x, int64_t size) {
@@ -113,17 +107,38 @@ struct Room {
     }
 };
 
+// The new token's keys and values, from a row of products for each sequence, to their place in the cache.
+static void append(const AttentionBlock &a, const Step &step, const float *given) {
+    const int64_t size = a.head_size, stride = a.inputs.out_features;
+    for (int64_t item = 0; item < step.cache.batch * a.heads; item++) {
+        const int64_t i = item / a.heads, head = item % a.heads;
+        const float *row = given + i * stride;
+        float *key = step.keys + (item * step.cache.positions + step.position) * size;
+        float *value = step.values + (item * step.cache.positions + step.position) * size;
+        std::memcpy(key, row + a.key_at + head * size, sizeof(float) * size);
+        if (a.key_norm) normalise(key, size, *a.key_norm, key);
+        rotate(key, step.cos + i * step.angle_stride, step.sin + i * step.angle_stride, size, 1.0f);
+        std::memcpy(value, row + a.value_at + head * size, sizeof(float) * size);
+    }
+}
+
+// Memory of a block that all threads share, and of each thread: how much, and which part is what.
+struct Rooms {
+    Room shared, own;
+};
+
 // One thread's part of an attention block: `hidden` (count, width), its own, grows by the block's output.
-static void attention_share(const AttentionBlock &a, const Step &step, Stretches stretches, Room shared, Room own,
-                            float *hidden, int64_t width, int64_t thread, int64_t threads) {
+static void attention_share(const AttentionBlock &a, const Step &step, Stretches stretches, Rooms rooms, float *hidden,
+                            int64_t width, int64_t thread, int64_t threads) {
     const Cache &c = step.cache;
-    const int64_t count = c.batch, size = a.head_size, stride = a.inputs.out_features;
-    float *given = shared.take(count * stride),
-          *between = shared.take(count * std::max(a.inputs.scratch, a.output.scratch));
-    float *delta = shared.take(count * width);
-    stretches.partials = shared.take(stretches.partials_size());
-    float *normed = own.take(count * width), *queries = own.take(count * a.query_heads * size);
-    float *mixed = own.take(count * a.query_heads * size), *scores = own.take(stretches.scores_size());
+    const int64_t count = c.batch, size = a.head_size, stride = a.inputs.out_features, heads = a.query_heads * size;
+    float *given = rooms.shared.take(count * stride);
+    float *between = rooms.shared.take(count * std::max(a.inputs.scratch, a.output.scratch));
+    float *delta = rooms.shared.take(count * width);
+    stretches.partials = rooms.shared.take(stretches.partials_size());
+    float *normed = rooms.own.take(count * width);
+    float *queries = rooms.own.take(count * heads), *mixed = rooms.own.take(count * heads);
+    float *scores = rooms.own.take(stretches.scores_size());
 
     for (int64_t i = 0; i < count; i++) normalise(hidden + i * width, width, a.norm, normed + i * width);
     share(a.inputs, {{normed, width}, {between, a.inputs.scratch}, {given, stride}}, count, thread, threads);
@@ -134,50 +149,40 @@ static void attention_share(const AttentionBlock &a, const Step &step, Stretches
             float *query = queries + (i * a.query_heads + head) * size;
             std::memcpy(query, given + i * stride + a.query_at + head * size, sizeof(float) * size);
             if (a.query_norm) normalise(query, size, *a.query_norm, query);
-            rotate(query, cos, sin, size, a.scaling, query);
+            rotate(query, cos, sin, size, a.scaling);
         }
     }
     for (int64_t stretch = thread; stretch < stretches.count; stretch += threads) {
         // Whoever looks at the new position is the one who writes it.
         if (stretches.from(stretch) <= step.position && step.position < stretches.from(stretch + 1))
-            for (int64_t item = 0; item < count * a.heads; item++) {
-                const int64_t i = item / a.heads, head = item % a.heads,
-                              at = (item * c.positions + step.position) * size;
-                const float *row = given + i * stride;
-                const float *cos = step.cos + i * step.angle_stride, *sin = step.sin + i * step.angle_stride;
-                std::memcpy(step.keys + at, row + a.key_at + head * size, sizeof(float) * size);
-                if (a.key_norm) normalise(step.keys + at, size, *a.key_norm, step.keys + at);
-                rotate(step.keys + at, cos, sin, size, 1.0f, step.keys + at);
-                std::memcpy(step.values + at, row + a.value_at + head * size, sizeof(float) * size);
-            }
+            append(a, step, given);
         one_stretch(c, stretches, stretch, queries, scores);
     }
 #pragma omp barrier
     join_rows(stretches, 0, stretches.rows, mixed);
-    share(a.output, {{mixed, a.query_heads * size}, {between, a.output.scratch}, {delta, width}}, count, thread,
-          threads);
+    share(a.output, {{mixed, heads}, {between, a.output.scratch}, {delta, width}}, count, thread, threads);
 #pragma omp barrier
     add(hidden, delta, count * width);
 }
 
-static int64_t attention_shared(const AttentionBlock &a, const Stretches &s, int64_t count, int64_t width) {
-    return Room::of({count * a.inputs.out_features, count * std::max(a.inputs.scratch, a.output.scratch), count * width,
-                     s.partials_size()});
-}
-
-static int64_t attention_own(const AttentionBlock &a, const Stretches &s, int64_t count, int64_t width) {
-    const int64_t heads = count * a.query_heads * a.head_size;
-    return Room::of({count * width, heads, heads, s.scores_size()});
+// The numbers that all threads share and those of each, as `attention_share` takes them.
+static std::pair<int64_t, int64_t> attention_room(const AttentionBlock &a, const Stretches &s, int64_t count,
+                                                  int64_t width) {
+    const int64_t heads = count * a.query_heads * a.head_size, stride = a.inputs.out_features;
+    return {Room::of({count * stride, count * std::max(a.inputs.scratch, a.output.scratch), count * width,
+                      s.partials_size()}),
+            Room::of({count * width, heads, heads, s.scores_size()})};
 }
 
 // One thread's part of an MLP block: like `attention_share`.
-static void mlp_share(const MlpBlock &m, int64_t count, Room shared, Room own, float *hidden, int64_t width,
-                      int64_t thread, int64_t threads) {
+static void mlp_share(const MlpBlock &m, int64_t count, Rooms rooms, float *hidden, int64_t width, int64_t thread,
+                      int64_t threads) {
     const int64_t stride = m.inputs.out_features;
-    float *given = shared.take(count * stride),
-          *between = shared.take(count * std::max(m.inputs.scratch, m.output.scratch));
-    float *delta = shared.take(count * width);
-    float *normed = own.take(count * width), *active = own.take(count * m.width);
+    float *given = rooms.shared.take(count * stride);
+    float *between = rooms.shared.take(count * std::max(m.inputs.scratch, m.output.scratch));
+    float *delta = rooms.shared.take(count * width);
+    float *normed = rooms.own.take(count * width);
+    float *active = rooms.own.take(count * m.width);
     for (int64_t i = 0; i < count; i++) normalise(hidden + i * width, width, m.norm, normed + i * width);
     share(m.inputs, {{normed, width}, {between, m.inputs.scratch}, {given, stride}}, count, thread, threads);
 #pragma omp barrier
@@ -188,13 +193,10 @@ static void mlp_share(const MlpBlock &m, int64_t count, Room shared, Room own, f
     add(hidden, delta, count * width);
 }
 
-static int64_t mlp_shared(const MlpBlock &m, int64_t count, int64_t width) {
-    return Room::of(
-        {count * m.inputs.out_features, count * std::max(m.inputs.scratch, m.output.scratch), count * width});
-}
-
-static int64_t mlp_own(const MlpBlock &m, int64_t count, int64_t width) {
-    return Room::of({count * width, count * m.width});
+static std::pair<int64_t, int64_t> mlp_room(const MlpBlock &m, int64_t count, int64_t width) {
+    const int64_t stride = m.inputs.out_features;
+    return {Room::of({count * stride, count * std::max(m.inputs.scratch, m.output.scratch), count * width}),
+            Room::of({count * width, count * m.width})};
 }
 
 // Layers live here from `new_layer` to `free_layer`; a number is all that a traced program has to carry.
@@ -314,7 +316,12 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
     std::vector<std::shared_ptr<const Layer>> held;
     std::vector<Step> steps;
     std::vector<Stretches> stretches;
+    const int64_t asked = at::get_num_threads();
     int64_t shared_size = 0, own_size = 0;
+    auto room = [&](std::pair<int64_t, int64_t> sizes) {
+        shared_size = std::max(shared_size, sizes.first);
+        own_size = std::max(own_size, sizes.second);
+    };
     for (const int64_t number : numbers) {
         held.push_back(layers().get(number));
         const Layer &layer = *held.back();
@@ -328,39 +335,27 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
                 step_of(*layer.attention, keys[slot], values[slot], lengths[slot], cosines, sines, mask, count));
             stretches.emplace_back(steps.back().cache, layer.attention->query_heads / layer.attention->heads,
                                    steps.back().position + 1);
-            shared_size = std::max(shared_size, attention_shared(*layer.attention, stretches.back(), count, width));
-            own_size = std::max(own_size, attention_own(*layer.attention, stretches.back(), count, width));
+            room(attention_room(*layer.attention, stretches.back(), count, width));
         }
-        if (layer.mlp) {
-            shared_size = std::max(shared_size, mlp_shared(*layer.mlp, count, width));
-            own_size = std::max(own_size, mlp_own(*layer.mlp, count, width));
-        }
+        if (layer.mlp) room(mlp_room(*layer.mlp, count, width));
     }
-    const int64_t threads_asked = at::get_num_threads(), residual = Room::of({count * width});
-    const std::unique_ptr<float[]> room(new float[2 * shared_size + threads_asked * (residual + own_size)]);
-#pragma omp parallel num_threads(threads_asked)
+    const int64_t residual = Room::of({count * width});
+    const std::unique_ptr<float[]> whole(new float[2 * shared_size + asked * (residual + own_size)]);
+#pragma omp parallel num_threads(asked)
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *mine = room.get() + 2 * shared_size + thread * (residual + own_size);
+        float *mine = whole.get() + 2 * shared_size + thread * (residual + own_size);
         std::memcpy(mine, x.const_data_ptr<float>(), sizeof(float) * count * width);
         // Blocks take the two shared rooms by turns: a thread that lags may still read what the last block left.
-        bool is_second = false;
-        auto rooms = [&](auto work) {
-            work(Room{room.get() + is_second * shared_size}, Room{mine + residual});
-            is_second = !is_second;
-        };
+        int64_t block = 0;
+        auto rooms = [&] { return Rooms{{whole.get() + block++ % 2 * shared_size}, {mine + residual}}; };
         size_t slot = 0;
         for (const auto &layer : held) {
-            if (layer->attention)
-                rooms([&](Room shared, Room own) {
-                    attention_share(*layer->attention, steps[slot], stretches[slot], shared, own, mine, width, thread,
-                                    threads);
-                    slot++;
-                });
-            if (layer->mlp)
-                rooms([&](Room shared, Room own) {
-                    mlp_share(*layer->mlp, count, shared, own, mine, width, thread, threads);
-                });
+            if (layer->attention) {
+                attention_share(*layer->attention, steps[slot], stretches[slot], rooms(), mine, width, thread, threads);
+                slot++;
+            }
+            if (layer->mlp) mlp_share(*layer->mlp, count, rooms(), mine, width, thread, threads);
         }
         if (thread == 0) std::memcpy(y.mutable_data_ptr<float>(), mine, sizeof(float) * count * width);
     }

@@ -70,10 +70,12 @@ class SteppedLayer(nn.Module):
 
 def _slots(cache: Any, numbers: Sequence[int]) -> list[CacheSlot] | None:
     """The places of a static cache; None where it is of another kind or not filled yet."""
-    layers = getattr(cache, "layers", ())
+    layers: Sequence[Any] = getattr(cache, "layers", ())
     found = []
     for number in numbers:
-        layer = layers[number] if number < len(layers) else None
+        if number >= len(layers):
+            return None
+        layer = layers[number]
         if type(layer).__name__ != "StaticLayer" or not layer.is_initialized:
             return None
         found.append(CacheSlot(layer.keys, layer.values, layer.cumulative_length))

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ _MOST_PASSES = 25
 _AGREEMENT = 1.05
 _PASS_S = 0.06
 """Work in one timed pass: long against the clock and the scheduler, short enough for hundreds of shapes."""
+
+_PRODUCTS_A_CALL = 64
+"""With the kernel; a model's layers are one call, so that what a call costs is no part of a product's time."""
 
 _CLEARLY_FASTER = 0.95
 
@@ -188,9 +191,9 @@ class ProductTimings:
 
         def one_pass(layout: Layout, count: int) -> float:
             nonlocal begin
-            chosen = [weights[(begin + index) % len(weights)] for index in range(count)]
+            chosen = [(begin + index) % len(weights) for index in range(count)]
             begin += count
-            multiply = [_product_of(weight, shape, layout) for weight in chosen]
+            multiply = self._products(weights, chosen, shape, layout)
             return stopwatch.time(lambda: [product(given) for product in multiply] and None)[1] / count
 
         passes: dict[Layout, Callable[[], float]] = {}
@@ -200,6 +203,20 @@ class ProductTimings:
             count = max(2, min(len(weights), round(_PASS_S / estimate_s)))
             passes[layout] = functools.partial(one_pass, layout, count)
         return _least_by_turns(passes)
+
+    def _products(
+        self, weights: Sequence[Tensor], chosen: Sequence[int], shape: ProductShape, layout: Layout
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """The products by some of the weights as the model's fast form takes them: with the kernel many in one call."""
+        if layout == "column_major":
+            return [_by_columns(weights[index].view(shape.in_features, shape.out_features)) for index in chosen]
+        if shape.rows > FEW_ROWS or not KernelChains.is_for(weights[0]):
+            return [_by_rows(weights[index].view(shape.out_features, shape.in_features)) for index in chosen]
+        pool, size = self._pool, shape.weight_entries
+        assert pool is not None  # noqa: S101 - the weights are parts of it
+        places = [ChainMatrix(shape.out_features, shape.in_features, index * size) for index in chosen]
+        calls = [places[first : first + _PRODUCTS_A_CALL] for first in range(0, len(places), _PRODUCTS_A_CALL)]
+        return [KernelChains.one_by_one(pool, call) for call in calls]
 
     def _weights(self, shape: ProductShape) -> list[Tensor]:
         """Different weights of this shape, together as large as the footprint: slices of one pool."""
@@ -221,12 +238,9 @@ def _least_by_turns(measures: Mapping[Layout, Callable[[], float]]) -> dict[Layo
     return {name: values[0] for name, values in found.items()}
 
 
-def _product_of(weight: Tensor, shape: ProductShape, layout: Layout) -> Callable[[Tensor], Tensor]:
-    """The product by a weight as the model's fast form would take it."""
-    if layout == "column_major":
-        columns = weight.view(shape.in_features, shape.out_features)
-        return lambda given: given @ columns
-    rows = weight.view(shape.out_features, shape.in_features)
-    if shape.rows <= FEW_ROWS and KernelChains.is_for(rows):
-        return KernelChains(rows, [[ChainMatrix(shape.out_features, shape.in_features, 0)]])
+def _by_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda given: given @ columns
+
+
+def _by_rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda given: given @ rows.T
