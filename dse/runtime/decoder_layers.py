@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dse.kernel import AttentionParts, CacheSlot, KernelChains, KernelLayer, MlpParts, NormParts, run_layers, takes_step
 from dse.runtime.products import SharedLinear
 
-__all__ = ["LayerRun", "SteppedLayer", "kernel_layer", "step_output", "stepped_layers"]
+__all__ = ["LayerRun", "SteppedForward", "kernel_layer", "step_output", "stepped_layers"]
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Layers of `transformers` that compute what `dse/kernel/layer.h` does; known by name, and each is tried."""
@@ -35,37 +35,40 @@ class LayerRun:
     slots: Sequence[int]
 
 
-class SteppedLayer(nn.Module):
-    """A decoder layer whose decode steps, over a static cache, are the kernel's.
+class SteppedForward:
+    """Stands in for the `forward` of a decoder layer: decode steps over a static cache are the kernel's.
 
     The first of a run computes for all of them, and the others hand on what they are given: whether a step is for the
     kernel depends on nothing that changes from layer to layer.
 
     Args:
-        plain: The layer, for all but decode steps.
+        layer: The layer, for all but decode steps.
         run: All layers of its run.
         is_first: Whether it is the one that computes.
     """
 
-    def __init__(self, plain: nn.Module, run: LayerRun, *, is_first: bool) -> None:
-        super().__init__()
-        for name, value in vars(plain).items():  # models read settings of their layers, such as the kind of attention
-            if not name.startswith("_") and isinstance(value, (str, int, float, bool)):
-                setattr(self, name, value)
-        self.plain = plain
-        self._run = run
+    def __init__(self, layer: nn.Module, run: LayerRun, *, is_first: bool) -> None:
+        self.layer = layer
+        self.run = run
         self._is_first = is_first
 
-    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
         """Map (batch, tokens, width) to the same."""
-        mask, angles = keywords.get("attention_mask"), keywords.get("position_embeddings")
+        plain = type(self.layer).forward
+        mask, angles = _additive(keywords.get("attention_mask"), hidden_states), keywords.get("position_embeddings")
         if arguments or angles is None or not takes_step(hidden_states, mask):
-            return self.plain(hidden_states, *arguments, **keywords)
-        slots = _slots(keywords.get("past_key_values"), self._run.slots)
+            return plain(self.layer, hidden_states, *arguments, **keywords)
+        slots = _slots(keywords.get("past_key_values"), self.run.slots)
         if slots is None:
-            return self.plain(hidden_states, **keywords)
+            return plain(self.layer, hidden_states, **keywords)
         assert mask is not None  # noqa: S101 - takes_step
-        return run_layers(self._run.layers, hidden_states, angles, mask, slots) if self._is_first else hidden_states
+        return run_layers(self.run.layers, hidden_states, angles, mask, slots) if self._is_first else hidden_states
+
+
+def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool or hidden.shape[1] != 1:
+        return mask
+    return torch.where(mask, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
 
 
 def _slots(cache: Any, numbers: Sequence[int]) -> list[CacheSlot] | None:
@@ -88,6 +91,8 @@ def kernel_layer(layer: nn.Module) -> KernelLayer | None:
     Args:
         layer: Of a model whose forms are in place, so that its products have the kernel's form.
     """
+    if "forward" in vars(layer):  # somebody else's already
+        return None
     name = type(layer).__name__
     if name not in {f"{family}DecoderLayer" for family in _FAMILIES} or layer.training:
         return None
@@ -164,29 +169,32 @@ def _shared(*linears: Any) -> tuple[KernelChains, list[int]]:
     return shared.kernel, [sum(shared.sizes[: linear.index]) for linear in linears]
 
 
-def stepped_layers(model: nn.Module) -> list[tuple[nn.ModuleList, str, SteppedLayer]]:
-    """What can take the place of a model's layers: the list, the layer's name in it, and the module.
+def stepped_layers(model: nn.Module, *, at_once: bool) -> list[SteppedForward]:
+    """What can take the place of the `forward` of a model's layers.
 
     Args:
         model: In eval mode, its forms in place.
+        at_once: Whether layers that follow each other are to run as one call: then what lies between them, which
+            `output_hidden_states` asks for, is not to be had.
     """
     found = []
     for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
-        run: list[tuple[str, nn.Module, KernelLayer]] = []
-        for name, layer in [*layers.named_children(), ("", nn.Identity())]:
+        run: list[tuple[nn.Module, KernelLayer]] = []
+        for layer in [*layers, nn.Identity()]:
             known = kernel_layer(layer)
             if known is not None:
-                run.append((name, layer, known))
-            elif type(layer).__name__ != "PassedLayer":
-                found += [(layers, *stepped) for stepped in _stepped(run)]
+                run.append((layer, known))
+            if run and (not at_once or (known is None and type(layer).__name__ != "PassedLayer")):
+                found += _stepped(run)
                 run = []
     return found
 
 
-def _stepped(run: Sequence[tuple[str, nn.Module, KernelLayer]]) -> list[tuple[str, SteppedLayer]]:
-    slots = [_attention_slot(layer) for _, layer, known in run if known.has_attention]
-    whole = LayerRun([known for _, _, known in run], slots)
-    return [(name, SteppedLayer(layer, whole, is_first=i == 0)) for i, (name, layer, _) in enumerate(run)]
+def _stepped(run: Sequence[tuple[nn.Module, KernelLayer]]) -> list[SteppedForward]:
+    whole = LayerRun(
+        [known for _, known in run], [_attention_slot(layer) for layer, known in run if known.has_attention]
+    )
+    return [SteppedForward(layer, whole, is_first=i == 0) for i, (layer, _) in enumerate(run)]
 
 
 def _attention_slot(layer: Any) -> int:

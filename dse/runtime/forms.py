@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dse.errors import InvalidMeasurementError
 from dse.kernel import ChainMatrix, KernelChains
-from dse.runtime.decoder_layers import step_output, stepped_layers
+from dse.runtime.decoder_layers import SteppedForward, step_output, stepped_layers
 from dse.runtime.matrices import MatrixModule, modules_by_input
 from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest
 from dse.runtime.products import Chain, Layout, Product, SharedLinear, SharedProduct
@@ -60,28 +60,32 @@ class Forms:
 
     Attributes:
         swaps: What takes the place of what.
+        steps: What takes the place of the `forward` of whole layers.
         merged: Paths of decomposed modules that run as one matrix, since their factors would take longer: they save
             neither time nor the bytes that their factors would.
-        stepped: How many layers' decode steps are the kernel's as a whole.
     """
 
     swaps: list[_Swap] = field(default_factory=list)
+    steps: list[SteppedForward] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
-    stepped: int = 0
 
     def put(self) -> None:
         """Put the forms into the model."""
         for swap in self.swaps:
             setattr(swap.parent, swap.attribute, swap.form)
+        for step in self.steps:
+            step.layer.forward = step
 
     def remove(self) -> None:
         """Put the very same plain modules back."""
-        for swap in reversed(self.swaps):
+        for step in self.steps:
+            vars(step.layer).pop("forward", None)
+        for swap in self.swaps:
             setattr(swap.parent, swap.attribute, swap.plain)
 
 
 def build_forms(
-    model: nn.Module, choice: FormChoice, dense: LaidOutWeights | None = None
+    model: nn.Module, choice: FormChoice, dense: LaidOutWeights | None = None, *, at_once: bool = True
 ) -> tuple[Forms, LaidOutWeights]:
     """The forms of `model` as it is now, compared with the plain model; the model is left as it was.
 
@@ -89,6 +93,7 @@ def build_forms(
         model: In eval mode; dense, or with a point applied.
         choice: Layout of each product, and which factors are merged.
         dense: The weights of the dense model's forms, of which copies are shared.
+        at_once: Whether decode steps may run all layers as one call, so that nobody sees what lies between them.
 
     Returns:
         The forms, and the weights they hold.
@@ -111,7 +116,7 @@ def build_forms(
             plain = model.get_submodule(matrix.path)
             forms.swaps.append(_Swap(model.get_submodule(parent), attribute, plain, form.train(plain.training)))
     _refuse_other_outputs(model, tokens, forms)
-    _step_by_layers(model, tokens, forms)
+    _let_kernel_step(model, tokens, forms, at_once=at_once)
     return forms, weights
 
 
@@ -141,7 +146,7 @@ def _forms_of_group(
 
 def _kernel(packed: PackedProducts, first: Product, chains: Sequence[Chain]) -> KernelChains | None:
     """All these products as one call of the kernel for few rows; None where it cannot be had."""
-    if not KernelChains.is_for(packed.flat) or any(product.layout != "row_major" for product in packed.products):
+    if not KernelChains.is_for(packed.flat) or any(product.layout == "column_major" for product in packed.products):
         return None
     found = []
     row = 0
@@ -262,26 +267,21 @@ def _refuse_other_outputs(model: nn.Module, tokens: Tensor, forms: Forms) -> Non
         )
 
 
-def _step_by_layers(model: nn.Module, tokens: Tensor, forms: Forms) -> None:
+def _let_kernel_step(model: nn.Module, tokens: Tensor, forms: Forms, *, at_once: bool) -> None:
     """Let the kernel have whole layers where it gives what the layers give; otherwise leave them as they are."""
     forms.put()
     try:
-        found = stepped_layers(model)
+        found = stepped_layers(model, at_once=at_once)
         if not found:
             return
         expected = step_output(model, tokens)
-        swaps = [_Swap(layers, name, stepped.plain, stepped) for layers, name, stepped in found]
-        whole = Forms([*forms.swaps, *swaps])
-        whole.put()
-        try:
-            agrees = _deviation(step_output(model, tokens), expected) <= _TOLERANCE[torch.float32]
-        finally:
-            whole.remove()
+        forms.steps = found
+        forms.put()
+        agrees = _deviation(step_output(model, tokens), expected) <= _TOLERANCE[torch.float32]
     finally:
         forms.remove()
-    if agrees:
-        forms.swaps += swaps
-        forms.stepped = len(found)
+    if not agrees:
+        forms.steps = []
 
 
 def _deviation(got: Tensor, expected: Tensor) -> float:

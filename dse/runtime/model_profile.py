@@ -11,7 +11,6 @@ from dse.cost import has_core
 from dse.design_point import DesignPoint, TensorChoice
 from dse.models import LoadedModel
 from dse.runtime.matrices import modules_by_input
-from dse.runtime.products import LAYOUTS
 from dse.runtime.timings import ProductShape, ProductTimings
 from dse.topology import Topology
 
@@ -165,7 +164,8 @@ class ModelProfile:
 
     def missing(self, shapes: Iterable[ProductShape]) -> list[ProductShape]:
         """Those of these shapes that are not timed in every layout yet, each once."""
-        return [s for s in dict.fromkeys(shapes) if not all(self.timings.knows(s, layout) for layout in LAYOUTS)]
+        layouts = self.timings.layouts
+        return [s for s in dict.fromkeys(shapes) if not all(self.timings.knows(s, layout) for layout in layouts)]
 
     def shapes_of(self, name: str, choice: TensorChoice | None, phase: Phase) -> list[ProductShape]:
         """The products that `group_seconds` adds up."""

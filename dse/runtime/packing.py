@@ -34,7 +34,7 @@ class WeightRequest:
     def weight(self) -> Tensor:
         """The weight in its layout, not copied where it is one that lies so already."""
         stacked = self.sources[0] if len(self.sources) == 1 else torch.cat(list(self.sources))
-        return (stacked if self.layout == "row_major" else stacked.T).contiguous()
+        return (stacked.T if self.layout == "column_major" else stacked).contiguous()
 
     def bias(self) -> Tensor | None:
         """The biases one below the other, zero where a source has none; None where no source has any.

@@ -9,20 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dse.kernel import KernelChains
+from dse.kernel import FEW_ROWS, KernelChains
+from dse.runtime.onednn import linear_by_onednn
 
 __all__ = ["LAYOUTS", "Chain", "Layout", "Product", "SharedLinear", "SharedProduct"]
 
-Layout = Literal["row_major", "column_major"]
-LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major")
-"""How a weight (out_features, in_features) lies in memory: row by row, as `nn.Linear` holds it, or column by column."""
+Layout = Literal["row_major", "column_major", "row_major_onednn"]
+LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major", "row_major_onednn")
+"""How a weight (out_features, in_features) lies in memory: row by row, as `nn.Linear` holds it, or column by column; or
+row by row, and multiplied by oneDNN where rows of the input are many."""
 
 
 class Product(nn.Module):
     """`y = x W^T + b` with W in a layout of choice.
 
     Args:
-        weight: Shape (out_features, in_features) for `row_major`, (in_features, out_features) for `column_major`.
+        weight: Shape (out_features, in_features), for `column_major` (in_features, out_features).
         layout: Which of them.
         bias: Shape (out_features,), or None.
     """
@@ -36,16 +38,18 @@ class Product(nn.Module):
     @property
     def out_features(self) -> int:
         """Size of the last dimension of the output."""
-        return self.weight_data.shape[0 if self.layout == "row_major" else 1]
+        return self.weight_data.shape[1 if self.layout == "column_major" else 0]
 
     @property
     def in_features(self) -> int:
         """Size of the last dimension of the input."""
-        return self.weight_data.shape[1 if self.layout == "row_major" else 0]
+        return self.weight_data.shape[0 if self.layout == "column_major" else 1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if self.layout == "row_major":
+        if self.layout == "row_major_onednn" and _is_many(x):
+            return linear_by_onednn(x, self.weight_data, self.bias)
+        if self.layout != "column_major":
             return functional.linear(x, self.weight_data, self.bias)
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ self.weight_data if self.bias is None else torch.addmm(self.bias, rows, self.weight_data)
@@ -146,6 +150,10 @@ class SharedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         return self.shared.part(self.index, x)
+
+
+def _is_many(x: Tensor) -> bool:
+    return x.numel() > FEW_ROWS * x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _split(whole: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

@@ -175,6 +175,6 @@ def optimise_for_inference(
         InvalidMeasurementError: Its outputs in the fast form differ by more than rounding.
     """
     generation = GenerationShape(batch_size, prompt_tokens, new_tokens)
-    forms, _ = build_forms(model, form_choice(timings_for(model), generation))
+    forms, _ = build_forms(model, form_choice(timings_for(model), generation), at_once=False)
     forms.put()
     return model

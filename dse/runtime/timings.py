@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,19 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dse.files import cache_dir, write_json
 from dse.kernel import FEW_ROWS, NO_KERNEL, ChainMatrix, KernelChains, kernel_name
 from dse.measurement.clock import stopwatch_for
 from dse.measurement.environment import device_description
+from dse.runtime.onednn import has_onednn, linear_by_onednn
 from dse.runtime.products import LAYOUTS, Layout
 
 __all__ = ["ProductShape", "ProductTimings", "TimingConditions"]
 
+_REFERENCE = (1024, 1024)
+"""(out_features, in_features) of the product that all others are timed beside."""
+
+_TURNS = 7
 _PASSES = 5
 _MOST_PASSES = 25
 _AGREEMENT = 1.05
-_PASS_S = 0.06
+_PASS_S = 0.03
 """Work in one timed pass: long against the clock and the scheduler, short enough for hundreds of shapes."""
 
 _PRODUCTS_A_CALL = 64
@@ -126,6 +133,12 @@ class ProductTimings:
         return self._device
 
     @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts that can be had there."""
+        is_there = has_onednn(self._device, self._dtype)
+        return tuple(layout for layout in LAYOUTS if is_there or layout != "row_major_onednn")
+
+    @property
     def has_kernel(self) -> bool:
         """Whether row-major products of few rows that follow from one input are one call of the kernel."""
         return self.conditions.kernel != NO_KERNEL
@@ -152,8 +165,9 @@ class ProductTimings:
 
     def best_layout_of(self, counts: Mapping[ProductShape, int]) -> Layout:
         """The layout of a weight that several products share, each taken so often."""
-        rows, columns = (self.total_seconds(counts, layout) for layout in LAYOUTS)
-        return "column_major" if columns < _CLEARLY_FASTER * rows else "row_major"
+        seconds = {layout: self.total_seconds(counts, layout) for layout in self.layouts}
+        best = min(self.layouts, key=seconds.__getitem__)
+        return best if seconds[best] < _CLEARLY_FASTER * seconds["row_major"] else "row_major"
 
     def total_seconds(self, counts: Mapping[ProductShape, int], layout: Layout) -> float:
         """Seconds of all these products, each taken so often."""
@@ -180,10 +194,29 @@ class ProductTimings:
 
     @torch.inference_mode()
     def _measure(self, shape: ProductShape) -> dict[Layout, float]:
-        """The fastest of some passes over as many different weights: what disturbs a machine only adds time.
+        """Seconds in each layout, by turns with a product that is the same for all shapes of as many rows.
 
-        Layouts take turns: a machine shared with other work is faster in one minute than in the next.
+        A machine shared with other work is faster in one minute than in the next, by more than layouts or ranks
+        differ. So what is kept is the ratio to that product, times its own seconds when it was timed first.
         """
+        reference = ProductShape(shape.rows, *_REFERENCE)
+        passes = self._passes(shape)
+        key = reference.key("row_major")
+        if shape == reference or key not in self._seconds:
+            own = self._passes(reference)
+            found = self._alike(_least_by_turns(own))
+            self._seconds |= {reference.key(layout): seconds for layout, seconds in found.items()}
+            if shape == reference:
+                return found
+        ratios = _ratios_by_turns(passes, self._passes(reference)["row_major"])
+        return self._alike({layout: ratio * self._seconds[key] for layout, ratio in ratios.items()})
+
+    def _alike(self, found: dict[Layout, float]) -> dict[Layout, float]:
+        """With the layouts that were not timed, since they are multiplied like `row_major`."""
+        return {layout: found.get(layout, found["row_major"]) for layout in self.layouts}
+
+    def _passes(self, shape: ProductShape) -> dict[Layout, Callable[[], float]]:
+        """For each layout what times some products by as many different weights, and gives the seconds of one."""
         weights = self._weights(shape)
         given = torch.randn(shape.rows, shape.in_features, device=self._device).to(self._dtype)
         stopwatch = stopwatch_for([self._device])
@@ -197,12 +230,14 @@ class ProductTimings:
             return stopwatch.time(lambda: [product(given) for product in multiply] and None)[1] / count
 
         passes: dict[Layout, Callable[[], float]] = {}
-        for layout in LAYOUTS:
+        for layout in self.layouts:
+            if layout == "row_major_onednn" and shape.rows <= FEW_ROWS:
+                continue  # see `Product`
             one_pass(layout, 1)
             estimate_s = max(one_pass(layout, 2), 1e-7)
             count = max(2, min(len(weights), round(_PASS_S / estimate_s)))
             passes[layout] = functools.partial(one_pass, layout, count)
-        return _least_by_turns(passes)
+        return passes
 
     def _products(
         self, weights: Sequence[Tensor], chosen: Sequence[int], shape: ProductShape, layout: Layout
@@ -211,7 +246,9 @@ class ProductTimings:
         if layout == "column_major":
             return [_by_columns(weights[index].view(shape.in_features, shape.out_features)) for index in chosen]
         if shape.rows > FEW_ROWS or not KernelChains.is_for(weights[0]):
-            return [_by_rows(weights[index].view(shape.out_features, shape.in_features)) for index in chosen]
+            by = linear_by_onednn if layout == "row_major_onednn" else functional.linear
+            rows = [weights[index].view(shape.out_features, shape.in_features) for index in chosen]
+            return [functools.partial(_by_rows, by, weight) for weight in rows]
         pool, size = self._pool, shape.weight_entries
         assert pool is not None  # noqa: S101 - the weights are parts of it
         places = [ChainMatrix(shape.out_features, shape.in_features, index * size) for index in chosen]
@@ -225,6 +262,20 @@ class ProductTimings:
             self._pool = None
             self._pool = torch.empty(entries, dtype=self._dtype, device=self._device).uniform_(-1, 1)
         return list(torch.split(self._pool, shape.weight_entries))[: entries // shape.weight_entries]
+
+
+def _ratios_by_turns(
+    measures: Mapping[Layout, Callable[[], float]], reference: Callable[[], float]
+) -> dict[Layout, float]:
+    """The median ratio of each to the reference, which is measured right before and right after it."""
+    ratios: dict[Layout, list[float]] = {name: [] for name in measures}
+    before = reference()
+    for _ in range(_TURNS):
+        for name, measure in measures.items():
+            seconds, after = measure(), reference()
+            ratios[name].append(seconds / ((before + after) / 2))
+            before = after
+    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
 def _least_by_turns(measures: Mapping[Layout, Callable[[], float]]) -> dict[Layout, float]:
@@ -242,5 +293,5 @@ def _by_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda given: given @ columns
 
 
-def _by_rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda given: given @ rows.T
+def _by_rows(linear: Callable[[Tensor, Tensor], Tensor], rows: Tensor, given: Tensor) -> Tensor:
+    return linear(given, rows)
