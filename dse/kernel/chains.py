@@ -39,16 +39,19 @@ class KernelChains:
     Args:
         weights: All matrices and biases, a flat tensor: one place in memory, read from one end to the other.
         chains: The matrices of each chain in order, as parts of `weights`.
+        by_onednn: See below.
 
     Attributes:
         weights: As given.
         layout: What the kernel calls a layout: eight integers for each product, by stage.
         out_features: Numbers in a row of the results.
         scratch: Numbers in a row of what lies between the first and the last matrices.
+        by_onednn: Whether whole layers multiply many rows by oneDNN (`dse/kernel/prefill.h`).
     """
 
-    def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]]) -> None:
+    def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]], *, by_onednn: bool = False) -> None:
         self.weights = weights
+        self.by_onednn = by_onednn
         self.out_features = sum(chain[-1].rows for chain in chains)
         self.scratch = sum(matrix.rows for chain in chains for matrix in chain[:-1])
         self.layout = torch.tensor(_layout(chains), dtype=torch.long)

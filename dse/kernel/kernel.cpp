@@ -1,8 +1,10 @@
-// The operators of this package for decode steps on a CPU: `dse::chains`, `dse::attend` and `dse::decoder_layers`.
+// The operators of this package for a CPU: `chains`, `attend` and `decoder_layers` for decode steps,
+// and `prefill_layers` for prompts.
 #include <torch/library.h>
 
 #include "attention.h"
 #include "layer.h"
+#include "prefill.h"
 #include "products.h"
 
 TORCH_LIBRARY_FRAGMENT(dse, library) {
@@ -20,4 +22,8 @@ TORCH_LIBRARY_FRAGMENT(dse, library) {
         "decoder_layers(Tensor hidden, Tensor cos, Tensor sin, Tensor mask, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "Tensor(c!)[] lengths, int[] numbers) -> Tensor");
     library.impl("decoder_layers", torch::dispatch(c10::DispatchKey::CPU, decoder_layers));
+    library.def(
+        "prefill_layers(Tensor hidden, Tensor cos, Tensor sin, Tensor(a!)[] keys, Tensor(b!)[] values, "
+        "Tensor(c!)[] lengths, int[] numbers) -> Tensor");
+    library.impl("prefill_layers", torch::dispatch(c10::DispatchKey::CPU, prefill_layers));
 }

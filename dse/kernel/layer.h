@@ -240,9 +240,9 @@ static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_siz
                          double mlp_epsilon, int64_t width) {
     Layer layer = {nullptr, nullptr, width};
     if (!attention.empty()) {
-        TORCH_CHECK((attention.size() == 5 || attention.size() == 7) && attention_sizes.size() == 9 &&
+        TORCH_CHECK((attention.size() == 5 || attention.size() == 7) && attention_sizes.size() == 11 &&
                         attention_numbers.size() == 2,
-                    "an attention block has five or seven tensors and eleven numbers");
+                    "an attention block has five or seven tensors and thirteen numbers");
         const int64_t *n = attention_sizes.data();
         const int64_t query_heads = n[6], heads = n[7], size = n[8];
         TORCH_CHECK(heads > 0 && query_heads % heads == 0 && size > 0 && size % 2 == 0, "heads must fit each other");
@@ -250,6 +250,7 @@ static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_siz
         block->norm = norm_of(attention[0], attention_numbers[0], width);
         block->inputs = group_of(attention[1], attention[2], width, n[0], n[1]);
         block->output = group_of(attention[3], attention[4], query_heads * size, width, n[2]);
+        block->inputs.by_onednn = n[9] != 0, block->output.by_onednn = n[10] != 0;
         block->query_at = n[3], block->key_at = n[4], block->value_at = n[5];
         TORCH_CHECK(lies_within(n[3], query_heads * size, n[0]) && lies_within(n[4], heads * size, n[0]) &&
                         lies_within(n[5], heads * size, n[0]),
@@ -263,12 +264,13 @@ static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_siz
         layer.attention = std::move(block);
     }
     if (!mlp.empty()) {
-        TORCH_CHECK(mlp.size() == 5 && mlp_sizes.size() == 6, "an MLP block has five tensors and seven numbers");
+        TORCH_CHECK(mlp.size() == 5 && mlp_sizes.size() == 8, "an MLP block has five tensors and nine numbers");
         const int64_t *n = mlp_sizes.data();
         auto block = std::make_unique<MlpBlock>();
         block->norm = norm_of(mlp[0], mlp_epsilon, width);
         block->inputs = group_of(mlp[1], mlp[2], width, n[0], n[1]);
         block->output = group_of(mlp[3], mlp[4], n[5], width, n[2]);
+        block->inputs.by_onednn = n[6] != 0, block->output.by_onednn = n[7] != 0;
         block->gate_at = n[3], block->up_at = n[4], block->width = n[5];
         TORCH_CHECK(lies_within(n[3], n[5], n[0]) && lies_within(n[4], n[5], n[0]),
                     "gate and up must lie within what is multiplied");
@@ -280,22 +282,25 @@ static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_siz
 static void free_layer(int64_t number) { layers().drop(number); }
 
 static Step step_of(const AttentionBlock &a, const at::Tensor &keys, const at::Tensor &values, const at::Tensor &length,
-                    const at::Tensor &cos, const at::Tensor &sin, const at::Tensor &mask, int64_t batch) {
+                    const at::Tensor &cos, const at::Tensor &sin, int64_t batch, int64_t tokens) {
     const int64_t positions = keys.size(2), size = a.head_size, position = *length.const_data_ptr<int64_t>();
     for (const at::Tensor *cached : {&keys, &values})
         TORCH_CHECK(cached->scalar_type() == at::kFloat && cached->is_contiguous() &&
                         cached->sizes() == at::IntArrayRef({batch, a.heads, positions, size}),
                     "the cache must be float32, (batch, heads, positions, head size)");
-    TORCH_CHECK(position >= 0 && position < positions, "the cache has ", positions,
-                " positions, but was asked for number ", position);
-    TORCH_CHECK(mask.size(3) >= position + 1, "the mask must have a number for each position");
-    return {{keys.const_data_ptr<float>(), values.const_data_ptr<float>(), mask.const_data_ptr<float>(), batch, a.heads,
-             positions, size, size, mask.size(0) == 1 ? 0 : mask.stride(0)},
+    TORCH_CHECK(position >= 0 && position + tokens <= positions, "the cache has ", positions, " positions, but ",
+                tokens, " from number ", position, " on were asked for");
+    for (const at::Tensor *angles : {&cos, &sin})
+        TORCH_CHECK(angles->scalar_type() == at::kFloat && angles->dim() == 3 && angles->size(1) == tokens &&
+                        angles->size(2) == size && (angles->size(0) == 1 || angles->size(0) == batch),
+                    "angles must be those of a whole head, for each token");
+    return {{keys.const_data_ptr<float>(), values.const_data_ptr<float>(), nullptr, batch, a.heads, positions, size,
+             size, 0},
             keys.mutable_data_ptr<float>(),
             values.mutable_data_ptr<float>(),
             cos.const_data_ptr<float>(),
             sin.const_data_ptr<float>(),
-            cos.size(0) == 1 ? 0 : size,
+            cos.size(0) == 1 ? 0 : tokens * size,
             position};
 }
 
@@ -329,10 +334,13 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
         if (layer.attention) {
             const size_t slot = steps.size();
             TORCH_CHECK(slot < keys.size() && slot < values.size() && slot < lengths.size(), "a cache is missing");
-            TORCH_CHECK(cosines.size(-1) == layer.attention->head_size && sines.sizes() == cosines.sizes(),
-                        "angles must be those of a whole head");
             steps.push_back(
-                step_of(*layer.attention, keys[slot], values[slot], lengths[slot], cosines, sines, mask, count));
+                step_of(*layer.attention, keys[slot], values[slot], lengths[slot], cosines, sines, count, 1));
+            Cache &cache = steps.back().cache;
+            TORCH_CHECK(mask.size(3) > steps.back().position && (mask.size(0) == 1 || mask.size(0) == count),
+                        "the mask must have a number for each position");
+            cache.mask = mask.const_data_ptr<float>();
+            cache.mask_stride = mask.size(0) == 1 ? 0 : mask.stride(0);
             stretches.emplace_back(steps.back().cache, layer.attention->query_heads / layer.attention->heads,
                                    steps.back().position + 1);
             room(attention_room(*layer.attention, stretches.back(), count, width));

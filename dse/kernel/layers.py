@@ -1,4 +1,4 @@
-"""Whole decoder layers for one new token of each sequence as one call of the kernel."""
+"""Whole decoder layers as one call of the kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from torch import Tensor
 from dse.kernel.chains import FEW_ROWS, KernelChains
 from dse.kernel.library import is_supported
 
-__all__ = ["AttentionParts", "CacheSlot", "KernelLayer", "MlpParts", "NormParts", "run_layers", "takes_step"]
+__all__ = [
+    "AttentionParts",
+    "CacheSlot",
+    "KernelLayer",
+    "MlpParts",
+    "NormParts",
+    "run_layers",
+    "takes_prompt",
+    "takes_step",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,36 +137,40 @@ def takes_step(hidden: Tensor, mask: Tensor | None) -> bool:
     return is_mask and mask.shape[0] in (1, hidden.shape[0]) and not is_recorded
 
 
+def takes_prompt(hidden: Tensor) -> bool:
+    """Whether the kernel is for this pass: several tokens of each sequence, without gradients."""
+    is_recorded = torch.is_grad_enabled() and hidden.requires_grad
+    is_prompt = hidden.ndim == 3 and hidden.shape[1] > 1 and hidden.shape[0] > 0
+    return is_prompt and is_supported(hidden.device, hidden.dtype) and not is_recorded
+
+
 def run_layers(
     layers: Sequence[KernelLayer],
     hidden: Tensor,
     angles: tuple[Tensor, Tensor],
-    mask: Tensor,
+    mask: Tensor | None,
     slots: Sequence[CacheSlot],
 ) -> Tensor:
-    """Run layers one after the other for one new token of each sequence, which joins their caches.
+    """Run layers one after the other, for one new token of each sequence or for whole prompts; they join the caches.
 
     Args:
         layers: In order.
-        hidden: Shape (batch, 1, width).
-        angles: Cosines and sines of the position, each (batch or 1, 1, head size).
-        mask: Added to the scores, (batch or 1, 1, 1, positions); what lies behind the new token is not looked at.
+        hidden: Shape (batch, tokens, width).
+        angles: Cosines and sines of the positions, each (batch or 1, tokens, head size).
+        mask: For one token what is added to its scores, (batch or 1, 1, 1, positions); what lies behind it is not
+            looked at. None for prompts, which begin with empty caches and whose tokens attend to none behind them.
         slots: Of each layer that has attention; changed in place.
 
     Returns:
-        Shape (batch, 1, width).
+        Shape (batch, tokens, width).
     """
-    cos, sin = angles
-    found: Tensor = torch.ops.dse.decoder_layers(
-        hidden,
-        cos,
-        sin,
-        mask,
-        [slot.keys for slot in slots],
-        [slot.values for slot in slots],
-        [slot.length for slot in slots],
-        [layer.number for layer in layers],
-    )
+    keys, values = [slot.keys for slot in slots], [slot.values for slot in slots]
+    lengths, numbers = [slot.length for slot in slots], [layer.number for layer in layers]
+    found: Tensor
+    if mask is None:
+        found = torch.ops.dse.prefill_layers(hidden, *angles, keys, values, lengths, numbers)
+    else:
+        found = torch.ops.dse.decoder_layers(hidden, *angles, mask, keys, values, lengths, numbers)
     return found
 
 
@@ -165,10 +178,12 @@ def _attention(a: AttentionParts) -> tuple[list[Tensor], list[int], list[float]]
     tensors = [a.norm.weight, a.inputs.weights, a.inputs.layout, a.output.weights, a.output.layout]
     sizes = [a.inputs.out_features, a.inputs.scratch, a.output.scratch]
     sizes += [a.query_at, a.key_at, a.value_at, a.query_heads, a.heads, a.head_size]
+    sizes += [int(a.inputs.by_onednn), int(a.output.by_onednn)]
     return [*tensors, *(a.head_norms or ())], sizes, [a.norm.epsilon, a.scaling]
 
 
 def _mlp(m: MlpParts) -> tuple[list[Tensor], list[int], float]:
     tensors = [m.norm.weight, m.inputs.weights, m.inputs.layout, m.output.weights, m.output.layout]
     sizes = [m.inputs.out_features, m.inputs.scratch, m.output.scratch, m.gate_at, m.up_at, m.width]
+    sizes += [int(m.inputs.by_onednn), int(m.output.by_onednn)]
     return tensors, sizes, m.norm.epsilon

@@ -51,6 +51,7 @@ def kernel_problem() -> str:
         torch.library.register_fake("dse::chains")(_chains_shape)
         torch.library.register_fake("dse::attend")(_attend_shape)
         torch.library.register_fake("dse::decoder_layers")(_layers_shape)
+        torch.library.register_fake("dse::prefill_layers")(_layers_shape)
     except (_UnavailableError, OSError) as error:
         return " ".join(str(error).split())
     return ""

@@ -146,6 +146,7 @@ struct Group {
     at::Tensor weights;  // held, so that they outlive the group
     std::vector<std::vector<LayoutRow>> stages;
     int64_t in_features, out_features, scratch;
+    bool by_onednn = false;  // whether oneDNN is the faster library for many rows
 
     Piece piece(const LayoutRow &r, const Buffers &b) const {
         const float *numbers = weights.const_data_ptr<float>();

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dse.kernel import runs_in_kernel
 from dse.measurement.attention import grouped_attention_in_use
 from dse.measurement.execution import Execution, Generation, StaticExecution
 
@@ -39,7 +40,9 @@ class FastExecution(StaticExecution):
             # A cache allocates itself in its first pass, and would do so inside the program.
             super().prefill(generation)
             generation = super().begin(side)
-            self._programs["prefill", side] = _compiled(lambda tokens, cache: self._pass(tokens, cache), side)
+            program: Program = lambda tokens, cache: self._pass(tokens, cache)  # noqa: E731 - a code object of its own
+            # Where layers are the kernel's, nothing is left to be gained by compiling.
+            self._programs["prefill", side] = program if runs_in_kernel(self._model) else _compiled(program, side)
             generation.side = side
             self.prefill(generation)
             generation = super().begin(side)

@@ -1,88 +1,25 @@
-"""Decoder layers whose decode steps run as one call of the kernel, all layers of a model together.
+"""Decoder layers that the kernel can run as a whole, all layers of a model in one call.
 
-A layer is served where its class is known, its products have the kernel's form, and its step, run beside the layer's
-own on random numbers, gives the same. Anything else runs as it did: prefill, other caches, batches too large.
+A layer is served where its class is known and its products have the kernel's form; what the model then gives is
+compared with what it gave, as for all forms. Anything else runs as it did: other families, other caches, masks that
+hide more than the future, batches too large.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dse.kernel import AttentionParts, CacheSlot, KernelChains, KernelLayer, MlpParts, NormParts, run_layers, takes_step
+from dse.kernel import AttentionParts, KernelChains, KernelForward, KernelLayer, LayerRun, MlpParts, NormParts
 from dse.runtime.products import SharedLinear
 
-__all__ = ["LayerRun", "SteppedForward", "kernel_layer", "step_output", "stepped_layers"]
+__all__ = ["kernel_forwards", "kernel_layer", "pass_outputs"]
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Layers of `transformers` that compute what `dse/kernel/layer.h` does; known by name, and each is tried."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerRun:
-    """The layers of one model that run as one call.
-
-    Attributes:
-        layers: In order.
-        slots: Of each layer that has attention the number of its place in the cache.
-    """
-
-    layers: Sequence[KernelLayer]
-    slots: Sequence[int]
-
-
-class SteppedForward:
-    """Stands in for the `forward` of a decoder layer: decode steps over a static cache are the kernel's.
-
-    The first of a run computes for all of them, and the others hand on what they are given: whether a step is for the
-    kernel depends on nothing that changes from layer to layer.
-
-    Args:
-        layer: The layer, for all but decode steps.
-        run: All layers of its run.
-        is_first: Whether it is the one that computes.
-    """
-
-    def __init__(self, layer: nn.Module, run: LayerRun, *, is_first: bool) -> None:
-        self.layer = layer
-        self.run = run
-        self._is_first = is_first
-
-    def __call__(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        """Map (batch, tokens, width) to the same."""
-        plain = type(self.layer).forward
-        mask, angles = _additive(keywords.get("attention_mask"), hidden_states), keywords.get("position_embeddings")
-        if arguments or angles is None or not takes_step(hidden_states, mask):
-            return plain(self.layer, hidden_states, *arguments, **keywords)
-        slots = _slots(keywords.get("past_key_values"), self.run.slots)
-        if slots is None:
-            return plain(self.layer, hidden_states, **keywords)
-        assert mask is not None  # noqa: S101 - takes_step
-        return run_layers(self.run.layers, hidden_states, angles, mask, slots) if self._is_first else hidden_states
-
-
-def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool or hidden.shape[1] != 1:
-        return mask
-    return torch.where(mask, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
-
-
-def _slots(cache: Any, numbers: Sequence[int]) -> list[CacheSlot] | None:
-    """The places of a static cache; None where it is of another kind or not filled yet."""
-    layers: Sequence[Any] = getattr(cache, "layers", ())
-    found = []
-    for number in numbers:
-        if number >= len(layers):
-            return None
-        layer = layers[number]
-        if type(layer).__name__ != "StaticLayer" or not layer.is_initialized:
-            return None
-        found.append(CacheSlot(layer.keys, layer.values, layer.cumulative_length))
-    return found
 
 
 def kernel_layer(layer: nn.Module) -> KernelLayer | None:
@@ -169,7 +106,7 @@ def _shared(*linears: Any) -> tuple[KernelChains, list[int]]:
     return shared.kernel, [sum(shared.sizes[: linear.index]) for linear in linears]
 
 
-def stepped_layers(model: nn.Module, *, at_once: bool) -> list[SteppedForward]:
+def kernel_forwards(model: nn.Module, *, at_once: bool) -> list[KernelForward]:
     """What can take the place of the `forward` of a model's layers.
 
     Args:
@@ -185,16 +122,16 @@ def stepped_layers(model: nn.Module, *, at_once: bool) -> list[SteppedForward]:
             if known is not None:
                 run.append((layer, known))
             if run and (not at_once or (known is None and type(layer).__name__ != "PassedLayer")):
-                found += _stepped(run)
+                found += _forwards_of(run)
                 run = []
     return found
 
 
-def _stepped(run: Sequence[tuple[nn.Module, KernelLayer]]) -> list[SteppedForward]:
+def _forwards_of(run: Sequence[tuple[nn.Module, KernelLayer]]) -> list[KernelForward]:
     whole = LayerRun(
         [known for _, known in run], [_attention_slot(layer) for layer, known in run if known.has_attention]
     )
-    return [SteppedForward(layer, whole, is_first=i == 0) for i, (layer, _) in enumerate(run)]
+    return [KernelForward(layer, whole, is_first=i == 0) for i, (layer, _) in enumerate(run)]
 
 
 def _attention_slot(layer: Any) -> int:
@@ -202,17 +139,18 @@ def _attention_slot(layer: Any) -> int:
 
 
 @torch.inference_mode()
-def step_output(model: Any, tokens: Tensor) -> Tensor:
-    """Logits of the last of `tokens` (batch, tokens), taken as a decode step over a static cache of the others."""
+def pass_outputs(model: Any, tokens: Tensor) -> Tensor:
+    """Logits of `tokens` (batch, tokens): of all but the last as a prompt, of that as a decode step after it."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 1)  # one place stays empty, and masked
-    model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)
+    model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)  # a cache allocates itself in its first pass
+    cache.reset()  # type: ignore[no-untyped-call]
+    prompt = model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).logits
     mask = torch.zeros(tokens.shape[0], 1, 1, tokens.shape[1] + 1, dtype=model.dtype, device=tokens.device)
     mask[..., -1] = torch.finfo(model.dtype).min
     position = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
     output = model(
         input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=position
     )
-    logits: Tensor = output.logits
-    return logits
+    return torch.cat([prompt, output.logits], dim=1)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dse.errors import InvalidMeasurementError
-from dse.kernel import ChainMatrix, KernelChains
-from dse.runtime.decoder_layers import SteppedForward, step_output, stepped_layers
+from dse.kernel import ChainMatrix, KernelChains, KernelForward
+from dse.runtime.decoder_layers import kernel_forwards, pass_outputs
 from dse.runtime.matrices import MatrixModule, modules_by_input
 from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest
 from dse.runtime.products import Chain, Layout, Product, SharedLinear, SharedProduct
@@ -60,26 +60,26 @@ class Forms:
 
     Attributes:
         swaps: What takes the place of what.
-        steps: What takes the place of the `forward` of whole layers.
+        forwards: What takes the place of the `forward` of whole layers.
         merged: Paths of decomposed modules that run as one matrix, since their factors would take longer: they save
             neither time nor the bytes that their factors would.
     """
 
     swaps: list[_Swap] = field(default_factory=list)
-    steps: list[SteppedForward] = field(default_factory=list)
+    forwards: list[KernelForward] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
 
     def put(self) -> None:
         """Put the forms into the model."""
         for swap in self.swaps:
             setattr(swap.parent, swap.attribute, swap.form)
-        for step in self.steps:
-            step.layer.forward = step
+        for forward in self.forwards:
+            forward.layer.forward = forward
 
     def remove(self) -> None:
         """Put the very same plain modules back."""
-        for step in self.steps:
-            vars(step.layer).pop("forward", None)
+        for forward in self.forwards:
+            vars(forward.layer).pop("forward", None)
         for swap in self.swaps:
             setattr(swap.parent, swap.attribute, swap.plain)
 
@@ -116,7 +116,7 @@ def build_forms(
             plain = model.get_submodule(matrix.path)
             forms.swaps.append(_Swap(model.get_submodule(parent), attribute, plain, form.train(plain.training)))
     _refuse_other_outputs(model, tokens, forms)
-    _let_kernel_step(model, tokens, forms, at_once=at_once)
+    _let_kernel_run(model, tokens, forms, at_once=at_once)
     return forms, weights
 
 
@@ -159,7 +159,7 @@ def _kernel(packed: PackedProducts, first: Product, chains: Sequence[Chain]) -> 
         )
         row += chain.given
         found.append([begin, *(_matrix(packed, product) for product in chain.products)])
-    return KernelChains(packed.flat, found)
+    return KernelChains(packed.flat, found, by_onednn=first.layout == "row_major_onednn")
 
 
 def _matrix(packed: PackedProducts, product: Product) -> ChainMatrix:
@@ -267,21 +267,21 @@ def _refuse_other_outputs(model: nn.Module, tokens: Tensor, forms: Forms) -> Non
         )
 
 
-def _let_kernel_step(model: nn.Module, tokens: Tensor, forms: Forms, *, at_once: bool) -> None:
+def _let_kernel_run(model: nn.Module, tokens: Tensor, forms: Forms, *, at_once: bool) -> None:
     """Let the kernel have whole layers where it gives what the layers give; otherwise leave them as they are."""
     forms.put()
     try:
-        found = stepped_layers(model, at_once=at_once)
+        found = kernel_forwards(model, at_once=at_once)
         if not found:
             return
-        expected = step_output(model, tokens)
-        forms.steps = found
+        expected = pass_outputs(model, tokens)
+        forms.forwards = found
         forms.put()
-        agrees = _deviation(step_output(model, tokens), expected) <= _TOLERANCE[torch.float32]
+        agrees = _deviation(pass_outputs(model, tokens), expected) <= _TOLERANCE[torch.float32]
     finally:
         forms.remove()
     if not agrees:
-        forms.steps = []
+        forms.forwards = []
 
 
 def _deviation(got: Tensor, expected: Tensor) -> float:
