@@ -2,7 +2,8 @@
 
 Beside `compile` it compiles prefill too, does not repeat the cache for query heads that share it, and drops the checks
 that `torch.compile` makes before every call: they walk every weight, which at batch 1 is a twentieth of a step, and
-here nothing they check can change. The weights' own layout is the caller's: `dse.runtime` puts it into the model.
+here nothing they check can change. The weights' own layout is the caller's: `dse.runtime` puts it into the model, and
+where it lets the kernel run whole layers, a step is one call in a small program, and prefill needs none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Program = Callable[[Tensor, Any], Tensor]
 
 
 class FastExecution(StaticExecution):
-    """Prefill and decode step compiled, once for each side."""
+    """Prefill and decode step compiled, once for each side; prefill only where layers are not the kernel's."""
 
     mode = "fast"
 
@@ -34,7 +35,7 @@ class FastExecution(StaticExecution):
 
     @torch.inference_mode()
     def begin(self, side: str) -> Generation:
-        """See `Execution.begin`; compiles the prefill of `side` the first time, which takes up to a minute."""
+        """See `Execution.begin`; compiles the prefill of `side` the first time, which may take a minute."""
         generation = super().begin(side)
         if ("prefill", side) not in self._programs:
             # A cache allocates itself in its first pass, and would do so inside the program.

@@ -37,8 +37,8 @@ def kernel_layer(layer: nn.Module) -> KernelLayer | None:
         attention, mlp = _attention(layer), _mlp(layer)
     except _UnknownError:
         return None
-    width = _norm(layer.input_layernorm if attention else layer.post_attention_layernorm).weight.shape[0]
-    return KernelLayer(attention, mlp, width)
+    norm = attention.norm if attention is not None else mlp.norm if mlp is not None else None
+    return None if norm is None else KernelLayer(attention, mlp, norm.weight.shape[0])
 
 
 class _UnknownError(Exception):
