@@ -29,6 +29,7 @@ _REFERENCE = (1024, 1024)
 """(out_features, in_features) of the product that all others are timed beside."""
 
 _TURNS = 7
+_SPREAD = 1.1
 _PASSES = 5
 _MOST_PASSES = 25
 _AGREEMENT = 1.05
@@ -267,15 +268,25 @@ class ProductTimings:
 def _ratios_by_turns(
     measures: Mapping[Layout, Callable[[], float]], reference: Callable[[], float]
 ) -> dict[Layout, float]:
-    """The median ratio of each to the reference, which is measured right before and right after it."""
+    """The median ratio of each to the reference, which is measured right before and right after it.
+
+    Of more turns while ratios are far apart: then other work came and went between them.
+    """
     ratios: dict[Layout, list[float]] = {name: [] for name in measures}
     before = reference()
-    for _ in range(_TURNS):
+    for turn in range(1, _MOST_PASSES + 1):
         for name, measure in measures.items():
             seconds, after = measure(), reference()
             ratios[name].append(seconds / ((before + after) / 2))
             before = after
+        if turn >= _TURNS and all(map(_is_settled, ratios.values())):
+            break
     return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def _is_settled(ratios: Sequence[float]) -> bool:
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return high <= _SPREAD * low
 
 
 def _least_by_turns(measures: Mapping[Layout, Callable[[], float]]) -> dict[Layout, float]:
