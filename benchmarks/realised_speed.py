@@ -8,10 +8,11 @@ Kinds: `ranks`, every matrix at the same fraction; `stacks`, the same with query
 half by removed blocks; with a sensitivity profile `allocated`, least damage for the parameters, and `timed`, least
 damage for the time that the device profile predicts, at the same reduction.
 
-Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, whole layers by the
-kernel or else compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the plain dense model. The ideal
-is the ratio of FLOPs in prefill and of the bytes read in decode (weights and the cache). `share` is the gain that was
-measured, 1 - ratio, over the ideal one. Factors are random: their values do not change the time.
+Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, whole layers by
+the kernel, or else both phases compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the
+plain dense model. The ideal is the ratio of FLOPs in prefill and of the bytes read in decode (weights and the cache).
+`share` is the gain that was measured, 1 - ratio, over the ideal one. Factors are random: their values do not change the
+time.
 A table for people; one JSON document as the last line for machines. Exits 1 where a point is slower than dense by more
 than its interval.
 """

@@ -23,9 +23,9 @@ from dse.measurement.environment import device_description
 from dse.runtime.onednn import has_onednn, linear_by_onednn
 from dse.runtime.products import LAYOUTS, Layout
 
-__all__ = ["ProductShape", "ProductTimings", "TimingConditions"]
+__all__ = ["REFERENCE", "ProductShape", "ProductTimings", "TimingConditions"]
 
-_REFERENCE = (1024, 1024)
+REFERENCE = (1024, 1024)
 """(out_features, in_features) of the product that all others are timed beside."""
 
 _TURNS = 7
@@ -166,8 +166,18 @@ class ProductTimings:
 
     def best_layout_of(self, counts: Mapping[ProductShape, int]) -> Layout:
         """The layout of a weight that several products share, each taken so often."""
-        seconds = {layout: self.total_seconds(counts, layout) for layout in self.layouts}
-        best = min(self.layouts, key=seconds.__getitem__)
+        by_row = self.row_layout(max(shape.rows for shape in counts))
+        rows, columns = (self.total_seconds(counts, layout) for layout in (by_row, "column_major"))
+        return "column_major" if columns < _CLEARLY_FASTER * rows else by_row
+
+    def row_layout(self, rows: int) -> Layout:
+        """Which of the two that lie row by row, by the reference product alone: the better library is the machine's.
+
+        Shape by shape, chance would choose now and then.
+        """
+        reference = ProductShape(rows, *REFERENCE)
+        seconds = {layout: self.seconds(reference, layout) for layout in self.layouts if layout != "column_major"}
+        best = min(seconds, key=seconds.__getitem__)
         return best if seconds[best] < _CLEARLY_FASTER * seconds["row_major"] else "row_major"
 
     def total_seconds(self, counts: Mapping[ProductShape, int], layout: Layout) -> float:
@@ -200,7 +210,7 @@ class ProductTimings:
         A machine shared with other work is faster in one minute than in the next, by more than layouts or ranks
         differ. So what is kept is the ratio to that product, times its own seconds when it was timed first.
         """
-        reference = ProductShape(shape.rows, *_REFERENCE)
+        reference = ProductShape(shape.rows, *REFERENCE)
         passes = self._passes(shape)
         key = reference.key("row_major")
         if shape == reference or key not in self._seconds:
@@ -228,7 +238,7 @@ class ProductTimings:
             chosen = [(begin + index) % len(weights) for index in range(count)]
             begin += count
             multiply = self._products(weights, chosen, shape, layout)
-            return stopwatch.time(lambda: [product(given) for product in multiply] and None)[1] / count
+            return stopwatch.time(lambda: _multiply(multiply, given))[1] / count
 
         passes: dict[Layout, Callable[[], float]] = {}
         for layout in self.layouts:
@@ -298,6 +308,11 @@ def _least_by_turns(measures: Mapping[Layout, Callable[[], float]]) -> dict[Layo
         if turn >= _PASSES and all(values[1] <= _AGREEMENT * values[0] for values in found.values()):
             break
     return {name: values[0] for name, values in found.items()}
+
+
+def _multiply(products: Sequence[Callable[[Tensor], Tensor]], given: Tensor) -> None:
+    for product in products:
+        product(given)  # nothing is kept: fresh memory for every result would cost as much as some products
 
 
 def _by_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
