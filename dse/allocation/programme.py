@@ -142,7 +142,10 @@ class _Programme:
 
     def solve(self, budgets: dict[str, float]) -> Allocation:
         """See `allocate`."""
-        rows = [_Row.of(self._use(name), self._unit_of, value - self._base(name)) for name, value in budgets.items()]
+        rows = [
+            _Row.of(self._use(name), self._unit_of, value - self._base(name), whole=value)
+            for name, value in budgets.items()
+        ]
         rows += self._removal_rows()
         scale = _OBJECTIVE_SCALE / max(float(np.abs(self._damage).max(initial=0.0)), 1e-300)
         among = self._possible(rows)
@@ -294,8 +297,11 @@ class _Row:
     slack: float
 
     @classmethod
-    def of(cls, use: NDArray[np.float64], unit_of: NDArray[np.int64], limit: float) -> _Row:
-        """Coefficients reach up to a hundred, so that the solver's tolerance (1e-6) is below a single unit."""
+    def of(cls, use: NDArray[np.float64], unit_of: NDArray[np.int64], limit: float, *, whole: float = 0.0) -> _Row:
+        """Coefficients reach up to a hundred, so that the solver's tolerance (1e-6) is below a single unit.
+
+        `whole` is what `limit` is a difference of, whose rounding it has: microseconds left of ten seconds.
+        """
         least = np.full(int(unit_of.max(initial=-1)) + 1, np.inf)
         np.minimum.at(least, unit_of, use)
         above, room = use - least[unit_of], limit - float(least.sum())
@@ -303,7 +309,7 @@ class _Row:
         if bool((use == np.floor(use)).all()):
             unit = max(1, int(np.gcd.reduce(above.astype(np.int64), initial=0)))
             return cls(above, room, divisor, unit, 0.0)
-        return cls(above, room, divisor, 0, 1e-12 * float(use.sum()))
+        return cls(above, room, divisor, 0, 1e-12 * max(float(use.sum()), whole))
 
     @property
     def bound(self) -> float:
