@@ -11,8 +11,6 @@
 
 #include "attention.h"
 
-constexpr int64_t NONE = -1;
-
 struct Norm {
     at::Tensor weight;
     float epsilon;

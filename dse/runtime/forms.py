@@ -8,6 +8,7 @@ its plain form before the forms are used.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -268,7 +269,7 @@ def _refuse_other_outputs(model: nn.Module, tokens: Tensor, forms: Forms) -> Non
 
 
 def _let_kernel_run(model: nn.Module, tokens: Tensor, forms: Forms, *, at_once: bool) -> None:
-    """Let the kernel have whole layers where it gives what the layers give; otherwise leave them as they are."""
+    """Let the kernel have whole layers where it gives what the layers give; otherwise leave them, and say so."""
     forms.put()
     try:
         found = kernel_forwards(model, at_once=at_once)
@@ -277,11 +278,17 @@ def _let_kernel_run(model: nn.Module, tokens: Tensor, forms: Forms, *, at_once: 
         expected = pass_outputs(model, tokens)
         forms.forwards = found
         forms.put()
-        agrees = _deviation(pass_outputs(model, tokens), expected) <= _TOLERANCE[torch.float32]
+        deviation, allowed = _deviation(pass_outputs(model, tokens), expected), _TOLERANCE[torch.float32]
     finally:
         forms.remove()
-    if not agrees:
+    if not deviation <= allowed:  # not-a-number is no agreement
         forms.forwards = []
+        warnings.warn(
+            f"the layers of {type(model).__name__} run as its own, slower than they could: in the kernel their outputs "
+            f"must agree within {allowed:g} of the largest, but differ by {deviation:.2g}; set DSE_KERNEL=off to "
+            f"compare it so with other points",
+            stacklevel=2,
+        )
 
 
 def _deviation(got: Tensor, expected: Tensor) -> float:

@@ -30,6 +30,8 @@ REFERENCE = (1024, 1024)
 
 _TURNS = 7
 _SPREAD = 1.1
+"""Ratios are settled once their upper quartile is at most so many times the lower one."""
+
 _PASSES = 5
 _MOST_PASSES = 25
 _AGREEMENT = 1.05
