@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from dse.config._section import Section
+from dse.defaults import CALIBRATION_TOKENS
 
 __all__ = ["CalibrationConfig", "CalibrationSource"]
 
@@ -37,6 +38,6 @@ class CalibrationConfig(Section):
         [CalibrationSource(builtin="general", weight=1.0)],
         min_length=1,
     )
-    tokens: int = Field(16384, ge=64)
+    tokens: int = Field(CALIBRATION_TOKENS, ge=64)
     window: int = Field(512, ge=8, description="tokens per sequence")
     seed: int = Field(0, ge=0)

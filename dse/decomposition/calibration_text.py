@@ -18,15 +18,12 @@ from dse.models import context_tokens
 
 __all__ = [
     "BUILTIN_TEXTS",
-    "DEFAULT_TOKENS",
     "CalibrationWindows",
     "calibration_windows",
     "held_out_windows",
     "longest_window",
     "named_calibration",
 ]
-
-DEFAULT_TOKENS = 12288
 
 _DATA = Path(__file__).resolve().parent.parent / "data" / "calibration"
 _HELD_OUT_TEXT = _DATA.parent / "general_heldout.txt"

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from dse.cost import check_point, has_core
-from dse.decomposition.calibration_text import (
-    DEFAULT_TOKENS,
-    CalibrationWindows,
-    longest_window,
-    named_calibration,
-)
+from dse.decomposition.calibration_text import CalibrationWindows, longest_window, named_calibration
 from dse.decomposition.expert_factors import TuckerFactors
 from dse.decomposition.expert_surgery import dense_experts
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
@@ -29,6 +24,7 @@ from dse.decomposition.methods import METHODS, factorise
 from dse.decomposition.refitted_point import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
 from dse.decomposition.stacked import StackedLinear
 from dse.decomposition.tucker import tucker_of_experts
+from dse.defaults import CALIBRATION_TOKENS
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import CalibrationError, PointError, StorageFullError
 from dse.files import cache_dir, disk_errors
@@ -97,7 +93,7 @@ class FactorBank:
         """
         if isinstance(calibration, str):
             calibration = named_calibration(
-                loaded.tokenizer, calibration, tokens=DEFAULT_TOKENS, longest_window=longest_window(loaded.model)
+                loaded.tokenizer, calibration, tokens=CALIBRATION_TOKENS, longest_window=longest_window(loaded.model)
             )
         wanted = requests if isinstance(requests, Mapping) else requests_of_points(requests)
         root = folder or cache_dir() / "factor_banks"

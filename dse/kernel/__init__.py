@@ -1,7 +1,7 @@
 """The kernel for a CPU: whole decoder layers, products of few rows by large weights, attention over a cache."""
 
 from dse.kernel.attend import attend, can_attend
-from dse.kernel.chains import FEW_ROWS, ChainMatrix, KernelChains
+from dse.kernel.chains import FEW_ROWS, ChainMatrix, KernelChains, ManyRows
 from dse.kernel.forward import KernelForward, LayerRun, runs_in_kernel
 from dse.kernel.layers import (
     AttentionParts,
@@ -26,6 +26,7 @@ __all__ = [
     "KernelForward",
     "KernelLayer",
     "LayerRun",
+    "ManyRows",
     "MlpParts",
     "NormParts",
     "attend",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dse.kernel.library import has_kernel, is_supported
 
-__all__ = ["FEW_ROWS", "ChainMatrix", "KernelChains"]
+__all__ = ["FEW_ROWS", "ChainMatrix", "KernelChains", "ManyRows"]
+
+ManyRows = Literal["torch", "onednn", "panels"]
+"""What multiplies many rows: the library that torch uses, the other one that it carries, or `dse/kernel/panels.h`."""
 
 FEW_ROWS = 16
 """Most rows that the kernel is asked for: up to 32 it is faster than a matrix library or level, at 64 slower."""
@@ -39,19 +43,19 @@ class KernelChains:
     Args:
         weights: All matrices and biases, a flat tensor: one place in memory, read from one end to the other.
         chains: The matrices of each chain in order, as parts of `weights`.
-        by_onednn: See below.
+        many: See below.
 
     Attributes:
         weights: As given.
         layout: What the kernel calls a layout: eight integers for each product, by stage.
         out_features: Numbers in a row of the results.
         scratch: Numbers in a row of what lies between the first and the last matrices.
-        by_onednn: Whether whole layers multiply many rows by oneDNN (`dse/kernel/prefill.h`).
+        many: What multiplies many rows in whole layers (`dse/kernel/prefill.h`).
     """
 
-    def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]], *, by_onednn: bool = False) -> None:
+    def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]], *, many: ManyRows = "torch") -> None:
         self.weights = weights
-        self.by_onednn = by_onednn
+        self.many = many
         self.out_features = sum(chain[-1].rows for chain in chains)
         self.scratch = sum(matrix.rows for chain in chains for matrix in chain[:-1])
         self.layout = torch.tensor(_layout(chains), dtype=torch.long)
@@ -75,11 +79,16 @@ class KernelChains:
         """Whether the kernel is here and knows the type of these weights."""
         return is_supported(weights.device, weights.dtype) and weights.is_contiguous() and has_kernel()
 
-    @staticmethod
-    def takes(x: Tensor) -> bool:
-        """Whether the kernel is for this input: few rows, of which nobody asks for gradients."""
+    @property
+    def many_number(self) -> int:
+        """`many` as the kernel counts."""
+        return get_args(ManyRows).index(self.many)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel is for this input: few rows, or any by panels, of which nobody asks for gradients."""
         is_recorded = torch.is_grad_enabled() and x.requires_grad
-        return not is_recorded and is_supported(x.device, x.dtype) and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        is_wanted = 0 < x.numel() <= FEW_ROWS * x.shape[-1] or (self.many == "panels" and x.numel() > 0)
+        return is_wanted and not is_recorded and is_supported(x.device, x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., the results of all chains)."""

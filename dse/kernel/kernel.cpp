@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "chains.h"
 #include "layer.h"
 #include "prefill.h"
 #include "products.h"

@@ -248,7 +248,7 @@ static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_siz
         block->norm = norm_of(attention[0], attention_numbers[0], width);
         block->inputs = group_of(attention[1], attention[2], width, n[0], n[1]);
         block->output = group_of(attention[3], attention[4], query_heads * size, width, n[2]);
-        block->inputs.by_onednn = n[9] != 0, block->output.by_onednn = n[10] != 0;
+        block->inputs.many = many_rows(n[9]), block->output.many = many_rows(n[10]);
         block->query_at = n[3], block->key_at = n[4], block->value_at = n[5];
         TORCH_CHECK(lies_within(n[3], query_heads * size, n[0]) && lies_within(n[4], heads * size, n[0]) &&
                         lies_within(n[5], heads * size, n[0]),
@@ -268,7 +268,7 @@ static int64_t new_layer(at::TensorList attention, at::IntArrayRef attention_siz
         block->norm = norm_of(mlp[0], mlp_epsilon, width);
         block->inputs = group_of(mlp[1], mlp[2], width, n[0], n[1]);
         block->output = group_of(mlp[3], mlp[4], n[5], width, n[2]);
-        block->inputs.by_onednn = n[6] != 0, block->output.by_onednn = n[7] != 0;
+        block->inputs.many = many_rows(n[6]), block->output.many = many_rows(n[7]);
         block->gate_at = n[3], block->up_at = n[4], block->width = n[5];
         TORCH_CHECK(lies_within(n[3], n[5], n[0]) && lies_within(n[4], n[5], n[0]),
                     "gate and up must lie within what is multiplied");

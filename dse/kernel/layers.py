@@ -178,12 +178,12 @@ def _attention(a: AttentionParts) -> tuple[list[Tensor], list[int], list[float]]
     tensors = [a.norm.weight, a.inputs.weights, a.inputs.layout, a.output.weights, a.output.layout]
     sizes = [a.inputs.out_features, a.inputs.scratch, a.output.scratch]
     sizes += [a.query_at, a.key_at, a.value_at, a.query_heads, a.heads, a.head_size]
-    sizes += [int(a.inputs.by_onednn), int(a.output.by_onednn)]
+    sizes += [a.inputs.many_number, a.output.many_number]
     return [*tensors, *(a.head_norms or ())], sizes, [a.norm.epsilon, a.scaling]
 
 
 def _mlp(m: MlpParts) -> tuple[list[Tensor], list[int], float]:
     tensors = [m.norm.weight, m.inputs.weights, m.inputs.layout, m.output.weights, m.output.layout]
     sizes = [m.inputs.out_features, m.inputs.scratch, m.output.scratch, m.gate_at, m.up_at, m.width]
-    sizes += [int(m.inputs.by_onednn), int(m.output.by_onednn)]
+    sizes += [m.inputs.many_number, m.output.many_number]
     return tensors, sizes, m.norm.epsilon

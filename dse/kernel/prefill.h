@@ -8,7 +8,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 
-#include "layer.h"
+#include "panel_layers.h"
 
 // Some columns of a group's results or of its scratch, (rows, columns), as a tensor of their own.
 struct Part {
@@ -29,8 +29,8 @@ struct Columns {
 };
 
 static at::Tensor multiplied(const at::Tensor &x, const at::Tensor &weight, const std::optional<at::Tensor> &bias,
-                             bool by_onednn) {
-    if (!by_onednn) return at::linear(x, weight, bias);
+                             ManyRows many) {
+    if (many != ManyRows::onednn) return at::linear(x, weight, bias);
     static const c10::OperatorHandle product =
         c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "");
     std::vector<c10::IValue> stack = {x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), ""};
@@ -84,7 +84,7 @@ static std::vector<Part> products(const Group &group, const at::Tensor &x) {
             if (whole.bias_at >= 0) bias = flat.narrow(0, whole.bias_at, whole.rows);
             const bool is_result = whole.scratch_at < 0;
             parts.push_back({is_result, is_result ? whole.result_at : whole.scratch_at, whole.rows,
-                             multiplied(source, weight, bias, group.by_onednn).contiguous()});
+                             multiplied(source, weight, bias, group.many).contiguous()});
         }
     return parts;
 }
@@ -148,6 +148,28 @@ static void mlp_of_prompt(const MlpBlock &m, float *hidden, const at::Tensor &no
     each_row(rows, [&](int64_t row) { add(hidden + row * width, delta.row(row), width); });
 }
 
+static bool is_by_panels(const Layer &layer) {
+    auto is = [](const auto &block) {
+        return !block || (block->inputs.many == ManyRows::panels && block->output.many == ManyRows::panels);
+    };
+    return is(layer.attention) && is(layer.mlp);
+}
+
+static void layers_by_libraries(const std::vector<std::shared_ptr<const Layer>> &layers, const std::vector<Step> &steps,
+                                at::TensorList keys, at::TensorList values, const at::Tensor &y, int64_t tokens) {
+    const int64_t width = y.size(-1);
+    const at::Tensor normed = at::empty({y.numel() / width, width}, y.options());
+    float *hidden = y.mutable_data_ptr<float>();
+    size_t slot = 0;
+    for (const auto &layer : layers) {
+        if (layer->attention) {
+            attention_of_prompt(*layer->attention, steps[slot], keys[slot], values[slot], hidden, normed, tokens);
+            slot++;
+        }
+        if (layer->mlp) mlp_of_prompt(*layer->mlp, hidden, normed);
+    }
+}
+
 // Like `decoder_layers`, for hidden (batch, tokens, width) with an empty cache, every token attending to itself and to
 // those before it; cos and sin are (batch or 1, tokens, head size).
 static at::Tensor prefill_layers(const at::Tensor &hidden, const at::Tensor &cos, const at::Tensor &sin,
@@ -156,23 +178,25 @@ static at::Tensor prefill_layers(const at::Tensor &hidden, const at::Tensor &cos
     TORCH_CHECK(hidden.dim() == 3 && hidden.scalar_type() == at::kFloat,
                 "hidden states must be float32, of three dimensions");
     const int64_t batch = hidden.size(0), tokens = hidden.size(1), width = hidden.size(2);
-    const at::Tensor y = hidden.clone(at::MemoryFormat::Contiguous),
-                     normed = at::empty({batch * tokens, width}, y.options());
+    const at::Tensor y = hidden.clone(at::MemoryFormat::Contiguous);
     const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
-    size_t slot = 0;
+    std::vector<std::shared_ptr<const Layer>> held;
+    std::vector<Step> steps;
     for (const int64_t number : numbers) {
-        const auto layer = layers().get(number);
-        TORCH_CHECK(layer->width == width, "layer ", number, " has width ", layer->width, ", but got ", width);
-        if (layer->attention) {
-            const AttentionBlock &a = *layer->attention;
-            TORCH_CHECK(slot < keys.size() && slot < values.size() && slot < lengths.size(), "a cache is missing");
-            const Step step = step_of(a, keys[slot], values[slot], lengths[slot], cosines, sines, batch, tokens);
-            TORCH_CHECK(step.position == 0, "the cache must be empty");
-            attention_of_prompt(a, step, keys[slot], values[slot], y.mutable_data_ptr<float>(), normed, tokens);
-            *lengths[slot].mutable_data_ptr<int64_t>() = tokens;
-            slot++;
-        }
-        if (layer->mlp) mlp_of_prompt(*layer->mlp, y.mutable_data_ptr<float>(), normed);
+        held.push_back(layers().get(number));
+        const Layer &layer = *held.back();
+        TORCH_CHECK(layer.width == width, "layer ", number, " has width ", layer.width, ", but got ", width);
+        if (!layer.attention) continue;
+        const size_t slot = steps.size();
+        TORCH_CHECK(slot < keys.size() && slot < values.size() && slot < lengths.size(), "a cache is missing");
+        steps.push_back(
+            step_of(*layer.attention, keys[slot], values[slot], lengths[slot], cosines, sines, batch, tokens));
+        TORCH_CHECK(steps.back().position == 0, "the cache must be empty");
     }
+    if (std::all_of(held.begin(), held.end(), [](const auto &layer) { return is_by_panels(*layer); }))
+        layers_of_panels(held, steps, {batch, tokens}, width, y.const_data_ptr<float>(), y.mutable_data_ptr<float>());
+    else
+        layers_by_libraries(held, steps, keys, values, y, tokens);
+    for (size_t slot = 0; slot < steps.size(); slot++) *lengths[slot].mutable_data_ptr<int64_t>() = tokens;
     return y;
 }

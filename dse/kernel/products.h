@@ -141,12 +141,15 @@ struct Buffers {
     Operand input, scratch, result;
 };
 
+// What multiplies many rows; numbered as in `KernelChains`.
+enum class ManyRows : int64_t { torch, onednn, panels };
+
 // Products that follow from one input, by stage: those of a stage read what earlier ones wrote.
 struct Group {
     at::Tensor weights;  // held, so that they outlive the group
     std::vector<std::vector<LayoutRow>> stages;
     int64_t in_features, out_features, scratch;
-    bool by_onednn = false;  // whether oneDNN is the faster library for many rows
+    ManyRows many = ManyRows::torch;
 
     Piece piece(const LayoutRow &r, const Buffers &b) const {
         const float *numbers = weights.const_data_ptr<float>();
@@ -159,6 +162,11 @@ struct Group {
                                  : Operand{b.scratch.at + r.scratch_at, b.scratch.stride}};
     }
 };
+
+static ManyRows many_rows(int64_t number) {
+    TORCH_CHECK(number >= 0 && number <= 2, "many rows are multiplied in one of three ways, but got ", number);
+    return (ManyRows)number;
+}
 
 static bool lies_within(int64_t at, int64_t size, int64_t whole) { return at >= 0 && size >= 0 && at + size <= whole; }
 
@@ -205,24 +213,4 @@ static void share(const Group &group, const Buffers &buffers, int64_t count, int
             start += p.rows * p.columns;
         }
     }
-}
-
-// Chains of products that begin with one input x (..., columns): every matrix of `weights`, which is one flat tensor,
-// is multiplied as its row of `layout` says. Returns (..., out_features), the results of all chains side by side.
-static at::Tensor chains(const at::Tensor &given, const at::Tensor &weights, const at::Tensor &layout,
-                         int64_t out_features, int64_t scratch) {
-    TORCH_CHECK(given.scalar_type() == at::kFloat, "the input must be float32");
-    const at::Tensor x = given.contiguous();
-    const int64_t in_features = x.size(-1), count = x.numel() / in_features;
-    const Group group = group_of(weights, layout, in_features, out_features, scratch);
-    auto sizes = x.sizes().vec();
-    sizes.back() = out_features;
-    const at::Tensor y = at::empty(sizes, x.options());
-    const std::unique_ptr<float[]> between(scratch ? new float[count * scratch] : nullptr);
-    const Buffers buffers = {{const_cast<float *>(x.const_data_ptr<float>()), in_features},
-                             {between.get(), scratch},
-                             {y.mutable_data_ptr<float>(), out_features}};
-#pragma omp parallel num_threads(at::get_num_threads())
-    share(group, buffers, count, omp_get_thread_num(), omp_get_num_threads());
-    return y;
 }

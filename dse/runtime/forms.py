@@ -20,7 +20,7 @@ from dse.kernel import ChainMatrix, KernelChains, KernelForward
 from dse.runtime.decoder_layers import kernel_forwards, pass_outputs
 from dse.runtime.matrices import MatrixModule, modules_by_input
 from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest
-from dse.runtime.products import Chain, Layout, Product, SharedLinear, SharedProduct
+from dse.runtime.products import MANY_ROWS, Chain, Layout, Product, SharedLinear, SharedProduct
 
 __all__ = ["FormChoice", "Forms", "build_forms"]
 
@@ -160,7 +160,7 @@ def _kernel(packed: PackedProducts, first: Product, chains: Sequence[Chain]) -> 
         )
         row += chain.given
         found.append([begin, *(_matrix(packed, product) for product in chain.products)])
-    return KernelChains(packed.flat, found, by_onednn=first.layout == "row_major_onednn")
+    return KernelChains(packed.flat, found, many=MANY_ROWS[first.layout])
 
 
 def _matrix(packed: PackedProducts, product: Product) -> ChainMatrix:

@@ -9,15 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dse.kernel import FEW_ROWS, KernelChains
+from dse.kernel import FEW_ROWS, KernelChains, ManyRows
 from dse.runtime.onednn import linear_by_onednn
 
 __all__ = ["LAYOUTS", "Chain", "Layout", "Product", "SharedLinear", "SharedProduct"]
 
-Layout = Literal["row_major", "column_major", "row_major_onednn"]
-LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major", "row_major_onednn")
+Layout = Literal["row_major", "column_major", "row_major_onednn", "row_major_panels"]
+LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major", "row_major_onednn", "row_major_panels")
 """How a weight (out_features, in_features) lies in memory: row by row, as `nn.Linear` holds it, or column by column; or
-row by row, and multiplied by oneDNN where rows of the input are many."""
+row by row, and multiplied by oneDNN or by the panels of `dse.kernel` where rows of the input are many."""
+
+MANY_ROWS: dict[Layout, ManyRows] = {
+    "row_major": "torch",
+    "row_major_onednn": "onednn",
+    "row_major_panels": "panels",
+}
+"""What multiplies many rows by weights that lie row by row."""
 
 
 class Product(nn.Module):

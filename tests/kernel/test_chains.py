@@ -55,7 +55,7 @@ def chain_shapes(draw):
 
 @needs_compiler
 @settings(max_examples=150, deadline=None)
-@given(chain_shapes(), st.integers(1, FEW_ROWS), st.sampled_from([1, 2, 3, 7]))
+@given(chain_shapes(), st.integers(1, FEW_ROWS) | st.integers(FEW_ROWS + 1, 200), st.sampled_from([1, 2, 3, 7]))
 def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
     flat, places = packed(chains)
     x = torch.randn(rows, 1, chains[0][0][1])
@@ -66,6 +66,22 @@ def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), one_by_one(flat, places, x), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 65])
+def test_long_sums_lose_no_more_than_those_of_a_library(rows):
+    """Numbers added up one after the other; a large one among them must not swallow the others."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(7, 3000), torch.randn(rows, 3000)
+    x[:, 1] *= 1e4
+    expected = x.double() @ weight.double().T
+    found = KernelChains(weight.view(-1), [[ChainMatrix(7, 3000, 0)]])(x)
+
+    def deviation(result):
+        return float((result.double() - expected).abs().max())
+
+    assert deviation(found) <= 4 * deviation(x @ weight.T)
 
 
 @needs_compiler
@@ -90,13 +106,17 @@ def test_a_layout_that_points_outside_its_tensors_is_refused(column):
 
 
 def test_what_the_kernel_is_not_asked_for():
-    assert KernelChains.takes(torch.randn(FEW_ROWS, 4))
-    assert not KernelChains.takes(torch.randn(FEW_ROWS + 1, 4))
-    assert not KernelChains.takes(torch.randn(0, 4))
-    assert not KernelChains.takes(torch.randn(1, 4, dtype=torch.bfloat16))
-    assert not KernelChains.takes(torch.randn(1, 4, requires_grad=True))
-    with torch.no_grad():
-        assert KernelChains.takes(torch.randn(1, 4, requires_grad=True))
+    chains = KernelChains(*packed([[(3, 4, False)]]))
+    assert chains.takes(torch.randn(FEW_ROWS, 4))
+    assert not chains.takes(torch.randn(FEW_ROWS + 1, 4))
+    for many in ("torch", "panels"):
+        chains.many = many
+        assert chains.takes(torch.randn(FEW_ROWS + 1, 4)) == (many == "panels")
+        assert not chains.takes(torch.randn(0, 4))
+        assert not chains.takes(torch.randn(1, 4, dtype=torch.bfloat16))
+        assert not chains.takes(torch.randn(1, 4, requires_grad=True))
+        with torch.no_grad():
+            assert chains.takes(torch.randn(1, 4, requires_grad=True))
     assert not KernelChains.is_for(torch.randn(8, dtype=torch.float64))
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dse.config import CalibrationConfig
+from dse.decomposition import calibration_windows, held_out_windows
+from dse.defaults import CALIBRATION_TOKENS
 from dse.errors import ModelError
 from dse.models import DEMO_MODELS, LoadedModel, demo_model_folder, load_model, load_topology
 from dse.models.demo import DemoFile, DemoModel
@@ -153,3 +156,10 @@ def test_smollm2_knows_the_capital_of_france(smollm2: LoadedModel) -> None:
     with torch.inference_mode():
         best = smollm2.model(**tokens).logits[0, -1].argmax()
     assert smollm2.tokenizer.decode([best]) == " Paris"
+
+
+@pytest.mark.real_model
+def test_defaults_of_calibration_suit_smollm2(smollm2: LoadedModel) -> None:
+    config = CalibrationConfig()
+    assert calibration_windows(smollm2.tokenizer, config).tokens == config.tokens == CALIBRATION_TOKENS
+    assert held_out_windows(smollm2.tokenizer, config, 512).numel() == 512

@@ -41,7 +41,7 @@ def tiny(family="llama", **changes):
             "num_attention_heads": 6,
             "num_key_value_heads": 2,
             "head_dim": 8,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": 800,
             "sliding_window": None,
             **changes,
         }
@@ -108,7 +108,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["row_major", "row_major_onednn"])
+@pytest.mark.parametrize("layout", ["row_major", "row_major_onednn", "row_major_panels"])
 @pytest.mark.parametrize("name", MODELS)
 def test_prompts_and_steps_are_those_of_the_model(name, layout):
     model = MODELS[name]()
@@ -131,6 +131,26 @@ def test_any_batch_length_and_number_of_threads(batch, prompt, steps, threads):
         torch.set_num_threads(before)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "factors and biases", "factors and head norms", "odd sizes"]),
+    batch=st.integers(1, 3),
+    prompt=st.integers(2, 140) | st.sampled_from([256, 257, 320, 600]),
+    threads=st.integers(1, 5),
+)
+def test_prompts_of_any_length_by_panels(name, batch, prompt, threads):
+    """Panels that are full and panels that are not, and more positions than are looked at in one go."""
+    model = MODELS[name]()
+    forms, _ = build_forms(model, as_it_lies("row_major_panels"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        agree(model, forms, tokens_of(batch, prompt + 2), prompt)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["row_major", "row_major_panels"])
 @pytest.mark.parametrize(
     "removed",
     [
@@ -140,11 +160,11 @@ def test_any_batch_length_and_number_of_threads(batch, prompt, steps, threads):
         ["layers.1.attention", "layers.1.mlp"],
     ],
 )
-def test_removed_blocks_are_passed_by(removed):
+def test_removed_blocks_are_passed_by(removed, layout):
     model = tiny()
     point = DesignPoint.of({name: TensorChoice.removal() for name in removed})
     apply_point(model, topology_of(model), point, None)
-    forms, _ = build_forms(model, as_it_lies())
+    forms, _ = build_forms(model, as_it_lies(layout))
     assert len(forms.forwards) == 3 - int(removed == ["layers.1.attention", "layers.1.mlp"])
     tokens = tokens_of(2, 9)
     expected = generated(model, tokens, 6)

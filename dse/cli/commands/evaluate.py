@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from dse.cli.commands._base import EXIT_OK, POINT_HELP, add_model, command, positive, print_json
+from dse.defaults import CALIBRATION_TOKENS
 
 __all__ = ["add"]
 
@@ -35,7 +36,13 @@ def add(commands: Any) -> None:
         default="general",
         help="for whitened methods: general, grammar, facts, python_docs, or a text file (general)",
     )
-    parser.add_argument("--calibration-tokens", type=positive, default=16384, metavar="N")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=positive,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help=f"how many of that text ({CALIBRATION_TOKENS})",
+    )
     parser.add_argument("--no-cache", action="store_true", help="evaluate anew, and keep nothing in the user's cache")
 
 

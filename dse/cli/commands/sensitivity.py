@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from dse.cli.commands._base import EXIT_OK, add_model, command, positive, print_json
+from dse.defaults import CALIBRATION_TOKENS
 
 __all__ = ["add", "add_allocate"]
 
@@ -88,7 +89,13 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
         default="general",
         help="for calibrated methods: general, grammar, facts, python_docs, or a text file (general)",
     )
-    parser.add_argument("--calibration-tokens", type=positive, default=16384, metavar="N")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=positive,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help=f"how many of that text ({CALIBRATION_TOKENS})",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<index>")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
 
