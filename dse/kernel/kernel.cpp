@@ -1,5 +1,5 @@
-// The operators of this package for a CPU: `chains`, `attend` and `decoder_layers` for decode steps,
-// and `prefill_layers` for prompts.
+// The operators of this package for a CPU: `chains` for products that follow from one input, `attend` and
+// `decoder_layers` for decode steps, and `prefill_layers` for prompts.
 #include <torch/library.h>
 
 #include "attention.h"

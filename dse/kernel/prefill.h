@@ -1,8 +1,8 @@
-// Decoder layers for a whole prompt: matrix libraries multiply, and what lies between their products runs row by row.
+// Decoder layers for a whole prompt: by panels (`panel_layers.h`), or, where a matrix library is clearly faster on the
+// machine, with its products, and row by row what lies between them.
 //
-// With many rows the products are most of the time, and there is no better kernel for them than the libraries'. What is
-// saved here is the rest: norms, rotations, activations and sums are one pass over memory each, attention looks at no
-// position behind its own, and nothing has to be compiled anew for every point.
+// Either way norms, rotations, activations and sums are one pass over memory each, attention looks at no position
+// behind its own, and nothing has to be compiled anew for every point.
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
