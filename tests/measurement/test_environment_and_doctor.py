@@ -52,7 +52,7 @@ def test_doctor_finds_what_is_here(cache):
     assert checks["cache folder"].status in ("ok", "note")
     assert str(cache) in checks["cache folder"].detail
     assert "bytes) free" in checks["cache folder"].detail
-    assert list(cache.iterdir()) == []  # the trial file is gone
+    assert {path.name for path in cache.iterdir()} <= {"kernels"}  # built for the check, if not before; no trial file
     (meter,) = find_meters(torch.device("cpu"))
     assert (checks["energy meter of cpu"].status == "ok") == meter.available
     assert checks["transformers"].status == "ok"
