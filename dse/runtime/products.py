@@ -12,7 +12,7 @@ from torch.nn import functional
 from dse.kernel import FEW_ROWS, KernelChains, ManyRows
 from dse.runtime.onednn import linear_by_onednn
 
-__all__ = ["LAYOUTS", "Chain", "Layout", "Product", "SharedLinear", "SharedProduct"]
+__all__ = ["LAYOUTS", "MANY_ROWS", "Chain", "Layout", "Product", "SharedLinear", "SharedProduct"]
 
 Layout = Literal["row_major", "column_major", "row_major_onednn", "row_major_panels"]
 LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major", "row_major_onednn", "row_major_panels")
