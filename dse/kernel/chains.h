@@ -15,14 +15,14 @@ static at::Tensor chains(const at::Tensor &given, const at::Tensor &weights, con
     auto sizes = x.sizes().vec();
     sizes.back() = out_features;
     const at::Tensor y = at::empty(sizes, x.options());
-    const std::unique_ptr<float[]> between(scratch ? new float[count * scratch] : nullptr);
-    const Buffers buffers = {{const_cast<float *>(x.const_data_ptr<float>()), in_features},
-                             {between.get(), scratch},
-                             {y.mutable_data_ptr<float>(), out_features}};
     if (count > FEW_ROWS) {
         chains_of_many(group, x.const_data_ptr<float>(), count, y.mutable_data_ptr<float>());
         return y;
     }
+    const std::unique_ptr<float[]> between(scratch ? new float[count * scratch] : nullptr);
+    const Buffers buffers = {{const_cast<float *>(x.const_data_ptr<float>()), in_features},
+                             {between.get(), scratch},
+                             {y.mutable_data_ptr<float>(), out_features}};
 #pragma omp parallel num_threads(at::get_num_threads())
     share(group, buffers, count, omp_get_thread_num(), omp_get_num_threads());
     return y;

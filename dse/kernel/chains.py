@@ -17,7 +17,7 @@ ManyRows = Literal["torch", "onednn", "panels"]
 """What multiplies many rows: the library that torch uses, the other one that it carries, or `dse/kernel/panels.h`."""
 
 FEW_ROWS = 16
-"""Most rows that the kernel is asked for: up to 32 it is faster than a matrix library or level, at 64 slower."""
+"""Most rows that count as few, as in `chains.h`: up to 32 it is faster than a matrix library or level, at 64 slower."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class KernelChains:
     Args:
         weights: All matrices and biases, a flat tensor: one place in memory, read from one end to the other.
         chains: The matrices of each chain in order, as parts of `weights`.
-        many: See below.
+        many: What multiplies many rows.
 
     Attributes:
         weights: As given.
         layout: What the kernel calls a layout: eight integers for each product, by stage.
         out_features: Numbers in a row of the results.
         scratch: Numbers in a row of what lies between the first and the last matrices.
-        many: What multiplies many rows in whole layers (`dse/kernel/prefill.h`).
+        many: As given. A call itself goes by panels; the libraries are for whole layers (`dse/kernel/prefill.h`).
     """
 
     def __init__(self, weights: Tensor, chains: Sequence[Sequence[ChainMatrix]], *, many: ManyRows = "torch") -> None:

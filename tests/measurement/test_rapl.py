@@ -16,7 +16,7 @@ from dse.errors import InvalidMeasurementError, MeterUnavailableError
 from dse.measurement import LatencySpec, RaplMeter, find_meters, measure_energy, open_meter
 
 CPU = torch.device("cpu")
-RANGE_UJ = 40_000_000
+RANGE_UJ = 4_000_000_000  # so far that a thread which was kept waiting does not wrap by chance
 SOURCE = "RAPL counters of the packages and their DRAM"
 
 

@@ -8,12 +8,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from dse.defaults import CALIBRATION_TOKENS
+
 __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_NOTHING_FITS",
     "EXIT_OK",
     "EXIT_USER_ERROR",
     "POINT_HELP",
+    "add_calibration",
     "add_model",
     "command",
     "plain",
@@ -51,6 +54,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="REF", help=_MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow Python code that comes with the model")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the text of calibrated methods."""
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        default="general",
+        help="for calibrated methods: general, grammar, facts, python_docs, or a text file (general)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=positive,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help=f"how many of that text ({CALIBRATION_TOKENS})",
+    )
 
 
 def positive(text: str) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dse.cli.commands._base import EXIT_OK, POINT_HELP, add_model, command, positive, print_json
-from dse.defaults import CALIBRATION_TOKENS
+from dse.cli.commands._base import EXIT_OK, POINT_HELP, add_calibration, add_model, command, positive, print_json
 
 __all__ = ["add"]
 
@@ -30,19 +29,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<index>")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        default="general",
-        help="for whitened methods: general, grammar, facts, python_docs, or a text file (general)",
-    )
-    parser.add_argument(
-        "--calibration-tokens",
-        type=positive,
-        default=CALIBRATION_TOKENS,
-        metavar="N",
-        help=f"how many of that text ({CALIBRATION_TOKENS})",
-    )
+    add_calibration(parser)
     parser.add_argument("--no-cache", action="store_true", help="evaluate anew, and keep nothing in the user's cache")
 
 

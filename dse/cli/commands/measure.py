@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dse.cli.commands._base import EXIT_OK, POINT_HELP, add_model, command, positive, print_json
-from dse.defaults import CALIBRATION_TOKENS
+from dse.cli.commands._base import EXIT_OK, POINT_HELP, add_calibration, add_model, command, positive, print_json
 
 __all__ = ["add"]
 
@@ -45,19 +44,7 @@ def add(commands: Any) -> None:
         "--max-seconds", type=float, default=60.0, metavar="S", help="timed work after which a cell ends (60)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompt (0)")
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        default="general",
-        help="for whitened methods: general, grammar, facts, python_docs, or a text file (general)",
-    )
-    parser.add_argument(
-        "--calibration-tokens",
-        type=positive,
-        default=CALIBRATION_TOKENS,
-        metavar="N",
-        help=f"how many of that text ({CALIBRATION_TOKENS})",
-    )
+    add_calibration(parser)
 
 
 def _measure(options: argparse.Namespace) -> int:

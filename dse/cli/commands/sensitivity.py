@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dse.cli.commands._base import EXIT_OK, add_model, command, positive, print_json
-from dse.defaults import CALIBRATION_TOKENS
+from dse.cli.commands._base import EXIT_OK, add_calibration, add_model, command, positive, print_json
 
 __all__ = ["add", "add_allocate"]
 
@@ -83,19 +82,7 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="TEXT", help="that text: a file or a builtin text (what calibration leaves of its own)"
     )
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        default="general",
-        help="for calibrated methods: general, grammar, facts, python_docs, or a text file (general)",
-    )
-    parser.add_argument(
-        "--calibration-tokens",
-        type=positive,
-        default=CALIBRATION_TOKENS,
-        metavar="N",
-        help=f"how many of that text ({CALIBRATION_TOKENS})",
-    )
+    add_calibration(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<index>")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
 
