@@ -38,20 +38,76 @@ struct Stretches {
     int64_t from(int64_t stretch) const { return used * stretch / count; }
 };
 
+// Ask for what is read somewhat later than `size` numbers of the cache: the processor's own prefetchers begin anew with
+// every head, and stand still while the softmax is computed.
+static inline void fetch(const float *now, int64_t size) {
+    constexpr int64_t LATER = 512;
+    for (int64_t i = 0; i < size; i += LINE) __builtin_prefetch(now + LATER + i);
+}
+
+// OUT keys by IN queries, `columns` apart; to each score `mask` of its key is added. Sums fill the registers, so that a
+// load serves several products.
+template <int OUT, int IN>
+static inline void tile_of_scores(const float *keys, const float *mask, const float *queries, int64_t columns,
+                                  float *scores, int64_t stride) {
+    lanes sums[OUT][IN] = {};
+    int64_t k = 0;
+    for (; k + LANES <= columns; k += LANES) {
+        lanes key[OUT];
+        for (int o = 0; o < OUT; o++) key[o] = *(const lanes *)(keys + o * columns + k);
+        for (int i = 0; i < IN; i++) {
+            const lanes query = *(const lanes *)(queries + i * columns + k);
+            for (int o = 0; o < OUT; o++) sums[o][i] += key[o] * query;
+        }
+    }
+    constexpr int ALL = OUT * IN;
+    for (int first = 0; first < ALL; first += 4) {
+        quad parts[4] = {};
+        for (int n = first; n < first + 4 && n < ALL; n++) parts[n - first] = folded(sums[n / IN][n % IN]);
+        const quad found = totals(parts[0], parts[1], parts[2], parts[3]);
+        for (int n = first; n < first + 4 && n < ALL; n++) {
+            const int o = n / IN, i = n % IN;
+            float sum = found[n - first] + mask[o];
+            for (int64_t rest = k; rest < columns; rest++)
+                sum += keys[o * columns + rest] * queries[i * columns + rest];
+            scores[i * stride + o] = sum;
+        }
+    }
+}
+
+template <int OUT>
+static inline void some_scores(const float *keys, const float *mask, const float *queries, int64_t rows,
+                               int64_t columns, float *scores, int64_t stride) {
+    for (; rows > 0; rows -= 4, queries += 4 * columns, scores += 4 * stride) switch (rows) {
+            case 1:
+                tile_of_scores<OUT, 1>(keys, mask, queries, columns, scores, stride);
+                break;
+            case 2:
+                tile_of_scores<OUT, 2>(keys, mask, queries, columns, scores, stride);
+                break;
+            case 3:
+                tile_of_scores<OUT, 3>(keys, mask, queries, columns, scores, stride);
+                break;
+            default:
+                tile_of_scores<OUT, 4>(keys, mask, queries, columns, scores, stride);
+        }
+}
+
 // The scores of `rows` queries with positions [from, to) of a head, `item` among those of all sequences. To their right
 // lies what no exponential counts.
-static void stretch_scores(const Cache &c, int64_t item, int64_t from, int64_t to, float *queries, int64_t rows,
+static void stretch_scores(const Cache &c, int64_t item, int64_t from, int64_t to, const float *queries, int64_t rows,
                            float *scores, int64_t stride) {
-    const float *keys = c.keys + (item * c.positions + from) * c.key_columns;
-    const Piece piece = {keys,
-                         c.mask + item / c.heads * c.mask_stride + from,
-                         to - from,
-                         c.key_columns,
-                         {queries, c.key_columns},
-                         {scores, stride}};
+    const float *keys = c.keys + (item * c.positions + from) * c.key_columns,
+                *mask = c.mask + item / c.heads * c.mask_stride + from;
+    auto some = [&]<int OUT>(int64_t at) {
+        some_scores<OUT>(keys + at * c.key_columns, mask + at, queries, rows, c.key_columns, scores + at, stride);
+    };
     int64_t at = 0;  // four short rows side by side: adding up lanes takes as long as the products do
-    for (; at + 4 <= to - from; at += 4) rows_of_x<4>(piece, at, rows);
-    for (; at < to - from; at++) rows_of_x<1>(piece, at, rows);
+    for (; at + 4 <= to - from; at += 4) {
+        fetch(keys + at * c.key_columns, 4 * c.key_columns);
+        some.template operator()<4>(at);
+    }
+    for (; at < to - from; at++) some.template operator()<1>(at);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = to - from; i < stride; i++) scores[row * stride + i] = -std::numeric_limits<float>::infinity();
 }
@@ -87,11 +143,13 @@ static int64_t mix_columns(const float *weights, int64_t stride, int64_t count, 
                            float *mixed, int64_t mixed_stride, int64_t column) {
     for (; column + PARTS * LANES <= columns; column += PARTS * LANES) {
         lanes sums[ROWS][PARTS] = {};
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < count; i++) {
+            fetch(values + i * columns + column, PARTS * LANES);
             for (int part = 0; part < PARTS; part++) {
                 const lanes value = *(const lanes *)(values + i * columns + column + part * LANES);
                 for (int row = 0; row < ROWS; row++) sums[row][part] += weights[row * stride + i] * value;
             }
+        }
         for (int row = 0; row < ROWS; row++)
             std::memcpy(mixed + row * mixed_stride + column, sums[row], sizeof sums[row]);
     }
@@ -197,10 +255,11 @@ static at::Tensor attend(const at::Tensor &query, const at::Tensor &key, const a
 
     // As many stretches as threads are asked for; where fewer come, some take several.
     Stretches work(cache, group, positions);
-    const std::unique_ptr<float[]> room(
-        new float[rows * columns + work.partials_size() + work.count * work.scores_size()]);
-    float *queries = room.get(), *scratch = queries + rows * columns + work.partials_size();
-    work.partials = queries + rows * columns;
+    const Memory whole(Room::of({rows * columns, work.partials_size(), work.count * work.scores_size()}));
+    Room rest = {whole.at};
+    float *queries = rest.take(rows * columns);
+    work.partials = rest.take(work.partials_size());
+    float *scratch = rest.take(work.count * work.scores_size());
     const float *unscaled = given.const_data_ptr<float>();
     for (int64_t i = 0; i < rows * columns; i++) queries[i] = unscaled[i] * (float)scaling;
 #pragma omp parallel num_threads(work.count)

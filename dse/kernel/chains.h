@@ -2,8 +2,6 @@
 #pragma once
 #include "panels.h"
 
-constexpr int64_t FEW_ROWS = 16;  // most rows that are multiplied one row of W after the other; as in `KernelChains`
-
 // Chains of products that begin with one input x (..., columns): every matrix of `weights`, which is one flat tensor,
 // is multiplied as its row of `layout` says. Returns (..., out_features), the results of all chains side by side.
 static at::Tensor chains(const at::Tensor &given, const at::Tensor &weights, const at::Tensor &layout,
@@ -19,11 +17,24 @@ static at::Tensor chains(const at::Tensor &given, const at::Tensor &weights, con
         chains_of_many(group, x.const_data_ptr<float>(), count, y.mutable_data_ptr<float>());
         return y;
     }
-    const std::unique_ptr<float[]> between(scratch ? new float[count * scratch] : nullptr);
-    const Buffers buffers = {{const_cast<float *>(x.const_data_ptr<float>()), in_features},
-                             {between.get(), scratch},
-                             {y.mutable_data_ptr<float>(), out_features}};
+    const int64_t side = side_of(count);
+    const Memory room(Room::of({in_features * side, scratch * side, out_features * side}));
+    Room rest = {room.at};
+    const Buffers buffers = {{rest.take(in_features * side), in_features},
+                             {rest.take(scratch * side), scratch},
+                             {rest.take(out_features * side), out_features}};
 #pragma omp parallel num_threads(at::get_num_threads())
-    share(group, buffers, count, omp_get_thread_num(), omp_get_num_threads());
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        auto part = [&](int64_t features, int64_t of) { return features * of / threads; };
+        const int64_t in = part(in_features, thread), out = part(out_features, thread);
+        from_rows(x.const_data_ptr<float>() + in, in_features, count, part(in_features, thread + 1) - in,
+                  buffers.input.at + in * side);
+#pragma omp barrier
+        share(group, buffers, side, thread, threads);
+#pragma omp barrier
+        to_rows(buffers.result.at + out * side, count, part(out_features, thread + 1) - out,
+                y.mutable_data_ptr<float>() + out, out_features);
+    }
     return y;
 }

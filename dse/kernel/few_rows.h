@@ -1,16 +1,26 @@
-// Rows of a weight by a few rows of x, where nearly all time is reading the weight once.
+// Rows of a weight by a few tokens, where nearly all time is reading the weight once.
+//
+// One token lies as a row, and a row of W is multiplied by it number by number. More of them stand side by side, number
+// k of all of them before number k + 1 of any: each number of W is spread over a vector and meets all tokens at once,
+// and nothing has to be added up across a vector.
 #pragma once
 #include <cstdint>
-#include <vector>
 
 #include "lanes.h"
+#include "memory.h"
 
+constexpr int64_t FEW_ROWS = 16;  // most tokens that are few, as in `KernelChains`
+
+// Into how many columns so many tokens are put, the last ones of which are zeros. 1: a row.
+static inline int64_t side_of(int64_t tokens) { return tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16; }
+
+// Numbers of tokens that stand side by side; from some of them to the next so many features.
 struct Operand {
     float *at;
     int64_t stride;
 };
 
-// One product: all rows of `source`, times `weight`, into `sink`.
+// One product: `source` times `weight`, into `sink`.
 struct Piece {
     const float *weight;  // (rows, columns), row by row
     const float *bias;    // (rows), or null
@@ -18,9 +28,7 @@ struct Piece {
     Operand source, sink;
 };
 
-constexpr int64_t LINE = 16;  // floats in a cache line
-
-// Some rows of the weight by one row of x, y[row - from] for each: W from one end to the other, a row at a time, which
+// Rows [from, to) of the weight by one token: W from one end to the other, a row at a time, which
 // is what the processor's own prefetchers are best at. Reading eight rows side by side, or asking for what comes next,
 // takes up to half as long again.
 static void one_row_of_x(const Piece &p, int64_t from, int64_t to) {
@@ -47,137 +55,153 @@ static void one_row_of_x(const Piece &p, int64_t from, int64_t to) {
     }
 }
 
-// OUT rows of the weight by IN rows of x, whose sums fill the registers, so that a load serves several products.
-template <int OUT, int IN>
-static inline void tile(const float *weight, const float *bias, int64_t columns, Operand x, float *y,
-                        int64_t y_stride) {
-    lanes sums[OUT][IN];
-    for (int o = 0; o < OUT; o++)
-        for (int i = 0; i < IN; i++) sums[o][i] = lanes{};
-    int64_t k = 0;
-    for (; k + LANES <= columns; k += LANES) {
-        lanes w[OUT];
-        for (int o = 0; o < OUT; o++) w[o] = *(const lanes *)(weight + o * columns + k);
-        for (int i = 0; i < IN; i++) {
-            const lanes given = *(const lanes *)(x.at + i * x.stride + k);
-            for (int o = 0; o < OUT; o++) sums[o][i] += w[o] * given;
-        }
-    }
-    constexpr int ALL = OUT * IN;
-    for (int first = 0; first < ALL; first += 4) {
-        quad parts[4] = {};
-        for (int n = first; n < first + 4 && n < ALL; n++) parts[n - first] = folded(sums[n / IN][n % IN]);
-        const quad found = totals(parts[0], parts[1], parts[2], parts[3]);
-        for (int n = first; n < first + 4 && n < ALL; n++) {
-            const int o = n / IN, i = n % IN;
-            float sum = found[n - first] + (bias ? bias[o] : 0.0f);
-            for (int64_t rest = k; rest < columns; rest++)
-                sum += weight[o * columns + rest] * x.at[i * x.stride + rest];
-            y[i * y_stride + o] = sum;
-        }
-    }
-}
+constexpr int64_t STRETCH = 256;  // columns at a time: rounding adds up over so many numbers only
+constexpr int64_t THIN = 768;     // most columns of a weight whose rows are too short to be told apart
+constexpr int64_t AHEAD = 2048;   // numbers between what is multiplied and what is fetched
 
-template <int OUT>
-static inline void rows_of_x(const Piece &p, int64_t row, int64_t count) {
-    const float *weight = p.weight + row * p.columns, *bias = p.bias ? p.bias + row : nullptr;
-    for (int64_t i = 0; i < count; i += 4) {
-        const Operand part = {p.source.at + i * p.source.stride, p.source.stride};
-        float *to = p.sink.at + row + i * p.sink.stride;
-        switch (count - i) {
-            case 1:
-                tile<OUT, 1>(weight, bias, p.columns, part, to, p.sink.stride);
-                break;
-            case 2:
-                tile<OUT, 2>(weight, bias, p.columns, part, to, p.sink.stride);
-                break;
-            case 3:
-                tile<OUT, 3>(weight, bias, p.columns, part, to, p.sink.stride);
-                break;
-            default:
-                tile<OUT, 4>(weight, bias, p.columns, part, to, p.sink.stride);
-        }
-    }
-}
-
-constexpr int64_t WIDEST = LANES < 8 ? 8 : LANES;  // rows of x that make one vector
-
-// Several rows of x, turned round: number k of all of them is one vector, each number of W is spread over a vector and
-// meets all rows of x at once, and nothing has to be added up across a vector.
-struct Turned {
-    std::vector<float> numbers;  // (columns, width)
-    const float *of = nullptr;   // the rows they were made from
-    int64_t columns = 0, width = 0;
-
-    void turn(Operand x, int64_t count, int64_t size) {
-        if (of == x.at && columns == size) return;
-        of = x.at, columns = size, width = count <= 8 ? 8 : WIDEST;
-        numbers.resize(columns * width);
-        for (int64_t k = 0; k < columns; k++)
-            for (int64_t i = 0; i < width; i++) numbers[k * width + i] = i < count ? x.at[i * x.stride + k] : 0.0f;
-    }
+template <int SIZE>
+struct VectorOf {
+    typedef float type __attribute__((vector_size(4 * SIZE), aligned(4), may_alias));
 };
 
-constexpr int SPREAD_ROWS = 12;       // rows of W at a time: enough sums to wait for none of them
-constexpr int64_t LONGEST_SUM = 384;  // numbers added up one after the other; rounding adds up, too
+// How many rows of W are multiplied at a time by SIDE tokens. A thin weight is read nearly from one end to the other,
+// four rows at a time, and fetched in that order. Of a wide one more rows are read side by side, so that the tokens'
+// numbers, which do not fit the first cache, are read less often; it is fetched stretch by stretch: of these rows
+// what follows, and behind the last stretch what the next rows begin with.
+template <int SIDE, bool IS_WIDE>
+struct Tile {
+    static constexpr int SIZE = SIDE < LANES ? SIDE : LANES, PARTS = SIDE / SIZE;
+    static constexpr int ROWS = IS_WIDE ? 12 / PARTS : 4;
+    static constexpr int PHASES = IS_WIDE || PARTS > 1 ? 1 : 2;  // sums of a row: enough of them to wait for none
+};
 
-// ROWS rows of W by up to WIDTH rows of x. Fetches the rows behind them meanwhile: a row of W is too short a way for
-// the processor's own prefetchers to find out that twelve are read at a time.
-template <int ROWS, int WIDTH>
-static inline void spread_rows(const Piece &p, int64_t row, const float *x, int64_t count) {
-    typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-    const float *weight = p.weight + row * p.columns;
-    vector whole[ROWS];
-    for (int r = 0; r < ROWS; r++) whole[r] = vector{} + (p.bias ? p.bias[row + r] : 0.0f);
-    for (int64_t k = 0; k < p.columns;) {
-        vector sums[ROWS] = {};
-        const int64_t end = k + LONGEST_SUM < p.columns ? k + LONGEST_SUM : p.columns;
-        for (; k < end;) {
-            const int64_t next = k + LINE < end ? k + LINE : end;
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(weight + (ROWS + r) * p.columns + k);
-            for (; k < next; k++) {
-                const vector given = *(const vector *)(x + k * WIDTH);
-                for (int r = 0; r < ROWS; r++) sums[r] += weight[r * p.columns + k] * given;
+// Rows [row, row + ROWS) of W by SIDE tokens.
+template <int ROWS, int SIDE, bool IS_WIDE>
+static inline void spread_rows(const Piece &p, int64_t row) {
+    constexpr int SIZE = Tile<SIDE, IS_WIDE>::SIZE, PARTS = SIDE / SIZE, PHASES = Tile<SIDE, IS_WIDE>::PHASES;
+    typedef typename VectorOf<SIZE>::type vector;
+    const int64_t columns = p.columns;
+    const float *const weight = p.weight + row * columns, *x = p.source.at;
+    // One pointer for four rows, hidden from the compiler, which would keep one for each row and run out of registers.
+    const float *first = weight, *second = weight + 4 * columns, *third = weight + 8 * columns;
+    auto column = [&](vector(&sums)[ROWS][PHASES][PARTS], int ahead) __attribute__((always_inline)) {
+        vector given[PARTS];
+        for (int part = 0; part < PARTS; part++) given[part] = *(const vector *)(x + ahead * SIDE + part * SIZE);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++)
+            for (int part = 0; part < PARTS; part++)
+                sums[r][ahead % PHASES][part] += (r < 4   ? first
+                                                  : r < 8 ? second
+                                                          : third)[r % 4 * columns + ahead] *
+                                                 given[part];
+    };
+    auto go_on = [&](int by) __attribute__((always_inline)) {
+        x += by * SIDE, first += by, second += by, third += by;
+        asm("" : "+r"(first), "+r"(second), "+r"(third));
+    };
+    vector whole[ROWS][PARTS] = {};
+    const int64_t stretches = (columns + STRETCH - 1) / STRETCH,
+                  length = (columns / stretches + LINE - 1) / LINE * LINE;
+    for (int64_t k = 0; k < columns;) {
+        vector sums[ROWS][PHASES][PARTS] = {};
+        const int64_t end = k + length < columns ? k + length : columns;
+        const float *next = !IS_WIDE        ? weight + k * ROWS + AHEAD
+                            : end < columns ? weight + end
+                                            : weight + ROWS * columns;
+        const int64_t apart = IS_WIDE ? columns : LINE, by = IS_WIDE ? LINE : ROWS * LINE;
+        for (; k + LINE <= end; k += LINE, next += by) {
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next + r * apart);
+            for (int some = 0; some < LINE; some += 4) {
+#pragma GCC unroll 4
+                for (int ahead = 0; ahead < 4; ahead++) column(sums, ahead);
+                go_on(4);
             }
         }
-        for (int r = 0; r < ROWS; r++) whole[r] += sums[r];
+        for (; k < end; k++) column(sums, 0), go_on(1);
+        for (int r = 0; r < ROWS; r++)
+            for (int phase = 0; phase < PHASES; phase++)
+                for (int part = 0; part < PARTS; part++) whole[r][part] += sums[r][phase][part];
     }
-    for (int64_t i = 0; i < count; i++)
-        for (int r = 0; r < ROWS; r++) p.sink.at[i * p.sink.stride + row + r] = whole[r][i];
+    for (int r = 0; r < ROWS; r++)
+        for (int part = 0; part < PARTS; part++)
+            *(vector *)(p.sink.at + (row + r) * SIDE + part * SIZE) =
+                p.bias ? whole[r][part] + p.bias[row + r] : whole[r][part];
 }
 
-template <int WIDTH>
-static void spread_all(const Piece &p, int64_t from, int64_t to, const float *x, int64_t count) {
+template <int SIDE, bool IS_WIDE>
+static void spread_all(const Piece &p, int64_t from, int64_t to) {
+    constexpr int ROWS = Tile<SIDE, IS_WIDE>::ROWS;
     int64_t row = from;
-    for (; row + SPREAD_ROWS <= to; row += SPREAD_ROWS) spread_rows<SPREAD_ROWS, WIDTH>(p, row, x, count);
-    for (; row + 4 <= to; row += 4) spread_rows<4, WIDTH>(p, row, x, count);
-    for (; row < to; row++) spread_rows<1, WIDTH>(p, row, x, count);
+    for (; row + ROWS <= to; row += ROWS) spread_rows<ROWS, SIDE, IS_WIDE>(p, row);
+    if (row < to && to - from >= ROWS) return spread_rows<ROWS, SIDE, IS_WIDE>(p, to - ROWS);  // some once more
+    for (; row < to; row++) spread_rows<1, SIDE, IS_WIDE>(p, row);
 }
 
-constexpr int64_t FEWER_ROWS = 4;            // of x, up to which rows of W are read as vectors and added up across them
-constexpr int64_t THIN = 512;                // columns up to which those are best read one at a time
-constexpr int SIDE_BY_SIDE = LANES / 4 + 2;  // rows otherwise: with four rows of x, as many sums as fit the registers
-
-static void fewer_rows(const Piece &p, int64_t from, int64_t to, int64_t count) {
-    int64_t row = from;
-    if (p.columns > THIN)
-        for (; row + SIDE_BY_SIDE <= to; row += SIDE_BY_SIDE) rows_of_x<SIDE_BY_SIDE>(p, row, count);
-    for (; row < to; row++) rows_of_x<1>(p, row, count);
+template <int SIDE>
+static void spread(const Piece &p, int64_t from, int64_t to) {
+    p.columns > THIN ? spread_all<SIDE, true>(p, from, to) : spread_all<SIDE, false>(p, from, to);
 }
 
-// Rows [from, to) of W by all rows of x. `turned` is the caller's, for as long as x stays what it is.
-static void some_rows(const Piece &p, int64_t from, int64_t to, int64_t count, Turned &turned) {
-    if (count == 1) return one_row_of_x(p, from, to);
-    if (count <= FEWER_ROWS) return fewer_rows(p, from, to, count);
-    for (int64_t first = 0; first < count; first += WIDEST) {
-        const int64_t some = count - first < WIDEST ? count - first : WIDEST;
-        Piece part = p;
-        part.source.at += first * p.source.stride, part.sink.at += first * p.sink.stride;
-        turned.turn(part.source, some, p.columns);
-        const float *x = turned.numbers.data();
-        if (turned.width == 8)
-            spread_all<8>(part, from, to, x, some);
-        else
-            spread_all<16>(part, from, to, x, some);
+// Rows [from, to) of W by tokens that stand `side` by side.
+static void some_rows(const Piece &p, int64_t from, int64_t to, int64_t side) {
+    switch (side) {
+        case 1:
+            return one_row_of_x(p, from, to);
+        case 4:
+            return spread<4>(p, from, to);
+        case 8:
+            return spread<8>(p, from, to);
+        default:
+            return spread<16>(p, from, to);
+    }
+}
+
+// Four rows of four numbers turned round.
+static inline void turn(quad (&rows)[4]) {
+    const quad low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5),
+               high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7),
+               more_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5),
+               more_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+    rows[0] = __builtin_shufflevector(low, more_low, 0, 1, 4, 5);
+    rows[1] = __builtin_shufflevector(low, more_low, 2, 3, 6, 7);
+    rows[2] = __builtin_shufflevector(high, more_high, 0, 1, 4, 5);
+    rows[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
+}
+
+// `features` numbers of each of `tokens` rows, `stride` apart, put side by side.
+static void from_rows(const float *rows, int64_t stride, int64_t tokens, int64_t features, float *y) {
+    const int64_t side = side_of(tokens);
+    if (side == 1) return (void)std::memcpy(y, rows, sizeof(float) * features);
+    for (int64_t token = 0; token < side; token += 4) {
+        const float *from = rows + token * stride;
+        const int64_t filled = tokens - token;
+        int64_t k = 0;
+        for (; k + 4 <= features; k += 4) {
+            quad four[4] = {};
+            for (int i = 0; i < 4 && i < filled; i++) four[i] = *(const quad *)(from + i * stride + k);
+            turn(four);
+            for (int i = 0; i < 4; i++) *(quad *)(y + (k + i) * side + token) = four[i];
+        }
+        for (; k < features; k++)
+            for (int i = 0; i < 4; i++) y[k * side + token + i] = i < filled ? from[i * stride + k] : 0.0f;
+    }
+}
+
+// The other way round.
+static void to_rows(const float *x, int64_t tokens, int64_t features, float *rows, int64_t stride) {
+    const int64_t side = side_of(tokens);
+    if (side == 1) return (void)std::memcpy(rows, x, sizeof(float) * features);
+    for (int64_t token = 0; token < tokens; token += 4) {
+        float *to = rows + token * stride;
+        const int64_t filled = tokens - token;
+        int64_t k = 0;
+        for (; k + 4 <= features; k += 4) {
+            quad four[4];
+            for (int i = 0; i < 4; i++) four[i] = *(const quad *)(x + (k + i) * side + token);
+            turn(four);
+            for (int i = 0; i < 4 && i < filled; i++) *(quad *)(to + i * stride + k) = four[i];
+        }
+        for (; k < features; k++)
+            for (int i = 0; i < 4 && i < filled; i++) to[i * stride + k] = x[k * side + token + i];
     }
 }

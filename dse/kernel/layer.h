@@ -52,6 +52,32 @@ static void normalise(const float *x, int64_t width, const Norm &norm, float *y)
     for (i = 0; i < width; i++) y[i] = weight[i] * (x[i] * factor);
 }
 
+// The same for as many tokens as a vector holds, `step` numbers from one feature of theirs to the next.
+template <typename vector>
+static void normalise_tokens(const float *x, int64_t step, int64_t width, const Norm &norm, float *y) {
+    const float *weight = norm.weight.const_data_ptr<float>();
+    vector squares = {};
+    for (int64_t k = 0; k < width;) {  // some at a time: rounding adds up less
+        vector some = {};
+        for (const int64_t next = std::min(k + 32, width); k < next; k++)
+            some += *(const vector *)(x + k * step) * *(const vector *)(x + k * step);
+        squares += some;
+    }
+    vector factor = squares / (float)width + norm.epsilon;
+    for (size_t i = 0; i < sizeof factor / sizeof(float); i++) factor[i] = 1.0f / std::sqrt(factor[i]);
+    for (int64_t k = 0; k < width; k++)
+        *(vector *)(y + k * step) = weight[k] * (*(const vector *)(x + k * step) * factor);
+}
+
+// The same for the tokens of a step, `side` by side.
+static void normalise_few(const float *x, int64_t side, int64_t width, const Norm &norm, float *y) {
+    if (side == 1) return normalise(x, width, norm, y);
+    if (side == 4) return normalise_tokens<quad>(x, side, width, norm, y);
+    constexpr int64_t SIZE = LANES < 8 ? LANES : 8;
+    typedef VectorOf<SIZE>::type vector;
+    for (int64_t part = 0; part < side; part += SIZE) normalise_tokens<vector>(x + part, side, width, norm, y + part);
+}
+
 // Rotary positions (Su et al. 2021), in place, the halves of a head turned against each other as in GPT-NeoX.
 static void rotate(float *x, const float *cos, const float *sin, int64_t size, float factor) {
     const int64_t half = size / 2;
@@ -90,21 +116,6 @@ struct Step {
     int64_t angle_stride, position;  // from one sequence's angles to the next; index of the new token
 };
 
-// Memory that all threads share, or that is one thread's own; handed out from one allocation.
-struct Room {
-    float *next;
-    float *take(int64_t size) {
-        float *taken = next;
-        next += (size + LINE - 1) / LINE * LINE;
-        return taken;
-    }
-    static int64_t of(std::initializer_list<int64_t> sizes) {
-        int64_t sum = 0;
-        for (int64_t size : sizes) sum += (size + LINE - 1) / LINE * LINE;
-        return sum;
-    }
-};
-
 // The new token's keys and values, from a row of products for each sequence, to their place in the cache.
 static void append(const AttentionBlock &a, const Step &step, const float *given) {
     const int64_t size = a.head_size, stride = a.inputs.out_features;
@@ -125,22 +136,25 @@ struct Rooms {
     Room shared, own;
 };
 
-// One thread's part of an attention block: `hidden` (count, width), its own, grows by the block's output.
+// One thread's part of an attention block: `hidden` (width, side), its own, grows by the block's output.
 static void attention_share(const AttentionBlock &a, const Step &step, Stretches stretches, Rooms rooms, float *hidden,
                             int64_t width, int64_t thread, int64_t threads) {
     const Cache &c = step.cache;
     const int64_t count = c.batch, size = a.head_size, stride = a.inputs.out_features, heads = a.query_heads * size;
-    float *given = rooms.shared.take(count * stride);
-    float *between = rooms.shared.take(count * std::max(a.inputs.scratch, a.output.scratch));
-    float *delta = rooms.shared.take(count * width);
+    const int64_t side = side_of(count);
+    float *together = rooms.shared.take(side * stride);
+    float *between = rooms.shared.take(side * std::max(a.inputs.scratch, a.output.scratch));
+    float *delta = rooms.shared.take(side * width);
     stretches.partials = rooms.shared.take(stretches.partials_size());
-    float *normed = rooms.own.take(count * width);
+    float *normed = rooms.own.take(side * width), *given = rooms.own.take(count * stride);
     float *queries = rooms.own.take(count * heads), *mixed = rooms.own.take(count * heads);
-    float *scores = rooms.own.take(stretches.scores_size());
+    float *mixed_together = rooms.own.take(side * heads), *scores = rooms.own.take(stretches.scores_size());
 
-    for (int64_t i = 0; i < count; i++) normalise(hidden + i * width, width, a.norm, normed + i * width);
-    share(a.inputs, {{normed, width}, {between, a.inputs.scratch}, {given, stride}}, count, thread, threads);
+    normalise_few(hidden, side, width, a.norm, normed);
+    share(a.inputs, {{normed, width}, {between, a.inputs.scratch}, {together, stride}}, side, thread, threads);
 #pragma omp barrier
+    // Attention is each sequence's own.
+    to_rows(together, count, stride, given, stride);
     for (int64_t i = 0; i < count; i++) {
         const float *cos = step.cos + i * step.angle_stride, *sin = step.sin + i * step.angle_stride;
         for (int64_t head = 0; head < a.query_heads; head++) {
@@ -158,43 +172,43 @@ static void attention_share(const AttentionBlock &a, const Step &step, Stretches
     }
 #pragma omp barrier
     join_rows(stretches, 0, stretches.rows, mixed);
-    share(a.output, {{mixed, heads}, {between, a.output.scratch}, {delta, width}}, count, thread, threads);
+    from_rows(mixed, heads, count, heads, mixed_together);
+    share(a.output, {{mixed_together, heads}, {between, a.output.scratch}, {delta, width}}, side, thread, threads);
 #pragma omp barrier
-    add(hidden, delta, count * width);
+    add(hidden, delta, side * width);
 }
 
 // The numbers that all threads share and those of each, as `attention_share` takes them.
 static std::pair<int64_t, int64_t> attention_room(const AttentionBlock &a, const Stretches &s, int64_t count,
                                                   int64_t width) {
-    const int64_t heads = count * a.query_heads * a.head_size, stride = a.inputs.out_features;
-    return {Room::of({count * stride, count * std::max(a.inputs.scratch, a.output.scratch), count * width,
-                      s.partials_size()}),
-            Room::of({count * width, heads, heads, s.scores_size()})};
+    const int64_t heads = a.query_heads * a.head_size, stride = a.inputs.out_features, side = side_of(count);
+    return {
+        Room::of({side * stride, side * std::max(a.inputs.scratch, a.output.scratch), side * width, s.partials_size()}),
+        Room::of({side * width, count * stride, count * heads, count * heads, side * heads, s.scores_size()})};
 }
 
 // One thread's part of an MLP block: like `attention_share`.
-static void mlp_share(const MlpBlock &m, int64_t count, Rooms rooms, float *hidden, int64_t width, int64_t thread,
+static void mlp_share(const MlpBlock &m, int64_t side, Rooms rooms, float *hidden, int64_t width, int64_t thread,
                       int64_t threads) {
     const int64_t stride = m.inputs.out_features;
-    float *given = rooms.shared.take(count * stride);
-    float *between = rooms.shared.take(count * std::max(m.inputs.scratch, m.output.scratch));
-    float *delta = rooms.shared.take(count * width);
-    float *normed = rooms.own.take(count * width);
-    float *active = rooms.own.take(count * m.width);
-    for (int64_t i = 0; i < count; i++) normalise(hidden + i * width, width, m.norm, normed + i * width);
-    share(m.inputs, {{normed, width}, {between, m.inputs.scratch}, {given, stride}}, count, thread, threads);
+    float *given = rooms.shared.take(side * stride);
+    float *between = rooms.shared.take(side * std::max(m.inputs.scratch, m.output.scratch));
+    float *delta = rooms.shared.take(side * width);
+    float *normed = rooms.own.take(side * width);
+    float *active = rooms.own.take(side * m.width);
+    normalise_few(hidden, side, width, m.norm, normed);
+    share(m.inputs, {{normed, width}, {between, m.inputs.scratch}, {given, stride}}, side, thread, threads);
 #pragma omp barrier
-    for (int64_t i = 0; i < count; i++)
-        activate(given + i * stride + m.gate_at, given + i * stride + m.up_at, m.width, active + i * m.width);
-    share(m.output, {{active, m.width}, {between, m.output.scratch}, {delta, width}}, count, thread, threads);
+    activate(given + side * m.gate_at, given + side * m.up_at, side * m.width, active);
+    share(m.output, {{active, m.width}, {between, m.output.scratch}, {delta, width}}, side, thread, threads);
 #pragma omp barrier
-    add(hidden, delta, count * width);
+    add(hidden, delta, side * width);
 }
 
-static std::pair<int64_t, int64_t> mlp_room(const MlpBlock &m, int64_t count, int64_t width) {
+static std::pair<int64_t, int64_t> mlp_room(const MlpBlock &m, int64_t side, int64_t width) {
     const int64_t stride = m.inputs.out_features;
-    return {Room::of({count * stride, count * std::max(m.inputs.scratch, m.output.scratch), count * width}),
-            Room::of({count * width, count * m.width})};
+    return {Room::of({side * stride, side * std::max(m.inputs.scratch, m.output.scratch), side * width}),
+            Room::of({side * width, side * m.width})};
 }
 
 // Layers live here from `new_layer` to `free_layer`; a number is all that a traced program has to carry.
@@ -313,7 +327,8 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
     TORCH_CHECK(mask.dim() == 4 && mask.size(1) == 1 && mask.size(2) == 1 && mask.scalar_type() == at::kFloat &&
                     (mask.size(3) == 1 || mask.stride(3) == 1),
                 "the mask must be float32, (batch, 1, 1, positions)");
-    const int64_t count = hidden.size(0), width = hidden.size(2);
+    const int64_t count = hidden.size(0), width = hidden.size(2), side = side_of(count);
+    TORCH_CHECK(count <= FEW_ROWS, "a step is of ", FEW_ROWS, " sequences at most, but got ", count);
     const at::Tensor x = hidden.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
     const at::Tensor y = at::empty(x.sizes(), x.options());
     std::vector<std::shared_ptr<const Layer>> held;
@@ -343,27 +358,27 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
                                    steps.back().position + 1);
             room(attention_room(*layer.attention, stretches.back(), count, width));
         }
-        if (layer.mlp) room(mlp_room(*layer.mlp, count, width));
+        if (layer.mlp) room(mlp_room(*layer.mlp, side, width));
     }
-    const int64_t residual = Room::of({count * width});
-    const std::unique_ptr<float[]> whole(new float[2 * shared_size + asked * (residual + own_size)]);
+    const int64_t residual = Room::of({side * width});
+    const Memory whole(2 * shared_size + asked * (residual + own_size));
 #pragma omp parallel num_threads(asked)
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *mine = whole.get() + 2 * shared_size + thread * (residual + own_size);
-        std::memcpy(mine, x.const_data_ptr<float>(), sizeof(float) * count * width);
+        float *mine = whole.at + 2 * shared_size + thread * (residual + own_size);
+        from_rows(x.const_data_ptr<float>(), width, count, width, mine);
         // Blocks take the two shared rooms by turns: a thread that lags may still read what the last block left.
         int64_t block = 0;
-        auto rooms = [&] { return Rooms{{whole.get() + block++ % 2 * shared_size}, {mine + residual}}; };
+        auto rooms = [&] { return Rooms{{whole.at + block++ % 2 * shared_size}, {mine + residual}}; };
         size_t slot = 0;
         for (const auto &layer : held) {
             if (layer->attention) {
                 attention_share(*layer->attention, steps[slot], stretches[slot], rooms(), mine, width, thread, threads);
                 slot++;
             }
-            if (layer->mlp) mlp_share(*layer->mlp, count, rooms(), mine, width, thread, threads);
+            if (layer->mlp) mlp_share(*layer->mlp, side, rooms(), mine, width, thread, threads);
         }
-        if (thread == 0) std::memcpy(y.mutable_data_ptr<float>(), mine, sizeof(float) * count * width);
+        if (thread == 0) to_rows(mine, count, width, y.mutable_data_ptr<float>(), width);
     }
     for (size_t slot = 0; slot < steps.size(); slot++) ++*lengths[slot].mutable_data_ptr<int64_t>();
     return y;

@@ -9,22 +9,6 @@ constexpr int64_t POSITIONS_AT_ONCE = 256;  // of the cache, whose scores a thre
 
 static inline lanes larger(lanes a, lanes b) { return a > b ? a : b; }
 
-// y = weight * x / sqrt(mean(x^2) + epsilon) for the tokens of one vector; `y` may be `x`. PANEL from row to row.
-static void normalise_tokens(const float *x, int64_t width, const Norm &norm, float *y) {
-    const float *weight = norm.weight.const_data_ptr<float>();
-    lanes squares = {};
-    for (int64_t k = 0; k < width;) {  // some at a time: rounding adds up less
-        lanes some = {};
-        for (const int64_t next = std::min(k + 32, width); k < next; k++)
-            some += *(const lanes *)(x + k * PANEL) * *(const lanes *)(x + k * PANEL);
-        squares += some;
-    }
-    lanes factor = squares / (float)width + norm.epsilon;
-    for (int lane = 0; lane < LANES; lane++) factor[lane] = 1.0f / std::sqrt(factor[lane]);
-    for (int64_t k = 0; k < width; k++)
-        *(lanes *)(y + k * PANEL) = weight[k] * (*(const lanes *)(x + k * PANEL) * factor);
-}
-
 // `rotate` of `layer.h` for one head of a panel's tokens; cos and sin are panels of a head's numbers.
 static void rotate_panel(float *x, const float *cos, const float *sin, int64_t size, float factor) {
     const int64_t half = size / 2 * PANEL;
@@ -96,7 +80,7 @@ static void normalise_panels(const PromptRoom &room, const Norm &norm) {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < room.panels.count() * TILE_PARTS; item++) {
         const int64_t at = item / TILE_PARTS * room.width * PANEL + item % TILE_PARTS * LANES;
-        normalise_tokens(room.hidden + at, room.width, norm, room.normed + at);
+        normalise_tokens<lanes>(room.hidden + at, PANEL, room.width, norm, room.normed + at);
     }
 }
 
@@ -113,7 +97,7 @@ static void rotate_and_store(const AttentionBlock &a, const Step &step, const Pr
     const Norm *norm = is_query ? a.query_norm.get() : a.key_norm.get();
     if (norm)
         for (int64_t part = 0; part < TILE_PARTS; part++)
-            normalise_tokens(rows + part * LANES, size, *norm, rows + part * LANES);
+            normalise_tokens<lanes>(rows + part * LANES, PANEL, size, *norm, rows + part * LANES);
     rotate_panel(rows, room.cos + angle, room.sin + angle, size, is_query ? a.scaling : 1.0f);
     if (is_query) return;
     const int64_t at = ((sequence * a.heads + of_cache) * step.cache.positions + first) * size;
@@ -185,9 +169,9 @@ static void layers_of_panels(const std::vector<std::shared_ptr<const Layer>> &la
     const int64_t size = panels.count() * PANEL, angles = head * panels.of_sequence() * PANEL;
     const int64_t stride = steps.empty() || steps[0].angle_stride == 0 ? 0 : angles,
                   kinds = stride ? panels.sequences : 1;
-    const std::unique_ptr<float[]> whole(new float[Room::of(
-        {size * width, size * width, size * given, size * between, size * mixed, kinds * angles, kinds * angles})]);
-    Room rest = {whole.get()};
+    const Memory whole(Room::of(
+        {size * width, size * width, size * given, size * between, size * mixed, kinds * angles, kinds * angles}));
+    Room rest = {whole.at};
     PromptRoom room = {panels, width, stride};
     for (auto [part, features] : {std::pair{&room.hidden, width},
                                   {&room.normed, width},
@@ -198,7 +182,7 @@ static void layers_of_panels(const std::vector<std::shared_ptr<const Layer>> &la
     room.cos = rest.take(kinds * angles), room.sin = rest.take(kinds * angles);
 #pragma omp parallel num_threads(at::get_num_threads())
     {
-        const std::unique_ptr<float[]> scores(new float[POSITIONS_AT_ONCE * PANEL]);
+        const Memory scores(POSITIONS_AT_ONCE * PANEL);
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels.count(); panel++) {
             const int64_t filled = panels.filled(panel), sequence = panel / panels.of_sequence();
@@ -211,7 +195,7 @@ static void layers_of_panels(const std::vector<std::shared_ptr<const Layer>> &la
         }
         size_t slot = 0;
         for (const auto &layer : layers) {
-            if (layer->attention) attention_of_panels(*layer->attention, steps[slot++], room, scores.get());
+            if (layer->attention) attention_of_panels(*layer->attention, steps[slot++], room, scores.at);
             if (layer->mlp) mlp_of_panels(*layer->mlp, room);
         }
 #pragma omp for schedule(static)

@@ -116,11 +116,6 @@ static void from_panel(const float *panel, int64_t filled, int64_t features, flo
         for (int64_t k = 0; k < features; k++) rows[i * stride + k] = panel[k * PANEL + i];
 }
 
-// Where the products of a group read and write, panel by panel: from one panel to the next so many features.
-struct PanelBuffers {
-    Operand input, scratch, result;
-};
-
 // Rows [from, to) of one product for one panel; `adds` to what stands there.
 static void rows_of_panel(const Piece &p, int64_t from, int64_t to, int64_t panel, int64_t parts, bool adds) {
     const float *x = p.source.at + panel * p.source.stride * PANEL;
@@ -129,24 +124,12 @@ static void rows_of_panel(const Piece &p, int64_t from, int64_t to, int64_t pane
                  {adds, p.bias ? p.bias + from : nullptr});
 }
 
-// Where a row of a group's buffer begins: as `Group::piece` does, for panels.
-static Piece panel_piece(const Group &group, const LayoutRow &r, const PanelBuffers &b) {
-    const float *numbers = group.weights.const_data_ptr<float>();
-    auto at = [](const Operand &whole, int64_t feature) { return Operand{whole.at + feature * PANEL, whole.stride}; };
-    return {numbers + r.weight_at,
-            r.bias_at < 0 ? nullptr : numbers + r.bias_at,
-            r.rows,
-            r.columns,
-            r.source_at < 0 ? b.input : at(b.scratch, r.source_at),
-            r.scratch_at < 0 ? at(b.result, r.result_at) : at(b.scratch, r.scratch_at)};
-}
-
 static int64_t block_rows(const LayoutRow &r) { return (BLOCK / r.columns / TILE_ROWS + 1) * TILE_ROWS; }
 static int64_t blocks_of(const LayoutRow &r) { return (r.rows + block_rows(r) - 1) / block_rows(r); }
 
 // All products of a group for all panels, by all threads of the parallel region that calls it; `adds` to the result
 // what the last products give, instead of putting it there.
-static void share_panels(const Group &group, const PanelBuffers &buffers, const Panels &panels, bool adds) {
+static void share_panels(const Group &group, const Buffers &buffers, const Panels &panels, bool adds) {
     for (const auto &stage : group.stages) {
         int64_t blocks = 0;
         for (const LayoutRow &r : stage) blocks += blocks_of(r);
@@ -158,7 +141,7 @@ static void share_panels(const Group &group, const PanelBuffers &buffers, const 
             for (const LayoutRow &r : stage) {
                 const int64_t own = blocks_of(r);
                 if (block < own) {
-                    const Piece p = panel_piece(group, r, buffers);
+                    const Piece p = group.piece(r, buffers, PANEL);
                     const int64_t from = block * block_rows(r), to = std::min(from + block_rows(r), r.rows);
                     rows_of_panel(p, from, to, panel, panels.parts(panel), adds && r.scratch_at < 0);
                     break;
@@ -174,9 +157,8 @@ static void chains_of_many(const Group &group, const float *x, int64_t count, fl
     const Panels panels = {1, count};
     const int64_t in = group.in_features, scratch = group.scratch, out = group.out_features,
                   size = panels.count() * PANEL;
-    const std::unique_ptr<float[]> room(new float[size * (in + scratch + out)]);
-    const PanelBuffers buffers = {
-        {room.get(), in}, {room.get() + size * in, scratch}, {room.get() + size * (in + scratch), out}};
+    const Memory room(size * (in + scratch + out));
+    const Buffers buffers = {{room.at, in}, {room.at + size * in, scratch}, {room.at + size * (in + scratch), out}};
 #pragma omp parallel num_threads(at::get_num_threads())
     {
 #pragma omp for schedule(static)

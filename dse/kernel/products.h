@@ -1,8 +1,8 @@
 // Products of few rows by large weights: y = x W^T, where nearly all time is reading W once.
 //
-// Matrix libraries are tuned for many rows; with one to sixteen they leave up to half of the memory's speed unused.
-// Here every thread reads its share of W from one end to the other, and all products that follow from one input run in
-// one parallel region: a chain x R^T L^T costs a barrier more than one product, not a call.
+// Matrix libraries are tuned for many rows of x; with one to sixteen they leave up to half of the memory's speed
+// unused. Here every thread reads its share of W from one end to the other, and all products that follow from one input
+// run in one parallel region: a chain x R^T L^T costs a barrier more than one product, not a call.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -30,7 +30,7 @@ struct LayoutRow {
 };
 constexpr int64_t LAYOUT_COLUMNS = sizeof(LayoutRow) / sizeof(int64_t);
 
-// Where products that follow from one input read and write.
+// Where products that follow from one input read and write; tokens stand side by side.
 struct Buffers {
     Operand input, scratch, result;
 };
@@ -45,15 +45,18 @@ struct Group {
     int64_t in_features, out_features, scratch;
     ManyRows many = ManyRows::torch;
 
-    Piece piece(const LayoutRow &r, const Buffers &b) const {
+    // Where a product reads and writes, for tokens that stand `side` by side.
+    Piece piece(const LayoutRow &r, const Buffers &b, int64_t side) const {
         const float *numbers = weights.const_data_ptr<float>();
+        auto at = [&](const Operand &whole, int64_t feature) {
+            return Operand{whole.at + feature * side, whole.stride};
+        };
         return {numbers + r.weight_at,
                 r.bias_at < 0 ? nullptr : numbers + r.bias_at,
                 r.rows,
                 r.columns,
-                r.source_at < 0 ? b.input : Operand{b.scratch.at + r.source_at, b.scratch.stride},
-                r.scratch_at < 0 ? Operand{b.result.at + r.result_at, b.result.stride}
-                                 : Operand{b.scratch.at + r.scratch_at, b.scratch.stride}};
+                r.source_at < 0 ? b.input : at(b.scratch, r.source_at),
+                r.scratch_at < 0 ? at(b.result, r.result_at) : at(b.scratch, r.scratch_at)};
     }
 };
 
@@ -89,23 +92,21 @@ static Group group_of(const at::Tensor &weights, const at::Tensor &layout, int64
     return group;
 }
 
-// What one thread does of a group, for `count` rows of x: in every stage each reads as many numbers of W as the others.
-// Others may still be at work on the last stage when it returns.
-static void share(const Group &group, const Buffers &buffers, int64_t count, int64_t thread, int64_t threads) {
-    static thread_local Turned turned;
+// What one thread does of a group, for tokens that stand `side` by side: in every stage each reads as many numbers of W
+// as the others. Others may still be at work on the last stage when it returns.
+static void share(const Group &group, const Buffers &buffers, int64_t side, int64_t thread, int64_t threads) {
     bool is_first = true;
     for (const auto &stage : group.stages) {
         if (!is_first) {
 #pragma omp barrier
         }
         is_first = false;
-        turned.of = nullptr;  // what lies there may be other numbers by now
         int64_t entries = 0, start = 0;
         for (const LayoutRow &r : stage) entries += r.rows * r.columns;
         const int64_t low = entries * thread / threads, high = entries * (thread + 1) / threads;
         for (const LayoutRow &r : stage) {
-            const Piece p = group.piece(r, buffers);
-            some_rows(p, first_row(p, start, low), first_row(p, start, high), count, turned);
+            const Piece p = group.piece(r, buffers, side);
+            some_rows(p, first_row(p, start, low), first_row(p, start, high), side);
             start += p.rows * p.columns;
         }
     }
