@@ -28,12 +28,12 @@ static at::Tensor chains(const at::Tensor &given, const at::Tensor &weights, con
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         auto part = [&](int64_t features, int64_t of) { return features * of / threads; };
         const int64_t in = part(in_features, thread), out = part(out_features, thread);
-        from_rows(x.const_data_ptr<float>() + in, in_features, count, part(in_features, thread + 1) - in,
+        from_rows(x.const_data_ptr<float>() + in, in_features, count, part(in_features, thread + 1) - in, side,
                   buffers.input.at + in * side);
 #pragma omp barrier
         share(group, buffers, side, thread, threads);
 #pragma omp barrier
-        to_rows(buffers.result.at + out * side, count, part(out_features, thread + 1) - out,
+        to_rows(buffers.result.at + out * side, side, count, part(out_features, thread + 1) - out,
                 y.mutable_data_ptr<float>() + out, out_features);
     }
     return y;

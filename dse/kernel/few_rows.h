@@ -168,9 +168,8 @@ static inline void turn(quad (&rows)[4]) {
     rows[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
 }
 
-// `features` numbers of each of `tokens` rows, `stride` apart, put side by side.
-static void from_rows(const float *rows, int64_t stride, int64_t tokens, int64_t features, float *y) {
-    const int64_t side = side_of(tokens);
+// `features` numbers of each of `tokens` rows, `stride` apart, put `side` by side.
+static void from_rows(const float *rows, int64_t stride, int64_t tokens, int64_t features, int64_t side, float *y) {
     if (side == 1) return (void)std::memcpy(y, rows, sizeof(float) * features);
     for (int64_t token = 0; token < side; token += 4) {
         const float *from = rows + token * stride;
@@ -188,8 +187,7 @@ static void from_rows(const float *rows, int64_t stride, int64_t tokens, int64_t
 }
 
 // The other way round.
-static void to_rows(const float *x, int64_t tokens, int64_t features, float *rows, int64_t stride) {
-    const int64_t side = side_of(tokens);
+static void to_rows(const float *x, int64_t side, int64_t tokens, int64_t features, float *rows, int64_t stride) {
     if (side == 1) return (void)std::memcpy(rows, x, sizeof(float) * features);
     for (int64_t token = 0; token < tokens; token += 4) {
         float *to = rows + token * stride;

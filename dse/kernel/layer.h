@@ -154,7 +154,7 @@ static void attention_share(const AttentionBlock &a, const Step &step, Stretches
     share(a.inputs, {{normed, width}, {between, a.inputs.scratch}, {together, stride}}, side, thread, threads);
 #pragma omp barrier
     // Attention is each sequence's own.
-    to_rows(together, count, stride, given, stride);
+    to_rows(together, side, count, stride, given, stride);
     for (int64_t i = 0; i < count; i++) {
         const float *cos = step.cos + i * step.angle_stride, *sin = step.sin + i * step.angle_stride;
         for (int64_t head = 0; head < a.query_heads; head++) {
@@ -172,7 +172,7 @@ static void attention_share(const AttentionBlock &a, const Step &step, Stretches
     }
 #pragma omp barrier
     join_rows(stretches, 0, stretches.rows, mixed);
-    from_rows(mixed, heads, count, heads, mixed_together);
+    from_rows(mixed, heads, count, heads, side, mixed_together);
     share(a.output, {{mixed_together, heads}, {between, a.output.scratch}, {delta, width}}, side, thread, threads);
 #pragma omp barrier
     add(hidden, delta, side * width);
@@ -366,7 +366,7 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         float *mine = whole.at + 2 * shared_size + thread * (residual + own_size);
-        from_rows(x.const_data_ptr<float>(), width, count, width, mine);
+        from_rows(x.const_data_ptr<float>(), width, count, width, side, mine);
         // Blocks take the two shared rooms by turns: a thread that lags may still read what the last block left.
         int64_t block = 0;
         auto rooms = [&] { return Rooms{{whole.at + block++ % 2 * shared_size}, {mine + residual}}; };
@@ -378,7 +378,7 @@ static at::Tensor decoder_layers(const at::Tensor &hidden, const at::Tensor &cos
             }
             if (layer->mlp) mlp_share(*layer->mlp, side, rooms(), mine, width, thread, threads);
         }
-        if (thread == 0) to_rows(mine, count, width, y.mutable_data_ptr<float>(), width);
+        if (thread == 0) to_rows(mine, side, count, width, y.mutable_data_ptr<float>(), width);
     }
     for (size_t slot = 0; slot < steps.size(); slot++) ++*lengths[slot].mutable_data_ptr<int64_t>();
     return y;

@@ -101,8 +101,8 @@ static void rotate_and_store(const AttentionBlock &a, const Step &step, const Pr
     rotate_panel(rows, room.cos + angle, room.sin + angle, size, is_query ? a.scaling : 1.0f);
     if (is_query) return;
     const int64_t at = ((sequence * a.heads + of_cache) * step.cache.positions + first) * size;
-    from_panel(rows, panels.filled(panel), size, step.keys + at, size);
-    from_panel(given + (a.value_at + of_cache * size) * PANEL, panels.filled(panel), size, step.values + at, size);
+    to_rows(rows, PANEL, panels.filled(panel), size, step.keys + at, size);
+    to_rows(given + (a.value_at + of_cache * size) * PANEL, PANEL, panels.filled(panel), size, step.values + at, size);
 }
 
 static void attention_of_panels(const AttentionBlock &a, const Step &step, const PromptRoom &room, float *scores) {
@@ -186,12 +186,13 @@ static void layers_of_panels(const std::vector<std::shared_ptr<const Layer>> &la
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels.count(); panel++) {
             const int64_t filled = panels.filled(panel), sequence = panel / panels.of_sequence();
-            to_panel(hidden + panels.row(panel) * width, width, filled, width, room.hidden + panel * width * PANEL);
+            from_rows(hidden + panels.row(panel) * width, width, filled, width, PANEL,
+                      room.hidden + panel * width * PANEL);
             if (steps.empty() || sequence >= kinds) continue;
             const int64_t from = sequence * steps[0].angle_stride + panels.first(panel) * head,
                           to = sequence * stride + panels.first(panel) * head;
-            to_panel(steps[0].cos + from, head, filled, head, room.cos + to);
-            to_panel(steps[0].sin + from, head, filled, head, room.sin + to);
+            from_rows(steps[0].cos + from, head, filled, head, PANEL, room.cos + to);
+            from_rows(steps[0].sin + from, head, filled, head, PANEL, room.sin + to);
         }
         size_t slot = 0;
         for (const auto &layer : layers) {
@@ -200,7 +201,7 @@ static void layers_of_panels(const std::vector<std::shared_ptr<const Layer>> &la
         }
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels.count(); panel++)
-            from_panel(room.hidden + panel * width * PANEL, panels.filled(panel), width, y + panels.row(panel) * width,
-                       width);
+            to_rows(room.hidden + panel * width * PANEL, PANEL, panels.filled(panel), width,
+                    y + panels.row(panel) * width, width);
     }
 }

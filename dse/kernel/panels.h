@@ -103,19 +103,6 @@ struct Panels {
     int64_t row(int64_t panel) const { return panel / of_sequence() * tokens + first(panel); }  // of all sequences'
 };
 
-// `features` numbers of each token of one panel, from token to token `stride` apart, to their place in the panel.
-static void to_panel(const float *rows, int64_t stride, int64_t filled, int64_t features, float *panel) {
-    for (int64_t k = 0; k < features; k++) {
-        for (int64_t i = 0; i < filled; i++) panel[k * PANEL + i] = rows[i * stride + k];
-        for (int64_t i = filled; i < PANEL; i++) panel[k * PANEL + i] = 0.0f;
-    }
-}
-
-static void from_panel(const float *panel, int64_t filled, int64_t features, float *rows, int64_t stride) {
-    for (int64_t i = 0; i < filled; i++)
-        for (int64_t k = 0; k < features; k++) rows[i * stride + k] = panel[k * PANEL + i];
-}
-
 // Rows [from, to) of one product for one panel; `adds` to what stands there.
 static void rows_of_panel(const Piece &p, int64_t from, int64_t to, int64_t panel, int64_t parts, bool adds) {
     const float *x = p.source.at + panel * p.source.stride * PANEL;
@@ -163,11 +150,12 @@ static void chains_of_many(const Group &group, const float *x, int64_t count, fl
     {
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels.count(); panel++)
-            to_panel(x + panels.row(panel) * in, in, panels.filled(panel), in, buffers.input.at + panel * in * PANEL);
+            from_rows(x + panels.row(panel) * in, in, panels.filled(panel), in, PANEL,
+                      buffers.input.at + panel * in * PANEL);
         share_panels(group, buffers, panels, false);
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels.count(); panel++)
-            from_panel(buffers.result.at + panel * out * PANEL, panels.filled(panel), out, y + panels.row(panel) * out,
-                       out);
+            to_rows(buffers.result.at + panel * out * PANEL, PANEL, panels.filled(panel), out,
+                    y + panels.row(panel) * out, out);
     }
 }

@@ -163,9 +163,8 @@ class ModelProfile:
         return point if len(kept) == len(point) else DesignPoint.of(kept)
 
     def missing(self, shapes: Iterable[ProductShape]) -> list[ProductShape]:
-        """Those of these shapes that are not timed in every layout yet, each once."""
-        layouts = self.timings.layouts
-        return [s for s in dict.fromkeys(shapes) if not all(self.timings.knows(s, layout) for layout in layouts)]
+        """Those of these shapes that are not timed yet, each once."""
+        return [shape for shape in dict.fromkeys(shapes) if not self.timings.is_known(shape)]
 
     def shapes_of(self, name: str, choice: TensorChoice | None, phase: Phase) -> list[ProductShape]:
         """The products that `group_seconds` adds up."""

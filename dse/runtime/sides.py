@@ -120,20 +120,20 @@ class GenerationShape:
 
 def form_choice(timings: ProductTimings, generation: GenerationShape) -> FormChoice:
     """What the timings found faster, summed over the passes of a generation."""
-    head = _choice(timings, generation.passes(of_head=True))
+    head = _choice(timings, generation.passes(of_head=True), is_alone=True)
     return dataclasses.replace(_choice(timings, generation.passes()), head=head)
 
 
-def _choice(timings: ProductTimings, passes: Mapping[int, int]) -> FormChoice:
+def _choice(timings: ProductTimings, passes: Mapping[int, int], *, is_alone: bool = False) -> FormChoice:
     def layouts(shapes: Sequence[tuple[int, int]]) -> list[Layout]:
         counts = [_counted(*shape) for shape in shapes]
         if timings.has_kernel:  # products that lie otherwise would part from the others
-            return [timings.best_layout_of(sum(counts, Counter()))] * len(shapes)
-        return [timings.best_layout_of(count) for count in counts]
+            return [timings.best_layout_of(sum(counts, Counter()), is_alone=is_alone)] * len(shapes)
+        return [timings.best_layout_of(count, is_alone=is_alone) for count in counts]
 
     def seconds(out_features: int, in_features: int) -> float:
         shapes = _counted(out_features, in_features)
-        return timings.total_seconds(shapes, timings.best_layout_of(shapes))
+        return timings.total_seconds(shapes, timings.best_layout_of(shapes, is_alone=is_alone))
 
     def _counted(out_features: int, in_features: int) -> Counter[ProductShape]:
         return Counter({ProductShape(rows, out_features, in_features): count for rows, count in passes.items()})

@@ -151,7 +151,14 @@ class ProductTimings:
 
     def knows(self, shape: ProductShape, layout: Layout) -> bool:
         """Whether a timing is at hand."""
-        return shape.key(layout) in self._seconds
+        return _key(shape, layout) in self._seconds
+
+    def is_known(self, shape: ProductShape) -> bool:
+        """Whether all timings are at hand that `best_seconds` looks at."""
+        reference = ProductShape(shape.rows, *REFERENCE)
+        if shape.rows > FEW_ROWS and not all(self.knows(reference, layout) for layout in self._row_layouts):
+            return False
+        return all(self.knows(shape, layout) for layout in self._layouts_of(shape.rows, is_alone=False))
 
     def seconds(self, shape: ProductShape, layout: Layout) -> float:
         """Seconds of one product; measured now where it is not known.
@@ -159,9 +166,9 @@ class ProductTimings:
         Raises:
             StorageFullError: The timing cannot be kept.
         """
-        key = shape.key(layout)
+        key = _key(shape, layout)
         if key not in self._seconds:
-            self._seconds |= {shape.key(each): found for each, found in self._measure(shape).items()}
+            self._seconds |= self._measure(shape, layout)
             self._write()
         return self._seconds[key]
 
@@ -169,11 +176,25 @@ class ProductTimings:
         """The faster layout; the usual one, row by row, unless the other is clearly faster."""
         return self.best_layout_of({shape: 1})
 
-    def best_layout_of(self, counts: Mapping[ProductShape, int]) -> Layout:
-        """The layout of a weight that several products share, each taken so often."""
-        by_row = self.row_layout(max(shape.rows for shape in counts))
-        rows, columns = (self.total_seconds(counts, layout) for layout in (by_row, "column_major"))
-        return "column_major" if columns < _CLEARLY_FASTER * rows else by_row
+    def best_layout_of(self, counts: Mapping[ProductShape, int], *, is_alone: bool = False) -> Layout:
+        """The layout of a weight that several products share, each taken so often.
+
+        With the kernel weights lie row by row, since it runs whole layers so; what is alone, such as the output head,
+        may lie otherwise.
+        """
+        layouts = self._layouts_of(max(shape.rows for shape in counts), is_alone=is_alone)
+        if len(layouts) == 1:
+            return layouts[0]
+        rows, columns = (self.total_seconds(counts, layout) for layout in layouts)
+        return layouts[1] if columns < _CLEARLY_FASTER * rows else layouts[0]
+
+    def _layouts_of(self, rows: int, *, is_alone: bool) -> tuple[Layout, ...]:
+        by_row = self.row_layout(rows)
+        return (by_row,) if self.has_kernel and not is_alone else (by_row, "column_major")
+
+    @property
+    def _row_layouts(self) -> tuple[Layout, ...]:
+        return tuple(layout for layout in self.layouts if layout != "column_major")
 
     def row_layout(self, rows: int) -> Layout:
         """Which of those that lie row by row, by the reference product alone: the better library is the machine's.
@@ -183,7 +204,7 @@ class ProductTimings:
         if rows <= FEW_ROWS:
             return "row_major"
         reference = ProductShape(rows, *REFERENCE)
-        seconds = {layout: self.seconds(reference, layout) for layout in self.layouts if layout != "column_major"}
+        seconds = {layout: self.seconds(reference, layout) for layout in self._row_layouts}
         best = min(seconds, key=seconds.__getitem__)
         if seconds.get("row_major_panels", math.inf) * _PANELS_GAIN <= seconds[best]:
             return "row_major_panels"
@@ -213,51 +234,38 @@ class ProductTimings:
         write_json(self.path, {"conditions": asdict(self.conditions), "seconds": merged})
 
     @torch.inference_mode()
-    def _measure(self, shape: ProductShape) -> dict[Layout, float]:
-        """Seconds in each layout, by turns with a product that is the same for all shapes of as many rows.
+    def _measure(self, shape: ProductShape, layout: Layout) -> dict[str, float]:
+        """Seconds by key, taken by turns with a product that is the same for all shapes of as many rows.
 
         A machine shared with other work is faster in one minute than in the next, by more than layouts or ranks
         differ. So what is kept is the ratio to that product, times its own seconds when it was timed first.
         """
         reference = ProductShape(shape.rows, *REFERENCE)
-        passes = self._passes(shape)
-        key = reference.key("row_major")
-        if shape == reference or key not in self._seconds:
-            own = self._passes(reference)
-            found = self._alike(_least_by_turns(own))
-            self._seconds |= {reference.key(layout): seconds for layout, seconds in found.items()}
-            if shape == reference:
+        key, found = _key(reference, "row_major"), {}
+        if key not in self._seconds:
+            found[key] = _least(self._pass(reference, "row_major"))
+            if _key(shape, layout) == key:
                 return found
-        ratios = _ratios_by_turns(passes, self._passes(reference)["row_major"])
-        return self._alike({layout: ratio * self._seconds[key] for layout, ratio in ratios.items()})
+        ratio = _ratio_by_turns(self._pass(shape, layout), self._pass(reference, "row_major"))
+        return found | {_key(shape, layout): ratio * {**self._seconds, **found}[key]}
 
-    def _alike(self, found: dict[Layout, float]) -> dict[Layout, float]:
-        """With the layouts that were not timed, since they are multiplied like `row_major`."""
-        return {layout: found.get(layout, found["row_major"]) for layout in self.layouts}
-
-    def _passes(self, shape: ProductShape) -> dict[Layout, Callable[[], float]]:
-        """For each layout what times some products by as many different weights, and gives the seconds of one."""
+    def _pass(self, shape: ProductShape, layout: Layout) -> Callable[[], float]:
+        """What times some products by as many different weights, and gives the seconds of one."""
         weights = self._weights(shape)
         given = torch.randn(shape.rows, shape.in_features, device=self._device).to(self._dtype)
         stopwatch = stopwatch_for([self._device])
         begin = 0
 
-        def one_pass(layout: Layout, count: int) -> float:
+        def one_pass(count: int) -> float:
             nonlocal begin
             chosen = [(begin + index) % len(weights) for index in range(count)]
             begin += count
             multiply = self._products(weights, chosen, shape, layout)
             return stopwatch.time(lambda: _multiply(multiply, given))[1] / count
 
-        passes: dict[Layout, Callable[[], float]] = {}
-        for layout in self.layouts:
-            if layout in ("row_major_onednn", "row_major_panels") and shape.rows <= FEW_ROWS:
-                continue  # they differ where rows are many
-            one_pass(layout, 1)
-            estimate_s = max(one_pass(layout, 2), 1e-7)
-            count = max(2, min(len(weights), round(_PASS_S / estimate_s)))
-            passes[layout] = functools.partial(one_pass, layout, count)
-        return passes
+        one_pass(1)
+        estimate_s = max(one_pass(2), 1e-7)
+        return functools.partial(one_pass, max(2, min(len(weights), round(_PASS_S / estimate_s))))
 
     def _products(
         self, weights: Sequence[Tensor], chosen: Sequence[int], shape: ProductShape, layout: Layout
@@ -285,23 +293,23 @@ class ProductTimings:
         return list(torch.split(self._pool, shape.weight_entries))[: entries // shape.weight_entries]
 
 
-def _ratios_by_turns(
-    measures: Mapping[Layout, Callable[[], float]], reference: Callable[[], float]
-) -> dict[Layout, float]:
-    """The median ratio of each to the reference, which is measured right before and right after it.
+def _key(shape: ProductShape, layout: Layout) -> str:
+    """What lies row by row is multiplied in one way where rows are few."""
+    return shape.key(layout if layout == "column_major" or shape.rows > FEW_ROWS else "row_major")
+
+
+def _ratio_by_turns(measure: Callable[[], float], reference: Callable[[], float]) -> float:
+    """The median ratio to the reference, which is measured right before and right after.
 
     Of more turns while ratios are far apart: then other work came and went between them.
     """
-    ratios: dict[Layout, list[float]] = {name: [] for name in measures}
+    ratios: list[float] = []
     before = reference()
-    for turn in range(1, _MOST_PASSES + 1):
-        for name, measure in measures.items():
-            seconds, after = measure(), reference()
-            ratios[name].append(seconds / ((before + after) / 2))
-            before = after
-        if turn >= _TURNS and all(map(_is_settled, ratios.values())):
-            break
-    return {name: statistics.median(values) for name, values in ratios.items()}
+    while len(ratios) < _TURNS or (len(ratios) < _MOST_PASSES and not _is_settled(ratios)):
+        seconds, after = measure(), reference()
+        ratios.append(seconds / ((before + after) / 2))
+        before = after
+    return statistics.median(ratios)
 
 
 def _is_settled(ratios: Sequence[float]) -> bool:
@@ -309,15 +317,12 @@ def _is_settled(ratios: Sequence[float]) -> bool:
     return high <= _SPREAD * low
 
 
-def _least_by_turns(measures: Mapping[Layout, Callable[[], float]]) -> dict[Layout, float]:
-    """The least of some measurements each; of more while the two least of one differ: other work came between."""
-    found: dict[Layout, list[float]] = {name: [] for name in measures}
-    for turn in range(1, _MOST_PASSES + 1):
-        for name, measure in measures.items():
-            found[name] = sorted([*found[name], measure()])
-        if turn >= _PASSES and all(values[1] <= _AGREEMENT * values[0] for values in found.values()):
-            break
-    return {name: values[0] for name, values in found.items()}
+def _least(measure: Callable[[], float]) -> float:
+    """The least of some measurements; of more while the two least differ: other work came between."""
+    found: list[float] = []
+    while len(found) < _PASSES or (len(found) < _MOST_PASSES and found[1] > _AGREEMENT * found[0]):
+        found = sorted([*found, measure()])
+    return found[0]
 
 
 def _multiply(products: Sequence[Callable[[Tensor], Tensor]], given: Tensor) -> None:

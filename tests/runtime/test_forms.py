@@ -266,7 +266,9 @@ def test_a_model_whose_outputs_change_is_refused():
 
 
 class PhaseTimings(ProductTimings):
-    """Decode likes columns and pays for the entries read; prefill likes rows, and few products."""
+    """Decode likes columns and pays for the entries read; prefill likes rows, and few products. There is no kernel."""
+
+    has_kernel = False
 
     def seconds(self, shape, layout):
         if shape.rows == 1:
@@ -306,6 +308,20 @@ def test_forms_are_chosen_by_the_time_of_a_whole_generation(phase_timings, gener
     forms.put()
     assert model.model.layers[0].mlp.down_proj.shared.first.layout == layout
     # The head multiplies one row a sequence in prefill, too: it is always a decode product.
+    assert model.lm_head.shared.first.layout == "column_major"
+
+
+def test_with_the_kernel_layers_lie_row_by_row(tmp_path):
+    """A layer one of whose weights lies otherwise is none that the kernel could run; the head is in no layer."""
+
+    class KernelTimings(PhaseTimings):
+        has_kernel = True
+
+    timings = KernelTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path)
+    model = llama()
+    forms, _ = build_forms(model, form_choice(timings, GenerationShape(1, 0, 1)))
+    forms.put()
+    assert model.model.layers[0].mlp.down_proj.shared.first.layout == "row_major"
     assert model.lm_head.shared.first.layout == "column_major"
 
 
