@@ -76,7 +76,9 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
             idle = None if meter is None else measure_idle_power(meter)
             measured = []
             for cell in cells:
-                runtime = fast_runtime(loaded.model, _generation(cell)) if cell.mode == "fast" else None
+                runtime = None
+                if cell.mode == "fast":
+                    runtime = fast_runtime(loaded.model, _generation(cell), listener.on_phase)
                 with nullcontext(applied) if runtime is None else runtime.sides(applied) as sides:
                     measured.append(_Cell(loaded, point, sides, cell, meter, idle, listener).measure())
     finally:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dse.errors import InvalidMeasurementError
 from dse.kernel import ChainMatrix, KernelChains, KernelForward
+from dse.progress import ProgressCallback, ignore_progress
 from dse.runtime.decoder_layers import kernel_forwards, pass_outputs
 from dse.runtime.matrices import MatrixModule, modules_by_input
 from dse.runtime.packing import LaidOutWeights, PackedProducts, WeightRequest
@@ -86,7 +87,12 @@ class Forms:
 
 
 def build_forms(
-    model: nn.Module, choice: FormChoice, dense: LaidOutWeights | None = None, *, at_once: bool = True
+    model: nn.Module,
+    choice: FormChoice,
+    dense: LaidOutWeights | None = None,
+    *,
+    at_once: bool = True,
+    progress: ProgressCallback = ignore_progress,
 ) -> tuple[Forms, LaidOutWeights]:
     """The forms of `model` as it is now, compared with the plain model; the model is left as it was.
 
@@ -95,6 +101,8 @@ def build_forms(
         choice: Layout of each product, and which factors are merged.
         dense: The weights of the dense model's forms, of which copies are shared.
         at_once: Whether decode steps may run all layers as one call, so that nobody sees what lies between them.
+        progress: Told how many groups of matrices that share an input are done: a new shape takes a second or more to
+            be timed.
 
     Returns:
         The forms, and the weights they hold.
@@ -107,7 +115,9 @@ def build_forms(
     weights = LaidOutWeights(dense)
     forms = Forms()
     head = model.get_output_embeddings()  # type: ignore[operator]
-    for group in modules_by_input(model, tokens):
+    groups = modules_by_input(model, tokens)
+    for done, group in enumerate(groups):
+        progress("fast forms", done, len(groups))
         is_head = any(model.get_submodule(matrix.path) is head for matrix in group)
         own = choice.head if is_head and choice.head is not None else choice
         for matrix, form, is_merged in _forms_of_group(group, own, weights):

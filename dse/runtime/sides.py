@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
+from dse.progress import ProgressCallback, ignore_progress
 from dse.runtime.forms import FormChoice, Forms, build_forms
 from dse.runtime.packing import LaidOutWeights
 from dse.runtime.products import Layout
@@ -37,11 +38,13 @@ class FastRuntime:
     Args:
         model: The resident model; whatever is in it now is put aside while forms are built.
         choice: Which form is fastest.
+        progress: Told how far the forms of a side are: timing the products of new shapes takes minutes.
     """
 
-    def __init__(self, model: nn.Module, choice: FormChoice) -> None:
+    def __init__(self, model: nn.Module, choice: FormChoice, progress: ProgressCallback = ignore_progress) -> None:
         self._model = model
         self._choice = choice
+        self._progress = progress
         self._dense: tuple[Forms, LaidOutWeights] | None = None
 
     @contextlib.contextmanager
@@ -56,10 +59,10 @@ class FastRuntime:
         """
         plain.use_dense()
         if self._dense is None:
-            self._dense = build_forms(self._model, self._choice)
+            self._dense = build_forms(self._model, self._choice, progress=self._progress)
         dense, weights = self._dense
         plain.use_point()
-        point, _ = build_forms(self._model, self._choice, weights)
+        point, _ = build_forms(self._model, self._choice, weights, progress=self._progress)
         sides = _FastSides(plain, point, dense)
         try:
             yield sides
@@ -141,14 +144,17 @@ def _choice(timings: ProductTimings, passes: Mapping[int, int], *, is_alone: boo
     return FormChoice(layouts, seconds)
 
 
-def fast_runtime(model: nn.Module, generation: GenerationShape) -> FastRuntime:
+def fast_runtime(
+    model: nn.Module, generation: GenerationShape, progress: ProgressCallback = ignore_progress
+) -> FastRuntime:
     """The runtime of a model on its own device, by the device's timings, which are measured where they are missing.
 
     Args:
         model: The resident model.
         generation: What is to be fast.
+        progress: As of `FastRuntime`.
     """
-    return FastRuntime(model, form_choice(timings_for(model), generation))
+    return FastRuntime(model, form_choice(timings_for(model), generation), progress)
 
 
 def timings_for(model: nn.Module) -> ProductTimings:

@@ -25,6 +25,7 @@ from dse.measurement import (
     named_meter,
 )
 from dse.models import LoadedModel
+from dse.progress import ProgressCallback, ignore_progress
 from dse.runtime import (
     FastRuntime,
     GenerationShape,
@@ -92,7 +93,9 @@ class MeasurementPlan:
             f"{name}_latency_s": Phase.of(name, first.batch_size, first.prompt_tokens) for name in ("prefill", "decode")
         }
 
-    def use_runtime(self, loaded: LoadedModel, objectives: Collection[str]) -> None:
+    def use_runtime(
+        self, loaded: LoadedModel, objectives: Collection[str], progress: ProgressCallback = ignore_progress
+    ) -> None:
         """Have models put into the form that is fastest in the phases of the latency objectives, in mode `fast`."""
         first = self.cells[0]
         if first.mode != "fast":
@@ -103,7 +106,7 @@ class MeasurementPlan:
             first.prompt_tokens if "prefill_latency_s" in counts else 0,
             first.new_tokens if "decode_latency_s" in counts else 0,
         )
-        self.runtime = fast_runtime(loaded.model, generation)
+        self.runtime = fast_runtime(loaded.model, generation, progress)
         self.compiled = {cell: Workload(loaded.model, cell) for cell in self.cells}
 
     def use_profile(self, loaded: LoadedModel, space: SearchSpace, config: StudyConfig) -> None:

@@ -92,7 +92,7 @@ def prepare_study(
     if needs.latency or needs.energy or needs.memory:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
-        plan.use_runtime(loaded, [entry.name for entry in objectives])
+        plan.use_runtime(loaded, [entry.name for entry in objectives], listener.on_phase)
     plan.use_profile(loaded, space, config)  # what is left of a point matters whatever is measured of it
     evaluator = _evaluator(config, loaded) if config.tasks else None
     if evaluator is not None:
