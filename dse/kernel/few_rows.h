@@ -55,7 +55,8 @@ static void one_row_of_x(const Piece &p, int64_t from, int64_t to) {
     }
 }
 
-constexpr int64_t STRETCH = 256;  // columns at a time: rounding adds up over so many numbers only
+constexpr int64_t STRETCH = 256;  // columns of a wide weight at a time
+constexpr int64_t SUMMED = 64;    // numbers added up one after the other; rounding adds up, too
 constexpr int64_t THIN = 768;     // most columns of a weight whose rows are too short to be told apart
 constexpr int64_t AHEAD = 2048;   // numbers between what is multiplied and what is fetched
 
@@ -102,14 +103,16 @@ static inline void spread_rows(const Piece &p, int64_t row) {
     vector whole[ROWS][PARTS] = {};
     const int64_t stretches = (columns + STRETCH - 1) / STRETCH,
                   length = (columns / stretches + LINE - 1) / LINE * LINE;
-    for (int64_t k = 0; k < columns;) {
+    const int64_t apart = IS_WIDE ? columns : LINE, by = IS_WIDE ? LINE : ROWS * LINE;
+    const float *next = weight + AHEAD;
+    for (int64_t k = 0, end = IS_WIDE ? 0 : columns; k < columns;) {
+        if (k == end) {
+            end = k + length < columns ? k + length : columns;
+            next = end < columns ? weight + end : weight + ROWS * columns;
+        }
         vector sums[ROWS][PHASES][PARTS] = {};
-        const int64_t end = k + length < columns ? k + length : columns;
-        const float *next = !IS_WIDE        ? weight + k * ROWS + AHEAD
-                            : end < columns ? weight + end
-                                            : weight + ROWS * columns;
-        const int64_t apart = IS_WIDE ? columns : LINE, by = IS_WIDE ? LINE : ROWS * LINE;
-        for (; k + LINE <= end; k += LINE, next += by) {
+        const int64_t stop = k + SUMMED < end ? k + SUMMED : end;
+        for (; k + LINE <= stop; k += LINE, next += by) {
             for (int r = 0; r < ROWS; r++) __builtin_prefetch(next + r * apart);
             for (int some = 0; some < LINE; some += 4) {
 #pragma GCC unroll 4
@@ -117,7 +120,7 @@ static inline void spread_rows(const Piece &p, int64_t row) {
                 go_on(4);
             }
         }
-        for (; k < end; k++) column(sums, 0), go_on(1);
+        for (; k < stop; k++) column(sums, 0), go_on(1);
         for (int r = 0; r < ROWS; r++)
             for (int phase = 0; phase < PHASES; phase++)
                 for (int part = 0; part < PARTS; part++) whole[r][part] += sums[r][phase][part];

@@ -69,7 +69,21 @@ def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [1, 65])
+@settings(max_examples=100, deadline=None)
+@given(
+    columns=st.sampled_from([15, 16, 17, 255, 256, 257, 511, 768, 769, 1000, 1541]),
+    out=st.integers(1, 40),
+    rows=st.integers(1, FEW_ROWS),
+    has_bias=st.booleans(),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_thin_and_wide_weights_by_few_rows(columns, out, rows, has_bias, threads):
+    """Weights are read in stretches and some rows at a time, wide ones otherwise than thin ones."""
+    test_the_kernel_agrees_with_products_one_by_one.hypothesis.inner_test([[(out, columns, has_bias)]], rows, threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 65])
 def test_long_sums_lose_no_more_than_those_of_a_library(rows):
     """Numbers added up one after the other; a large one among them must not swallow the others."""
     torch.manual_seed(0)

@@ -311,6 +311,18 @@ def test_forms_are_chosen_by_the_time_of_a_whole_generation(phase_timings, gener
     assert model.lm_head.shared.first.layout == "column_major"
 
 
+def test_building_forms_tells_how_far_it_is(phase_timings):
+    told = []
+    build_forms(
+        llama(),
+        form_choice(phase_timings, GenerationShape(1, 0, 1)),
+        progress=lambda phase, done, total: told.append((phase, done, total)),
+    )
+    total = told[0][2]
+    assert total == 4 * 2 + 1  # two layers of four products, and the head
+    assert told == [("fast forms", done, total) for done in range(total)]
+
+
 def test_with_the_kernel_layers_lie_row_by_row(tmp_path):
     """A layer one of whose weights lies otherwise is none that the kernel could run; the head is in no layer."""
 
