@@ -28,9 +28,9 @@ struct Piece {
     Operand source, sink;
 };
 
-// Rows [from, to) of the weight by one token: W from one end to the other, a row at a time, which
-// is what the processor's own prefetchers are best at. Reading eight rows side by side, or asking for what comes next,
-// takes up to half as long again.
+// Rows [from, to) of the weight by one token: W from one end to the other, a row at a time, which is what the
+// processor's own prefetchers are best at. Reading eight rows side by side, or asking for what comes next, takes up to
+// half as long again.
 static void one_row_of_x(const Piece &p, int64_t from, int64_t to) {
     const int64_t columns = p.columns;
     const float *x = p.source.at;
@@ -57,7 +57,7 @@ static void one_row_of_x(const Piece &p, int64_t from, int64_t to) {
 
 constexpr int64_t STRETCH = 256;  // columns of a wide weight at a time
 constexpr int64_t SUMMED = 64;    // numbers added up one after the other; rounding adds up, too
-constexpr int64_t THIN = 768;     // most columns of a weight whose rows are too short to be told apart
+constexpr int64_t THIN = 768;     // most columns of a thin weight
 constexpr int64_t AHEAD = 2048;   // numbers between what is multiplied and what is fetched
 
 template <int SIZE>

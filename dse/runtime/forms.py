@@ -117,7 +117,7 @@ def build_forms(
     head = model.get_output_embeddings()  # type: ignore[operator]
     groups = modules_by_input(model, tokens)
     for done, group in enumerate(groups):
-        progress("fast forms", done, len(groups))
+        progress("preparing mode fast", done, len(groups))
         is_head = any(model.get_submodule(matrix.path) is head for matrix in group)
         own = choice.head if is_head and choice.head is not None else choice
         for matrix, form, is_merged in _forms_of_group(group, own, weights):
@@ -126,6 +126,7 @@ def build_forms(
             parent, _, attribute = matrix.path.rpartition(".")
             plain = model.get_submodule(matrix.path)
             forms.swaps.append(_Swap(model.get_submodule(parent), attribute, plain, form.train(plain.training)))
+    progress("preparing mode fast", len(groups), len(groups))
     _refuse_other_outputs(model, tokens, forms)
     _let_kernel_run(model, tokens, forms, at_once=at_once)
     return forms, weights

@@ -21,7 +21,7 @@ from dse.kernel import FEW_ROWS, NO_KERNEL, ChainMatrix, KernelChains, kernel_na
 from dse.measurement.clock import stopwatch_for
 from dse.measurement.environment import device_description
 from dse.runtime.onednn import has_onednn, linear_by_onednn
-from dse.runtime.products import LAYOUTS, Layout
+from dse.runtime.products import Layout
 
 __all__ = ["REFERENCE", "ProductShape", "ProductTimings", "TimingConditions"]
 
@@ -72,8 +72,9 @@ class ProductShape:
         return 2 * self.rows * self.weight_entries
 
     def key(self, layout: Layout) -> str:
-        """Its name in a file."""
-        return f"{self.rows} x {self.in_features} x {self.out_features} {layout}"
+        """Its name in a file; what lies row by row is multiplied in one way where rows are few."""
+        way = layout if layout == "column_major" or self.rows > FEW_ROWS else "row_major"
+        return f"{self.rows} x {self.in_features} x {self.out_features} {way}"
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,13 @@ class ProductTimings:
         return self._device
 
     @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """The layouts that can be had there."""
-        is_there = {"row_major_onednn": has_onednn(self._device, self._dtype), "row_major_panels": self.has_kernel}
-        return tuple(layout for layout in LAYOUTS if is_there.get(layout, True))
-
-    @property
     def has_kernel(self) -> bool:
         """Whether row-major products of few rows that follow from one input are one call of the kernel."""
         return self.conditions.kernel != NO_KERNEL
 
     def knows(self, shape: ProductShape, layout: Layout) -> bool:
         """Whether a timing is at hand."""
-        return _key(shape, layout) in self._seconds
+        return shape.key(layout) in self._seconds
 
     def is_known(self, shape: ProductShape) -> bool:
         """Whether all timings are at hand that `best_seconds` looks at."""
@@ -166,7 +161,7 @@ class ProductTimings:
         Raises:
             StorageFullError: The timing cannot be kept.
         """
-        key = _key(shape, layout)
+        key = shape.key(layout)
         if key not in self._seconds:
             self._seconds |= self._measure(shape, layout)
             self._write()
@@ -194,7 +189,10 @@ class ProductTimings:
 
     @property
     def _row_layouts(self) -> tuple[Layout, ...]:
-        return tuple(layout for layout in self.layouts if layout != "column_major")
+        """What can be had here of the layouts that lie row by row."""
+        onednn: tuple[Layout, ...] = ("row_major_onednn",) if has_onednn(self._device, self._dtype) else ()
+        panels: tuple[Layout, ...] = ("row_major_panels",) if self.has_kernel else ()
+        return ("row_major", *onednn, *panels)
 
     def row_layout(self, rows: int) -> Layout:
         """Which of those that lie row by row, by the reference product alone: the better library is the machine's.
@@ -241,13 +239,13 @@ class ProductTimings:
         differ. So what is kept is the ratio to that product, times its own seconds when it was timed first.
         """
         reference = ProductShape(shape.rows, *REFERENCE)
-        key, found = _key(reference, "row_major"), {}
+        key, found = reference.key("row_major"), {}
         if key not in self._seconds:
             found[key] = _least(self._pass(reference, "row_major"))
-            if _key(shape, layout) == key:
+            if shape.key(layout) == key:
                 return found
         ratio = _ratio_by_turns(self._pass(shape, layout), self._pass(reference, "row_major"))
-        return found | {_key(shape, layout): ratio * {**self._seconds, **found}[key]}
+        return found | {shape.key(layout): ratio * {**self._seconds, **found}[key]}
 
     def _pass(self, shape: ProductShape, layout: Layout) -> Callable[[], float]:
         """What times some products by as many different weights, and gives the seconds of one."""
@@ -291,11 +289,6 @@ class ProductTimings:
             self._pool = None
             self._pool = torch.empty(entries, dtype=self._dtype, device=self._device).uniform_(-1, 1)
         return list(torch.split(self._pool, shape.weight_entries))[: entries // shape.weight_entries]
-
-
-def _key(shape: ProductShape, layout: Layout) -> str:
-    """What lies row by row is multiplied in one way where rows are few."""
-    return shape.key(layout if layout == "column_major" or shape.rows > FEW_ROWS else "row_major")
 
 
 def _ratio_by_turns(measure: Callable[[], float], reference: Callable[[], float]) -> float:

@@ -53,10 +53,8 @@ def chain_shapes(draw):
     return chains
 
 
-@needs_compiler
-@settings(max_examples=150, deadline=None)
-@given(chain_shapes(), st.integers(1, FEW_ROWS) | st.integers(FEW_ROWS + 1, 200), st.sampled_from([1, 2, 3, 7]))
-def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
+def check(chains, rows, threads):
+    """The kernel against products one by one."""
     flat, places = packed(chains)
     x = torch.randn(rows, 1, chains[0][0][1])
     before = torch.get_num_threads()
@@ -66,6 +64,13 @@ def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), one_by_one(flat, places, x), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(chain_shapes(), st.integers(1, FEW_ROWS) | st.integers(FEW_ROWS + 1, 200), st.sampled_from([1, 2, 3, 7]))
+def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
+    check(chains, rows, threads)
 
 
 @needs_compiler
@@ -79,7 +84,7 @@ def test_the_kernel_agrees_with_products_one_by_one(chains, rows, threads):
 )
 def test_thin_and_wide_weights_by_few_rows(columns, out, rows, has_bias, threads):
     """Weights are read in stretches and some rows at a time, wide ones otherwise than thin ones."""
-    test_the_kernel_agrees_with_products_one_by_one.hypothesis.inner_test([[(out, columns, has_bias)]], rows, threads)
+    check([[(out, columns, has_bias)]], rows, threads)
 
 
 @needs_compiler

@@ -320,7 +320,7 @@ def test_building_forms_tells_how_far_it_is(phase_timings):
     )
     total = told[0][2]
     assert total == 4 * 2 + 1  # two layers of four products, and the head
-    assert told == [("fast forms", done, total) for done in range(total)]
+    assert told == [("preparing mode fast", done, total) for done in range(total + 1)]
 
 
 def test_with_the_kernel_layers_lie_row_by_row(tmp_path):
