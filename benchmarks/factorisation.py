@@ -4,7 +4,7 @@
 
 Every method decomposes the same tensors to the same ranks: a uniform kept fraction that removes 9 and 20 % of the
 model; 55 % of every attention matrix; the 20 % point with query/key/value and gate/up as stacks of equal size; ranks
-allocated by expected damage. The first two thirds of the text are calibrated on (every draw takes other windows), the
+allocated by expected divergence. The first two thirds of the text are calibrated on (every draw takes other windows), the
 last third is scored. A table for people; one JSON document as the last line for machines.
 """
 
@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from dse import DesignPoint, FactorBank, TensorChoice, cost, decompose, load_model
-from dse.allocation import allocate_curves
 from dse.config import CalibrationConfig, CalibrationSource
-from dse.decomposition import CalibrationWindows, calibration_windows, expected_damage
+from dse.decomposition import CalibrationWindows, calibration_windows, expected_divergence
 from dse.models import LoadedModel
+from dse.sensitivity.allocation_curves import allocate_curves
 from dse.topology import Topology
 
 ATTENTION = ("query", "key", "value", "attention_output")
@@ -95,7 +95,7 @@ def main() -> None:
             folder = Path(temporary)
             (folder / "head.txt").write_text(content[:cut], encoding="utf-8")
             windows = windows_of(loaded, folder / "head.txt", arguments.tokens, draw)
-            curves = expected_damage(loaded, windows, folder=folder)
+            curves = expected_divergence(loaded, windows, folder=folder)
             for method in arguments.methods:
                 points = points_of(loaded.topology, method, curves)
                 begun_s = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity_replay.py runs/my_study [--gains 0.002 0.005] [--second-looks 0.002 0.003] [--fresh 1000]
 
-One and the same sequence of trials is judged at each `least_gain`, and the stopped ones once more at each `second_look`
+One and the same sequence of trials is judged at each `min_gain`, and the stopped ones once more at each `resume_stopped`
 below it, from the outcomes that the study kept, so that the difference is the ladder's and nothing else's; the proxy of
 each trial is measured now. Evaluation is counted in documents (the proxy as the documents whose tokens it has). The
 study without a ladder picks its front from more trials, hence from more luck: with `--fresh` the points of all fronts
@@ -29,11 +29,11 @@ from dse.decomposition import calibration_windows, held_out_windows, longest_win
 from dse.evaluation import EvaluationResult, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.pareto import Objective, directions_of, non_dominated, normalised_hypervolume, reference_point
-from dse.study.fidelity import Established, Judge, look_again
-from dse.study.fidelity.established import restricted, value_of
-from dse.study.fidelity.judge import PROXY_RUNG
+from dse.search.multi_fidelity.early_stopping import PROXY_RUNG, EarlyStopping
+from dse.search.multi_fidelity.established import Established, restricted, value_of
+from dse.search.multi_fidelity.resume_stopped import resume_stopped_trials
 from dse.study.folder import StudyFolder
-from dse.study.record import Interval, TrialRecord
+from dse.trial_record import Interval, TrialRecord
 
 
 def with_proxies(
@@ -73,23 +73,23 @@ class Replay:
     masks: Mapping[float, Mapping[str, NDArray[np.bool_]]]
     proxy_documents: float
 
-    def run(self, least_gain: float | None, second_look: float | None = None) -> tuple[float, list[TrialRecord]]:
+    def run(self, min_gain: float | None, resume_stopped: float | None = None) -> tuple[float, list[TrialRecord]]:
         """Documents evaluated, and the trials at the top; None judges nobody, or has no second look."""
         spent, top, stopped = 0.0, [], {}
         for record, evaluation in zip(self.records, self.evaluations, strict=True):
             share, seen = 1.0, None
-            if least_gain is not None and top:
-                judge = Judge(self.objectives, top[0], top, least_gain)
+            if min_gain is not None and top:
+                judge = EarlyStopping(self.objectives, top[0], top, min_gain)
                 share, seen = self._climbed(record, evaluation, judge)
-            spent += share * self.documents + (0.0 if least_gain is None else self.proxy_documents)
+            spent += share * self.documents + (0.0 if min_gain is None else self.proxy_documents)
             if seen is None:
                 top.append(Established(record, evaluation))
             else:
                 stopped[record.trial] = share, seen, record, evaluation
-        if second_look is None or not stopped:
+        if resume_stopped is None or not stopped:
             return spent, [entry.record for entry in top]
 
-        def climb_on(seen: TrialRecord, judge: Judge) -> None:
+        def climb_on(seen: TrialRecord, judge: EarlyStopping) -> None:
             nonlocal spent
             before, _, record, evaluation = stopped[seen.trial]
             share, still = self._climbed(record, evaluation, judge)
@@ -98,7 +98,9 @@ class Replay:
                 top.append(Established(record, evaluation))
 
         waiting = [seen for _, seen, _, _ in stopped.values()]
-        look_again(waiting, lambda: Judge(self.objectives, top[0], top, second_look), climb_on, second_look)
+        resume_stopped_trials(
+            waiting, lambda: EarlyStopping(self.objectives, top[0], top, resume_stopped), climb_on, resume_stopped
+        )
         return spent, [entry.record for entry in top]
 
     @property
@@ -107,7 +109,7 @@ class Replay:
         return float(sum(task.documents for task in self.evaluations[0].tasks))
 
     def _climbed(
-        self, record: TrialRecord, evaluation: EvaluationResult, judge: Judge
+        self, record: TrialRecord, evaluation: EvaluationResult, judge: EarlyStopping
     ) -> tuple[float, TrialRecord | None]:
         """Share of the documents that the trial sees, and its record if it is stopped there."""
         unseen = {name: value for name, value in record.quantities.items() if name == "kl_divergence"}
@@ -200,7 +202,7 @@ def main() -> None:
     rows = []
     print("least gain, second look   less evaluation   hypervolume            fresh           front   at the top")
     for (gain, second), (spent, top) in runs.items():
-        row: dict[str, Any] = {"least_gain": gain, "second_look": second, "saved": runs[unjudged][0] / spent}
+        row: dict[str, Any] = {"min_gain": gain, "resume_stopped": second, "saved": runs[unjudged][0] / spent}
         row |= {"top": len(top), "hypervolume": replay.hypervolume(fronts[gain, second])}
         row["change"] = row["hypervolume"] / replay.hypervolume(fronts[unjudged]) - 1
         fresh = ""

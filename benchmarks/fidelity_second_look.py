@@ -21,8 +21,10 @@ from fidelity_telling import KEPT, OBJECTIVES, PROXY_DOCUMENTS, SHARES, Made, re
 from numpy.typing import NDArray
 
 from dse.pareto import directions_of, non_dominated, normalised_hypervolume
-from dse.study.fidelity import Established, Judge, look_again
-from dse.study.record import Interval, TrialRecord
+from dse.search.multi_fidelity.early_stopping import EarlyStopping
+from dse.search.multi_fidelity.established import Established
+from dse.search.multi_fidelity.resume_stopped import resume_stopped_trials
+from dse.trial_record import Interval, TrialRecord
 
 SETTINGS = (
     (0.002, None),
@@ -64,34 +66,41 @@ class Play:
     spent: float = 0.0
     top: list[Established] = dataclasses.field(default_factory=list)
 
-    def run(self, sequence: Sequence[Levels], least_gain: float | None, second_look: float | None) -> None:
-        """Judge each trial in its turn, then the stopped ones again."""
+    def run(self, sequence: Sequence[Levels], min_gain: float | None, resume_stopped: float | None) -> None:
+        """EarlyStopping each trial in its turn, then the stopped ones again."""
         stopped: dict[int, tuple[float, TrialRecord]] = {}
         for trial, levels in enumerate(sequence):
             record = TrialRecord(
                 trial, "complete", "", point_of(levels), "", "", cost={"parameters": self.made.parameters(levels)}
             )
-            if least_gain is None:
+            if min_gain is None:
                 self.spent += self.made.difficulties.size
                 self._establish(levels, record)
                 continue
             self.spent += PROXY_DOCUMENTS
-            judge = Judge(OBJECTIVES, self.top[0], self.top, least_gain) if self.top else None
+            judge = EarlyStopping(OBJECTIVES, self.top[0], self.top, min_gain) if self.top else None
             cost, still = self._climb(levels, record, judge)
             self.spent += cost
             if still is not None:
                 stopped[trial] = cost, still
 
-        def climb_on(record: TrialRecord, judge: Judge) -> None:
+        def climb_on(record: TrialRecord, judge: EarlyStopping) -> None:
             levels = sequence[record.trial]
             cost, _ = self._climb(levels, record, judge)
             self.spent += max(0.0, cost - stopped[record.trial][0])
 
-        if second_look is not None:
+        if resume_stopped is not None:
             waiting = [record for _, record in stopped.values()]
-            look_again(waiting, lambda: Judge(OBJECTIVES, self.top[0], self.top, second_look), climb_on, second_look)
+            resume_stopped_trials(
+                waiting,
+                lambda: EarlyStopping(OBJECTIVES, self.top[0], self.top, resume_stopped),
+                climb_on,
+                resume_stopped,
+            )
 
-    def _climb(self, levels: Levels, record: TrialRecord, judge: Judge | None) -> tuple[float, TrialRecord | None]:
+    def _climb(
+        self, levels: Levels, record: TrialRecord, judge: EarlyStopping | None
+    ) -> tuple[float, TrialRecord | None]:
         """Documents that the trial sees, and its record if it is stopped."""
         documents, outcomes = self.made.difficulties.size, self.made.outcomes(levels)
         record = dataclasses.replace(record, quantities={"kl_divergence": self._proxy(levels)}, estimates={})
@@ -138,10 +147,10 @@ def main() -> None:
     models = [Made.of(seed, options.documents) for seed in range(options.models)]
     sequences = [drawn(made, options.trials) for made in models]
 
-    def played(least_gain: float | None, second_look: float | None) -> list[Play]:
+    def played(min_gain: float | None, resume_stopped: float | None) -> list[Play]:
         plays = [Play(made) for made in models]
         for play, sequence in zip(plays, sequences, strict=True):
-            play.run(sequence, least_gain, second_look)
+            play.run(sequence, min_gain, resume_stopped)
         return plays
 
     def volumes(plays: list[Play]) -> NDArray[np.float64]:
@@ -150,18 +159,18 @@ def main() -> None:
     base = played(None, None)
     rows = []
     print("least gain   second look   less evaluation   hypervolume: measured          expected   at the top")
-    for least_gain, second_look in SETTINGS:
-        plays = played(least_gain, second_look)
+    for min_gain, resume_stopped in SETTINGS:
+        plays = played(min_gain, resume_stopped)
         changes = 100 * (volumes(plays) / volumes(base) - 1)
         means, errors = changes.mean(axis=0), changes.std(axis=0, ddof=1) / len(models) ** 0.5
         saved = sum(play.spent for play in base) / sum(play.spent for play in plays)
         top = float(np.mean([len(play.top) for play in plays]))
         print(
-            f"{least_gain:>10} {second_look or '-':>13} {saved:>15.2f} x   {means[0]:>+8.2f} ± {errors[0]:.2f} %"
+            f"{min_gain:>10} {resume_stopped or '-':>13} {saved:>15.2f} x   {means[0]:>+8.2f} ± {errors[0]:.2f} %"
             f"   {means[1]:>+8.2f} ± {errors[1]:.2f} %   {top:>10.1f}",
             flush=True,
         )
-        row = {"least_gain": least_gain, "second_look": second_look, "saved": saved, "top": top}
+        row = {"min_gain": min_gain, "resume_stopped": resume_stopped, "saved": saved, "top": top}
         rows.append({**row, "measured": means[0], "expected": means[1], "errors": list(errors)})
     print(json.dumps({"models": options.models, "documents": options.documents, "rows": rows}))
 

@@ -4,7 +4,7 @@
 
 The judge and the sampler are the real ones; the model is a formula. Each of 10 groups of tensors costs some
 accuracy when it is cut; documents are right or wrong by a difficulty of their own and by chance; the KL divergence
-follows the damage with some error. So whole studies take seconds, and the expected accuracy of every point is known.
+follows the divergence with some error. So whole studies take seconds, and the expected accuracy of every point is known.
 A table for people; one JSON document as the last line for machines.
 """
 
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from dse.evaluation import EvaluationResult, TaskResult
 from dse.pareto import directions_of, non_dominated, normalised_hypervolume, objectives_named
-from dse.study.fidelity import TELL, Established, Judge, told
-from dse.study.record import Interval, TrialRecord
+from dse.search.multi_fidelity.early_stopping import EarlyStopping
+from dse.search.multi_fidelity.established import Established
+from dse.search.multi_fidelity.stopped_trials import TELL, told
+from dse.trial_record import Interval, TrialRecord
 
 OBJECTIVES = objectives_named(["accuracy", "parameters"])
 KEPT = (1.0, 0.9, 0.75, 0.5, 0.25)
@@ -53,17 +55,17 @@ class Made:
     def parameters(self, levels: NDArray[np.int64]) -> float:
         return float(1.0 - (self.sizes * (1.0 - np.asarray(KEPT)[levels])).sum())
 
-    def damage(self, levels: NDArray[np.int64]) -> float:
+    def divergence(self, levels: NDArray[np.int64]) -> float:
         cut = 1.0 - np.asarray(KEPT)[levels]
         neighbours = (cut[:-1] * cut[1:]).sum()
         return float((self.sensitivities * cut**1.5).sum() + 0.2 * neighbours)
 
     def accuracy(self, levels: NDArray[np.int64]) -> float:
-        return CHANCE + (DENSE_ACCURACY - CHANCE) * float(np.exp(-0.6 * self.damage(levels)))
+        return CHANCE + (DENSE_ACCURACY - CHANCE) * float(np.exp(-0.6 * self.divergence(levels)))
 
     def divergence(self, levels: NDArray[np.int64]) -> float:
         own = np.random.default_rng([self.seed, *levels.tolist(), 1])
-        return self.damage(levels) * float(np.exp(0.15 * own.normal()))
+        return self.divergence(levels) * float(np.exp(0.15 * own.normal()))
 
     def outcomes(self, levels: NDArray[np.int64]) -> NDArray[np.float64]:
         """Right where difficulty and this point's own chance lie below what its accuracy asks for."""
@@ -150,7 +152,7 @@ def climbed(
     record = dataclasses.replace(record, quantities={"kl_divergence": Interval(divergence)})
     if not established:
         return PROXY_DOCUMENTS, record, {}
-    judge = Judge(OBJECTIVES, established[0], established, gain)
+    judge = EarlyStopping(OBJECTIVES, established[0], established, gain)
     stop, scored = judge.verdict(1, record), 0
     for rung, share in enumerate(SHARES, 2):
         if stop is None:
@@ -181,7 +183,7 @@ def main() -> None:
     for gain, way in settings:
         found = [study(model, options.trials, way, gain) for model in made]
         speed = [b["documents"] / f["documents"] for b, f in zip(base, found, strict=True)]
-        row: dict[str, Any] = {"least_gain": gain, "told": way, "speed": statistics.geometric_mean(speed)}
+        row: dict[str, Any] = {"min_gain": gain, "told": way, "speed": statistics.geometric_mean(speed)}
         for name in ("measured", "expected"):
             change = np.array([f[name] / b[name] - 1 for b, f in zip(base, found, strict=True)])
             row[name], row[f"{name}_error"] = float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)

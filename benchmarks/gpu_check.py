@@ -102,7 +102,7 @@ def mode_check(mode: str) -> Callable[[Bench], dict[str, Any]]:
         expected, got = tokens_of(bench, "eager"), tokens_of(bench, mode)
         # Half precision in another order may flip a near tie late; the first tokens must agree.
         require(got[:4] == expected[:4], f"{mode} decoded {got}, eager {expected}")
-        found = measure_latency(bench.model, bench.spec(mode), use_subject=lambda: None, use_dense=lambda: None)
+        found = measure_latency(bench.model, bench.spec(mode), use_candidate=lambda: None, use_baseline=lambda: None)
         bench.latencies[mode] = found
         decode = found.decode
         require(decode is not None and abs(decode.ratio - 1) < 0.1, f"dense against dense is {decode}")
@@ -190,7 +190,7 @@ def decomposed(bench: Bench) -> dict[str, Any]:
             layer.up_proj = module
 
     try:
-        found = measure_latency(bench.model, SPEC, use_subject=lambda: use(thin), use_dense=lambda: use(dense))
+        found = measure_latency(bench.model, SPEC, use_candidate=lambda: use(thin), use_baseline=lambda: use(dense))
     finally:
         use(dense)
     require(found.is_valid, found.reason)

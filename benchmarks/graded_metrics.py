@@ -26,8 +26,8 @@ from dse import DesignPoint, FactorBank, TensorChoice, cost, decompose, load_mod
 from dse.config import CalibrationConfig, CalibrationSource
 from dse.decomposition import calibration_windows
 from dse.evaluation import Evaluator, TaskResult, TaskSpec
-from dse.evaluation.paired_tests import drop_with_test
-from dse.evaluation.statistics import Outcomes
+from dse.evaluation.statistics.intervals import Outcomes
+from dse.evaluation.statistics.paired_tests import drop_with_test
 from dse.topology import Topology
 
 SUBSET, SUBSETS = 60, 200

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dse.evaluation.paired_tests import paired_bootstrap
+from dse.evaluation.statistics.paired_tests import paired_bootstrap
 
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 RESAMPLES = 1000

@@ -54,7 +54,9 @@ def main() -> int:
     print(f"{options.model}, point {point.id}, {spec.cell}, {torch.get_num_threads()} threads, {options.runs} runs")
     runs = []
     for run in range(options.runs):
-        found = measure_latency(loaded.model, spec, use_subject=applied.use_point, use_dense=applied.use_dense)
+        found = measure_latency(
+            loaded.model, spec, use_candidate=applied.use_candidate, use_baseline=applied.use_baseline
+        )
         phases = {name: phase for name in PHASES if (phase := getattr(found, name)) is not None}
         runs.append(phases)
         shown = "  ".join(f"{name} {_text(phase)}" for name, phase in phases.items())

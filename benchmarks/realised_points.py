@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from dse.allocation import DamageTable, allocate
 from dse.cost import cost
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import AllocationError
 from dse.measurement import LatencySpec
+from dse.measurement.device_profile import model_profile
+from dse.measurement.device_profile.model_profile import Phase
 from dse.models import LoadedModel
-from dse.runtime import Phase, model_profile, timings_for, with_latencies
+from dse.runtime import timings_for
+from dse.sensitivity.allocation import allocate
+from dse.sensitivity.option_latency import with_latencies
+from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.topology import Topology
 
 __all__ = ["KINDS", "point_of", "table_in_time"]
@@ -20,7 +24,9 @@ KINDS = ("ranks", "stacks", "blocks", "allocated", "timed")
 _STEPS = 24
 
 
-def point_of(kind: str, topology: Topology, reduction: float, multiple: int, table: DamageTable | None) -> DesignPoint:
+def point_of(
+    kind: str, topology: Topology, reduction: float, multiple: int, table: SensitivityTable | None
+) -> DesignPoint:
     """The point of a kind whose reduction is nearest to this, or just above it where it is allocated over `table`."""
     if table is not None and kind == "timed":
         return timed_point(table, reduction)
@@ -79,8 +85,8 @@ def blocks_point(topology: Topology, reduction: float, multiple: int) -> DesignP
 
 
 def table_in_time(
-    loaded: LoadedModel, table: DamageTable, spec: LatencySpec, dense_s: Mapping[str, float]
-) -> DamageTable:
+    loaded: LoadedModel, table: SensitivityTable, spec: LatencySpec, dense_s: Mapping[str, float]
+) -> SensitivityTable:
     """The table with the mean of both phases' predicted times relative to dense as its latency.
 
     Args:
@@ -111,7 +117,7 @@ def table_in_time(
     return dataclasses.replace(table, units=tuple(units), latency_dense_s=1.0)
 
 
-def timed_point(table: DamageTable, reduction: float) -> DesignPoint:
+def timed_point(table: SensitivityTable, reduction: float) -> DesignPoint:
     """The allocation under the loosest time that removes at least this share of the parameters."""
     low, high = 0.0, 1.0  # share of the time that may be taken: too little, and more than enough
     best = DesignPoint()

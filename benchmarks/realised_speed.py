@@ -5,8 +5,8 @@
     python benchmarks/realised_speed.py --kinds --points points/reduction-0.2.json     # of `dse allocate`
 
 Kinds: `ranks`, every matrix at the same fraction; `stacks`, the same with query-key-value and gate-up as one; `blocks`,
-half by removed blocks; with a sensitivity profile `allocated`, least damage for the parameters, and `timed`, least
-damage for the time that the device profile predicts, at the same reduction.
+half by removed blocks; with a sensitivity profile `allocated`, least divergence for the parameters, and `timed`, least
+divergence for the time that the device profile predicts, at the same reduction.
 
 Each point is timed by turns with the best dense model (mode `fast`: shared products, layouts by timing, whole layers by
 the kernel, or else both phases compiled), and in the plain form (two `nn.Linear` for a matrix, eager) by turns with the
@@ -92,15 +92,15 @@ def compiled_cell(
     sides = stack.enter_context(runtime.sides(applied))
     workload = Workload(loaded.model, spec)
     workload.adopt(dense)
-    for side, use in (("dense", sides.use_dense), ("subject", sides.use_point)):
+    for side, use in (("dense", sides.use_baseline), ("subject", sides.use_candidate)):
         use()
         generation = workload.begin(side)
         workload.prefill(generation)
         workload.get_ready(generation, side)
     dense.adopt(workload)
-    sides.use_dense()
+    sides.use_baseline()
     sides.remove()
-    applied.use_dense()
+    applied.use_baseline()
     return Cell(kind, cost(loaded.topology, point).reduction, applied, sides, spec, workload, point)
 
 
@@ -108,17 +108,20 @@ def timed(loaded: LoadedModel, cell: Cell, *, with_plain: bool) -> dict[str, Any
     fast = measure_latency(
         loaded.model,
         cell.spec,
-        use_subject=cell.sides.use_point,
-        use_dense=cell.sides.use_dense,
+        use_candidate=cell.sides.use_candidate,
+        use_baseline=cell.sides.use_baseline,
         workload=cell.workload,
     )
     cell.sides.remove()
     plain = None
     if with_plain:
         plain = measure_latency(
-            loaded.model, cell.spec.eager(), use_subject=cell.applied.use_point, use_dense=cell.applied.use_dense
+            loaded.model,
+            cell.spec.eager(),
+            use_candidate=cell.applied.use_candidate,
+            use_baseline=cell.applied.use_baseline,
         )
-    cell.applied.use_dense()
+    cell.applied.use_baseline()
     return row(loaded, cell, fast, plain)
 
 
@@ -178,12 +181,12 @@ def dense_latencies(loaded: LoadedModel, spec: LatencySpec, dense: Workload, run
         found = measure_latency(
             loaded.model,
             spec,
-            use_subject=cell.sides.use_point,
-            use_dense=cell.sides.use_dense,
+            use_candidate=cell.sides.use_candidate,
+            use_baseline=cell.sides.use_baseline,
             workload=cell.workload,
         )
         cell.sides.remove()
-        cell.applied.use_dense()
+        cell.applied.use_baseline()
     seconds = {phase: getattr(found, phase).dense.median_s for phase in PHASES}
     print({f"dense {phase}, ms": round(1e3 * value, 2) for phase, value in seconds.items()}, file=sys.stderr)
     return seconds

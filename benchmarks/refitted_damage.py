@@ -1,9 +1,9 @@
-"""Does refitting the damage table to measured points tell later points better than the additive table alone?
+"""Does refitting the divergence table to measured points tell later points better than the additive table alone?
 
-    python benchmarks/refitted_damage.py --study runs/search_benchmark/studies/ours-0 [...]
-    python benchmarks/refitted_damage.py --dtype bfloat16 --points 40
+    python benchmarks/refitted_divergence.py --study runs/search_benchmark/studies/ours-0 [...]
+    python benchmarks/refitted_divergence.py --dtype bfloat16 --points 40
 
-Of finished studies on a depth-profile space it takes the trials in their order: after every fifth the damage model is
+Of finished studies on a depth-profile space it takes the trials in their order: after every fifth the divergence model is
 refitted to those so far, and both models predict the ten that follow. That costs nothing but a profile, which the cache
 has if the study ran here. Without a study, points of such a space (allocations under random profiles, and random ones)
 are drawn and measured first. The additive table is in nats of another text, so that it may have a factor of its own,
@@ -23,22 +23,23 @@ from scipy.stats import spearmanr
 
 import dse
 from dse import FactorBank, load_model
-from dse.allocation import DamageTable
 from dse.config import CalibrationConfig, CalibrationSource, load_search_space
 from dse.decomposition import calibration_windows, held_out_windows, longest_window
 from dse.design_point import DesignPoint
 from dse.errors import PointError
-from dse.sensitivity import DamageMeter, ProfileSettings, measure_profile
-from dse.study import SearchSpace, StudyListener
-from dse.study.search.damage_model import refit
-from dse.study.search.observed import observed_damage
-from dse.study.search.profile import study_table
-from dse.study.space import DepthProfileSpace
+from dse.search.observed_divergence import observed_divergence
+from dse.search.sensitivity_model import refit
+from dse.search.space_sensitivity import study_table
+from dse.search.spaces.base import SearchSpace
+from dse.search.spaces.depth_profile import DepthProfileSpace
+from dse.sensitivity import DivergenceMeter, ProfileSettings, measure_profile
+from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.study import StudyListener
 
 ROOT = Path(__file__).resolve().parent.parent
 AHEAD = 10
 
-Sequenced = tuple[DamageTable, list[DesignPoint], list[float]]
+Sequenced = tuple[SensitivityTable, list[DesignPoint], list[float]]
 
 
 def main() -> None:
@@ -83,20 +84,20 @@ def of_study(folder: Path) -> Sequenced:
         raise SystemExit(f"the study in {folder} has no sensitivity profile")
     complete = [record for record in study.records if record.state == "complete"]
     dense = next(record for record in complete if not record.point["tensors"])
-    points, damages = [], []
+    points, divergences = [], []
     for record in complete:
         point = DesignPoint.from_json(record.point, loaded.topology)
-        damage = observed_damage(record, dense)
-        if not point.is_dense and damage is not None and damage > 0 and is_known(table, point):
+        divergence = observed_divergence(record, dense)
+        if not point.is_dense and divergence is not None and divergence > 0 and is_known(table, point):
             points.append(point)
-            damages.append(damage)
-    return table, points, damages
+            divergences.append(divergence)
+    return table, points, divergences
 
 
-def is_known(table: DamageTable, point: DesignPoint) -> bool:
+def is_known(table: SensitivityTable, point: DesignPoint) -> bool:
     """Whether the table has options for all of the point, so that both models can predict it."""
     try:
-        table.damage_of(point)
+        table.divergence_of(point)
     except PointError:
         return False
     return True
@@ -118,11 +119,11 @@ def of_drawn_points(options: argparse.Namespace) -> Sequenced:
     space = SearchSpace.from_config(config.model_copy(update={"methods": [options.method]}), loaded.topology)
     assert isinstance(space, DepthProfileSpace)  # noqa: S101 - by its kind
     points = drawn(space.with_table(table), options.points, random.Random(options.seed))
-    meter = DamageMeter(loaded, text[half:], bank)
+    meter = DivergenceMeter(loaded, text[half:], bank)
     measured = []
     for index, point in enumerate(points):
         measured.append(meter.measure(point).kl_divergence)
-        print(f"{index + 1}/{len(points)}: {measured[-1]:.4f}, additive {table.damage_of(point):.4f}", flush=True)
+        print(f"{index + 1}/{len(points)}: {measured[-1]:.4f}, additive {table.divergence_of(point):.4f}", flush=True)
     return table, points, measured
 
 
@@ -138,11 +139,11 @@ def drawn(space: DepthProfileSpace, count: int, generator: random.Random) -> lis
 
 
 def compared(
-    table: DamageTable, points: Sequence[DesignPoint], measured: Sequence[float], seen: int
+    table: SensitivityTable, points: Sequence[DesignPoint], measured: Sequence[float], seen: int
 ) -> dict[str, float]:
     """Predictions of the ten points after the first `seen`, by either model."""
     model = refit(table, points[:seen], measured[:seen])
-    additive = np.array([max(table.damage_of(point), 1e-9) for point in points[: seen + AHEAD]])
+    additive = np.array([max(table.divergence_of(point), 1e-9) for point in points[: seen + AHEAD]])
     factor = float(np.median(np.array(measured[:seen]) / additive[:seen]))
     real = np.array(measured[seen : seen + AHEAD])
     predictions = {

@@ -22,8 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from dse.evaluation import Evaluator, SharedPrefixLM, TaskSpec
-from dse.evaluation.lm_eval_quiet import quiet_lm_eval
-from dse.evaluation.lm_eval_tasks import build_leaves
+from dse.evaluation.lm_eval.logging_control import quiet_lm_eval
+from dse.evaluation.lm_eval.task_loading import build_leaves
 from dse.evaluation.scoring import Query, pack
 from dse.evaluation.task_spec import resolve_task
 from dse.models import LoadedModel, load_model

@@ -16,7 +16,7 @@ from dse import DesignPoint, TensorChoice, cost
 from dse.decomposition import iterate_grams
 from dse.decomposition.low_rank import as_matrix
 from dse.files import write_json
-from dse.sensitivity import DamageMeter
+from dse.sensitivity import DivergenceMeter
 from dse.topology import DecomposableTensor
 
 __all__ = ["CONTESTANTS", "Contestant"]
@@ -157,11 +157,14 @@ def _sensitivities(arena: Arena) -> dict[str, dict[float, float]]:
     tensors = sorted(arena.loaded.topology.tensors, key=lambda tensor: tensor.layer)  # as the meter wants them
     missing = [tensor for tensor in tensors if tensor.name not in known]
     if missing:
-        meter = DamageMeter(arena.loaded, arena.windows.token_ids[:1], arena.bank("whitened_svd"))
+        meter = DivergenceMeter(arena.loaded, arena.windows.token_ids[:1], arena.bank("whitened_svd"))
     for done, tensor in enumerate(missing):
-        damages = [meter.measure(DesignPoint.of({tensor.name: _kept(tensor, s)}), tensor.layer) for s in ASVD_SHARES]
+        divergences = [
+            meter.measure(DesignPoint.of({tensor.name: _kept(tensor, s)}), tensor.layer) for s in ASVD_SHARES
+        ]
         known[tensor.name] = {
-            str(share): damage.log_likelihood_drop for share, damage in zip(ASVD_SHARES, damages, strict=True)
+            str(share): divergence.log_likelihood_drop
+            for share, divergence in zip(ASVD_SHARES, divergences, strict=True)
         }
         if done % 21 == 0:
             say(f"ASVD: sensitivity of tensor {done} of {len(missing)}")

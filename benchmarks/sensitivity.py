@@ -1,4 +1,4 @@
-"""What a damage measurement costs: from stored states, against a whole pass and all logits of both models.
+"""What a divergence measurement costs: from stored states, against a whole pass and all logits of both models.
 
     python benchmarks/sensitivity.py [--model demo:smollm2-135m-instruct] [--tokens 512] [--pairs 30] [--dtype float32]
 
@@ -21,7 +21,7 @@ from dse.decomposition import FactorBank, decompose, held_out_windows
 from dse.design_point import DesignPoint, TensorChoice
 from dse.evaluation.divergence import DenseDivergence
 from dse.models import load_model
-from dse.sensitivity import DamageMeter
+from dse.sensitivity import DivergenceMeter
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     bank = FactorBank.build(loaded, points)
     windows = held_out_windows(loaded.tokenizer, CalibrationConfig(), options.tokens)
     start = time.perf_counter()
-    meter = DamageMeter(loaded, windows, bank)
+    meter = DivergenceMeter(loaded, windows, bank)
     set_up_s = time.perf_counter() - start
     naive = DenseDivergence(loaded.model, windows)
     ratios, ours_s, naive_s, differences = [], [], [], []

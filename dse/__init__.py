@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dse.models import LoadedModel as LoadedModel
     from dse.models import load_model as load_model
     from dse.models import load_topology as load_topology
-    from dse.study import SearchSpace as SearchSpace
+    from dse.search.spaces.base import SearchSpace as SearchSpace
     from dse.study import Study as Study
     from dse.study import open_study as open_study
     from dse.study import run_study as run_study

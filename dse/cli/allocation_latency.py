@@ -6,15 +6,19 @@ import argparse
 import shlex
 from typing import Any
 
-from dse.allocation import Allocation, DamageTable
 from dse.errors import AllocationError
+from dse.measurement.device_profile import model_profile
+from dse.measurement.device_profile.model_profile import Phase
 from dse.models import LoadedModel
-from dse.runtime import Phase, model_profile, option_shapes, timings_for, with_latencies
+from dse.runtime import timings_for
+from dse.sensitivity.allocation import Allocation
+from dse.sensitivity.option_latency import option_shapes, with_latencies
+from dse.sensitivity.sensitivity_table import SensitivityTable
 
 __all__ = ["latency_figures", "timed_table"]
 
 
-def timed_table(table: DamageTable, loaded: LoadedModel, options: argparse.Namespace) -> DamageTable:
+def timed_table(table: SensitivityTable, loaded: LoadedModel, options: argparse.Namespace) -> SensitivityTable:
     """The table with latencies predicted from products that were timed on this device.
 
     Raises:
@@ -38,7 +42,7 @@ def timed_table(table: DamageTable, loaded: LoadedModel, options: argparse.Names
     return with_latencies(table, profile, phase, dense_s=options.dense_latency)
 
 
-def latency_figures(table: DamageTable, found: Allocation, options: argparse.Namespace) -> dict[str, Any]:
+def latency_figures(table: SensitivityTable, found: Allocation, options: argparse.Namespace) -> dict[str, Any]:
     """What is told of an allocation's latency; nothing where the table has none."""
     if found.latency_s is None or not table.latency_dense_s:
         return {}

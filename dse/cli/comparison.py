@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from dse.evaluation.comparison import MEAN, Comparison
 from dse.pareto import OBJECTIVES
-from dse.pareto.table import aligned
-from dse.pareto.units import points, scale_for
+from dse.report.front_table import aligned
+from dse.report.units import points, scale_for
 from dse.study import CostComparison, TrialComparison
 
 __all__ = ["comparison_text"]
@@ -79,7 +79,7 @@ def _change(row: Comparison, change: float | None) -> str:
         return "not paired"
     if row.scale == "ratio":
         return f"x{change:.3f}"
-    if 0.0 <= row.first <= 1.0 and 0.0 <= row.second <= 1.0 and row.metric != "gold_log_likelihood":
+    if 0.0 <= row.first <= 1.0 and 0.0 <= row.second <= 1.0 and row.metric != "target_log_likelihood":
         return points(change, 2)
     return f"{change:+.3f}"
 

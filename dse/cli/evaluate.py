@@ -8,14 +8,7 @@ from typing import Any
 
 from dse.config import DatasetTaskConfig, EvaluationConfig, TaskConfig, load_dataset_task
 from dse.cost import cost
-from dse.decomposition import (
-    METHODS,
-    FactorBank,
-    decompose,
-    longest_window,
-    named_calibration,
-    requests_of_points,
-)
+from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration, requests_of_points
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError
 from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator, PairedDrop, evaluator_for
@@ -81,8 +74,8 @@ def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> di
 
 
 def _drop_json(drop: PairedDrop) -> dict[str, Any]:
-    names = ("estimate", "low", "high", "documents", "p_value", "smallest_detectable", "test")
-    return {name: getattr(drop, name) for name in names}
+    names = ("low", "high", "documents", "p_value", "smallest_detectable", "test")
+    return {"estimate": drop.value, **{name: getattr(drop, name) for name in names}}
 
 
 def _evaluate(

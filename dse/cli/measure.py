@@ -33,7 +33,8 @@ from dse.measurement import (
 from dse.models import LoadedModel, load_model
 from dse.models.several_devices import spread_over
 from dse.runtime import GenerationShape, Sides, fast_runtime
-from dse.study import StudyListener, finite, resolve_device
+from dse.study import StudyListener, resolve_device
+from dse.trial_record import finite
 
 __all__ = ["measure_command"]
 
@@ -146,8 +147,8 @@ class _Cell:
         latency = measure_cell(
             self.loaded.model,
             self.spec,
-            use_subject=self.sides.use_point,
-            use_dense=self.sides.use_dense,
+            use_candidate=self.sides.use_candidate,
+            use_baseline=self.sides.use_baseline,
             progress=lambda done, total: self.listener.on_phase("latency", done, total),
         )
         document: dict[str, Any] = {
@@ -163,8 +164,8 @@ class _Cell:
     def _both(self, measure: Callable[[DesignPoint], dict[str, Any] | None]) -> dict[str, Any]:
         found = {}
         for side, use, point in (
-            ("dense", self.sides.use_dense, DesignPoint.dense()),
-            ("point", self.sides.use_point, self.point),
+            ("dense", self.sides.use_baseline, DesignPoint.dense()),
+            ("point", self.sides.use_candidate, self.point),
         ):
             use()
             try:

@@ -17,11 +17,16 @@ from dse.design_point import TensorChoice
 from dse.errors import ConfigError, ProfileError
 from dse.files import write_text
 from dse.measurement import device_lock
+from dse.measurement.device_profile import model_profile
+from dse.measurement.device_profile.model_profile import ModelProfile, Phase
+from dse.measurement.device_profile.product_timings import ProductShape
 from dse.models import LoadedModel, load_model
-from dse.pareto import RankCurve, RankPanel, rank_curves_html
-from dse.runtime import ModelProfile, Phase, ProductShape, model_profile, option_shapes, timings_for
+from dse.report.rank_curves import RankCurve, RankPanel, rank_curves_html
+from dse.runtime import timings_for
+from dse.search.spaces.base import SearchSpace
 from dse.sensitivity import SensitivityProfile
-from dse.study import SearchSpace, StudyListener, resolve_device, settled_space
+from dse.sensitivity.option_latency import option_shapes
+from dse.study import StudyListener, resolve_device, settled_space
 
 __all__ = ["print_profile", "profile_device", "write_plot"]
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from dse.pareto.units import percent, points
-from dse.study import StudyListener, StudyProgress, TrialRecord
+from dse.report.units import percent, points
+from dse.study import StudyListener, StudyProgress
+from dse.trial_record import TrialRecord
 
 __all__ = ["TerminalListener", "describe_trial", "duration"]
 

@@ -16,10 +16,11 @@ from dse.cost import Cost
 from dse.design_point import DesignPoint
 from dse.export import ExportResult
 from dse.measurement import Check
-from dse.pareto import Recommendation, format_front, format_tied, front_text, tied_text, to_records
-from dse.pareto.units import percent, points
+from dse.pareto import Recommendation
+from dse.report.front_table import format_front, format_tied, front_text, tied_text, to_records
+from dse.report.units import percent, points
+from dse.search.origins import share_words
 from dse.study import DEFAULT_MAX_ACCURACY_DROP, Study
-from dse.study.search.origins import share_words
 from dse.topology import Topology
 
 __all__ = [

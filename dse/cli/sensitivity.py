@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dse.allocation import Allocation, Constraints, DamageTable, allocate
 from dse.cli.allocation_latency import latency_figures, timed_table
 from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, load_search_space
 from dse.decomposition import (
@@ -24,17 +23,22 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.files import write_bytes, write_json, write_text
 from dse.models import LoadedModel, load_model
-from dse.pareto import heat_map_html, heat_map_png
+from dse.report.front_png import heat_map_png
+from dse.report.heat_map import heat_map_html
+from dse.report.sensitivity_heat_map import heat_map_of
+from dse.search.spaces.base import SearchSpace
 from dse.sensitivity import (
     DEFAULT_PROFILE_TOKENS,
     PROFILE_WINDOW,
     ProfileSettings,
     SensitivityProfile,
-    heat_map_of,
     measure_profile,
     profile_origin,
 )
-from dse.study import SearchSpace, StudyListener, resolve_device
+from dse.sensitivity.allocation import Allocation, allocate
+from dse.sensitivity.allocation_constraints import Constraints
+from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.study import StudyListener, resolve_device
 
 __all__ = ["allocate_command", "print_allocations", "print_profile", "profile_command", "write_profile"]
 
@@ -82,7 +86,7 @@ def allocate_command(options: argparse.Namespace, listener: StudyListener) -> li
             "reduction": found.reduction,
             **latency_figures(table, found, options),
             "parameters": found.parameters,
-            "predicted_damage": found.damage,
+            "predicted_divergence": found.divergence,
             "removed_blocks": len(point.removed),
             "point_id": point.id,
             "point": point.to_json(),
@@ -95,7 +99,7 @@ def allocate_command(options: argparse.Namespace, listener: StudyListener) -> li
     return documents
 
 
-def _allocated(table: DamageTable, wanted_as: str, wanted: float, constraints: Constraints) -> Allocation:
+def _allocated(table: SensitivityTable, wanted_as: str, wanted: float, constraints: Constraints) -> Allocation:
     if wanted_as == "reduction":
         return allocate(table, reduction=wanted, constraints=constraints)
     return allocate(table, latency_s=(table.latency_dense_s or 0.0) * (1.0 - wanted), constraints=constraints)
@@ -150,7 +154,7 @@ class _Subject:
             )
             listener.on_message(f"calibration text: {self.calibration.description}")
         self.windows, self.text = _text(options, config, self.loaded)
-        listener.on_message(f"damage is measured on {self.windows.numel()} tokens of {self.text}")
+        listener.on_message(f"divergence is measured on {self.windows.numel()} tokens of {self.text}")
 
     def profile(self, listener: StudyListener) -> SensitivityProfile:
         """Measured now, or found in the cache."""
@@ -225,7 +229,7 @@ def print_allocations(documents: Sequence[dict[str, Any]]) -> None:
             seconds = f"{words:>{len(latency) - 2}}  "
         print(
             f"{100 * entry['reduction']:8.2f} %  {entry['parameters'] / 1e6:8.1f} M  {seconds}"
-            f"{entry['predicted_damage']:25.4f}  {entry['removed_blocks']:14d}  {entry.get('file', entry['point_id'])}"
+            f"{entry['predicted_divergence']:25.4f}  {entry['removed_blocks']:14d}  {entry.get('file', entry['point_id'])}"
         )
     if notes := {entry["latency_of"] for entry in documents if "latency_of" in entry}:
         print(f"latencies are predicted from {notes.pop()}")

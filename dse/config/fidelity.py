@@ -20,13 +20,13 @@ class FidelityConfig(Section):
     shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.2, 0.5], description="shares of the documents between the proxy and all of them, ascending"
     )
-    least_gain: float = Field(
+    min_gain: float = Field(
         0.005,
         ge=0,
         lt=1,
         description="a trial climbs while it is expected to add at least this share to the front's hypervolume",
     )
-    second_look: float | None = Field(
+    resume_stopped: float | None = Field(
         0.0015,
         ge=0,
         lt=1,

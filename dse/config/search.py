@@ -20,7 +20,7 @@ class SearchParts:
         start_up: Plain points and a spread over the reductions come before the sampler, where nothing better does.
         warm_starts: A sensitivity profile is measured, and allocations over it, uniform points and removals come first.
         refinement: Changes of front points compete with the sampler.
-        refit: The damages of the profile are refitted to the measured points, and new allocations compete, too.
+        refit: The divergences of the profile are refitted to the measured points, and new allocations compete, too.
     """
 
     start_up: bool
@@ -49,8 +49,8 @@ class SearchConfig(Section):
     start_up: bool | None = Field(None, description="plain points and a spread over the reductions first")
     warm_starts: bool | None = Field(None, description="allocations over a sensitivity profile first")
     refinement: bool | None = Field(None, description="changes of front points compete with the sampler")
-    refit: bool | None = Field(None, description="new allocations over refitted damages compete with the sampler")
-    profile_tokens: int = Field(512, ge=128, description="held-out tokens on which the profile measures damage")
+    refit: bool | None = Field(None, description="new allocations over refitted divergences compete with the sampler")
+    profile_tokens: int = Field(512, ge=128, description="held-out tokens on which the profile measures divergence")
 
     def parts(self, sampler: str) -> SearchParts:
         """What runs beside this sampler: model-based ones get everything, random ones nothing, unless told."""

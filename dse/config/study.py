@@ -21,7 +21,7 @@ from dse.design_point import DesignPoint
 __all__ = ["BudgetConfig", "ModelConfig", "ObjectiveConfig", "SamplerConfig", "StudyConfig"]
 
 
-_OF_TASKS = ("accuracy", "perplexity", "choice_probability", "gold_log_likelihood")
+_OF_TASKS = ("accuracy", "perplexity", "choice_probability", "target_log_likelihood")
 
 
 class ModelConfig(Section):

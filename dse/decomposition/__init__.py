@@ -6,7 +6,7 @@ from dse.decomposition.calibration_text import calibration_windows as calibratio
 from dse.decomposition.calibration_text import held_out_windows as held_out_windows
 from dse.decomposition.calibration_text import longest_window as longest_window
 from dse.decomposition.calibration_text import named_calibration as named_calibration
-from dse.decomposition.expected_damage import expected_damage as expected_damage
+from dse.decomposition.expected_divergence import expected_divergence as expected_divergence
 from dse.decomposition.expert_factors import TuckerFactors as TuckerFactors
 from dse.decomposition.expert_modules import TuckerExperts as TuckerExperts
 from dse.decomposition.expert_modules import TuckerExpertWeight as TuckerExpertWeight

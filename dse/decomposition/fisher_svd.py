@@ -10,7 +10,7 @@ from dse.decomposition.rank_check import check_rank
 from dse.decomposition.whitened_svd import check_gram, cholesky_with_damping, leading_eigenvectors
 from dse.errors import CalibrationError, NonFiniteError
 
-__all__ = ["fisher_damage", "fisher_svd"]
+__all__ = ["fisher_divergence", "fisher_svd"]
 
 _DAMPING = 0.5
 """Share of the mean squared gradient added to every output: what a few thousand tokens say of rare directions is noise,
@@ -30,7 +30,7 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
     - out_features <= in_features: U from L^T W G W^T L, and W' = (L^-T U_r) (U_r^T L^T W). G is not inverted.
     - otherwise: V from S^T W^T D W S, and W' = (W S V_r) (V_r^T S^-1). D is not inverted.
 
-    Half the squares of the singular values left out add up to the expected divergence (`fisher_damage`).
+    Half the squares of the singular values left out add up to the expected divergence (`fisher_divergence`).
 
     Args:
         weight: Shape (out_features, in_features), floating point.
@@ -70,7 +70,7 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
 
 
-def fisher_damage(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Tensor:
+def fisher_divergence(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Tensor:
     """The divergence that `fisher_svd` is expected to cause at every rank.
 
     Args:

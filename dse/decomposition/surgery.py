@@ -52,19 +52,19 @@ class AppliedPoint:
         """Whether the factors are in the model rather than the dense modules."""
         return bool(self._swaps) and getattr(self._swaps[0].owner, self._swaps[0].attribute) is self._swaps[0].point
 
-    def use_dense(self) -> None:
+    def use_baseline(self) -> None:
         """Put the dense modules in; they were never altered, so the weights are bit-identical."""
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.dense)
 
-    def use_point(self) -> None:
+    def use_candidate(self) -> None:
         """Put the low-rank modules in again."""
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.point)
 
     def undo(self) -> None:
         """Restore the dense modules for good and let the factors go."""
-        self.use_dense()
+        self.use_baseline()
         self._swaps.clear()
 
     def _add(self, swap: Swap) -> None:
@@ -111,7 +111,7 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
     for swap in (*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)):
         applied._add(swap)
     try:
-        applied.use_point()
+        applied.use_candidate()
     except BaseException:  # an interrupt between two swaps must not leave half a point in the model
         applied.undo()
         raise

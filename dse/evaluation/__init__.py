@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from dse.evaluation.answers import Answers, EvaluationCache
 from dse.evaluation.evaluators import ModelEvaluator, evaluator_for
-from dse.evaluation.graded import GRADED_METRICS
+from dse.evaluation.graded_metrics import GRADED_METRICS
 from dse.evaluation.result import EvaluationResult, TaskResult, read_graded, read_outcomes
-from dse.evaluation.statistics import (
+from dse.evaluation.statistics.intervals import (
     Interval,
     PairedDrop,
     PairedInterval,
@@ -21,9 +21,9 @@ from dse.evaluation.statistics import (
 from dse.evaluation.task_spec import TaskSource, TaskSpec, builtin_tasks, resolve_task
 
 if TYPE_CHECKING:
-    from dse.evaluation.head_evaluator import HeadEvaluator
-    from dse.evaluation.lm_eval_runner import Evaluator
-    from dse.evaluation.lm_eval_shared_prefix import SharedPrefixLM
+    from dse.evaluation.heads.head_evaluator import HeadEvaluator
+    from dse.evaluation.lm_eval.lm_eval_evaluator import Evaluator
+    from dse.evaluation.lm_eval.shared_prefix import SharedPrefixLM
 
 __all__ = [
     "GRADED_METRICS",
@@ -56,15 +56,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import lm-eval (several seconds) only when an evaluator is asked for; reading results needs none of it."""
     if name == "Evaluator":
-        from dse.evaluation.lm_eval_runner import Evaluator
+        from dse.evaluation.lm_eval.lm_eval_evaluator import Evaluator
 
         return Evaluator
     if name == "HeadEvaluator":
-        from dse.evaluation.head_evaluator import HeadEvaluator
+        from dse.evaluation.heads.head_evaluator import HeadEvaluator
 
         return HeadEvaluator
     if name == "SharedPrefixLM":
-        from dse.evaluation.lm_eval_shared_prefix import SharedPrefixLM
+        from dse.evaluation.lm_eval.shared_prefix import SharedPrefixLM
 
         return SharedPrefixLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

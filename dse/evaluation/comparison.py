@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 
 from dse.errors import TaskError
-from dse.evaluation.graded import GRADED_METRICS
-from dse.evaluation.paired_tests import drop_with_test
+from dse.evaluation.graded_metrics import GRADED_METRICS
 from dse.evaluation.result import EvaluationResult, TaskResult
-from dse.evaluation.statistics import PairedDrop, PairedRatio
+from dse.evaluation.statistics.intervals import PairedDrop, PairedRatio
+from dse.evaluation.statistics.paired_tests import drop_with_test
 
 __all__ = ["HELD_OUT_TEXT", "MEAN", "Comparison", "compare_divergences", "compare_evaluations"]
 
@@ -139,7 +139,7 @@ def _means(first: EvaluationResult, second: EvaluationResult) -> Iterator[Compar
         if sum(name in task.graded for task in first.tasks) > 1:
             intervals = first.graded_interval(name), second.graded_interval(name)
             if intervals[0] is not None and intervals[1] is not None:
-                values = intervals[0].estimate, intervals[1].estimate
+                values = intervals[0].value, intervals[1].value
                 yield _row(MEAN, name, values, (None, None), second.graded_drop(name, first))
 
 
@@ -164,9 +164,9 @@ def _row(
         gains=paired.gains,
     )
     if isinstance(paired, PairedRatio):
-        return dataclasses.replace(row, scale="ratio", change=paired.estimate, low=paired.low, high=paired.high)
+        return dataclasses.replace(row, scale="ratio", change=paired.value, low=paired.low, high=paired.high)
     low, high = (None if end is None else -end for end in (paired.high, paired.low))
-    return dataclasses.replace(row, change=-paired.estimate or 0.0, low=low, high=high)
+    return dataclasses.replace(row, change=-paired.value or 0.0, low=low, high=high)
 
 
 def _is_mean(task: TaskResult) -> bool:

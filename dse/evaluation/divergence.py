@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dse.errors import ModelError, NonFiniteError
 from dse.evaluation.scoring import TargetHead
-from dse.evaluation.statistics import Interval, student_quantile
+from dse.evaluation.statistics.intervals import Interval, student_quantile
 from dse.progress import ProgressCallback, ignore_progress
 
 __all__ = ["DenseDivergence", "Divergence", "check_head", "kl_divergence_of_logits"]

@@ -73,7 +73,9 @@ def evaluator_for(
     on_datasets = [task for task in tasks if isinstance(task, DatasetTaskConfig)]
     by_lm_eval = [task for task in tasks if isinstance(task, TaskConfig)]
     if not on_datasets:
-        from dse.evaluation.lm_eval_runner import Evaluator  # seconds, which tasks on data sets need not wait for
+        from dse.evaluation.lm_eval.lm_eval_evaluator import (
+            Evaluator,  # seconds, which tasks on data sets need not wait for
+        )
 
         return Evaluator(
             loaded,
@@ -86,7 +88,7 @@ def evaluator_for(
             apply_chat_template=settings.apply_chat_template,
             masked_scoring=settings.masked_scoring,
         )
-    from dse.evaluation.head_evaluator import HeadEvaluator
+    from dse.evaluation.heads.head_evaluator import HeadEvaluator
 
     if by_lm_eval:
         raise ConfigError("tasks must be all of lm-eval's kind or all on data sets, but got both; keep to one")

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dse.errors import StudyError, TaskError
-from dse.evaluation.graded import GRADED_METRICS
-from dse.evaluation.paired_tests import drop_with_test, perplexity_ratio_with_test
-from dse.evaluation.statistics import Interval, PairedDrop, PairedRatio, mean_interval, perplexity_interval
+from dse.evaluation.graded_metrics import GRADED_METRICS
+from dse.evaluation.statistics.intervals import Interval, PairedDrop, PairedRatio, mean_interval, perplexity_interval
+from dse.evaluation.statistics.paired_tests import drop_with_test, perplexity_ratio_with_test
 from dse.files import write_bytes
 
 __all__ = [
@@ -54,7 +54,7 @@ class TaskResult:
         weight: Share of the task in the means of `EvaluationResult`.
         kind: `accuracy` (mean over documents of values in [0, 1], higher being better; also a rank correlation, as the
             mean of its pseudo-values), `perplexity`, or `other`, which takes part in no mean.
-        graded: Graded metrics beside it (see `dse.evaluation.graded`): name to outcomes, shape (documents,).
+        graded: Graded metrics beside it (see `dse.evaluation.graded_metrics`): name to outcomes, shape (documents,).
     """
 
     task: str

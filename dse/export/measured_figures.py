@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from dse.export.markdown import code, table, text
-from dse.pareto.columns import change, interval, is_predicted, number
 from dse.pareto.objective import OBJECTIVES, Objective
-from dse.pareto.units import change_text, scale_for
+from dse.report.columns import change, interval, is_predicted, number
+from dse.report.units import change_text, scale_for
 
 __all__ = ["measured_figures"]
 

@@ -14,7 +14,7 @@ from dse.design_point import DesignPoint
 from dse.export.markdown import code, table, text
 from dse.export.measured_figures import measured_figures
 from dse.measurement.environment import package_versions
-from dse.pareto.units import percent
+from dse.report.units import percent
 from dse.topology import Topology
 
 __all__ = ["CardContent", "model_card"]

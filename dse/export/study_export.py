@@ -10,7 +10,8 @@ from dse.design_point import DesignPoint
 from dse.errors import ExportError, StudyError
 from dse.export.point_export import ExportResult, export_points
 from dse.export.staging import ExportRequest
-from dse.study import SearchSpace, Study, StudyListener, load_study_model, open_study, study_bank
+from dse.search.spaces.base import SearchSpace
+from dse.study import Study, StudyListener, load_study_model, open_study, study_bank
 
 __all__ = ["export"]
 

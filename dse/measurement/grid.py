@@ -44,8 +44,8 @@ def measure_cell(
     model: nn.Module,
     spec: LatencySpec,
     *,
-    use_subject: Callable[[], None],
-    use_dense: Callable[[], None],
+    use_candidate: Callable[[], None],
+    use_baseline: Callable[[], None],
     attempts: int = 5,
     progress: Callable[[int, int], None] | None = None,
     compiled: Workload | None = None,
@@ -55,8 +55,8 @@ def measure_cell(
     Args:
         model: The resident model; see `measure_latency`.
         spec: The cell.
-        use_subject: Puts the subject's weights in place; may be called while they are.
-        use_dense: Puts the dense weights back; likewise.
+        use_candidate: Puts the subject's weights in place; may be called while they are.
+        use_baseline: Puts the dense weights back; likewise.
         attempts: Most measurements taken: another look is cheaper than a lost trial.
         progress: Told of generations done and expected.
         compiled: Of the same model and cell: what it has compiled for the dense side is used, and what is compiled for
@@ -70,14 +70,19 @@ def measure_cell(
     while True:
         try:
             if workload is None:
-                workload = _workload(model, spec, compiled, use_subject)
+                workload = _workload(model, spec, compiled, use_candidate)
             latency = measure_latency(
-                model, spec, use_subject=use_subject, use_dense=use_dense, progress=progress, workload=workload
+                model,
+                spec,
+                use_candidate=use_candidate,
+                use_baseline=use_baseline,
+                progress=progress,
+                workload=workload,
             )
             if compiled is not None:
                 compiled.adopt(workload)
         except OutOfMemoryError as error:
-            use_subject()
+            use_candidate()
             tried = len(discarded) + 1
             return CellLatency(spec, None, tried, tuple(discarded), error.bytes_asked, False, str(error))
         if latency.is_valid or len(discarded) + 1 >= attempts:
@@ -88,10 +93,10 @@ def measure_cell(
 
 
 def _workload(
-    model: nn.Module, spec: LatencySpec, compiled: Workload | None, use_subject: Callable[[], None]
+    model: nn.Module, spec: LatencySpec, compiled: Workload | None, use_candidate: Callable[[], None]
 ) -> Workload:
     with out_of_memory_errors("measuring latency"):
-        use_subject()  # before anything runs, so that the first pass is the subject's
+        use_candidate()  # before anything runs, so that the first pass is the subject's
         workload = Workload(model, spec)
     if compiled is not None:
         workload.adopt(compiled)

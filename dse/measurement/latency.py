@@ -30,8 +30,8 @@ def measure_latency(
     model: nn.Module,
     spec: LatencySpec,
     *,
-    use_subject: Callable[[], None],
-    use_dense: Callable[[], None],
+    use_candidate: Callable[[], None],
+    use_baseline: Callable[[], None],
     progress: Callable[[int, int], None] | None = None,
     stopwatch: Stopwatch | None = None,
     workload: Workload | None = None,
@@ -48,8 +48,8 @@ def measure_latency(
     Args:
         model: The resident Hugging Face model, in eval mode.
         spec: Lengths, batch, mode, blocks, precision and seed.
-        use_subject: Puts the subject's weights in place.
-        use_dense: Puts the dense weights back.
+        use_candidate: Puts the subject's weights in place.
+        use_baseline: Puts the dense weights back.
         progress: Called after every generation with (generations done, generations expected so far), warm-up included.
         stopwatch: Times one call; the best clock of the model's devices by default.
         workload: Of this model and spec, made before, with what it has compiled; a new one by default.
@@ -60,8 +60,8 @@ def measure_latency(
         InvalidMeasurementError: The clock did not move.
     """
     with out_of_memory_errors("measuring latency"):
-        use_subject()  # before anything runs, so that the first pass is the subject's
-        swaps: dict[Side, Callable[[], None]] = {"subject": use_subject, "dense": use_dense}
+        use_candidate()  # before anything runs, so that the first pass is the subject's
+        swaps: dict[Side, Callable[[], None]] = {"subject": use_candidate, "dense": use_baseline}
         workload = workload or Workload(model, spec)
         clock = stopwatch or stopwatch_for(workload.devices)
         tally = _Tally(spec, progress)

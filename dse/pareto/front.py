@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from dse.errors import ConfigError
-from dse.pareto.columns import FloatArray, dense_row, is_true, numbers, require_columns
 from dse.pareto.dominance import non_dominated
 from dse.pareto.hypervolume import normalised_hypervolume
 from dse.pareto.objective import Objective, directions_of
+from dse.report.columns import FloatArray, dense_row, is_true, numbers, require_columns
 
 __all__ = ["front_hypervolume", "front_table", "mark_front", "objective_values"]
 

@@ -81,7 +81,7 @@ OBJECTIVES: Mapping[str, Objective] = _table(
     Objective("accuracy", "fraction", "maximize", "Accuracy", 0.0, ideal=1.0, is_cost=False),
     Objective("perplexity", "", "minimize", "Perplexity", 10.0, ideal=1.0, is_cost=False),
     Objective("choice_probability", "fraction", "maximize", "Choice probability", 0.0, ideal=1.0, is_cost=False),
-    Objective("gold_log_likelihood", "nats", "maximize", "Gold log-likelihood", 3.0, ideal=0.0, is_cost=False),
+    Objective("target_log_likelihood", "nats", "maximize", "Gold log-likelihood", 3.0, ideal=0.0, is_cost=False),
     # ln 10: what a perplexity of ten times dense comes to on text that the dense model itself would write.
     Objective(
         "kl_divergence",

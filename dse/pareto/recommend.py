@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from dse.errors import ConfigError, StudyError
-from dse.evaluation.power import documents_to_settle
-from dse.pareto.columns import change, dense_row, interval, is_predicted, is_true, number, require_columns
+from dse.evaluation.statistics.power import documents_to_settle
 from dse.pareto.front import front_table, objective_values
 from dse.pareto.knee import knee_index
 from dse.pareto.objective import OBJECTIVES, Objective, directions_of
-from dse.pareto.units import percent, points
+from dse.report.columns import change, dense_row, interval, is_predicted, is_true, number, require_columns
+from dse.report.units import percent, points
 
 __all__ = ["Recommendation", "recommend"]
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from dse.pareto.columns import dense_row, interval, number, require_columns
 from dse.pareto.dominance import minimised
 from dse.pareto.front import objective_values
 from dse.pareto.objective import Objective, directions_of
+from dse.report.columns import dense_row, interval, number, require_columns
 
 __all__ = ["RESOLUTION", "PairedDifference", "mark_ties", "tied_table"]
 

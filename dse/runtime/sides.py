@@ -11,11 +11,11 @@ from typing import Protocol
 
 from torch import nn
 
+from dse.measurement.device_profile.product_timings import ProductShape, ProductTimings
 from dse.progress import ProgressCallback, ignore_progress
 from dse.runtime.forms import FormChoice, Forms, build_forms
 from dse.runtime.packing import LaidOutWeights
 from dse.runtime.products import Layout
-from dse.runtime.timings import ProductShape, ProductTimings
 
 __all__ = ["FastRuntime", "GenerationShape", "Sides", "fast_runtime", "form_choice", "optimise_for_inference"]
 
@@ -23,11 +23,11 @@ __all__ = ["FastRuntime", "GenerationShape", "Sides", "fast_runtime", "form_choi
 class Sides(Protocol):
     """What puts the one or the other side into the resident model; `dse.decomposition.AppliedPoint` is one."""
 
-    def use_point(self) -> None:
+    def use_candidate(self) -> None:
         """Put the point in."""
         ...
 
-    def use_dense(self) -> None:
+    def use_baseline(self) -> None:
         """Put the dense model back."""
         ...
 
@@ -57,18 +57,18 @@ class FastRuntime:
         Raises:
             InvalidMeasurementError: A side's outputs in the fast form differ by more than rounding.
         """
-        plain.use_dense()
+        plain.use_baseline()
         if self._dense is None:
             self._dense = build_forms(self._model, self._choice, progress=self._progress)
         dense, weights = self._dense
-        plain.use_point()
+        plain.use_candidate()
         point, _ = build_forms(self._model, self._choice, weights, progress=self._progress)
         sides = _FastSides(plain, point, dense)
         try:
             yield sides
         finally:
             sides.remove()
-            plain.use_point()
+            plain.use_candidate()
 
 
 class _FastSides:
@@ -77,14 +77,14 @@ class _FastSides:
         self._in_use: Forms | None = None
         self.merged = tuple(point.merged)
 
-    def use_point(self) -> None:
+    def use_candidate(self) -> None:
         self.remove()
-        self._plain.use_point()
+        self._plain.use_candidate()
         self._put(self._point)
 
-    def use_dense(self) -> None:
+    def use_baseline(self) -> None:
         self.remove()
-        self._plain.use_dense()
+        self._plain.use_baseline()
         self._put(self._dense)
 
     def remove(self) -> None:

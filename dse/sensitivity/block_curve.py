@@ -17,7 +17,7 @@ _LEAST = 1e-9  # nats
 class BlockCurve:
     """Corrects the sum of a block's tensor curves by what was measured of the block as one.
 
-    The ratio of measured to predicted damage is interpolated between measurements, both on logarithmic scales, and held
+    The ratio of measured to predicted divergence is interpolated between measurements, both on logarithmic scales, and held
     beyond them: tensors of a block mend or spoil what the others do, more so the more is taken from them.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A damage table without a measurement: every option's damage expected from gradients and activations."""
+"""A divergence table without a measurement: every option's divergence expected from gradients and activations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from dse.allocation import DamageTable, Option, TableOrigin, Unit, allocate_curves
 from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import AllocationError
+from dse.sensitivity.allocation_curves import allocate_curves
 from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
+from dse.sensitivity.option import Option, Unit
+from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 from dse.topology import Topology
 
 __all__ = ["expected_table"]
@@ -27,15 +29,15 @@ def expected_table(
     multiple: int = 1,
     removal: bool = False,
     origin: TableOrigin | None = None,
-) -> DamageTable:
-    """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, damages as expected.
+) -> SensitivityTable:
+    """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, divergences as expected.
 
     Args:
         topology: Of the model.
-        curves: From `dse.decomposition.expected_damage`; tensors without one stay dense.
+        curves: From `dse.decomposition.expected_divergence`; tensors without one stay dense.
         method: That the options name; the curves are those of `fisher_svd`.
         multiple: Ranks are multiples of this.
-        removal: Whether blocks may also be removed. That is no small change, so its expected damage is rough.
+        removal: Whether blocks may also be removed. That is no small change, so its expected divergence is rough.
         origin: What the curves were made on.
 
     Returns:
@@ -54,7 +56,7 @@ def expected_table(
             choices = ((block.name, TensorChoice.removal()),)
             options[choices] = Option(choices, 0, gone, is_measured=False)
         units.append(Unit(block.name, block.layer, block.kind, tuple(options.values())))
-    return DamageTable(
+    return SensitivityTable(
         tuple(units),
         topology.parameters_dense,
         origin or TableOrigin(methods=(method,)),
@@ -70,7 +72,7 @@ def _option(
     method: str,
     multiple: int,
 ) -> Option | None:
-    """The least damage at a kept fraction of the block; None where no ranks go so low."""
+    """The least divergence at a kept fraction of the block; None where no ranks go so low."""
     share = (1 - kept) * block.parameters / topology.parameters_dense
     own = {tensor.name: curves[tensor.name] for tensor in block.tensors}
     try:
@@ -78,4 +80,4 @@ def _option(
     except AllocationError:
         return None
     left = block.parameters - parameters_saved(topology, DesignPoint(found.point.choices))
-    return Option(found.point.choices, left, found.damage, is_measured=False)
+    return Option(found.point.choices, left, found.divergence, is_measured=False)

@@ -97,7 +97,7 @@ class _LinearHead(HeadDivergence):
             shape = self._tokens.shape
             followed = self._head.weight[self._tokens.roll(-1, dims=1).flatten()].float()
             drop = (_row_products(followed, change) + shift).reshape(shape)[:, :-1]
-            return _damage(divergence.reshape(shape).clamp(min=0.0), drop)
+            return _divergence(divergence.reshape(shape).clamp(min=0.0), drop)
 
     def _log_sum_of(self, flat: Tensor) -> Tensor:
         """Log of the sum of exponentials of the logits, shape (positions,), float64."""
@@ -133,12 +133,12 @@ class _AnyHead(HeadDivergence):
                 rows = torch.arange(len(tokens) - 1, device=tokens.device)
                 said = [torch.log_softmax(z[:-1], dim=-1)[rows, tokens[1:]].double() for z in (dense, changed)]
                 drops.append(said[0] - said[1])
-            return _damage(torch.stack(divergences), torch.stack(drops))
+            return _divergence(torch.stack(divergences), torch.stack(drops))
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("pw,pw->p", a.double(), b.double())
 
 
-def _damage(divergence: Tensor, drop: Tensor) -> WindowDamage:
+def _divergence(divergence: Tensor, drop: Tensor) -> WindowDamage:
     return WindowDamage(divergence.double().mean(dim=1).cpu().numpy(), drop.double().mean(dim=1).cpu().numpy())

@@ -1,4 +1,4 @@
-"""Measured damages on disk: what a killed profile had measured is not measured again."""
+"""Measured divergences on disk: what a killed profile had measured is not measured again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dse.allocation import TableOrigin
 from dse.design_point import DesignPoint
 from dse.files import write_json
-from dse.sensitivity.meter import Damage
+from dse.sensitivity.divergence_meter import OptionDivergence
+from dse.sensitivity.sensitivity_table import TableOrigin
 
 __all__ = ["MeasurementCache"]
 
@@ -34,13 +34,13 @@ class MeasurementCache:
         self._entries = self._read()
         self._unsaved = False
 
-    def get(self, point: DesignPoint) -> Damage | None:
+    def get(self, point: DesignPoint) -> OptionDivergence | None:
         """What was measured of this point, if it was."""
         return self._entries.get(point.canonical_json)
 
-    def put(self, point: DesignPoint, damage: Damage) -> None:
+    def put(self, point: DesignPoint, divergence: OptionDivergence) -> None:
         """Keep a measurement, in memory until `save`."""
-        self._entries[point.canonical_json] = damage
+        self._entries[point.canonical_json] = divergence
         self._unsaved = True
 
     def save(self) -> None:
@@ -50,7 +50,7 @@ class MeasurementCache:
             StorageFullError: The disk is full or the folder cannot be written.
         """
         if self._unsaved:
-            write_json(self._path, {"schema": _SCHEMA_VERSION, **dict(self._header()), "damages": self._rows()})
+            write_json(self._path, {"schema": _SCHEMA_VERSION, **dict(self._header()), "divergences": self._rows()})
             self._unsaved = False
 
     def __len__(self) -> int:
@@ -61,14 +61,14 @@ class MeasurementCache:
         yield "origin", dataclasses.asdict(self._origin)
 
     def _rows(self) -> dict[str, list[float]]:
-        return {key: list(dataclasses.astuple(damage)) for key, damage in self._entries.items()}
+        return {key: list(dataclasses.astuple(divergence)) for key, divergence in self._entries.items()}
 
-    def _read(self) -> dict[str, Damage]:
+    def _read(self) -> dict[str, OptionDivergence]:
         try:
             document = json.loads(self._path.read_text(encoding="utf-8"))
             if document["schema"] != _SCHEMA_VERSION or document["fingerprint"] != self._origin.fingerprint:
                 return {}
-            return {str(key): Damage(*map(float, values)) for key, values in document["damages"].items()}
+            return {str(key): OptionDivergence(*map(float, values)) for key, values in document["divergences"].items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

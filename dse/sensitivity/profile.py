@@ -1,4 +1,4 @@
-"""The sensitivity profile of a model: measured damage of tensors and blocks, and the damage table made of it."""
+"""The sensitivity profile of a model: measured divergence of tensors and blocks, and the divergence table made of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dse.allocation import DamageTable, TableOrigin
-from dse.allocation.profile_file import MALFORMED, not_a_profile, read_profile_file
 from dse.errors import ProfileError
 from dse.files import write_json
+from dse.sensitivity.profile_file import MALFORMED, not_a_profile, read_profile_file
+from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 
 __all__ = ["PROFILE_SCHEMA", "MeasuredPart", "SensitivityProfile"]
 
@@ -27,9 +27,9 @@ class MeasuredPart:
         layer: 0-based index.
         role: Of the tensor; attention or mlp for a block.
         method: Decomposition method, or `removed`.
-        kept_fraction: Share of its parameters that was kept.
-        damage: KL divergence to dense, nats per token.
-        standard_error: Of the damage, over windows of the text.
+        parameter_ratio: Share of its parameters that was kept.
+        divergence: KL divergence to dense, nats per token.
+        standard_error: Of the divergence, over windows of the text.
         log_likelihood_drop: Dense minus treated, nats per token.
     """
 
@@ -37,8 +37,8 @@ class MeasuredPart:
     layer: int
     role: str
     method: str
-    kept_fraction: float
-    damage: float
+    parameter_ratio: float
+    divergence: float
     standard_error: float
     log_likelihood_drop: float
 
@@ -50,16 +50,16 @@ class SensitivityProfile:
     Attributes:
         model: As the caller named it.
         architecture: Class of the model.
-        text: What damage was measured on, in words.
+        text: What divergence was measured on, in words.
         parts: Tensors, then blocks, in order of layers.
-        table: Options of every block; damages between measurements are interpolated.
+        table: Options of every block; divergences between measurements are interpolated.
     """
 
     model: str
     architecture: str
     text: str
     parts: tuple[MeasuredPart, ...]
-    table: DamageTable
+    table: SensitivityTable
 
     @property
     def origin(self) -> TableOrigin:
@@ -92,7 +92,7 @@ class SensitivityProfile:
                 str(document["architecture"]),
                 str(document["text"]),
                 tuple(MeasuredPart(**part) for part in document["parts"]),
-                DamageTable.from_json(document["table"], where),
+                SensitivityTable.from_json(document["table"], where),
             )
         except ProfileError:
             raise

@@ -1,6 +1,6 @@
 """Damage of one tensor at every rank, from its truncation errors and one measurement.
 
-KL divergence is quadratic in a small change of the model, so damage grows about in proportion to the squared error of
+KL divergence is quadratic in a small change of the model, so divergence grows about in proportion to the squared error of
 the tensor's outputs; what a unit of error costs depends on the tensor and is what the measurement tells. Leading
 columns carry a little more than their share of it, hence a power somewhat above one. How well that predicts ranks that
 were not measured is told in docs/search.md.
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dse.allocation import DamageTable, Option, Unit, allocate
 from dse.cost import break_even_rank, factor_parameters, has_core
 from dse.design_point import TensorChoice
 from dse.errors import AllocationError
+from dse.sensitivity.allocation import allocate
+from dse.sensitivity.option import Option, Unit
+from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.topology import Matrix
 
 __all__ = ["TensorCurve", "best_split", "rank_grid", "rank_of_kept_fraction"]
@@ -30,26 +32,26 @@ _LEAST_DAMAGE = 1e-9  # nats: a measurement of nothing at all still orders ranks
 
 @dataclass(frozen=True, eq=False)
 class TensorCurve:
-    """Predicted damage of one tensor by one method.
+    """Predicted divergence of one tensor by one method.
 
     Attributes:
         tensor: Which, or which stack of tensors.
         method: Of its factors.
         errors: Relative squared error of its outputs at ranks 0 to break-even, not rising.
-        rank: At which damage was measured.
-        damage: Measured there, nats per token.
+        rank: At which divergence was measured.
+        divergence: Measured there, nats per token.
     """
 
     tensor: Matrix
     method: str
     errors: NDArray[np.float64]
     rank: int
-    damage: float
+    divergence: float
 
     def at(self, rank: int) -> float:
-        """Predicted damage at a rank from 0 to break-even, nats per token."""
+        """Predicted divergence at a rank from 0 to break-even, nats per token."""
         share = float(self.errors[rank]) / float(self.errors[self.rank])
-        return max(self.damage, _LEAST_DAMAGE) * math.pow(share, _POWER)
+        return max(self.divergence, _LEAST_DAMAGE) * math.pow(share, _POWER)
 
     def choice(self, rank: int) -> tuple[str, TensorChoice]:
         """This tensor at this rank, as a point has it."""
@@ -75,7 +77,7 @@ def rank_of_kept_fraction(tensor: Matrix, method: str, fraction: float, multiple
     return within[-1] if within else grid[0]
 
 
-def split_table(curves: Sequence[TensorCurve], multiple: int) -> DamageTable:
+def split_table(curves: Sequence[TensorCurve], multiple: int) -> SensitivityTable:
     """The tensors of a block as units of their own, at every rank of the grid."""
     units = []
     for curve in curves:
@@ -87,20 +89,20 @@ def split_table(curves: Sequence[TensorCurve], multiple: int) -> DamageTable:
                 Option((choice,), factor_parameters(curve.tensor, choice[1]), curve.at(rank), is_measured=False)
             )
         units.append(Unit(curve.tensor.name, curve.tensor.layer, curve.tensor.role, tuple(options)))
-    return DamageTable(tuple(units), sum(curve.tensor.parameters for curve in curves))
+    return SensitivityTable(tuple(units), sum(curve.tensor.parameters for curve in curves))
 
 
-def best_split(table: DamageTable, kept_fraction: float) -> tuple[tuple[str, TensorChoice], ...] | None:
-    """The ranks of a block's tensors of least predicted damage that keep this share of its parameters.
+def best_split(table: SensitivityTable, parameter_ratio: float) -> tuple[tuple[str, TensorChoice], ...] | None:
+    """The ranks of a block's tensors of least predicted divergence that keep this share of its parameters.
 
     Args:
         table: Of `split_table`.
-        kept_fraction: Of the block's parameters, factors counted in place of what they replace.
+        parameter_ratio: Of the block's parameters, factors counted in place of what they replace.
 
     Returns:
         Choices; tensors that are not named stay dense. None where the smallest ranks keep more.
     """
     try:
-        return allocate(table, reduction=1 - kept_fraction).point.choices
+        return allocate(table, reduction=1 - parameter_ratio).point.choices
     except AllocationError:
         return None

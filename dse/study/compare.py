@@ -9,7 +9,7 @@ from dse.errors import StudyError
 from dse.evaluation.comparison import Comparison, compare_divergences, compare_evaluations
 from dse.pareto import OBJECTIVES
 from dse.study.folder import StudyFolder
-from dse.study.record import Interval, TrialRecord
+from dse.trial_record import Interval, TrialRecord
 
 __all__ = ["CostComparison", "TrialComparison", "compare_records"]
 

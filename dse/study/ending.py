@@ -9,23 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from dse.design_point import DesignPoint
+from dse.search.multi_fidelity.early_stopping import EarlyStopping
+from dse.search.multi_fidelity.fidelity_session import MultiFidelitySession
 from dse.study.evaluate_point import blank_record
 from dse.study.events import StudyListener, StudyProgress
-from dse.study.fidelity import Judge, LadderSession, reevaluate_front
+from dse.study.final_documents import reevaluate_front
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts
 from dse.study.outcome import broken_limits, valued
 from dse.study.point_run import Reference
-from dse.study.record import TrialRecord
 from dse.study.setup import PreparedStudy
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
+from dse.trial_record import TrialRecord
 
 __all__ = ["StudyEnd", "looked_again"]
 
 logger = logging.getLogger("dse")
 
-_SECOND_LOOK = "second_look"
+_SECOND_LOOK = "resume_stopped"
 """Attribute of the study: how many trials there were when the second look was done."""
 
 
@@ -53,7 +55,7 @@ class StudyEnd:
     prepared: PreparedStudy
     folder: StudyFolder
     storage: StudyStorage
-    ladder: LadderSession
+    ladder: MultiFidelitySession
     reference: Reference
     records: list[TrialRecord]
     listener: StudyListener
@@ -66,11 +68,11 @@ class StudyEnd:
             stopped = [record for record in self.records if record.state == "stopped"]
             if stopped:
                 self.listener.on_message(f"a second look at {len(stopped)} stopped trials, by all that is known now")
-            self.ladder.look_again(stopped, self.reference, self._climb_on)
+            self.ladder.resume_stopped_trials(stopped, self.reference, self._climb_on)
             self.storage.set_attribute(_SECOND_LOOK, len(self.records))
         self._ask_fresh_documents()
 
-    def _climb_on(self, before: TrialRecord, judge: Judge) -> None:
+    def _climb_on(self, before: TrialRecord, judge: EarlyStopping) -> None:
         """Evaluate a stopped trial further, from the answers that are kept, and put what it finds in its record."""
         topology = self.prepared.loaded.topology
         point = DesignPoint.from_json(before.point, topology)

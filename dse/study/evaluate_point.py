@@ -16,14 +16,15 @@ from dse.design_point import DesignPoint
 from dse.errors import DseError, OutOfMemoryError, StudyError, TrialError
 from dse.evaluation import EvaluationResult, ModelEvaluator
 from dse.models import LoadedModel
+from dse.search.multi_fidelity.early_stopping import EarlyStopping, Stop
 from dse.study.evaluation_quantities import with_evaluation
-from dse.study.fidelity import Climber, Judge, Stop, climb
 from dse.study.measure_point import PhaseListener, PointMeasurer
 from dse.study.measurement_plan import MeasurementPlan
-from dse.study.objectives import Needs
+from dse.study.objectives import RequiredMeasurements
 from dse.study.point_run import PointRun, Reference
-from dse.study.record import TrialRecord
+from dse.study.rungs import MultiFidelityEvaluator
 from dse.topology import Topology
+from dse.trial_record import TrialRecord
 
 __all__ = ["PointEvaluator", "Reference", "point_text"]
 
@@ -36,8 +37,8 @@ class PointEvaluator:
 
     loaded: LoadedModel
     bank: FactorBank
-    needs: Needs
-    climber: Climber
+    required: RequiredMeasurements
+    climber: MultiFidelityEvaluator
     plan: MeasurementPlan
     on_phase: PhaseListener = field(default=lambda phase, done, total: None)
 
@@ -47,7 +48,7 @@ class PointEvaluator:
         return self.climber.evaluator
 
     def evaluate(
-        self, blank: TrialRecord, point: DesignPoint, reference: Reference | None, judge: Judge | None = None
+        self, blank: TrialRecord, point: DesignPoint, reference: Reference | None, judge: EarlyStopping | None = None
     ) -> tuple[TrialRecord, EvaluationResult | None]:
         """Evaluate one point on the resident model, which is dense again afterwards whatever happens.
 
@@ -74,14 +75,16 @@ class PointEvaluator:
             return run.finished("stopped", stop.reason), None
         return run.finished("complete"), run.evaluation
 
-    def _run(self, run: PointRun, point: DesignPoint, reference: Reference | None, judge: Judge | None) -> Stop | None:
+    def _run(
+        self, run: PointRun, point: DesignPoint, reference: Reference | None, judge: EarlyStopping | None
+    ) -> Stop | None:
         applied = None
         self.on_phase("decompose", 0, 1)
         try:
             with run.timed("decompose"):
                 applied = apply_point(self.loaded.model, self.loaded.topology, point, self.bank)
             dense = None if reference is None else reference.evaluation
-            stop = climb(
+            stop = run_rungs(
                 self.climber,
                 run,
                 self.bank.identity(point),
@@ -90,7 +93,7 @@ class PointEvaluator:
                 self.on_phase,
             )
             if stop is None:
-                PointMeasurer(self.loaded, self.needs, self.plan, self.on_phase).measure(run, applied, reference)
+                PointMeasurer(self.loaded, self.required, self.plan, self.on_phase).measure(run, applied, reference)
             return stop
         finally:
             if applied is not None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dse.evaluation import EvaluationResult, PairedInterval, TaskResult
 from dse.evaluation import Interval as Estimate
-from dse.study.record import Interval, PairedChange, TrialRecord
+from dse.trial_record import Interval, PairedChange, TrialRecord
 
 __all__ = ["with_evaluation"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dse.study.record import TrialRecord
+from dse.trial_record import TrialRecord
 
 __all__ = ["StudyListener", "StudyProgress"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dse.allocation.constraints import STACK_ROLES
 from dse.errors import StudyError
 from dse.measurement import describe_environment
+from dse.sensitivity.allocation_constraints import STACK_ROLES
 from dse.study.setup import PreparedStudy
 from dse.topology import Decomposable, Topology
 

@@ -13,22 +13,24 @@ from dse.design_point import DesignPoint
 from dse.errors import StudyError, UserError
 from dse.evaluation import EvaluationResult
 from dse.pareto import directions_of, reference_point
+from dse.search.candidate import Candidate
+from dse.search.latency_forecast import LatencyForecast
+from dse.search.multi_fidelity.fidelity_session import MultiFidelitySession
+from dse.search.search_session import SearchSession
+from dse.search.start_up_points import unseen_feasible_levels
 from dse.study.ending import StudyEnd
 from dse.study.evaluate_point import Reference, blank_record
 from dse.study.events import StudyListener, StudyProgress
 from dse.study.facts import check_same_facts, study_facts
-from dse.study.fidelity import LadderSession
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import Interrupts
 from dse.study.objectives import objective_values
 from dse.study.outcome import broken_limits, valued
 from dse.study.precision import compare_with_float32
-from dse.study.proposals import unseen_feasible_levels
-from dse.study.record import EVALUATED_STATES, TrialRecord, finite
-from dse.study.search import Candidate, LatencyForecast, SearchSession
 from dse.study.setup import PreparedStudy
 from dse.study.storage import Proposal, StudyStorage
 from dse.study.study import Study, write_reports
+from dse.trial_record import EVALUATED_STATES, TrialRecord, finite
 
 __all__ = ["StudyLoop"]
 
@@ -47,7 +49,7 @@ class StudyLoop:
     listener: StudyListener
     interrupts: Interrupts
     storage: StudyStorage = field(init=False)
-    ladder: LadderSession = field(init=False)
+    ladder: MultiFidelitySession = field(init=False)
     search: SearchSession = field(init=False)
     reference: Reference | None = None
     records: list[TrialRecord] = field(default_factory=list)
@@ -58,7 +60,7 @@ class StudyLoop:
 
     def __post_init__(self) -> None:
         config = self.prepared.config
-        self.ladder = LadderSession(config.fidelity, self.prepared.objectives, self.folder.read_evaluation)
+        self.ladder = MultiFidelitySession(config.fidelity, self.prepared.objectives, self.folder.read_evaluation)
         self.search = SearchSession(
             self.prepared.space,
             self.prepared.objectives,
@@ -66,7 +68,7 @@ class StudyLoop:
             config.sampler.seed,
             config.budget.trials,
             self.prepared.enqueued,
-            self.prepared.damages,
+            self.prepared.divergences,
             LatencyForecast.of(
                 self.prepared.evaluator.plan, self.prepared.space.config.limits, self.prepared.objectives
             ),

@@ -26,9 +26,9 @@ from dse.measurement import (
 from dse.models import LoadedModel
 from dse.runtime import Sides
 from dse.study.measurement_plan import MeasurementPlan
-from dse.study.objectives import Needs
+from dse.study.objectives import RequiredMeasurements
 from dse.study.point_run import PointRun, Reference
-from dse.study.record import Interval, TrialRecord, finite
+from dse.trial_record import Interval, TrialRecord, finite
 
 __all__ = ["PhaseListener", "PointMeasurer"]
 
@@ -40,7 +40,7 @@ class PointMeasurer:
     """Measures what the study needs, with the device to itself."""
 
     loaded: LoadedModel
-    needs: Needs
+    required: RequiredMeasurements
     plan: MeasurementPlan
     on_phase: PhaseListener
 
@@ -57,21 +57,21 @@ class PointMeasurer:
             OutOfMemoryError: The device has no room.
         """
         is_predicted = self.plan.predicts_latency and reference is not None
-        if self.needs.latency and is_predicted and reference is not None:
+        if self.required.latency and is_predicted and reference is not None:
             with device_lock(self.loaded.device):  # products that are not timed yet are timed now
                 _predict_latency(run, self.plan, reference)
-        takes_latency = self.needs.latency and not is_predicted
-        takes_energy = self.needs.energy and self.plan.meter is not None
-        if not (takes_latency or takes_energy or self.needs.memory):
+        takes_latency = self.required.latency and not is_predicted
+        takes_energy = self.required.energy and self.plan.meter is not None
+        if not (takes_latency or takes_energy or self.required.memory):
             return
         lock = device_lock(self.loaded.device) if takes_latency or takes_energy else nullcontext()
         with lock, self.plan.sides(applied) as sides:
-            sides.use_point()
+            sides.use_candidate()
             if takes_latency:
                 self._latency(run, sides, reference)
-            if self.needs.energy and self.plan.meter is not None:
+            if self.required.energy and self.plan.meter is not None:
                 self._energy(run, self.plan.meter, reference)
-            if self.needs.memory:
+            if self.required.memory:
                 self._memory(run, reference)
 
     def _latency(self, run: PointRun, sides: Sides, reference: Reference | None) -> None:
@@ -94,8 +94,8 @@ class PointMeasurer:
         return measure_cell(
             self.loaded.model,
             spec,
-            use_subject=sides.use_point,
-            use_dense=sides.use_dense,
+            use_candidate=sides.use_candidate,
+            use_baseline=sides.use_baseline,
             progress=lambda done, total: self.on_phase("latency", done, total),
             compiled=self.plan.compiled.get(spec),
         )
@@ -113,7 +113,7 @@ class PointMeasurer:
             )
         entry = {**_json_safe(energy), "is_valid": energy.is_valid, "reason": energy.reason}
         run.record = dataclasses.replace(run.record, energy=entry)
-        if not energy.is_valid and self.needs.valid_energy:
+        if not energy.is_valid and self.required.valid_energy:
             raise InvalidMeasurementError(f"energy: {energy.reason}")
         for name, spread in _energies(energy).items():
             run.record = _with_quantity(

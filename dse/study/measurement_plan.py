@@ -24,19 +24,12 @@ from dse.measurement import (
     meter_kind,
     named_meter,
 )
+from dse.measurement.device_profile import model_profile
+from dse.measurement.device_profile.model_profile import ModelProfile, Phase
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
-from dse.runtime import (
-    FastRuntime,
-    GenerationShape,
-    ModelProfile,
-    Phase,
-    Sides,
-    fast_runtime,
-    model_profile,
-    timings_for,
-)
-from dse.study.space import SearchSpace
+from dse.runtime import FastRuntime, GenerationShape, Sides, fast_runtime, timings_for
+from dse.search.spaces.base import SearchSpace
 
 __all__ = ["MeasurementPlan", "open_study_meter"]
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dse.config import StudyConfig
-from dse.errors import ConfigError, InvalidMeasurementError, MeterUnavailableError
+from dse.errors import ConfigError, MeterUnavailableError
 from dse.evaluation.result import PERPLEXITY_METRICS
 from dse.pareto import Objective, objective_named
-from dse.study.record import TrialRecord
 
-__all__ = ["Needs", "check_tasks_serve", "needs_of", "objective_values", "resolve_objectives"]
+__all__ = [
+    "RequiredMeasurements",
+    "check_tasks_serve",
+    "objective_values",
+    "required_measurements",
+    "resolve_objectives",
+]
 
 _DIVERGENCE = {"kl_divergence"}
 _ACCURACY = {"accuracy", "perplexity"}
 _GRADED: Mapping[str, str] = {
     "choice_probability": "a multiple-choice task",
-    "gold_log_likelihood": "a multiple-choice or cloze task",
+    "target_log_likelihood": "a multiple-choice or cloze task",
 }
 """Graded metric to the tasks that have it."""
 _LATENCY = {"prefill_latency_s", "decode_latency_s"}
@@ -27,7 +31,7 @@ _MEMORY = {"peak_memory_bytes"}
 
 
 @dataclass(frozen=True)
-class Needs:
+class RequiredMeasurements:
     """Which measurements a study takes.
 
     Attributes:
@@ -47,15 +51,15 @@ class Needs:
     valid_energy: bool = True
 
 
-def needs_of(
+def required_measurements(
     objectives: Sequence[Objective], has_tasks: bool, *, has_grid: bool = False, has_meter: bool = False
-) -> Needs:
+) -> RequiredMeasurements:
     """Measurements that these objectives need.
 
     What the study names beside them is taken in any case: tasks, a grid of more than one cell, a meter.
     """
     names = {entry.name for entry in objectives}
-    return Needs(
+    return RequiredMeasurements(
         evaluation=has_tasks or bool(names & (_ACCURACY | _GRADED.keys())),
         divergence=bool(names & _DIVERGENCE),
         latency=has_grid or bool(names & _LATENCY),
@@ -133,23 +137,3 @@ def check_tasks_serve(
                 f"objective '{entry.name}' needs {_GRADED[entry.name]} that says which answer is right, but none of the"
                 f" tasks is one ({', '.join(graded)}); name another task"
             )
-
-
-def objective_values(objectives: Sequence[Objective], record: TrialRecord) -> list[float]:
-    """Values in the study's order, all finite.
-
-    Raises:
-        InvalidMeasurementError: One was not measured in this trial.
-    """
-    values = []
-    for entry in objectives:
-        measured = record.quantities.get(entry.name)
-        value = record.cost.get(entry.name) if measured is None else measured.value
-        if value is None or not math.isfinite(value):
-            hint = "; none of the tasks is scored so" if entry.name in (_ACCURACY | _GRADED.keys()) else ""
-            raise InvalidMeasurementError(
-                f"objective '{entry.name}' must be measured in every trial, but trial {record.trial} has"
-                f" {'none' if value is None else value}{hint}"
-            )
-        values.append(float(value))
-    return values

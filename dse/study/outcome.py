@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dse.config import LimitsConfig
 from dse.errors import InvalidMeasurementError
 from dse.pareto import Objective
+from dse.search.spaces.limits import measured_violations
 from dse.study.objectives import objective_values
-from dse.study.record import TrialRecord
-from dse.study.space.limits import measured_violations
+from dse.trial_record import TrialRecord
 
 __all__ = ["broken_limits", "valued"]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from dse.evaluation import EvaluationResult
-from dse.study.record import TrialRecord
+from dse.trial_record import TrialRecord
 
 __all__ = ["PointRun", "Reference"]
 

@@ -11,7 +11,7 @@ from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
 from dse.study.ending import looked_again
 from dse.study.events import StudyListener
-from dse.study.fidelity import final_pending
+from dse.study.final_documents import final_pending
 from dse.study.folder import StudyFolder
 from dse.study.interrupts import noticing_interrupts
 from dse.study.loop import StudyLoop
@@ -95,6 +95,6 @@ def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> 
 def _has_pending(study: Study, fidelity: FidelityConfig) -> bool:
     """Whether stopped trials wait for their second look, or the front for fresh documents."""
     has_stopped = any(record.state == "stopped" for record in study.records)
-    if fidelity.second_look is not None and has_stopped and not looked_again(study.attributes, len(study.records)):
+    if fidelity.resume_stopped is not None and has_stopped and not looked_again(study.attributes, len(study.records)):
         return True
     return bool(fidelity.final_documents) and final_pending(study.front_records, study.attributes.get("final", {}))

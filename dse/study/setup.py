@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dse.allocation import DamageTable
 from dse.config import StudyConfig
 from dse.decomposition import (
     METHODS,
@@ -25,16 +24,18 @@ from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
+from dse.search.space_sensitivity import study_table
+from dse.search.spaces.base import SearchSpace
+from dse.search.user_points import own_points
+from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.study.device_rank_multiple import settled_study
 from dse.study.evaluate_point import PointEvaluator
 from dse.study.events import StudyListener
-from dse.study.fidelity import Climber, FinalEvaluator
+from dse.study.final_documents import FinalEvaluator
 from dse.study.measurement_plan import MeasurementPlan, open_study_meter
-from dse.study.objectives import Needs, check_tasks_serve, needs_of, resolve_objectives
-from dse.study.own_points import own_points
+from dse.study.objectives import RequiredMeasurements, check_tasks_serve, required_measurements, resolve_objectives
 from dse.study.precision import half_precision_notice
-from dse.study.rank_multiple import settled_study
-from dse.study.search.profile import study_table
-from dse.study.space import SearchSpace
+from dse.study.rungs import MultiFidelityEvaluator
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
 
@@ -51,7 +52,7 @@ class PreparedStudy:
     enqueued: tuple[DesignPoint, ...]
     calibration: CalibrationWindows | None
     final: FinalEvaluator | None = None
-    damages: DamageTable | None = None
+    divergences: SensitivityTable | None = None
 
 
 def prepare_study(
@@ -88,8 +89,8 @@ def prepare_study(
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = own_points(config, space)
     has_grid, has_meter = len(plan.cells) > 1, meter is not None and config.measurement.meter is not None
-    needs = needs_of(objectives, bool(config.tasks), has_grid=has_grid, has_meter=has_meter)
-    if needs.latency or needs.energy or needs.memory:
+    needs = required_measurements(objectives, bool(config.tasks), has_grid=has_grid, has_meter=has_meter)
+    if required.latency or required.energy or required.memory:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
         plan.use_runtime(loaded, [entry.name for entry in objectives], listener.on_phase)
@@ -100,7 +101,7 @@ def prepare_study(
     fidelity = config.fidelity
     fresh = _evaluator(config, loaded, fidelity.final_documents) if fidelity and fidelity.final_documents else None
     bank, calibration = study_bank(config, loaded, space, listener, enqueued)
-    climber = Climber(
+    climber = MultiFidelityEvaluator(
         loaded,
         evaluator,
         _divergence(config, loaded, needs, listener),
@@ -110,8 +111,8 @@ def prepare_study(
     )
     point_evaluator = PointEvaluator(loaded, bank, needs, climber, plan, listener.on_phase)
     final = None if fresh is None else FinalEvaluator(loaded, bank, fresh, cache)
-    damages = study_table(config, loaded, space, bank, calibration, listener)
-    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration, final, damages)
+    divergences = study_table(config, loaded, space, bank, calibration, listener)
+    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration, final, divergences)
 
 
 def load_study_model(config: StudyConfig) -> LoadedModel:
@@ -180,10 +181,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _divergence(
-    config: StudyConfig, loaded: LoadedModel, needs: Needs, listener: StudyListener
+    config: StudyConfig, loaded: LoadedModel, needs: RequiredMeasurements, listener: StudyListener
 ) -> DenseDivergence | None:
     """The dense model's side of the KL divergence, where an objective or the ladder's proxy asks for one."""
-    tokens = config.evaluation.divergence_tokens if needs.divergence else 0
+    tokens = config.evaluation.divergence_tokens if required.divergence else 0
     if not tokens and config.fidelity is not None:
         tokens = config.fidelity.proxy_tokens
     if not tokens:

@@ -17,9 +17,9 @@ import sqlalchemy.exc
 from optuna.trial import TrialState as OptunaState
 
 from dse.errors import StorageFullError, StudyError
-from dse.study.record import TrialRecord
 from dse.study.sampler import make_sampler
 from dse.study.sqlite import SqliteStorage
+from dse.trial_record import TrialRecord
 
 __all__ = ["Proposal", "StudyStorage"]
 

@@ -15,27 +15,26 @@ from dse.files import write_bytes, write_text
 from dse.pareto import (
     Objective,
     Recommendation,
-    front_html,
     front_hypervolume,
-    front_png,
     front_table,
     mark_front,
     mark_ties,
     objectives_named,
-    plot_front,
     recommend,
     tied_table,
 )
+from dse.report.explain import Explanation, explain_trial
+from dse.report.front_png import front_png
+from dse.report.page import front_html
+from dse.report.plots import plot_front
+from dse.report.point_maps import point_maps
+from dse.search.origins import OriginShare, origin_shares, share_words
 from dse.study.compare import TrialComparison, compare_records
-from dse.study.explain import Explanation, explain_trial
-from dse.study.fidelity import with_final_values
+from dse.study.final_documents import with_final_values
 from dse.study.folder import StudyFolder
-from dse.study.paired import PairedOutcomes
-from dse.study.point_maps import point_maps
-from dse.study.record import EVALUATED_STATES, TrialRecord, to_row
-from dse.study.search import OriginShare, origin_shares
-from dse.study.search.origins import share_words
+from dse.study.paired_outcomes import PairedOutcomes
 from dse.study.storage import StudyStorage
+from dse.trial_record import EVALUATED_STATES, TrialRecord, to_row
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
 
 def _front(options: argparse.Namespace) -> int:
     from dse.cli.report import print_front, study_json
+    from dse.report.rank_map import rank_map_text
     from dse.study import open_study
-    from dse.study.rank_map import rank_map_text
 
     study = open_study(options.directory)
     if options.explain is not None:

@@ -35,7 +35,7 @@ def add_allocate(commands: Any) -> None:
         commands,
         "allocate",
         _allocate,
-        "the points of least predicted damage under budgets, from the sensitivity profile",
+        "the points of least predicted divergence under budgets, from the sensitivity profile",
         "dse allocate --model demo:smollm2-135m-instruct --reduction 0.09,0.2 --out points\n"
         "  dse evaluate --model demo:smollm2-135m-instruct --point points/reduction-0.09.json --task dse_facts",
     )
@@ -78,7 +78,7 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stacks", action="store_true", help="measure query, key, value and gate, up stacked as one matrix too"
     )
-    parser.add_argument("--tokens", type=positive, metavar="N", help="of text to measure damage on (512)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="of text to measure divergence on (512)")
     parser.add_argument(
         "--text", metavar="TEXT", help="that text: a file or a builtin text (what calibration leaves of its own)"
     )

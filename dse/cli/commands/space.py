@@ -28,7 +28,7 @@ def _space(options: argparse.Namespace) -> int:
     from dse.cli.report import print_space
     from dse.config import load_search_space
     from dse.models import load_topology
-    from dse.study import SearchSpace
+    from dse.search.spaces.base import SearchSpace
 
     config = load_search_space(Path(options.space))
     topology = load_topology(

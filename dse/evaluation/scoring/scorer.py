@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from dse.evaluation.scoring.backbone import Backbone, by_context, row_batches
 from dse.evaluation.scoring.packing import Query, Row, pack
 from dse.evaluation.scoring.states import Keep, Score, StateQueue
 from dse.evaluation.scoring.target_head import TargetHead
-from dse.evaluation.scoring.trunk import Trunk, by_context, row_batches
 from dse.out_of_memory import is_out_of_memory
 
 __all__ = ["Scorer", "Strategy"]
@@ -53,7 +53,7 @@ class Scorer:
     def __init__(self, model: PreTrainedModel, *, batch_tokens: int | None = None) -> None:
         self.batch_tokens = batch_tokens
         self.strategies: dict[Kind, Strategy] = {}
-        self._model, self._trunk, self._head = model, Trunk.of(model), TargetHead(model)
+        self._model, self._trunk, self._head = model, Backbone.of(model), TargetHead(model)
         self._pair_cost = _pair_cost(model)
 
     @torch.inference_mode()
@@ -67,7 +67,7 @@ class Scorer:
         Returns:
             One score a query, in order.
         """
-        self._trunk = Trunk.of(self._model)
+        self._trunk = Backbone.of(self._model)
         scores: list[Score] = [(math.nan, False)] * len(queries)
 
         def keep(found: Sequence[tuple[int, Score]]) -> None:

@@ -1,0 +1,1 @@
+"""Encoders with a task head: classification, question answering and embeddings, evaluated on datasets."""

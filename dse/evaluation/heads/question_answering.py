@@ -1,0 +1,169 @@
+"""Exact match and F1 of a model with an extractive question-answering head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dse.config import DatasetTaskConfig
+from dse.errors import ModelError, TaskError
+from dse.evaluation.answers import DocumentAnswers
+from dse.evaluation.heads.dataset_rows import DatasetRows
+from dse.evaluation.heads.encoder_batches import EncodedText, batch_outputs, encoded_texts
+from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
+from dse.evaluation.heads.squad_scores import exact_match, token_f1
+from dse.models import LoadedModel
+
+__all__ = ["LONGEST_ANSWER_TOKENS", "QuestionAnsweringTask", "best_span"]
+
+LONGEST_ANSWER_TOKENS = 30
+_DEFAULT_STRIDE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """A question with a part of its context.
+
+    Attributes:
+        document: Position of the document.
+        encoded: For the model.
+        spans: For each token the characters of the context that it stands for; None outside the context.
+    """
+
+    document: int
+    encoded: EncodedText
+    spans: tuple[tuple[int, int] | None, ...]
+
+
+class QuestionAnsweringTask(HeadTask):
+    """A question, a context and its accepted answers; the answer is the likeliest span of the context, as text.
+
+    Long contexts are read in windows that overlap, and the best span of all windows is taken: the one whose first and
+    last token have the highest sum of logits, at most 30 tokens long. Where the data set has questions without an
+    answer, "" is answered when the first token ([CLS]) scores higher than every span.
+    """
+
+    def __init__(self, config: DatasetTaskConfig, drawn: DatasetRows, loaded: LoadedModel, max_length: int) -> None:
+        super().__init__(config, drawn)
+        if not loaded.tokenizer.is_fast:
+            raise ModelError(f"question answering needs a fast tokenizer, but that of '{loaded.ref}' is a slow one")
+        self._loaded = loaded
+        self._contexts = [str(row["context"]) for row in drawn.rows]
+        self._accepted = [self._answers(position, row["answers"]) for position, row in enumerate(drawn.rows)]
+        self._may_refuse = any(not accepted for accepted in self._accepted)
+        self._windows = [
+            self._encode(position, str(row["question"]), max_length) for position, row in enumerate(drawn.rows)
+        ]
+        self.digests = tuple(
+            digest_of(["question_answering", [w.encoded for w in windows], context, accepted, self._may_refuse])
+            for windows, context, accepted in zip(self._windows, self._contexts, self._accepted, strict=True)
+        )
+
+    def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
+        """Text of the best span of each context."""
+        windows = [window for position in positions for window in self._windows[position]]
+        waiting = {position: len(self._windows[position]) for position in positions}
+        best: dict[int, tuple[float, str]] = {}
+        refusal: dict[int, float] = {}
+        for batch, _, output in batch_outputs(self._loaded, [window.encoded for window in windows], rows):
+            starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+            for row, index in enumerate(batch):
+                window, length = windows[index], len(windows[index].spans)
+                start, end = starts[row, :length], ends[row, :length]
+                self.check_finite(window.document, bool(torch.isfinite(start + end).all()))
+                score, text = self._best_text(window, start, end)
+                if window.document not in best or score > best[window.document][0]:
+                    best[window.document] = score, text
+                nothing = float(start[0] + end[0])
+                refusal[window.document] = min(refusal.get(window.document, nothing), nothing)
+                waiting[window.document] -= 1
+                tick(waiting[window.document] == 0)
+        return {
+            position: [["" if self._may_refuse and refusal[position] > score else text]]
+            for position, (score, text) in best.items()
+        }
+
+    def outcomes(
+        self, positions: Sequence[int], answers: Sequence[DocumentAnswers]
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """F1 and exact match, each in [0, 1]."""
+        found = [(str(answer[0][0]), self._accepted[p]) for p, answer in zip(positions, answers, strict=True)]
+        return {
+            "f1": np.asarray([token_f1(*pair) for pair in found], dtype=np.float64),
+            "exact_match": np.asarray([exact_match(*pair) for pair in found], dtype=np.float64),
+        }
+
+    def _best_text(self, window: _Window, start: Tensor, end: Tensor) -> tuple[float, str]:
+        inside = torch.tensor([span is not None for span in window.spans])
+        score, first, last = best_span(start, end, inside)
+        begin, finish = window.spans[first], window.spans[last]
+        if begin is None or finish is None:
+            raise TaskError(f"a context must not be empty, but that of {self.place_of(window.document)} is")
+        return score, self._contexts[window.document][begin[0] : finish[1]].strip()
+
+    def _answers(self, position: int, value: Any) -> tuple[str, ...]:
+        """Accepted answers: SQuAD's `{text: [...]}` or list of `{text: ...}`, a list of texts, or one text."""
+        texts = value.get("text") if isinstance(value, Mapping) else value
+        texts = [texts] if isinstance(texts, str) else texts
+        if isinstance(texts, list):
+            texts = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in texts]
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise TaskError(
+                f"`answers` must be a text, a list of texts, or a mapping with a list `text`, but"
+                f" {self.place_of(position)} has {value!r:.80}"
+            )
+        return tuple(text for text in texts if text)
+
+    def _encode(self, position: int, question: str, max_length: int) -> list[_Window]:
+        stride = _DEFAULT_STRIDE if self.config.stride is None else self.config.stride
+        tokenizer = self._loaded.tokenizer
+        frame = len(tokenizer([question], [""])["input_ids"][0])
+        room = max_length - frame
+        if room < 1 or (self.config.stride is not None and stride >= room):
+            raise TaskError(
+                f"question and stride must leave room for a context within {max_length} tokens, but the question of"
+                f" {self.place_of(position)} takes {frame} and the stride {stride}; raise `max_length`, or lower"
+                f" `stride`"
+            )
+        encoding = tokenizer(
+            question,
+            self._contexts[position],
+            truncation="only_second",
+            max_length=max_length,
+            stride=min(stride, room // 2),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        texts = encoded_texts(self._loaded, encoding, len(encoding["input_ids"]))
+        windows = []
+        for index, encoded in enumerate(texts):
+            spans = tuple(
+                (int(span[0]), int(span[1])) if part == 1 else None
+                for span, part in zip(encoding["offset_mapping"][index], encoding.sequence_ids(index), strict=True)
+            )
+            if not any(span is not None for span in spans):
+                raise TaskError(f"a context must not be empty, but that of {self.place_of(position)} is")
+            windows.append(_Window(position, encoded, spans))
+        return windows
+
+
+def best_span(start: Tensor, end: Tensor, inside: Tensor) -> tuple[float, int, int]:
+    """The span with the highest start[i] + end[j], i <= j < i + 30, both inside the context: (score, i, j).
+
+    Args:
+        start: Shape (tokens,), logits of the first token.
+        end: Shape (tokens,), logits of the last token.
+        inside: Shape (tokens,), bool: tokens of the context.
+    """
+    scores = start[:, None] + end[None, :]
+    allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_ANSWER_TOKENS - 1)
+    allowed &= inside[:, None] & inside[None, :]
+    flat = int(scores.masked_fill(~allowed, -torch.inf).argmax())
+    first, last = divmod(flat, len(end))
+    return float(scores[first, last]), first, last

@@ -1,0 +1,1 @@
+"""EleutherAI lm-eval on the resident model; the only package that imports lm_eval."""

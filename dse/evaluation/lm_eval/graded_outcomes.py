@@ -1,0 +1,93 @@
+"""Graded metrics from the answers in lm-eval's requests, whatever metric stands for the task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.task import ConfigurableTask
+from numpy.typing import NDArray
+from scipy import special
+
+from dse.evaluation.graded_metrics import (
+    CHOICE_PROBABILITY,
+    GOLD_LOG_LIKELIHOOD,
+    GRADED_METRICS,
+    GradedMetric,
+    choice_probability,
+)
+from dse.evaluation.lm_eval.task_loading import LeafTask
+
+__all__ = ["graded_names", "graded_outcomes"]
+
+
+def graded_names(leaves: Sequence[LeafTask]) -> tuple[GradedMetric, ...]:
+    """The graded metrics that a task (or every member of a group) has.
+
+    Multiple choice has both, also where the contexts differ and the continuation is shared (WinoGrande's form); a
+    cloze (one continuation, as in LAMBADA) has its gold log-likelihood; perplexities over whole texts and generated
+    answers have neither, nor has multiple choice that does not say which choice is right.
+    """
+    served = [_served(leaf) for leaf in leaves]
+    return tuple(name for name in GRADED_METRICS if all(name in names for names in served))
+
+
+def graded_outcomes(leaves: Sequence[LeafTask]) -> dict[str, NDArray[np.float64]]:
+    """Per-document outcomes of the graded metrics, shape (documents,), NaN where a document names no right answer."""
+    names = graded_names(leaves)
+    if not names:
+        return {}
+    documents = [outcomes for leaf in leaves for outcomes in _leaf_outcomes(leaf)]
+    return {name: np.asarray([found.get(name, math.nan) for found in documents], dtype=np.float64) for name in names}
+
+
+def _served(leaf: LeafTask) -> tuple[GradedMetric, ...]:
+    if not isinstance(leaf.task, ConfigurableTask):
+        return ()
+    if leaf.task.OUTPUT_TYPE == "loglikelihood":
+        return (GOLD_LOG_LIKELIHOOD,)
+    if leaf.task.OUTPUT_TYPE == "multiple_choice" and any(_right_choices(leaf.task, row) for row in leaf.rows):
+        return GRADED_METRICS
+    return ()
+
+
+def _leaf_outcomes(leaf: LeafTask) -> list[dict[str, float]]:
+    by_document: dict[int, list[Any]] = {}
+    for instance in leaf.task.instances:
+        by_document.setdefault(instance.doc_id, []).append(instance)
+    found = []
+    for document, row in zip(leaf.documents, leaf.rows, strict=True):
+        instances = sorted(by_document[document], key=lambda instance: instance.idx)
+        # Repeated requests have the same answer; filters are about texts.
+        likelihoods = [float(instance.resps[0][0]) for instance in instances]
+        found.append(_document_outcomes(leaf.task, row, likelihoods))
+    return found
+
+
+def _document_outcomes(task: Any, row: Any, likelihoods: list[float]) -> dict[str, float]:
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return {GOLD_LOG_LIKELIHOOD: likelihoods[0]}
+    right = _right_choices(task, row)
+    if not right:
+        return {}
+    # Behind the choices' own requests come, for `acc_mutual_info`, those of each choice without its context.
+    choices = np.asarray(likelihoods[: len(task.doc_to_choice(row))])
+    return {
+        CHOICE_PROBABILITY: choice_probability(likelihoods[: choices.size], right),
+        GOLD_LOG_LIKELIHOOD: float(special.logsumexp(choices[right])),
+    }
+
+
+def _right_choices(task: Any, row: Any) -> list[int]:
+    """Indices of the right choices; empty where the task does not say, or names one that is not there."""
+    gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    choices = task.doc_to_choice(row)
+    found = []
+    for entry in gold if isinstance(gold, list) else [gold]:
+        index = choices.index(entry) if isinstance(entry, str) and entry in choices else entry
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
+            return []
+        found.append(index)
+    return sorted(set(found))

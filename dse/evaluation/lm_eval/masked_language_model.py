@@ -1,0 +1,216 @@
+"""A masked language model as an lm-eval model: texts are scored by their pseudo-log-likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from torch import Tensor
+
+from dse.errors import ModelError, NonFiniteError, TaskError
+from dse.evaluation.scoring.masked_text import MaskedScoring, MaskedText, encode_masked, masked_positions, windows_of
+from dse.models import LoadedModel, context_tokens
+
+__all__ = ["MaskedScoringLM"]
+
+_TOKENS_PER_ROW = 128
+_LONGEST_WITHOUT_LIMIT = 512
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One forward pass of one text: some tokens hidden, one of them scored."""
+
+    text: int
+    target: int
+
+
+class MaskedScoringLM(LM):  # type: ignore[misc]
+    """Pseudo-log-likelihoods of a resident model that surgery changes between calls.
+
+    The score of a continuation is the sum over its tokens of log p(token | all other tokens of context and
+    continuation), where the token is hidden by the mask token, and with it whatever `scoring` hides beside it. Context
+    and continuation are tokenised as one text with the model's special tokens around it; those and the context are
+    seen, never hidden, never scored. A continuation is greedy if each of its tokens is the likeliest at its place.
+
+    Every scored token is a forward pass of its own. Passes are sorted by length and batched by tokens, and the head is
+    applied at the scored position alone.
+
+    Args:
+        loaded: The model; it must have a masked-language-model head.
+        batch_size: A batch holds at most this many times 128 tokens.
+        max_length: Tokens of a text, special ones included; longer ones lose their beginning.
+        scoring: Which tokens are hidden together.
+
+    Attributes:
+        rows: As `batch_size`; may be lowered between calls.
+        tick: Called with the number of requests just finished.
+
+    Source: Salazar et al. (2020), arXiv 1910.14659; Kauf and Ivanova (2023), arXiv 2305.10588.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, batch_size: int, max_length: int | None, scoring: MaskedScoring = "within_word"
+    ) -> None:
+        super().__init__()
+        tokenizer = loaded.tokenizer
+        if not tokenizer.is_fast:
+            raise ModelError(f"pseudo-log-likelihoods need a fast tokenizer, but that of '{loaded.ref}' is a slow one")
+        if tokenizer.mask_token_id is None:
+            raise ModelError(
+                f"pseudo-log-likelihoods need a tokenizer with a mask token, but that of '{loaded.ref}' has none"
+            )
+        self._model, self._tokenizer, self._ref = loaded.model, tokenizer, loaded.ref
+        self._mask_id = int(tokenizer.mask_token_id)
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+        self._scoring: MaskedScoring = scoring
+        longest = context_tokens(loaded.model) or _LONGEST_WITHOUT_LIMIT
+        self.max_length = min(longest, max_length or longest)
+        self.rows = batch_size
+        self.tick: Callable[[int], None] = lambda _: None
+        self._texts: dict[tuple[str, str], MaskedText] = {}
+
+    def prepare(self, requests: Sequence[Any]) -> int:
+        """Tokenise requests once for all calls; return how many are cut to `max_length`.
+
+        Raises:
+            TaskError: A request asks for generated text, or has nothing to score, or more than the context holds.
+        """
+        cut = 0
+        for request in requests:
+            if request.request_type == "generate_until":
+                raise TaskError(
+                    f"task '{request.task_name}' asks for generated text, but '{self._ref}' is a masked language model,"
+                    f" which generates none; name a task that compares texts"
+                )
+            if request.request_type != "loglikelihood":
+                continue
+            text = self._encode(request)
+            room = self.max_length - text.framing_tokens
+            if not 0 < len(text.targets) <= room:
+                raise TaskError(
+                    f"a continuation must have 1 to {room} tokens, but {_place(request)} has {len(text.targets)}"
+                )
+            cut += len(text) > self.max_length
+        return cut
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(pseudo-log-likelihood of the continuation given the context, is greedy) of every request."""
+        texts = [self._encode(request).cut_to(self.max_length) for request in requests]
+        return self._score(texts, requests)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """Pseudo-log-likelihood of every whole text, in windows of `max_length` that do not overlap."""
+        scores = []
+        for request in requests:
+            windows = list(windows_of(encode_masked(self._tokenizer, "", request.args[0]), self.max_length))
+            scores.append(math.fsum(score for score, _ in self._score(windows, [request] * len(windows), ticks=False)))
+            self.tick(1)
+        return scores
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """Refused: a masked language model generates no text."""
+        self.prepare(requests)
+        return []
+
+    def _encode(self, request: Any) -> MaskedText:
+        context, continuation = request.args
+        if not isinstance(context, str) or not isinstance(continuation, str):
+            raise TaskError(f"a continuation must be a text of at least one token, but {_place(request)} has none")
+        key = (context, continuation)
+        if key not in self._texts:
+            self._texts[key] = encode_masked(self._tokenizer, context, continuation)
+        return self._texts[key]
+
+    def _score(
+        self, texts: Sequence[MaskedText], requests: Sequence[Any], *, ticks: bool = True
+    ) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities of the targets, whether all are the likeliest) of each text."""
+        parts: list[list[float]] = [[] for _ in texts]
+        greedy = [True] * len(texts)
+        for batch in self._batches(texts):
+            scores, likeliest = self._score_batch(texts, batch)
+            finished = 0
+            for row, score, is_likeliest in zip(batch, scores, likeliest, strict=True):
+                if not math.isfinite(score):
+                    raise NonFiniteError(
+                        f"log-likelihoods must be finite, but {_place(requests[row.text])} got {score}; the point's"
+                        f" weights or activations overflow, so the trial is void"
+                    )
+                parts[row.text].append(score)
+                greedy[row.text] &= is_likeliest
+                finished += len(parts[row.text]) == len(texts[row.text].targets)
+            if ticks and finished:
+                self.tick(finished)
+        return [(math.fsum(part), is_greedy) for part, is_greedy in zip(parts, greedy, strict=True)]
+
+    def _batches(self, texts: Sequence[MaskedText]) -> Iterator[list[_Row]]:
+        """Rows in batches of at most `rows` x 128 tokens, the longest first, so that a full memory shows at once."""
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        most_tokens = self.rows * _TOKENS_PER_ROW
+        batch: list[_Row] = []
+        longest = 0
+        for index in order:
+            for target in texts[index].targets:
+                if batch and (len(batch) + 1) * longest > most_tokens:
+                    yield batch
+                    batch = []
+                if not batch:
+                    longest = len(texts[index])
+                batch.append(_Row(index, target))
+        if batch:
+            yield batch
+
+    def _score_batch(self, texts: Sequence[MaskedText], batch: Sequence[_Row]) -> tuple[list[float], list[bool]]:
+        longest = max(len(texts[row.text]) for row in batch)
+        token_ids = np.full((len(batch), longest), self._pad_id, dtype=np.int64)
+        seen = np.zeros((len(batch), longest), dtype=np.int64)
+        for place, row in enumerate(batch):
+            text = texts[row.text]
+            token_ids[place, : len(text)] = text.token_ids
+            seen[place, : len(text)] = 1
+            token_ids[place, list(masked_positions(text, row.target, self._scoring))] = self._mask_id
+        device = self._model.device
+        positions = torch.tensor([row.target for row in batch], device=device)
+        wanted = torch.tensor([texts[row.text].token_ids[row.target] for row in batch], device=device)
+        inputs = torch.from_numpy(token_ids).to(device), torch.from_numpy(seen).to(device)
+        logits = _logits_at(self._model, *inputs, positions).float()
+        scores = logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        return scores.tolist(), (logits.argmax(dim=1) == wanted).tolist()
+
+
+@torch.inference_mode()
+def _logits_at(model: Any, token_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    """Logits at one position of each row, shape (rows, vocabulary).
+
+    The body's hidden states are thinned out to those positions on their way to the head, which works on each position
+    by itself; a vocabulary of 30,000 words makes the head dearer than several layers.
+    """
+    rows = torch.arange(len(positions), device=positions.device)
+
+    def keep_positions(_module: object, _arguments: object, output: Any) -> Any:
+        hidden = output[0][rows, positions].unsqueeze(1)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output[next(iter(output))] = hidden
+        return output
+
+    body = model.base_model
+    if body is model:  # no body of its own: the head has run everywhere
+        logits: Tensor = model(input_ids=token_ids, attention_mask=attention_mask).logits
+        return logits[rows, positions]
+    handle = body.register_forward_hook(keep_positions)
+    try:
+        logits = model(input_ids=token_ids, attention_mask=attention_mask).logits
+    finally:
+        handle.remove()
+    return logits.squeeze(1)
+
+
+def _place(request: Any) -> str:
+    return f"document {request.doc_id} of task '{request.task_name}'"

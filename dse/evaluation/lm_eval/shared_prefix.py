@@ -1,0 +1,142 @@
+"""`HFLM` that computes what requests share only once: the same answers, several times faster on multiple choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from dse.errors import ModelError
+from dse.evaluation.scoring import Query, Score, Scorer, Strategy
+
+__all__ = ["SharedPrefixLM"]
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""(texts or None, context tokens, continuation tokens), as `HFLM._loglikelihood_tokens` takes it."""
+
+# Room for the key-value cache of a generating batch. More rows make better use of the weights that every step reads.
+_CPU_CACHE_BYTES = 2**29
+_GPU_CACHE_SHARE = 0.25
+
+
+@register_model("dse", "shared-prefix")
+class SharedPrefixLM(HFLM):  # type: ignore[misc]
+    """A drop-in for `lm_eval.models.huggingface.HFLM` for causal models.
+
+    It differs in how log-likelihoods are computed, not in what they are: sequences that begin alike are packed as
+    prefix trees, the output head is applied where a token is scored, and batches are filled by tokens. See
+    `dse.evaluation.scoring`. lm-eval knows it as the model `dse` once this module is imported, which
+    `python -m dse.evaluation.lm_eval.command` does before it starts lm-eval.
+
+    Args:
+        pretrained: As in `HFLM`: a hub id, a folder or a model.
+        batch_tokens: Most tokens in a scoring batch, padding included; None chooses by device. Generation batches are
+            filled by the room that their key-value cache takes.
+        keywords: Everything else that `HFLM` takes. `batch_size`, `max_batch_size` and `logits_cache` have no effect,
+            and `backend` must not be "seq2seq".
+
+    Raises:
+        ModelError: The model is an encoder-decoder.
+    """
+
+    def __init__(self, pretrained: Any, *, batch_tokens: int | str | None = None, **keywords: Any) -> None:
+        super().__init__(pretrained, **keywords)
+        if self.backend != "causal":
+            raise ModelError(
+                f"shared prefixes are for causal models, but '{pretrained}' is an encoder-decoder; use lm-eval's `hf`"
+            )
+        self._scorer = Scorer(self.model, batch_tokens=None if batch_tokens is None else int(batch_tokens))
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Most tokens in a scoring batch, None for the device's own; may be changed between calls."""
+        return self._scorer.batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, most: int | None) -> None:
+        self._scorer.batch_tokens = most
+
+    @property
+    def strategies(self) -> set[Strategy]:
+        """How sequences share work under this model, as far as it has been asked."""
+        return set(self._scorer.strategies.values())
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of every whole text, all windows of all texts together."""
+        self.batch_size_per_gpu = max(1, sum(len(request.args[0]) for request in requests))
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return scores
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuation of every context, as the task asks for it."""
+        texts: list[str] = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Generating") as bar:
+            for batch in self._generation_batches(requests):
+                self.batch_size_per_gpu = len(batch)
+                found = super().generate_until([requests[index] for index in batch], disable_tqdm=True)
+                for index, text in zip(batch, found, strict=True):
+                    texts[index] = text
+                bar.update(len(batch))
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Score]:
+        # The last token is only ever predicted, so one more than the context fits; longer ones lose their beginning.
+        queries = [
+            Query(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
+            for _, context, continuation in requests
+        ]
+        with (
+            tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring requests") as bar,
+            self._precision(),
+        ):
+            answers = self._scorer.score(queries, lambda found: self._finished(found, bar))
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _finished(self, found: Sequence[tuple[int, Score]], bar: tqdm[Any]) -> None:
+        bar.update(len(found))
+
+    def _precision(self) -> Any:
+        if self.mixed_precision_dtype is None:
+            return nullcontext()
+        return torch.autocast(device_type=self.device.type, dtype=self.mixed_precision_dtype)
+
+    def _generation_batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
+        """Indices, longest context first, in batches whose key-value caches have room; one way of generating each."""
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        ways: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            ways.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        for members in ways.values():
+            new_tokens = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)["max_gen_toks"]
+            room = self._cache_tokens()
+            batch: list[int] = []
+            for index in sorted(members, key=lambda i: -lengths[i]):
+                longest = min(lengths[batch[0]] + new_tokens, self.max_length) if batch else 0
+                if batch and (len(batch) + 1) * longest > room:
+                    yield batch
+                    batch = []
+                batch.append(index)
+            if batch:
+                yield batch
+
+    def _cache_tokens(self) -> int:
+        """Tokens whose keys and values have room: 2 x layers x key/value heads x head size each."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
+        room: float = _CPU_CACHE_BYTES
+        if self.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.device)[0] * _GPU_CACHE_SHARE
+        return max(1, int(room // (per_token * self.model.dtype.itemsize)))

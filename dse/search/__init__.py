@@ -1,0 +1,1 @@
+"""What to try next: search spaces, proposers, and multi-fidelity early stopping."""

@@ -1,0 +1,289 @@
+"""`kind: levels`: every group of tensors is dense or takes one of the rank levels."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from functools import cached_property
+
+from dse.config import SearchSpaceConfig
+from dse.cost import parameters_saved
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import ConfigError
+from dse.expert_tensor import EXPERT_ROLES
+from dse.search.spaces.base import SearchSpace, check_roles, outside_space
+from dse.search.spaces.group import Group, matrices_of, stacked_roles, whole_blocks
+from dse.search.spaces.nearest import nearest_method, saved_by_tensor, saved_of
+from dse.search.spaces.rank_grid import level_count, method_for, rank_at
+from dse.topology import Decomposable, Topology
+
+__all__ = ["LevelSpace"]
+
+_METHOD = "method"
+
+
+class LevelSpace(SearchSpace):
+    """Independent levels per group of neighbouring layers and roles."""
+
+    def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
+        super().__init__(config, topology)
+        self.groups = tuple(self._make_groups())
+        if not self.groups:
+            raise ConfigError(
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+            )
+
+    @cached_property
+    def dimensions(self) -> Mapping[str, int]:
+        """One dimension per group, and one for the method where there are several."""
+        sizes = {group.name: group.level_count for group in self.groups}
+        return {_METHOD: len(self.config.methods), **sizes} if len(self.config.methods) > 1 else sizes
+
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
+        """The design point of these levels."""
+        method = self.config.methods[levels.get(_METHOD, 0)]
+        spared = self._spared(levels)
+        choices: dict[str, TensorChoice] = {}
+        for group in self.groups:
+            level = levels[group.name]
+            if level:
+                choices |= group.choices(method, level - 1 if group.name in spared else level)
+        return DesignPoint.of(choices)
+
+    def _spared(self, levels: Mapping[str, int]) -> set[str]:
+        """Groups that take their deepest ranks instead of being removed, so that attention of every kind remains.
+
+        Where a kind would be removed altogether it is the last group that stays; no other level means that point.
+        """
+        spared = set()
+        for groups in self._groups_by_kind.values():
+            if all(group.removes(levels[group.name]) for group in groups):
+                spared.add(groups[-1].name)
+        return spared
+
+    @cached_property
+    def _groups_by_kind(self) -> dict[str, list[Group]]:
+        """Kind of attention to the groups that can remove all of that kind in the model, if they can."""
+        kinds: dict[str, list[Group]] = {}
+        for kind in {block.cache_kind for block in self.topology.blocks if block.role == "attention"}:
+            own = {b.name for b in self.topology.blocks if b.role == "attention" and b.cache_kind == kind}
+            groups = [group for group in self.groups if own & {block.name for block in group.blocks}]
+            if own == own & {block.name for group in groups for block in group.blocks}:
+                kinds[kind] = groups
+        return kinds
+
+    def levels_of(self, point: DesignPoint) -> dict[str, int]:
+        """Levels of a point of this space."""
+        levels = self.dense_levels
+        if point.is_dense:
+            return levels
+        experts = self.topology.experts_by_name
+        if truncated := [name for name, choice in point if choice.expert_rank]:
+            raise outside_space(point, self, f"it truncates the expert mode of '{truncated[0]}'")
+        methods = {choice.method for name, choice in point if not choice.is_removal and name not in experts}
+        method = next(iter(methods), self.config.methods[0])
+        if len(methods) > 1 or method not in self.config.methods:
+            raise outside_space(point, self, f"it uses {sorted(methods)}; the space takes one of {self.config.methods}")
+        if _METHOD in levels:
+            levels[_METHOD] = self.config.methods.index(method)
+        covered: set[str] = set()
+        for group in self.groups:
+            removed = [block.name for block in group.blocks if block.name in point.by_name]
+            covered.update((*removed, *(matrix.name for matrix in group.matrices)))
+            ranks = tuple(c.rank if (c := point.by_name.get(m.name)) else 0 for m in group.matrices)
+            if removed and len(removed) == len(group.blocks):
+                levels[group.name] = group.level_count - 1
+            elif removed:
+                raise outside_space(point, self, f"of '{group.name}' it removes {removed} only; the space removes all")
+            elif any(ranks):
+                if ranks not in group.ranks[method]:
+                    known = ", ".join(str(list(r)) for r in group.ranks[method])
+                    raise outside_space(point, self, f"'{group.name}' has ranks {list(ranks)}; its levels are {known}")
+                levels[group.name] = 1 + group.ranks[method].index(ranks)
+        foreign = [name for name, _ in point if name not in covered]
+        if foreign:
+            raise outside_space(point, self, f"'{foreign[0]}' is not among its tensors")
+        return levels
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """Group by group, by what its tensors save in sum."""
+        index = nearest_method(point, self.config.methods)
+        method, saved = self.config.methods[index], saved_by_tensor(self.topology, point)
+        levels = {_METHOD: index} if _METHOD in self.dimensions else {}
+        for group in self.groups:
+            target = saved_of(self.topology, saved, (matrix.name for matrix in group.matrices))
+            options = (0, *group.levels(method))
+            levels[group.name] = min(options, key=lambda level: abs(group.saved(method, level) - target))
+        return levels
+
+    def number_of_points(self) -> int:
+        """Product of the levels, per method; what no method takes part in, the dense model included, is counted once.
+
+        Levels that would remove all attention of a kind mean points that other levels mean too.
+        """
+        total = self._combinations(None)
+        for method in self.config.methods:
+            total += self._combinations(method) - self._combinations(None)
+        return total
+
+    def _combinations(self, method: str | None) -> int:
+        """Points of one method; for None those in which no method takes part: groups are dense, removed, or experts."""
+        total = 0
+        for size in range(len(self._groups_by_kind) + 1):
+            for kinds in itertools.combinations(self._groups_by_kind.values(), size):
+                gone = {group.name for groups in kinds for group in groups}
+                others = [group for group in self.groups if group.name not in gone]
+                levels = [1 + self._level_count(group, method) for group in others]
+                total += (-1) ** size * math.prod(levels)
+        return total
+
+    def _level_count(self, group: Group, method: str | None) -> int:
+        """Levels of a group above dense that differ under a method; for None those in which no method takes part."""
+        if method is None and not group.is_experts:
+            return bool(group.blocks)
+        return len(group.levels(method or self.config.methods[0]))
+
+    def number_of_configurations(self) -> int:
+        """Product of the sizes of all dimensions."""
+        product = 1
+        for size in self.dimensions.values():
+            product *= size
+        return product
+
+    def reduction_range(self) -> tuple[float, float]:
+        """Smallest reduction of one group at one level, and every group at the level that saves most."""
+        smallest = min(
+            group.saved(method, level)
+            for method in self.config.methods
+            for group in self.groups
+            for level in group.levels(method)
+        )
+        largest = max(
+            parameters_saved(self.topology, self.point(self._most_saving(index)))
+            for index in range(len(self.config.methods))
+        )
+        return smallest / self.topology.parameters_dense, largest / self.topology.parameters_dense
+
+    def _most_saving(self, method_index: int) -> dict[str, int]:
+        """Every group at the level that saves most under one method, as far as attention of every kind remains."""
+        method = self.config.methods[method_index]
+        best = {g.name: max(g.levels(method), key=lambda v, g=g: g.saved(method, v)) for g in self.groups}  # type: ignore[misc]
+        rest = {block.layer: block.rest_parameters for block in self.topology.blocks}
+
+        def loss(group: Group) -> int:
+            kept = group.saved(method, best[group.name]) - group.saved(method, best[group.name] - 1)
+            return kept + sum(rest[layer] for layer in {block.layer for block in group.blocks})
+
+        stay = [
+            {group.name: group for group in chosen}
+            for chosen in itertools.product(*self._groups_by_kind.values())
+            if all(group.removes(best[group.name]) for group in chosen)
+        ]
+        spared = min(stay, key=lambda groups: sum(map(loss, groups.values())), default={})
+        levels = {name: level - 1 if name in spared else level for name, level in best.items()}
+        return levels | ({_METHOD: method_index} if len(self.config.methods) > 1 else {})
+
+    def largest_ranks(self) -> dict[str, dict[str, int]]:
+        """The first level of every group."""
+        found: dict[str, dict[str, int]] = {}
+        for method in self.config.methods:
+            for group in self.groups:
+                for index, matrix in enumerate(group.matrices):
+                    largest = max(ranks[index] for ranks in group.ranks[method])
+                    found.setdefault(method_for(matrix, method), {})[matrix.name] = largest
+        return found
+
+    def ladder(self) -> list[dict[str, int]]:
+        """Every role group on its own at each of its levels, in all layers; the mildest levels first."""
+        labels = dict.fromkeys(group.label for group in self.groups)
+        ladder = []
+        for level in range(1, max(group.level_count for group in self.groups)):
+            for label in labels:
+                own = {g.name: min(level, g.level_count - 1) for g in self.groups if g.label == label}
+                ladder.append({**self.dense_levels, **own})
+        return ladder
+
+    def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
+        """Raise groups in random order, each to a random level, until a target between `low` and `high` is met."""
+        levels = self.dense_levels
+        if _METHOD in levels:
+            levels[_METHOD] = generator.randrange(len(self.config.methods))
+        method = self.config.methods[levels.get(_METHOD, 0)]
+        dense = self.topology.parameters_dense
+        target, saved = generator.uniform(low, high) * dense, 0
+        order = list(self.groups)
+        for sweep in range(2):
+            generator.shuffle(order)
+            for group in order:
+                current = levels[group.name]
+                # The second sweep lowers ranks further where every group raised once was not enough.
+                options = [v for v in group.levels(method) if v > current] if sweep == 0 or current else []
+                fitting = [
+                    v for v in options if saved - group.saved(method, current) + group.saved(method, v) <= high * dense
+                ]
+                if saved >= target or not fitting:
+                    continue
+                chosen = generator.choice(fitting) if sweep == 0 else fitting[-1]
+                saved += group.saved(method, chosen) - group.saved(method, current)
+                levels[group.name] = chosen
+        return levels
+
+    def _make_groups(self) -> list[Group]:
+        groups = []
+        width = self.config.groups.layers
+        for start in range(0, len(self.layers), width):
+            layers = self.layers[start : start + width]
+            span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+            for label, roles in self._role_groups():
+                matrices = matrices_of(self.topology, layers, roles, stacks=self.config.stacks)
+                if matrices:
+                    groups.append(self._group(f"layers.{span}" + (f".{label}" if label else ""), label, matrices))
+        for tensor in self.topology.tensors:
+            if tensor.layer is None and tensor.role in self.roles:
+                groups.append(self._group(tensor.name, tensor.role, (tensor,)))
+        return groups
+
+    def _role_groups(self) -> list[tuple[str, tuple[str, ...]]]:
+        grouping = self.config.groups.roles
+        if grouping == "together":
+            return [("", self.roles)]
+        if grouping == "separate":
+            roles = stacked_roles(self.topology, self.roles) if self.config.stacks else self.roles
+            return [(role, (role,)) for role in roles]
+        assert isinstance(grouping, dict)  # noqa: S101 - the schema allows no other form
+        named = [
+            (label, check_roles(roles, self.config.name, self.topology, stacks=self.config.stacks))
+            for label, roles in grouping.items()
+        ]
+        everything = [role for _, roles in named for role in roles]
+        twice = sorted({role for role in everything if everything.count(role) > 1})
+        if twice:
+            raise ConfigError(
+                f"a role may be in one group of space '{self.config.name}', but '{twice[0]}' is in several"
+            )
+        kept = [(label, tuple(role for role in roles if role in self.roles)) for label, roles in named]
+        self._refuse_split_stacks(dict(kept))
+        return kept
+
+    def _refuse_split_stacks(self, groups: Mapping[str, tuple[str, ...]]) -> None:
+        """A stack in one group and its members in another would decompose them twice."""
+        for stack in self.topology.stacks if self.config.stacks else ():
+            own = {member.role for member in stack.members}
+            split = [label for label, roles in groups.items() if stack.role not in roles and own & set(roles)]
+            if split and any(stack.role in roles for roles in groups.values()):
+                raise ConfigError(
+                    f"a stack and its members must be in one group of space '{self.config.name}', but"
+                    f" '{stack.role}' and {', '.join(sorted(own))} are in several"
+                )
+
+    def _group(self, name: str, label: str, matrices: tuple[Decomposable, ...]) -> Group:
+        grid = self.config.ranks
+        ranks = {}
+        for method in self.config.methods:
+            levels = [tuple(rank_at(grid, i, m, method) for m in matrices) for i in range(level_count(grid))]
+            ranks[method] = tuple(dict.fromkeys(levels))  # levels that snap to the same ranks are one
+        with_experts = any(role in EXPERT_ROLES for role in self.roles)
+        blocks = whole_blocks(self.topology, matrices, with_experts=with_experts) if self.config.removal else ()
+        return Group(name, label, matrices, ranks, blocks)

@@ -1,0 +1,66 @@
+"""Damage tables before anything is measured: the options of a space, with divergences from their sizes alone."""
+
+from __future__ import annotations
+
+from dse.config import SearchSpaceConfig
+from dse.cost import factor_parameters, parameters_saved
+from dse.design_point import DesignPoint, TensorChoice
+from dse.search.spaces.levels import LevelSpace
+from dse.search.spaces.rank_grid import level_count, rank_at
+from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
+from dse.sensitivity.option import Option, Unit
+from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.topology import Topology
+
+__all__ = ["block_table", "level_table", "prior_divergence"]
+
+
+def prior_divergence(saved: int, dense: int) -> float:
+    """What an unmeasured option is taken to cost: the square of the share of its unit that it removes."""
+    return (saved / dense) ** 2
+
+
+def level_table(space: LevelSpace, method: str) -> SensitivityTable:
+    """The groups of a space as units and its levels as options, by one method."""
+    units = []
+    for group in space.groups:
+        # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
+        dense = sum(part.parameters for part in (group.blocks or group.matrices))
+        options = [Option((), dense, 0.0)]
+        for level in group.levels(method):
+            choices, saved = tuple(group.choices(method, level).items()), group.saved(method, level)
+            options.append(Option(choices, dense - saved, prior_divergence(saved, dense), is_measured=False))
+        layers = [matrix.layer for matrix in group.matrices if matrix.layer is not None]
+        layer = layers[len(layers) // 2] if layers else None
+        units.append(Unit(group.name, layer, group.label or "block", tuple(options)))
+    return SensitivityTable(tuple(units), space.topology.parameters_dense)
+
+
+def block_table(config: SearchSpaceConfig, topology: Topology) -> SensitivityTable:
+    """Attention and MLP of each layer as units; options are the kept fractions of the space, and removal if offered."""
+    units = tuple(_unit(config, topology, block) for block in blocks_of_topology(topology))
+    remaining = groups_that_remain(topology) if config.removal else ()
+    return SensitivityTable(units, topology.parameters_dense, one_remains=remaining)
+
+
+def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
+    tensors = block.tensors
+    removable = topology.blocks_by_name.get(block.name) if config.removal else None
+    # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
+    dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
+    options: dict[tuple[tuple[str, TensorChoice], ...], Option] = {(): Option((), dense, 0.0)}
+    for method in config.methods:
+        for index in range(level_count(config.ranks)):
+            choices = tuple(
+                sorted((t.name, TensorChoice(method, rank_at(config.ranks, index, t, method))) for t in tensors)
+            )
+            saved = sum(t.parameters - factor_parameters(t, dict(choices)[t.name]) for t in tensors)
+            if saved > 0:
+                options.setdefault(
+                    choices, Option(choices, dense - saved, prior_divergence(saved, dense), is_measured=False)
+                )
+    if removable is not None:
+        gone = ((block.name, TensorChoice.removal()),)
+        saved = parameters_saved(topology, DesignPoint(gone))
+        options[gone] = Option(gone, dense - saved, prior_divergence(saved, dense), is_measured=False)
+    return Unit(block.name, block.layer, block.kind, tuple(options.values()))

@@ -1,0 +1,180 @@
+"""`kind: subset`: a set of layers x a set of tensors x one rank, the space of Moar et al. (2024)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TypeVar
+
+from dse.config import SearchSpaceConfig
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import ConfigError
+from dse.search.spaces.base import SearchSpace, outside_space
+from dse.search.spaces.nearest import nearest_method, saved_by_tensor
+from dse.search.spaces.rank_grid import level_count, rank_at, saved_parameters
+from dse.topology import DecomposableTensor, Topology
+
+__all__ = ["SubsetSpace"]
+
+_METHOD, _RANK = "method", "rank"
+
+_MemberT = TypeVar("_MemberT")
+
+
+class SubsetSpace(SearchSpace):
+    """Every chosen role of every chosen layer is decomposed at one rank; everything else stays dense.
+
+    With L layers, K tensors a layer and R ranks the paper counts 2^L x 2^K x R configurations: 2^39 for the 32 layers
+    and 7 tensors of Llama-2-7B at rank 1. Those with an empty set of layers or of tensors are all the dense model.
+    """
+
+    def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
+        super().__init__(config, topology)
+        self.roles = tuple(role for role in self.roles if role in topology.roles)
+        self._level_count = level_count(config.ranks)
+        if not self._tensors(set(self.layers), set(self.roles)):
+            raise ConfigError(
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+            )
+
+    @cached_property
+    def dimensions(self) -> Mapping[str, int]:
+        """A switch per layer and role, the rank, and the method where there are several."""
+        sizes = {f"layers.{layer}": 2 for layer in self.layers} | {f"roles.{role}": 2 for role in self.roles}
+        if self._level_count > 1:
+            sizes[_RANK] = self._level_count
+        if len(self.config.methods) > 1:
+            sizes[_METHOD] = len(self.config.methods)
+        return sizes
+
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
+        """The design point of these levels."""
+        layers = {layer for layer in self.layers if levels[f"layers.{layer}"]}
+        roles = {role for role in self.roles if levels[f"roles.{role}"]}
+        method = self.config.methods[levels.get(_METHOD, 0)]
+        chosen = self._tensors(layers, roles)
+        return DesignPoint.of({t.name: self._choice(t, method, levels.get(_RANK, 0)) for t in chosen})
+
+    def levels_of(self, point: DesignPoint) -> dict[str, int]:
+        """Levels of a point of this space."""
+        levels = self.dense_levels
+        if point.is_dense:
+            return levels
+        tensors = [self.topology.part(name) for name, _ in point]
+        levels.update({f"layers.{t.layer}": 1 for t in tensors if f"layers.{t.layer}" in levels})
+        levels.update({f"roles.{t.role}": 1 for t in tensors if f"roles.{t.role}" in levels})
+        for index in range(len(self.config.methods)):
+            for rank in range(self._level_count):
+                candidate = (
+                    levels
+                    | ({_METHOD: index} if _METHOD in levels else {})
+                    | ({_RANK: rank} if _RANK in levels else {})
+                )
+                if self.point(candidate) == point:
+                    return candidate
+        raise outside_space(
+            point, self, "it is not one method and rank over a set of layers times a set of roles of the space"
+        )
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """The layers and roles that it touches, at the rank whose factors are most nearly as large."""
+        saved = saved_by_tensor(self.topology, point)
+        touched = [self.topology.decomposable(name) for name in saved]
+        levels = self.dense_levels | {f"layers.{t.layer}": 1 for t in touched} | {f"roles.{t.role}": 1 for t in touched}
+        levels = {name: levels[name] for name in self.dimensions}
+        if _METHOD in levels:
+            levels[_METHOD] = nearest_method(point, self.config.methods)
+
+        def distance(rank: int) -> float:
+            found = saved_by_tensor(self.topology, self.point({**levels, _RANK: rank}))
+            return sum(abs(found.get(name, 0.0) - saved.get(name, 0.0)) for name in {*found, *saved})
+
+        return levels | ({_RANK: min(range(self._level_count), key=distance)} if _RANK in levels else {})
+
+    def number_of_points(self) -> int:
+        """Non-empty layer sets x non-empty role sets x ranks that differ there x methods, and the dense model."""
+        makes = Counter(
+            tuple((t.role, t.shape) for t in self._tensors({layer}, set(self.roles))) for layer in self.layers
+        )
+        total = 1
+        for roles in _subsets(self.roles):
+            for chosen in _subsets(tuple(make for make in makes if make)):
+                present = [{role for role, _ in make} & set(roles) for make in chosen]
+                # A layer without these roles, or a role without these layers, spells a point that is counted elsewhere.
+                if not all(present) or set().union(*present) != set(roles):
+                    continue
+                layer_sets = math.prod(2 ** makes[make] - 1 for make in chosen)
+                shapes = {shape for make in chosen for role, shape in make if role in roles}
+                total += layer_sets * sum(self._distinct_levels(shapes, method) for method in self.config.methods)
+        return total
+
+    def _distinct_levels(self, shapes: set[tuple[int, int]], method: str) -> int:
+        """Rank levels that differ for tensors of these shapes: ranks above break-even are capped, so two may be one."""
+        probes = [DecomposableTensor("probe", "probe", 0, "probe", *shape) for shape in sorted(shapes)]
+        ranks = {tuple(rank_at(self.config.ranks, i, t, method) for t in probes) for i in range(self._level_count)}
+        return len(ranks)
+
+    def number_of_configurations(self) -> int:
+        """2^layers x 2^roles x ranks x methods, as the paper counts."""
+        subsets: int = 2 ** (len(self.layers) + len(self.roles))
+        return subsets * self._level_count * len(self.config.methods)
+
+    def reduction_range(self) -> tuple[float, float]:
+        """One tensor at the highest rank, and all of them at the lowest."""
+        everything = self._tensors(set(self.layers), set(self.roles))
+        last = self._level_count - 1
+        single = min(
+            saved_parameters([t], [self._choice(t, method, level)])
+            for t in everything
+            for method in self.config.methods
+            for level in range(self._level_count)
+        )
+        most = max(
+            saved_parameters(everything, [self._choice(t, method, last) for t in everything])
+            for method in self.config.methods
+        )
+        return single / self.topology.parameters_dense, most / self.topology.parameters_dense
+
+    def largest_ranks(self) -> dict[str, dict[str, int]]:
+        """The highest rank on every tensor."""
+        everything = self._tensors(set(self.layers), set(self.roles))
+        return {method: {t.name: self._choice(t, method, 0).rank for t in everything} for method in self.config.methods}
+
+    def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
+        """A random set of roles and a rank; then layers in random order until a target is met."""
+        levels = self.dense_levels
+        for name in (_METHOD, _RANK):
+            if name in levels:
+                levels[name] = generator.randrange(self.dimensions[name])
+        roles = [role for role in self.roles if generator.random() < 0.5] or list(self.roles)
+        levels.update({f"roles.{role}": 1 for role in roles})
+        target, saved = generator.uniform(low, high), 0.0
+        for layer in generator.sample(self.layers, len(self.layers)):
+            step = self._saving(
+                self.point(
+                    dict(self.dense_levels)
+                    | {k: v for k, v in levels.items() if not k.startswith("layers.")}
+                    | {f"layers.{layer}": 1}
+                )
+            )
+            if saved and (saved >= target or saved + step > high):
+                break
+            levels[f"layers.{layer}"] = 1
+            saved += step
+        return levels
+
+    def _tensors(self, layers: set[int], roles: set[str]) -> list[DecomposableTensor]:
+        return [t for t in self.topology.tensors if t.layer in layers and t.role in roles]
+
+    def _choice(self, tensor: DecomposableTensor, method: str, level: int) -> TensorChoice:
+        return TensorChoice(method, rank_at(self.config.ranks, level, tensor, method))
+
+
+def _subsets(members: tuple[_MemberT, ...]) -> Iterator[tuple[_MemberT, ...]]:
+    """Every non-empty subset."""
+    for size in range(1, len(members) + 1):
+        yield from itertools.combinations(members, size)

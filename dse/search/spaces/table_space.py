@@ -1,0 +1,190 @@
+"""The points of a divergence table as a space: every unit takes one of its options."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from functools import cached_property
+
+from dse.config import SearchSpaceConfig
+from dse.cost import cost
+from dse.design_point import DesignPoint
+from dse.errors import ConfigError, PointError
+from dse.search.spaces.base import SearchSpace, outside_space
+from dse.search.spaces.nearest import saved_by_tensor, saved_of
+from dse.sensitivity.allocation_constraints import Constraints
+from dse.sensitivity.option import Option
+from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.topology import Topology
+
+__all__ = ["TableSpace", "constraints_of"]
+
+
+def constraints_of(space: SearchSpace) -> Constraints:
+    """What an allocation must leave alone so that its points lie in the space."""
+    kept_roles = {tensor.role for tensor in space.topology.tensors} - set(space.roles)
+    kept_roles |= set(space.config.keep_roles)
+    allowed = set(space.layers)
+    # Removing blocks can make a point that no model can run (all attention gone): at most half of them go.
+    return Constraints(
+        forbidden=lambda unit, option: (
+            (not option.is_dense and unit.layer is not None and unit.layer not in allowed)
+            or bool(_roles_touched(space.topology, option) & kept_roles)
+        ),
+        most_removed_blocks=space.topology.layer_count // 2,
+    )
+
+
+def _roles_touched(topology: Topology, option: Option) -> set[str]:
+    names = [name for part, _ in option.choices for name in topology.tensors_of(part)]
+    return {topology.part(name).role for name in names}
+
+
+class TableSpace(SearchSpace):
+    """Units of a table, each at one of its options: level 0 is dense, and higher levels keep fewer parameters."""
+
+    def __init__(self, config: SearchSpaceConfig, topology: Topology, table: SensitivityTable) -> None:
+        super().__init__(config, topology)
+        self.table = table
+        allowed = constraints_of(self).allowed_options(table)
+        self._options: dict[str, tuple[Option, ...]] = {}
+        for unit, options in zip(table.units, allowed, strict=True):
+            smaller = [option for option in options if not option.is_dense]
+            smaller.sort(key=lambda option: (-option.parameters, option.choices))
+            if smaller:
+                self._options[unit.name] = (unit.dense, *smaller)
+        if not self._options:
+            raise ConfigError(
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+            )
+
+    @cached_property
+    def dimensions(self) -> Mapping[str, int]:
+        """One dimension a unit."""
+        return {name: len(options) for name, options in self._options.items()}
+
+    def point(self, levels: Mapping[str, int]) -> DesignPoint:
+        """The design point of these levels."""
+        return DesignPoint(tuple(c for name, options in self._options.items() for c in options[levels[name]].choices))
+
+    def levels_of(self, point: DesignPoint) -> dict[str, int]:
+        """Levels of a point of this space."""
+        levels = self.dense_levels
+        rest = dict(point.choices)
+        for unit in self.table.units:
+            own = tuple(sorted((name, rest.pop(name)) for name in unit.names if name in rest))
+            if not own:
+                continue
+            found = [i for i, option in enumerate(self._options.get(unit.name, ())) if option.choices == own]
+            if not found:
+                raise outside_space(point, self, f"'{unit.name}' has no such option")
+            levels[unit.name] = found[0]
+        if rest:
+            raise outside_space(point, self, f"'{next(iter(rest))}' is not among its tensors")
+        return levels
+
+    def _nearest(self, point: DesignPoint) -> dict[str, int]:
+        """Unit by unit, by what its tensors save in sum."""
+        saved = saved_by_tensor(self.topology, point)
+        levels = {}
+        for unit in self.table.units:
+            if unit.name in self._options:
+                dense, target = unit.dense.parameters, saved_of(self.topology, saved, unit.names)
+                gaps = [abs(dense - option.parameters - target) for option in self._options[unit.name]]
+                levels[unit.name] = gaps.index(min(gaps))
+        return levels
+
+    def violations(self, point: DesignPoint) -> dict[str, float]:
+        """As in every space; a point that no model can run breaks a limit of its own."""
+        try:
+            return super().violations(point)
+        except PointError:
+            return {"applicable": 1.0}
+
+    def number_of_points(self) -> int:
+        """Product of the options, without the points that no model can run: all attention of a kind removed."""
+        kinds = [own for own in self._attention_by_kind if all(name in self._removable for name in own)]
+        total = 0
+        for chosen in itertools.chain.from_iterable(
+            itertools.combinations(kinds, size) for size in range(len(kinds) + 1)
+        ):
+            gone = {name for own in chosen for name in own}
+            others = math.prod(size for name, size in self.dimensions.items() if name not in gone)
+            total += (-1) ** len(chosen) * others
+        return total
+
+    @cached_property
+    def _attention_by_kind(self) -> list[tuple[str, ...]]:
+        """Attention blocks of each kind of KV cache, of which one at least must remain."""
+        kinds: dict[str, list[str]] = {}
+        for block in self.topology.blocks:
+            if block.role == "attention":
+                kinds.setdefault(block.cache_kind, []).append(block.name)
+        return [tuple(names) for names in kinds.values()]
+
+    @cached_property
+    def _removable(self) -> set[str]:
+        """Units with an option that removes them."""
+        return {name for name, options in self._options.items() if any(option.removes_block for option in options)}
+
+    def number_of_configurations(self) -> int:
+        """The same."""
+        return self.number_of_points()
+
+    def reduction_range(self) -> tuple[float, float]:
+        """The smallest saving of one option, and every unit at its smallest option (at most half of the removals)."""
+        saved = {
+            name: [options[0].parameters - o.parameters for o in options[1:]] for name, options in self._options.items()
+        }
+        smallest = min(min(of_unit) for of_unit in saved.values())
+        kept = sum(
+            max(
+                (options[0].parameters - o.parameters for o in options[1:] if not o.removes_block),
+                default=0,
+            )
+            for options in self._options.values()
+        )
+        gains = sorted(
+            (
+                max(saved[name])
+                - max((options[0].parameters - o.parameters for o in options[1:] if not o.removes_block), default=0)
+                for name, options in self._options.items()
+            ),
+            reverse=True,
+        )
+        largest = kept + sum(gains[: self.topology.layer_count // 2])
+        return smallest / self.topology.parameters_dense, largest / self.topology.parameters_dense
+
+    def largest_ranks(self) -> dict[str, dict[str, int]]:
+        """Over all options."""
+        found: dict[str, dict[str, int]] = {}
+        for options in self._options.values():
+            for name, choice in (pair for option in options for pair in option.choices if not pair[1].is_removal):
+                ranks = found.setdefault(choice.method, {})
+                ranks[name] = max(choice.rank, ranks.get(name, 0))
+        return found
+
+    def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
+        """Raise units in random order, each to a random level that fits, until a target between the two is met."""
+        levels = self.dense_levels
+        dense = self.topology.parameters_dense
+        target, saved = generator.uniform(low, high) * dense, 0
+        for name in generator.sample(list(self._options), len(self._options)):
+            options = self._options[name]
+            fitting = [
+                level
+                for level in range(1, len(options))
+                if saved + options[0].parameters - options[level].parameters <= high * dense
+            ]
+            if saved >= target:
+                break
+            if fitting:
+                levels[name] = generator.choice(fitting)
+                saved += options[0].parameters - options[levels[name]].parameters
+        return levels
+
+    def reduction(self, point: DesignPoint) -> float:
+        """Exact."""
+        return cost(self.topology, point).reduction

@@ -1,0 +1,362 @@
+"""The exact allocation: a multiple-choice knapsack as an integer programme, solved by HiGHS.
+
+    minimise    sum_u sum_o divergence[u, o] x[u, o]
+    subject to  sum_o x[u, o] = 1                            for every unit u
+                sum_u sum_o parameters[u, o] x[u, o] <= budget     (and the same for latency and energy)
+                x[u, o] in {0, 1}
+
+Rank multiples and break-even are properties of the options. A table of a small model is solved in milliseconds.
+
+Source: Sinha and Zoltners (1979) for the problem; HiGHS (Huangfu and Hall 2018) through scipy for the solver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dse.design_point import DesignPoint
+from dse.errors import AllocationError
+from dse.sensitivity.allocation_bound import possible_options
+from dse.sensitivity.allocation_constraints import Constraints
+from dse.sensitivity.option import Option
+from dse.sensitivity.sensitivity_table import SensitivityTable
+
+__all__ = ["Allocation", "allocate", "budget_ladder"]
+
+_OBJECTIVE_SCALE = 1e4
+"""Largest divergence as the solver sees it: its own absolute tolerances (1e-6) are then far below any difference."""
+_RELATIVE_GAP = 1e-5
+"""Between the divergence found and the least possible: far below what any divergence is known to."""
+_LARGEST_COEFFICIENT = 100.0
+_TIGHTENINGS = 8
+_OF_DENSE = {"parameters": "parameters_dense", "latency_s": "latency_dense_s", "energy_j": "energy_dense_j"}
+"""What may be budgeted, as options name it and as the table names the dense model's."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The best combination of options under a budget.
+
+    Attributes:
+        point: All choices as one design point.
+        divergence: Sum of the options' divergences, nats per token: what an additive model predicts.
+        parameters: Of the whole model.
+        reduction: 1 - parameters / dense parameters.
+        latency_s: Predicted for the whole model; None where the table predicts none.
+        energy_j: Predicted for the whole model; None where the table predicts none.
+        options: (unit name, option) in order of the table's units.
+    """
+
+    point: DesignPoint
+    divergence: float
+    parameters: int
+    reduction: float
+    latency_s: float | None
+    energy_j: float | None
+    options: tuple[tuple[str, Option], ...]
+
+
+def allocate(
+    table: SensitivityTable,
+    *,
+    parameters: int | None = None,
+    reduction: float | None = None,
+    latency_s: float | None = None,
+    energy_j: float | None = None,
+    constraints: Constraints | None = None,
+) -> Allocation:
+    """The combination of least divergence that keeps every budget given.
+
+    Args:
+        table: Units and options.
+        parameters: Most parameters of the whole model.
+        reduction: Least reduction, 0 <= reduction < 1; the same budget in other words.
+        latency_s: Most predicted latency of the whole model.
+        energy_j: Most predicted energy of the whole model.
+        constraints: What else must hold.
+
+    Raises:
+        AllocationError: No budget was given, no allocation reaches it, or the constraints exclude each other.
+    """
+    if parameters is not None and reduction is not None:
+        raise AllocationError("give a budget as `parameters` or as `reduction`, not both")
+    budgets: dict[str, float] = {}
+    if reduction is not None:
+        parameters = parameters_of_reduction(table, reduction)
+    for name, value in (("parameters", parameters), ("latency_s", latency_s), ("energy_j", energy_j)):
+        if value is not None:
+            if not math.isfinite(value):
+                raise AllocationError(f"a budget must be a finite number, but got {name}={value}")
+            budgets[name] = value
+    if not budgets:
+        raise AllocationError("an allocation needs a budget: give parameters, reduction, latency_s or energy_j")
+    return _Programme(table, constraints or Constraints()).solve(budgets)
+
+
+def budget_ladder(
+    table: SensitivityTable, reductions: Iterable[float], *, constraints: Constraints | None = None
+) -> tuple[Allocation, ...]:
+    """One allocation for each reduction, in their order.
+
+    Raises:
+        AllocationError: As `allocate`.
+    """
+    programme = _Programme(table, constraints or Constraints())
+    return tuple(programme.solve({"parameters": parameters_of_reduction(table, r)}) for r in reductions)
+
+
+def parameters_of_reduction(table: SensitivityTable, reduction: float) -> int:
+    """Most parameters that a reduction of at least this leaves.
+
+    Raises:
+        AllocationError: It is no share.
+    """
+    if not 0 <= reduction < 1:
+        raise AllocationError(f"`0 <= reduction < 1` must hold, but got reduction={reduction}")
+    # Rounding must not turn 0.2 of 100 into 79 parameters.
+    return math.floor(table.parameters_dense * (1 - reduction) + 1e-6)
+
+
+class _Programme:
+    """The arrays of one table under constraints, for any number of budgets."""
+
+    def __init__(self, table: SensitivityTable, constraints: Constraints) -> None:
+        self._table = table
+        self._constraints = constraints
+        self._options = constraints.allowed_options(table)
+        flat = [option for options in self._options for option in options]
+        self._unit_of = np.repeat(np.arange(len(self._options)), [len(options) for options in self._options])
+        self._divergence = np.array([option.divergence for option in flat], dtype=np.float64)
+        self._removes = np.array([option.removes_block for option in flat], dtype=np.float64)
+        self._flat = flat
+
+    def solve(self, budgets: dict[str, float]) -> Allocation:
+        """See `allocate`."""
+        rows = [
+            _Row.of(self._use(name), self._unit_of, value - self._base(name), whole=value)
+            for name, value in budgets.items()
+        ]
+        rows += self._removal_rows()
+        scale = _OBJECTIVE_SCALE / max(float(np.abs(self._divergence).max(initial=0.0)), 1e-300)
+        among = self._possible(rows)
+        for _ in range(_TIGHTENINGS):
+            chosen = self._milp(self._divergence * scale, rows, among)
+            if chosen is None:
+                raise self._unreachable(budgets)
+            broken = [row for row in rows if row.excess(chosen) > 0]
+            if not broken:
+                return self._allocation(chosen)
+            # The solver keeps a limit within its tolerance, which is more than a parameter of a large model.
+            rows = [row.tightened(row.excess(chosen)) for row in rows]
+        raise self._unreachable(budgets)
+
+    def _possible(self, rows: Sequence[_Row]) -> NDArray[np.int64]:
+        """Options that a best allocation may take, found by relaxing the first budget."""
+        if not self._flat or rows[0].limit < 0:
+            return np.arange(len(self._flat))
+        return possible_options(
+            self._divergence,
+            rows[0].use,
+            rows[0].limit,
+            self._unit_of,
+            lambda chosen: all(row.excess(chosen) <= 0 for row in rows),
+        )
+
+    def _milp(
+        self, objective: NDArray[np.float64], rows: Sequence[_Row], among: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """Indices of the chosen options, one a unit, or None where nothing fits.
+
+        Args:
+            objective: Of every option.
+            rows: Limits.
+            among: Indices of the options that may be taken, ascending, one a unit at least.
+        """
+        # Imported here: scipy.optimize takes a third of a second, and `dse --help` needs none of it.
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
+        count, unit_of = len(among), self._unit_of[among]
+        if not count:
+            return among if all(row.limit >= -row.slack for row in rows) else None
+        one_each = csr_array((np.ones(count), (unit_of, np.arange(count))))
+        limits: list[Any] = [LinearConstraint(one_each, 1.0, 1.0)]
+        limits += [LinearConstraint(row.use[None, among] / row.divisor, -np.inf, row.bound) for row in rows]
+        with _solver_silenced():
+            found = milp(
+                objective[among],
+                integrality=np.ones(count),
+                bounds=Bounds(0.0, 1.0),
+                constraints=limits,
+                options={"mip_rel_gap": _RELATIVE_GAP},
+            )
+        if found.x is None:
+            return None
+        starts = np.flatnonzero(np.diff(unit_of, prepend=-1))
+        ends = np.append(starts[1:], count)
+        best = [s + int(np.argmax(found.x[s:e])) for s, e in zip(starts, ends, strict=True)]
+        return among[np.array(best, dtype=np.int64)]
+
+    def _removal_rows(self) -> list[_Row]:
+        """Limits on removals: how many in all, and that one of each group remains."""
+        limits = [] if (most := self._constraints.most_removed_blocks) is None else [(self._removes, most)]
+        for group in self._table.one_remains:
+            inside = np.array([unit.name in group for unit in self._table.units])
+            limits.append((self._removes * inside[self._unit_of], len(group) - 1))
+        return [_Row.of(use, self._unit_of, limit) for use, limit in limits]
+
+    def _use(self, name: str) -> NDArray[np.float64]:
+        values = [getattr(option, name) for option in self._flat]
+        if any(value is None for value in values):
+            raise AllocationError(
+                f"a budget of {name} needs a profile that predicts it for every option, but this one does not; give"
+                " a budget of parameters"
+            )
+        return np.array(values, dtype=np.float64)
+
+    def _base(self, name: str) -> float:
+        """What the model uses beside the units."""
+        whole = getattr(self._table, _OF_DENSE[name])
+        if whole is None:
+            raise AllocationError(
+                f"a budget of {name} needs a profile that knows the dense model's, but this one does not; give a"
+                " budget of parameters"
+            )
+        dense = [getattr(unit.dense, name) for unit in self._table.units]
+        return float(whole) - float(sum(value for value in dense if value is not None))
+
+    def _allocation(self, chosen: NDArray[np.int64]) -> Allocation:
+        options = [self._flat[index] for index in chosen]
+        parameters = int(self._base("parameters")) + sum(option.parameters for option in options)
+        return Allocation(
+            DesignPoint(tuple(choice for option in options for choice in option.choices)),
+            sum(option.divergence for option in options),
+            parameters,
+            self._table.reduction_of(parameters),
+            self._total("latency_s", options),
+            self._total("energy_j", options),
+            tuple((unit.name, option) for unit, option in zip(self._table.units, options, strict=True)),
+        )
+
+    def _total(self, name: str, options: Sequence[Option]) -> float | None:
+        values = [getattr(option, name) for option in options]
+        if getattr(self._table, _OF_DENSE[name]) is None or any(value is None for value in values):
+            return None
+        return self._base(name) + float(sum(values))
+
+    def _unreachable(self, budgets: dict[str, float]) -> AllocationError:
+        """Which budget is out of reach, or that none is on its own."""
+        everything = np.arange(len(self._flat))
+        for name, budget in budgets.items():
+            use = self._use(name)
+            chosen = self._milp(
+                use / max(float(use.max(initial=0.0)), 1e-300) * _OBJECTIVE_SCALE, self._removal_rows(), everything
+            )
+            if chosen is None:
+                return AllocationError(
+                    "constraints must leave an allocation, but the options that are fixed remove more blocks than"
+                    f" may be removed (at most {self._constraints.most_removed_blocks}; one attention block must remain"
+                    " in any case); drop one of them"
+                )
+            least = self._base(name) + float(use[chosen].sum())
+            if least > budget:
+                return AllocationError(_unreachable_text(self._table, name, budget, least))
+        listed = " and ".join(f"{name}={value:.6g}" for name, value in budgets.items())
+        return AllocationError(
+            f"budgets must be reachable together, but no allocation keeps {listed}, though each can be kept alone;"
+            " loosen one of them"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One limit: the sum of `use` over the chosen options, each unit's least use taken off, is at most `limit`.
+
+    Attributes:
+        use: Shape (options,), at least 0.
+        limit: In the same unit; below 0 where even the least is too much.
+        divisor: What `use` is divided by for the solver.
+        unit: What divides all of `use`, where all are whole numbers; 0 where they are not.
+        slack: What rounding of sums may add; 0 for whole numbers.
+    """
+
+    use: NDArray[np.float64]
+    limit: float
+    divisor: float
+    unit: int
+    slack: float
+
+    @classmethod
+    def of(cls, use: NDArray[np.float64], unit_of: NDArray[np.int64], limit: float, *, whole: float = 0.0) -> _Row:
+        """Coefficients reach up to a hundred, so that the solver's tolerance (1e-6) is below a single unit.
+
+        `whole` is what `limit` is a difference of, whose rounding it has: microseconds left of ten seconds.
+        """
+        least = np.full(int(unit_of.max(initial=-1)) + 1, np.inf)
+        np.minimum.at(least, unit_of, use)
+        above, room = use - least[unit_of], limit - float(least.sum())
+        divisor = max(float(above.max(initial=0.0)) / _LARGEST_COEFFICIENT, 1e-300)
+        if bool((use == np.floor(use)).all()):
+            unit = max(1, int(np.gcd.reduce(above.astype(np.int64), initial=0)))
+            return cls(above, room, divisor, unit, 0.0)
+        return cls(above, room, divisor, 0, 1e-12 * max(float(use.sum()), whole))
+
+    @property
+    def bound(self) -> float:
+        """The limit as the solver gets it."""
+        if self.limit < -self.slack:
+            return -1.0
+        if self.unit:  # half a unit more admits nothing else, and the solver's tolerance excludes nothing
+            return (math.floor(self.limit / self.unit) + 0.5) * self.unit / self.divisor
+        return (self.limit + self.slack) / self.divisor
+
+    def excess(self, chosen: NDArray[np.int64]) -> float:
+        """How far the chosen options break the limit."""
+        return max(0.0, float(self.use[chosen].sum()) - self.limit - self.slack)
+
+    def tightened(self, by: float) -> _Row:
+        """The same row with a smaller limit."""
+        return _Row(self.use, self.limit - by, self.divisor, self.unit, self.slack)
+
+
+@contextlib.contextmanager
+def _solver_silenced() -> Iterator[None]:
+    """HiGHS prints a line of its own to the process's standard output now and then, where results go.
+
+    It does so through C's buffers, so they are emptied before the descriptor is given back: what is left in them would
+    come out at the end of the process.
+    """
+    if sys.platform == "win32":  # its C library is not reached by this name
+        yield
+        return
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _unreachable_text(table: SensitivityTable, name: str, budget: float, least: float) -> str:
+    remedy = "raise the budget, loosen a constraint, or profile smaller ranks and removals"
+    if name == "parameters":
+        return (
+            f"`parameters >= {least:,.0f}` (reduction <= {table.reduction_of(int(least)):.4f}) must hold for this"
+            f" profile and its constraints, but the budget is parameters={budget:,.0f} (reduction"
+            f" {table.reduction_of(int(budget)):.4f}); {remedy}"
+        )
+    return f"`{name} >= {least:.6g}` must hold for this profile and its constraints, but got {budget:.6g}; {remedy}"

@@ -1,0 +1,147 @@
+"""Ranks for a budget from curves of divergence: every tensor has its own rank, and the cheapest loss goes first.
+
+Where the divergence of each tensor is known at every rank, and divergences add up, the best ranks share one exchange rate:
+each tensor minimises divergence + rate x parameters by itself, and the rate is raised until the budget is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import AllocationError
+from dse.topology import Matrix, Topology
+
+__all__ = ["CurveAllocation", "allocate_curves"]
+
+_HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class CurveAllocation:
+    """A point of least expected divergence.
+
+    Attributes:
+        point: The ranks.
+        divergence: Expected, in the unit of the curves.
+        reduction: 1 - parameters / dense parameters.
+    """
+
+    point: DesignPoint
+    divergence: float
+    reduction: float
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What one matrix may be: dense, or one of these ranks, in ascending order."""
+
+    name: str
+    ranks: NDArray[np.int64]
+    parameters: NDArray[np.int64]
+    divergence: NDArray[np.float64]
+    dense_parameters: int
+
+    def best(self, rate: float) -> int:
+        """Index of the rank of least divergence + rate x parameters; -1 for dense."""
+        price = self.divergence + rate * self.parameters
+        index = int(price.argmin())
+        return index if price[index] < rate * self.dense_parameters else -1
+
+    def saved(self, index: int) -> int:
+        return 0 if index < 0 else self.dense_parameters - int(self.parameters[index])
+
+    def lost(self, index: int) -> float:
+        return 0.0 if index < 0 else float(self.divergence[index])
+
+
+def allocate_curves(
+    topology: Topology,
+    curves: Mapping[str, NDArray[np.float64]],
+    reduction: float,
+    *,
+    method: str = "fisher_svd",
+    multiple: int = 1,
+) -> CurveAllocation:
+    """Ranks of least total divergence that remove at least this share of the model.
+
+    Args:
+        topology: Of the model.
+        curves: Name of each tensor or stack that may be decomposed (no tensor twice) to its divergence at ranks 0, 1, ...
+            up to full rank, never growing.
+        reduction: Of all parameters of the model, above 0.
+        method: The decomposition method of the point.
+        multiple: Ranks are multiples of this; a tensor whose break-even rank is smaller stays dense.
+
+    Returns:
+        The allocation; by duality no other one of at most its parameters has less divergence, up to ranks given back at the
+        end to use up the budget.
+
+    Raises:
+        AllocationError: Not even the smallest ranks remove so much.
+
+    Source: Lagrangian relaxation of the multiple-choice knapsack (Everett 1963).
+    """
+    rows = [row for name in curves if (row := _curve(topology.matrix(name), curves[name], multiple)) is not None]
+    wanted = reduction * topology.parameters_dense
+    most = sum(row.saved(0) for row in rows)
+    if most < wanted or reduction <= 0:
+        raise AllocationError(
+            f"`0 < reduction <= {most / topology.parameters_dense:.4f}` must hold for these {len(rows)} tensors with"
+            f" ranks in multiples of {multiple}, but got {reduction}; allow more tensors or ask for less"
+        )
+    chosen = _meet(rows, wanted)
+    _give_back(rows, chosen, sum(row.saved(i) for row, i in zip(rows, chosen, strict=True)) - wanted)
+    pairs = [(row, index) for row, index in zip(rows, chosen, strict=True) if index >= 0]
+    point = DesignPoint.of({row.name: TensorChoice(method, int(row.ranks[index])) for row, index in pairs})
+    saved = sum(row.saved(index) for row, index in pairs)
+    return CurveAllocation(point, sum(row.lost(index) for row, index in pairs), saved / topology.parameters_dense)
+
+
+def _curve(matrix: Matrix, divergence: NDArray[np.float64], multiple: int) -> _Curve | None:
+    per_rank = sum(matrix.shape)
+    ranks = np.arange(multiple, (matrix.parameters - 1) // per_rank + 1, multiple)
+    if not len(ranks):
+        return None
+    return _Curve(
+        matrix.name, ranks, ranks * per_rank, np.asarray(divergence, dtype=np.float64)[ranks], matrix.parameters
+    )
+
+
+def _meet(rows: list[_Curve], wanted: float) -> list[int]:
+    """The choices at the smallest exchange rate that saves enough."""
+
+    def at(rate: float) -> tuple[list[int], int]:
+        chosen = [row.best(rate) for row in rows]
+        return chosen, sum(row.saved(index) for row, index in zip(rows, chosen, strict=True))
+
+    # At the high end even the largest divergence is worth the smallest saving; ranks go down to the smallest there.
+    low, high = 0.0, 1.0 + max(float(row.divergence[0]) for row in rows)
+    for _ in range(_HALVINGS):
+        middle = high / 2 if low == 0 else (low * high) ** 0.5
+        if at(middle)[1] >= wanted:
+            high = middle
+        else:
+            low = middle
+    return at(high)[0]
+
+
+def _give_back(rows: list[_Curve], chosen: list[int], slack: float) -> None:
+    """Use up what was saved beyond the budget: raise ranks where that lowers divergence most for its parameters."""
+    while True:
+        best, best_gain = -1, 0.0
+        for i, (row, index) in enumerate(zip(rows, chosen, strict=True)):
+            if index < 0 or index + 1 >= len(row.ranks):
+                continue
+            cost = int(row.parameters[index + 1] - row.parameters[index])
+            gain = (row.lost(index) - row.lost(index + 1)) / cost
+            if cost <= slack and gain > best_gain:
+                best, best_gain = i, gain
+        if best < 0:
+            return
+        slack -= int(rows[best].parameters[chosen[best] + 1] - rows[best].parameters[chosen[best]])
+        chosen[best] += 1

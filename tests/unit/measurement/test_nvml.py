@@ -1,0 +1,216 @@
+"""The NVML meter: the absent driver for real, and the real pynvml against a library compiled here."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nvml_library import with_library
+
+from dse.errors import MeterUnavailableError
+from dse.measurement import NoMeterError, find_meters, open_meter
+from dse.measurement.nvml import visible_device
+
+HERE = Path(__file__).parent
+GPU_0, GPU_1 = "GPU-0000000a-fake", "GPU-0000000b-fake"
+STEPS = ((0.0, 100.0), (0.5, 300.0), (0.8, 50.0), (1.1, 200.0), (1e9, 0.0))  # as in nvml_scenarios.py
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+def test_without_a_driver_the_error_names_the_remedy():
+    with pytest.raises(MeterUnavailableError, match=r"no NVIDIA driver.*install the NVIDIA driver"):
+        open_meter(torch.device("cuda", 0))
+    (status,) = find_meters(torch.device("cuda"))
+    assert (status.name, status.available) == ("nvml", False)
+    assert status.reason.startswith("no NVIDIA driver")
+    assert "install the NVIDIA driver" in status.remedy
+
+
+@pytest.mark.parametrize(
+    ("index", "visible", "expected"),
+    [(3, None, 3), (0, "2,0", 2), (1, "2,0", 0), (1, "0, GPU-ab", "GPU-ab"), (0, "MIG-12", "MIG-12")],
+)
+def test_visible_device(index, visible, expected):
+    assert visible_device(index, visible) == expected
+
+
+@pytest.mark.parametrize(("index", "visible"), [(0, ""), (0, "-1"), (1, "0"), (1, "0,-1,1"), (0, "none")])
+def test_hidden_device(index, visible):
+    with pytest.raises(NoMeterError, match=f"cuda:{index} does not exist"):
+        visible_device(index, visible)
+
+
+def play(nvml_library: Path, *scenarios: str) -> dict:
+    environment = with_library(nvml_library)
+    command = [sys.executable, "-W", "error", str(HERE.parents[1] / "support" / "nvml_scenarios.py"), *scenarios]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def seen(nvml_library):
+    return play(nvml_library)
+
+
+def integral_j(begin_s: float, end_s: float) -> float:
+    """Energy that the script's steps say was drawn by device 0."""
+    total = 0.0
+    for (from_s, power_w), (to_s, _) in itertools.pairwise(STEPS):
+        total += power_w * max(0.0, min(end_s, to_s) - max(begin_s, from_s))
+    return total
+
+
+def relative_error(played: dict, device: str) -> float:
+    scale = {GPU_0: 1, GPU_1: 2}[device]
+    return played["per_device_j"][device] / (scale * integral_j(played["begin_s"], played["end_s"])) - 1
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("counter", 0.01), ("polled", 0.03), ("instant", 0.03)])
+def test_window_agrees_with_the_script(nvml_library, seen, name, tolerance):
+    played = seen[name]
+    for _ in range(2):
+        # A busy machine may stall the watching thread at an edge; an error of the method would stay.
+        if played["is_valid"] and abs(relative_error(played, GPU_0)) <= tolerance:
+            break
+        played = play(nvml_library, name)[name]
+    assert played["is_valid"], played["reason"]
+    for device in played["per_device_j"]:
+        assert abs(relative_error(played, device)) <= tolerance
+    assert played["updates"] >= 20
+    assert played["energy_j"] == pytest.approx(sum(played["per_device_j"].values()))
+
+
+def test_source_devices_and_driver_are_in_the_record(seen):
+    assert seen["counter"]["source"] == "NVML total-energy counter"
+    assert seen["polled"]["source"] == "NVML power, integrated"
+    assert list(seen["counter"]["per_device_j"]) == [GPU_0, GPU_1]
+    assert seen["counter"]["details"]["driver_version"] == "555.42.fake"
+    assert seen["gpus"][1] == {"name": "Fake GPU 1", "uuid": GPU_1, "driver_version": "555.42.fake"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "reason"),
+    [
+        ("short", "WindowTooShortError", "is too short: the meter refreshed"),
+        ("lost", "DeviceLostError", "could not be read: GPU is lost; see `dmesg"),
+        ("reset", "CounterBackwardsError", "the counter went backwards"),
+        ("failed_call", "ReadingFailedError", "could not be read: Unknown Error"),
+        ("restarted", "DriverRestartedError", "could not be read: Uninitialized; the driver was restarted"),
+    ],
+)
+def test_faults_have_their_own_type_and_give_no_figure(seen, name, fault, reason):
+    played = seen[name] if name != "restarted" else seen[name]["spoilt"]
+    assert played["type"] == fault
+    assert not played["is_valid"]
+    assert reason in played["reason"]
+    assert "read_j" not in played
+    assert played["reason"] in played["error"]
+
+
+def test_after_a_restart_of_the_driver_the_same_meter_goes_on(seen):
+    after = seen["restarted"]["after"]
+    assert after["is_valid"], after["reason"]
+    assert after["energy_j"] == pytest.approx(100 * (after["end_s"] - after["begin_s"]), rel=0.05)
+
+
+def test_throttling_and_other_processes_invalidate_and_a_power_limit_does_not(seen):
+    throttled, shared = seen["throttled"], seen["shared"]
+    assert (throttled["is_valid"], throttled["figure"]) == (False, None)
+    assert f"{GPU_0} was throttled (hw_thermal_slowdown)" in throttled["reason"]
+    assert throttled["idle"] == ""  # nothing runs: clocks held down spoil no rest
+    assert (shared["is_valid"], shared["figure"]) == (False, None)
+    assert f"{GPU_0} was used by other processes (4000000)" in shared["reason"]
+    assert "4000000" in shared["idle"]
+    for name in ("power_capped", "alone"):
+        assert seen[name]["is_valid"], seen[name]["reason"]
+
+
+def test_meters_by_name(seen):
+    plain, index, uuid, beginning, two, unknown, ambiguous = seen["named"]
+    assert (plain, index, uuid, beginning) == ([f"gpu {GPU_0}"], [f"gpu {GPU_1}"], [f"gpu {GPU_1}"], [f"gpu {GPU_0}"])
+    assert two == [f"gpu {GPU_0}", f"gpu {GPU_1}"]
+    assert unknown.startswith("DeviceNotListedError:")
+    assert "GPU GPU-ff, but the driver lists 2 GPUs without it" in unknown
+    assert "2 of them by that name" in ambiguous
+
+
+def test_counter_and_integrated_power_of_one_device_agree(seen):
+    both = seen["both"]
+    assert both["power_j"] == pytest.approx(both["counter_j"], rel=0.03)
+    assert both["period_s"] == 0.1  # a steady power shows no refresh while it is probed
+
+
+def test_generation_through_the_meter(seen):
+    played = seen["generation"]
+    assert played["is_valid"]
+    assert min(played["updates"]) >= 20
+    # 200 W all the time: energy is power times time, whatever the time was.
+    assert played["prefill_power_w"] == pytest.approx(200, rel=0.05)
+    assert played["prefill_energy_j"] == pytest.approx(200 * played["prefill_s_per_prompt"], rel=0.05)
+    assert played["energy_per_token_j"] == pytest.approx(200 * played["decode_s_per_token"], rel=0.05)
+    # 50 W at rest: three quarters of it are the work's.
+    assert played["idle_w"] == pytest.approx(50, rel=0.05)
+    for net_j, gross in zip(played["net_per_token_j"], played["per_token"], strict=True):
+        assert net_j == pytest.approx(0.75 * gross["mean_j"], rel=0.05)
+        assert gross["low_j"] <= gross["mean_j"] <= gross["high_j"]
+        assert gross["deviation_j"] >= 0
+    # A prompt of eight tokens: prefill is told by the prompt and by the prompt token.
+    assert played["prefill_energy_j"] == pytest.approx(8 * played["per_token"][0]["mean_j"])
+    assert played["windows"] == [3, 3]
+    for name in ("before", "after"):
+        condition = played[name]
+        assert (condition["device"], condition["temperature_celsius"]) == (GPU_0, 40)
+        assert (condition["core_clock_mhz"], condition["memory_clock_mhz"]) == (1410, 1215)
+
+
+def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
+    played = seen["lost_at_once"]
+    assert "read" not in played
+    assert not played["is_valid"]
+    assert "prefill: " in played["reason"]
+    assert "GPU is lost" in played["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "message", "remedy"),
+    [
+        ("mig", "MigDeviceError", "split by MIG", "nvidia-smi -mig 0"),
+        (
+            "neither",
+            "EnergyNotSupportedError",
+            "has no energy counter, and its power cannot be read: Not Supported",
+            "another GPU",
+        ),
+        ("driver_not_loaded", "NoDriverError", "driver is not loaded", "modprobe nvidia"),
+        ("no_permission", "MeterPermissionError", "may not be asked", "/dev/nvidia"),
+        ("mismatch", "NoDriverError", "different versions", "reboot"),
+        ("hidden", "DeviceNotListedError", "shows 0 GPUs", "CUDA_VISIBLE_DEVICES"),
+        ("not_listed", "DeviceNotListedError", "is GPU 5, but the driver lists 1 GPUs", "CUDA_VISIBLE_DEVICES"),
+        ("mig_instance", "MigDeviceError", "MIG instance MIG-1234", "another GPU"),
+    ],
+)
+def test_refusals_have_their_own_type_and_name_reason_and_remedy(seen, name, fault, message, remedy):
+    assert seen[name]["type"] == fault
+    assert message in seen[name]["message"]
+    assert remedy in seen[name]["message"]
+    assert remedy in seen[name]["remedy"]
+    assert seen[name]["available"] is False
+
+
+def test_device_is_chosen_as_cuda_would(seen):
+    assert (seen["plain"], seen["by_index"], seen["by_uuid"]) == ("Fake GPU 0", "Fake GPU 2", "Fake GPU 1")

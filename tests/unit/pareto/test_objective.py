@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import dse.pareto
+from dse.errors import ConfigError, NonFiniteError
+from dse.pareto import OBJECTIVES, objective_named, objectives_named, reference_point, reference_value
+from dse.pareto.objective import signs
+
+
+def test_the_listing_is_what_the_package_exports() -> None:
+    assert len(set(dse.pareto.__all__)) == len(dse.pareto.__all__)
+    for name in dse.pareto.__all__:
+        assert hasattr(dse.pareto, name)
+
+
+def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None:
+    assert list(OBJECTIVES) == [
+        "accuracy",
+        "perplexity",
+        "choice_probability",
+        "target_log_likelihood",
+        "kl_divergence",
+        "prefill_latency_s",
+        "decode_latency_s",
+        "prefill_energy_j",
+        "energy_per_token_j",
+        "parameters",
+        "weight_bytes",
+        "peak_memory_bytes",
+    ]
+    assert all(name == entry.name for name, entry in OBJECTIVES.items())
+    graded = ["choice_probability", "target_log_likelihood"]
+    assert [name for name, entry in OBJECTIVES.items() if entry.direction == "maximize"] == ["accuracy", *graded]
+    quality = ["accuracy", "perplexity", *graded, "kl_divergence"]
+    assert [name for name, entry in OBJECTIVES.items() if not entry.is_cost] == quality
+    assert [name for name, entry in OBJECTIVES.items() if entry.is_difference] == [
+        "accuracy", *graded, "kl_divergence",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "reference"),
+    [
+        ("accuracy", 0.7, 0.0),
+        ("perplexity", 26.0, 260.0),
+        ("choice_probability", 0.6, 0.0),
+        ("target_log_likelihood", -5.0, -15.0),
+        ("decode_latency_s", 0.04, 0.06),
+        ("energy_per_token_j", 2.0, 3.0),
+        ("peak_memory_bytes", 4e8, 6e8),
+        ("parameters", 1e8, 1.1e8),
+        ("weight_bytes", 2e8, 2.2e8),
+    ],
+)
+def test_the_reference_follows_from_the_dense_value(name: str, dense: float, reference: float) -> None:
+    assert reference_value(OBJECTIVES[name], dense) == pytest.approx(reference)
+    assert reference_point([OBJECTIVES[name]], {name: dense}) == {name: pytest.approx(reference)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_dense_value_that_is_not_finite_fixes_nothing(value: float) -> None:
+    with pytest.raises(NonFiniteError, match="decode_latency_s must be finite"):
+        reference_value(OBJECTIVES["decode_latency_s"], value)
+
+
+def test_a_missing_dense_value_is_refused() -> None:
+    with pytest.raises(NonFiniteError, match="parameters"):
+        reference_point(objectives_named(["accuracy", "parameters"]), {"accuracy": 0.5})
+
+
+def test_a_reference_no_worse_than_the_ideal_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be worse than its ideal"):
+        reference_value(OBJECTIVES["decode_latency_s"], 0.0)
+
+
+def test_unknown_names_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'decode_latency_s'"):
+        objective_named("decode_latency")
+
+
+@pytest.mark.parametrize(("names", "rule"), [([], "at least one"), (["accuracy", "accuracy"], "named once")])
+def test_the_list_must_have_one_and_no_repeats(names: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        objectives_named(names)
+
+
+def test_directions_are_checked() -> None:
+    with pytest.raises(ConfigError, match="'upwards'"):
+        signs(["minimize", "upwards"])

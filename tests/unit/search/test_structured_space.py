@@ -1,0 +1,169 @@
+"""Spaces with stacks and removed blocks, against brute force on small models and on a real architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as hf
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_space import BRUTE, all_points, space_of, topology_of_shapes
+
+from dse.config import load_search_space
+from dse.cost import cost, point_problems
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import ConfigError, PointError
+from dse.models import topology_of
+from dse.search.spaces.base import SearchSpace
+from dse.topology import RemovableBlock, TensorStack, Topology
+
+ROOT = Path(__file__).resolve().parents[3]
+GROUPS: list[Any] = ["together", "separate", {"attention": ["query", "key"], "mlp": ["up"]}, {"part": ["query"]}]
+
+
+def structured(layers: int, kinds: list[str], *, rest: int, stacked: bool, widths: list[int]) -> Topology:
+    """Layers of query, key and up, with blocks around them; `widths` makes layers differ."""
+    shapes = [{"query": (6, 8), "key": (4, 8), "up": (widths[i], 8)} for i in range(layers)]
+    topology = topology_of_shapes(shapes, other=400)
+    by_name, blocks = topology.by_name, []
+    for i in range(layers):
+        for role, inside in (("attention", ("query", "key")), ("mlp", ("up",))):
+            tensors = tuple(f"layers.{i}.{tensor}" for tensor in inside)
+            size = sum(by_name[name].parameters for name in tensors)
+            is_attention = role == "attention"
+            blocks.append(
+                RemovableBlock(
+                    f"layers.{i}.{role}", f"m.{i}.{role}", i, role, f"m.{i}", tensors, (), size + 5, size,
+                    rest_parameters=rest,
+                    cache_module=f"m.{i}.{role}" if is_attention else "",
+                    cache_kind=kinds[i] if is_attention else "",
+                )
+            )  # fmt: skip
+    role = "query_key_value"
+    members = [(by_name[f"layers.{i}.query"], by_name[f"layers.{i}.key"]) for i in range(layers)]
+    stacks = tuple(TensorStack(f"layers.{i}.{role}", i, role, members[i]) for i in range(layers))
+    return dataclasses.replace(topology, blocks=tuple(blocks), stacks=stacks if stacked else ())
+
+
+@st.composite
+def structured_spaces(draw: st.DrawFn) -> SearchSpace:
+    layers = draw(st.integers(1, 3))
+    kinds = draw(st.lists(st.sampled_from(["full", "window"]), min_size=layers, max_size=layers))
+    widths = draw(st.lists(st.sampled_from([4, 9]), min_size=layers, max_size=layers))
+    topology = structured(layers, kinds, rest=draw(st.sampled_from([0, 3])), stacked=draw(st.booleans()), widths=widths)
+    config = {
+        "methods": draw(st.sampled_from([["svd"], ["tucker", "svd"]])),
+        "ranks": {"absolute": draw(st.lists(st.integers(1, 4), min_size=1, max_size=2, unique=True))},
+        "groups": {"layers": draw(st.integers(1, 2)), "roles": draw(st.sampled_from(GROUPS))},
+        "stacks": draw(st.booleans()),
+        "removal": draw(st.booleans()),
+    }
+    space = space_of(topology, check=False, **config)
+    assume(space.number_of_configurations() <= 2000)
+    return space
+
+
+@given(structured_spaces())
+@BRUTE
+def test_points_can_be_applied_and_are_counted_exactly(space: SearchSpace) -> None:
+    points = all_points(space)
+    assert space.number_of_points() == len(points)
+    for point in points.values():
+        assert point_problems(space.topology, point) == []
+        assert space.point(space.levels_of(point)) == point
+        assert space.config.removal or not point.removed
+        assert space.config.stacks or not any(name in space.topology.stacks_by_name for name, _ in point)
+
+
+@given(structured_spaces(), st.integers(0, 2**32))
+@BRUTE
+def test_reach_ranks_draws_and_repairs(space: SearchSpace, seed: int) -> None:
+    points = [point for point in all_points(space).values() if not point.is_dense]
+    reductions = [cost(space.topology, point).reduction for point in points]
+    assert space.reduction_range() == pytest.approx((min(reductions), max(reductions)), abs=1e-12)
+    ranks: dict[str, dict[str, int]] = {method: {} for method in space.config.methods}
+    for point in points:
+        for name, choice in point:
+            if not choice.is_removal:
+                ranks[choice.method][name] = max(choice.rank, ranks[choice.method].get(name, 0))
+    assert space.largest_ranks() == ranks
+    generator = random.Random(seed)
+    drawn = space.draw_feasible(generator)
+    assert drawn is not None
+    repaired = space.repair({n: generator.randrange(size) for n, size in space.dimensions.items()}, generator)
+    for levels in (drawn, repaired):
+        assert levels is None or not space.point(levels).is_dense
+
+
+def small(**changes: Any) -> Topology:
+    return structured(2, ["full", "full"], **({"rest": 3, "stacked": True, "widths": [9, 9]} | changes))
+
+
+def test_without_the_keys_nothing_changes() -> None:
+    """Roles of stacks that a space lists beside the members' are passed over, as before."""
+    roles = ["query", "key", "query_key_value", "up"]
+    space = space_of(small(), roles=roles, groups={"roles": {"attention": roles[:3], "mlp": ["up"]}})
+    assert space.dimensions == dict.fromkeys(
+        ("layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp"), 2
+    )
+    deepest = space.point(dict.fromkeys(space.dimensions, 1))
+    assert set(deepest.by_name) == {f"layers.{i}.{role}" for i in (0, 1) for role in ("query", "key", "up")}
+
+
+def test_a_stack_takes_the_place_of_its_members() -> None:
+    together = space_of(small(), stacks=True)
+    assert set(together.tensor_names()) == {f"layers.{i}.{role}" for i in (0, 1) for role in ("query_key_value", "up")}
+    separate = space_of(small(), stacks=True, groups={"roles": "separate"})
+    assert [name for name in separate.dimensions if name.startswith("layers.0")] == [
+        "layers.0.query_key_value",
+        "layers.0.up",
+    ]
+    alone = space_of(small(), stacks=True, roles=["query", "up"])
+    assert set(alone.tensor_names()) == {f"layers.{i}.{role}" for i in (0, 1) for role in ("query", "up")}
+    with pytest.raises(ConfigError, match="a stack and its members must be in one group"):
+        space_of(small(), stacks=True, groups={"roles": {"a": ["query"], "b": ["query_key_value"]}})
+
+
+def test_the_last_level_of_a_whole_block_removes_it() -> None:
+    roles = {"attention": ["query", "key"], "part": ["up"]}
+    space = space_of(small(), removal=True, groups={"roles": roles})
+    last = {name: size - 1 for name, size in space.dimensions.items()}
+    # The attention of one layer stays, at its deepest rank.
+    assert space.point(last) == DesignPoint.of(
+        {name: TensorChoice.removal() for name in ("layers.0.attention", "layers.0.mlp", "layers.1.mlp")}
+        | {f"layers.1.{role}": TensorChoice("svd", 1) for role in roles["attention"]}
+    )
+    part = space_of(small(), removal=True, groups={"roles": {"a": ["query"], "b": ["up"]}})
+    assert part.dimensions["layers.0.a"] == 2
+    assert part.dimensions["layers.0.b"] == 3
+    wide = space_of(small(), removal=True, groups={"layers": 2, "roles": roles})
+    with pytest.raises(PointError, match=r"it removes \['layers.0.mlp'\] only"):
+        wide.levels_of(DesignPoint.of({"layers.0.mlp": TensorChoice.removal()}))
+
+
+def test_a_subset_has_neither() -> None:
+    for key in ("stacks", "removal"):
+        with pytest.raises(ConfigError, match="are for `kind: levels`"):
+            space_of(small(), kind="subset", **{key: True})
+
+
+def test_a_shipped_space_with_both_keys_on_a_real_architecture() -> None:
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+    )
+    topology = topology_of(hf.LlamaForCausalLM(config))
+    shipped = load_search_space(ROOT / "search_spaces" / "layer_role_rank.yaml")
+    changed = shipped.model_copy(update={"stacks": True, "removal": True})
+    space = SearchSpace.from_config(changed, topology)
+    point = space.point({name: size - 1 for name, size in space.dimensions.items()})
+    assert point_problems(topology, point) == []
+    assert "layers.3.query_key_value" in point.by_name
+    assert {"layers.0.attention", "layers.0.mlp", "layers.3.mlp"} <= set(point.removed)
+    assert space.levels_of(point)
+    assert space.describe()["ranks"].keys() == {"query_key_value", "attention_output", "gate_up", "down"}
+    plain = SearchSpace.from_config(shipped, topology)
+    assert plain.reduction_range()[1] < space.reduction_range()[1]

@@ -1,0 +1,285 @@
+"""Cost against closed forms, brute force, the paper's own labels, and models that are really decomposed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dse.cost import Cost, break_even_rank, check_point, cost, factor_parameters, has_core, point_problems
+from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
+from dse.errors import PointError, RankError
+from dse.models import load_topology, topology_of
+from dse.topology import DecomposableTensor, Topology
+
+SHARED = Path(os.environ.get("DSE_SHARED") or Path(__file__).resolve().parents[3] / "shared")
+sizes = st.integers(1, 400)
+
+
+@pytest.fixture(scope="module")
+def llama2_7b(tmp_path_factory: pytest.TempPathFactory) -> Topology:
+    folder = tmp_path_factory.mktemp("llama-2-7b")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float16",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_topology(str(folder))
+
+
+def one_tensor(out_features: int, in_features: int) -> Topology:
+    tensor = DecomposableTensor("layers.0.up", "layers.0.up", 0, "up", out_features, in_features)
+    return Topology("Tiny", "tiny", 1, (tensor,), parameters_dense=out_features * in_features + 7)
+
+
+@settings(deadline=None)
+@given(sizes, sizes, st.sampled_from(METHOD_NAMES))
+def test_break_even_is_the_largest_rank_that_does_not_cost_more(m: int, n: int, method: str) -> None:
+    tensor = one_tensor(m, n)["layers.0.up"]
+    limit = break_even_rank(m, n, core=has_core(method))
+    fitting = [r for r in range(1, min(m, n) + 1) if factor_parameters(tensor, TensorChoice(method, r)) <= m * n]
+    assert limit == max(fitting, default=1)
+    assert limit <= min(m, n)
+
+
+def test_break_even_closed_forms() -> None:
+    assert break_even_rank(192, 576) == 144
+    assert break_even_rank(4096, 4096) == 2048
+    # r^2 + 2nr = n^2 gives r = (sqrt(2) - 1) n = 1696.6 for n = 4096
+    assert break_even_rank(4096, 4096, core=True) == 1696
+    n = 10**40  # exact where floating point is not: floor((sqrt(8) - 2) n / 2)
+    r = break_even_rank(n, n, core=True)
+    assert r * r + 2 * n * r <= n * n < (r + 1) ** 2 + 2 * n * (r + 1)
+
+
+@settings(deadline=None)
+@given(sizes, sizes, st.integers(1, 50))
+def test_factors_are_counted_by_shape(m: int, n: int, rank: int) -> None:
+    tensor = one_tensor(m, n)["layers.0.up"]
+    left, right, core = torch.empty(m, rank), torch.empty(rank, n), torch.empty(rank, rank)
+    assert factor_parameters(tensor, TensorChoice("svd", rank)) == left.numel() + right.numel()
+    assert factor_parameters(tensor, TensorChoice("whitened_svd", rank)) == left.numel() + right.numel()
+    assert factor_parameters(tensor, TensorChoice("tucker_merged", rank)) == left.numel() + right.numel()
+    assert factor_parameters(tensor, TensorChoice("tucker", rank)) == left.numel() + right.numel() + core.numel()
+
+
+def test_dense_costs_what_llama_2_7b_holds(llama2_7b: Topology) -> None:
+    dense = cost(llama2_7b, DesignPoint.dense(), prompt_tokens=128)
+    assert dense.parameters == dense.parameters_dense == 6_738_415_616
+    assert dense.reduction == 0
+    assert dense.weight_bytes == 2 * 6_738_415_616
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert dense.flops_decode_per_token == 2 * (layers + 32000 * 4096) + 4 * 32 * 4096 * 129
+    assert dense.flops_prefill_per_token == 2 * layers + 2 * 32000 * 4096 // 128 + 4 * 32 * 4096 * 129 // 2
+    assert dense.kv_cache_bytes_per_token == 2 * 32 * 4096 * 2  # keys and values, float16: 512 KiB
+    assert set(dense.to_json()) >= {
+        "parameters_dense",
+        "parameters",
+        "reduction",
+        "weight_bytes",
+        "flops_prefill_per_token",
+        "flops_decode_per_token",
+    }
+
+
+def test_the_papers_layer_sets_give_the_papers_reductions(llama2_7b: Topology) -> None:
+    file = SHARED / "reference" / "moar2024_accuracy.csv"
+    if not file.is_file():
+        pytest.skip(f"the published measurements are not at {file}; set DSE_SHARED to their folder")
+    with file.open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["layers"]]
+    assert len(rows) == 10
+    for row in rows:
+        layers = [int(layer) for layer in row["layers"].split()]
+        found = cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, layers))
+        # A layer holds 4 x 4096^2 + 3 x 4096 x 11008 entries; rank 1 leaves 4 x 8192 + 3 x 15104 + 7 of them.
+        saved = len(layers) * (4 * 4096**2 + 3 * 4096 * 11008 - (4 * 8192 + 3 * 15104 + 7))
+        assert Fraction(found.parameters_dense - found.parameters, 1) == saved
+        assert 100 * found.reduction == pytest.approx(float(row["nominal_reduction_percent"]), abs=0.75)
+
+
+def tiny(**keywords: object) -> hf.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "eager",
+    }
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**config, **keywords})).eval()
+
+
+def tiny_gpt2() -> hf.GPT2LMHeadModel:
+    config = hf.GPT2Config(
+        vocab_size=128, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    return hf.GPT2LMHeadModel(config).eval()
+
+
+def really_decompose(model: nn.Module, topology: Topology, point: DesignPoint) -> None:
+    """Put chains of plain linear layers where the point says; the values do not matter here."""
+    for name, choice in point:
+        tensor = topology[name]
+        chain = [nn.Linear(tensor.in_features, choice.rank, bias=False)]
+        if has_core(choice.method):
+            chain.append(nn.Linear(choice.rank, choice.rank, bias=False))
+        chain.append(nn.Linear(choice.rank, tensor.out_features, bias=tensor.has_bias))
+        model.set_submodule(tensor.module, nn.Sequential(*chain))
+
+
+def points_of(topology: Topology) -> list[DesignPoint]:
+    mixed = {
+        t.name: TensorChoice(method, rank)
+        for t, (method, rank) in zip(
+            topology.tensors[::2],
+            [("svd", 5), ("tucker", 3), ("whitened_svd", 7), ("tucker_merged", 1)] * 4,
+            strict=False,
+        )
+    }
+    return [
+        DesignPoint.dense(),
+        DesignPoint.uniform(topology, "tucker", 1),
+        DesignPoint.uniform(topology, "svd", 4, [1]),
+        DesignPoint.of(mixed),
+    ]
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny(tie_word_embeddings=True), lambda: tiny(mlp_bias=True), tiny_gpt2])
+@pytest.mark.parametrize("which", range(4))
+def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which: int, tmp_path: Path) -> None:
+    model = make()  # type: ignore[operator]
+    topology = topology_of(model)
+    point, tokens = points_of(topology)[which], 16
+    found = cost(topology, point, prompt_tokens=tokens)
+    really_decompose(model, topology, point)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.reduction == pytest.approx(1 - found.parameters / found.parameters_dense)
+    unique = {p.data_ptr(): p for p in model.parameters()}
+    save_file({str(i): p.detach() for i, p in enumerate(unique.values())}, tmp_path / "weights.safetensors")
+    stored = load_file(tmp_path / "weights.safetensors").values()
+    assert found.weight_bytes == sum(t.numel() * t.element_size() for t in stored)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(1, tokens, dtype=torch.long), logits_to_keep=1)
+    seen = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    matrices = seen.get("aten.mm", 0) + seen.get("aten.addmm", 0)
+    # What eager attention computes is the whole square of 2 products; a causal prompt needs (tokens + 1) / 2 of it.
+    causal = Fraction(4 * 3 * 32 * tokens * (tokens + 1), 2)
+    assert abs(tokens * found.flops_prefill_per_token - (matrices + causal)) <= tokens / 2  # rounded per token
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(1, 1, dtype=torch.long))
+    one_token = cost(topology, point, prompt_tokens=1).flops_decode_per_token - 4 * 3 * 32 * 2
+    seen = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    assert one_token == seen.get("aten.mm", 0) + seen.get("aten.addmm", 0)
+
+
+def test_removed_blocks_save_what_they_hold_compute_and_cache() -> None:
+    model = tiny()
+    topology = topology_of(model)
+    removed = ("layers.0.attention", "layers.1.attention", "layers.1.mlp", "layers.2.mlp")
+    point = DesignPoint.of(dict.fromkeys(removed, TensorChoice.removal()) | {"layers.2.query": TensorChoice("svd", 3)})
+    found, dense = cost(topology, point, prompt_tokens=16), cost(topology, DesignPoint.dense(), prompt_tokens=16)
+    really_decompose(model, topology, DesignPoint.of({"layers.2.query": TensorChoice("svd", 3)}))
+    layers = model.model.layers
+    gone = [layers[0].self_attn, layers[0].input_layernorm, *layers[1].children()]
+    gone += [layers[2].mlp, layers[2].post_attention_layernorm]
+    inside = {id(parameter): parameter for part in gone for parameter in part.parameters()}
+    held = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in inside.values())
+    assert found.parameters == held
+    matrices = sum(p.numel() for p in inside.values() if p.ndim == 2) + 32 * 32 - 3 * (32 + 32)
+    attention = 2 * 4 * topology.attention_width
+    assert dense.flops_decode_per_token - found.flops_decode_per_token == 2 * matrices + attention * 17
+    assert dense.flops_prefill_per_token - found.flops_prefill_per_token == 2 * matrices + attention * 17 / 2
+    assert found.kv_cache_bytes_per_token * 3 == dense.kv_cache_bytes_per_token
+
+
+def test_a_decomposed_head_saves_where_the_head_works() -> None:
+    model = tiny(tie_word_embeddings=False)
+    topology = topology_of(model, {"lm_head": "head"})
+    point = DesignPoint.of({"head": TensorChoice("svd", 8)})
+    dense, found = cost(topology, DesignPoint.dense()), cost(topology, point)
+    saved = 128 * 32 - 8 * (128 + 32)
+    assert dense.parameters - found.parameters == saved
+    assert dense.flops_decode_per_token - found.flops_decode_per_token == 2 * saved
+    assert dense.flops_prefill_per_token - found.flops_prefill_per_token == 2 * saved / 512
+    really_decompose(model, topology, point)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_encoders_see_both_ways_and_decode_nothing_else() -> None:
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    topology = topology_of(hf.BertForMaskedLM(config))
+    found = cost(topology, DesignPoint.dense(), prompt_tokens=10)
+    matrices = 2 * (4 * 32 * 32 + 2 * 32 * 48) + 32 * 32 + 64 * 32  # layers, transform, head on every token
+    assert found.flops_prefill_per_token == 2 * matrices + 4 * 2 * 32 * 10
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=6, max_size=6))
+def test_more_rank_never_costs_less(ranks: list[int]) -> None:
+    tensors = tuple(DecomposableTensor(f"layers.{i}.up", f"l.{i}", i, "up", 96, 80) for i in range(6))
+    topology = Topology("Tiny", "tiny", 6, tensors, parameters_dense=6 * 96 * 80 + 11, head_parameters=64)
+    smaller, larger = (
+        cost(
+            topology,
+            DesignPoint.of({t.name: TensorChoice("svd", r + more) for t, r in zip(tensors, ranks, strict=True)}),
+        )
+        for more in (0, 1)
+    )
+    assert larger.parameters - smaller.parameters == 6 * (96 + 80)
+    assert larger.flops_decode_per_token - smaller.flops_decode_per_token == 2 * 6 * (96 + 80)
+    assert 0 < larger.reduction < smaller.reduction < 1
+
+
+def test_all_problems_come_in_one_error(llama2_7b: Topology) -> None:
+    over = TensorChoice("svd", 2049)
+    one = DesignPoint.of({"layers.3.query": over})
+    with pytest.raises(RankError) as caught:
+        cost(llama2_7b, one)
+    assert str(caught.value) == (
+        "`rank <= 2048` must hold for 'layers.3.query' (break-even of 4096 x 4096), but got rank=2049;"
+        " lower it or leave the tensor dense."
+    )
+    both = DesignPoint.of({"layers.3.query": over, "layers.3.value": TensorChoice("tucker", 1697)})
+    with pytest.raises(RankError, match=r"2 problems .*'layers.3.query'.*rank <= 1696.*'layers.3.value'"):
+        check_point(llama2_7b, both)
+    mixed = DesignPoint.of({"layers.3.query": over, "layers.99.query": TensorChoice("svd", 1)})
+    with pytest.raises(PointError, match="2 problems") as caught_mixed:
+        check_point(llama2_7b, mixed)
+    assert not isinstance(caught_mixed.value, RankError)
+    assert len(point_problems(llama2_7b, mixed)) == 2
+    assert point_problems(llama2_7b, DesignPoint.uniform(llama2_7b, "svd", 2048, roles=["query"])) == []
+
+
+def test_a_cost_is_a_value(llama2_7b: Topology) -> None:
+    found = cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [2, 29]))
+    assert isinstance(found, Cost)
+    assert json.loads(json.dumps(found.to_json())) == found.to_json()
+    assert found == cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [29, 2]))
