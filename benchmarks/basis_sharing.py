@@ -2,12 +2,12 @@
 
     python benchmarks/basis_sharing.py --text wikitext2_valid.txt [--layers 2 4] [--kept 0.75 0.5]
 
-For each role every tensor of the model is decomposed, once alone and once in groups of neighbouring layers that have
-the right factor (rank x in_features) in common, to the same number of parameters. Sharing buys rank with the factor
-that it saves, and pays with rows that must serve several layers' inputs. The shared factor comes from the stacked
-weights whitened by the sum of the layers' Gram matrices, as in the paper; every left factor is then refitted to its
-own layer's activations by least squares, which the paper does not do and which can only help. The first two thirds of
-the text are calibrated on, the last third is scored. A table for people; one JSON document as the last line.
+For each role, every tensor of the model is decomposed twice to the same number of parameters: alone, and in groups of
+neighbouring layers with a common right factor (rank x in_features). Sharing saves a factor, which pays for a higher
+rank, but its rows must serve the inputs of several layers. As in the paper, the shared factor comes from the stacked
+weights whitened by the sum of the layers' Gram matrices. Every left factor is then refitted to its own layer's
+activations by least squares, which the paper does not do and which can only help. The first two thirds of the text are
+for calibration, the last third is scored. Prints a table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -15,26 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from factorisation import WINDOW, perplexity, windows_of
 from torch import Tensor
 
 from dse import load_model
-from dse.config import CalibrationConfig, CalibrationSource
-from dse.decomposition import calibration_windows
-from dse.decomposition.gram import iterate_grams
+from dse.decomposition.activation_grams import iterate_grams
 from dse.models import LoadedModel
 
-WINDOW = 512
-DAMPING = 1e-6  # of the mean eigenvalue, so that rarely used directions have an inverse
+DAMPING = 1e-6  # share of the mean eigenvalue, so that rarely used directions have an inverse
 
 
 def right_factor(weights: Sequence[Tensor], grams: Sequence[Tensor], rank: int) -> Tensor:
-    """Rows that serve all layers' outputs best under the summed Gram matrix, shape (rank, in_features)."""
+    """Rows that are optimal for all layers' outputs under the summed Gram matrix, shape (rank, in_features)."""
     gram = torch.stack(list(grams)).sum(dim=0)
     gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
     root = torch.linalg.cholesky(gram)  # gram = root root^T, so that |dW root|_F is the error of the outputs
@@ -43,7 +40,7 @@ def right_factor(weights: Sequence[Tensor], grams: Sequence[Tensor], rank: int) 
 
 
 def refitted(weight: Tensor, gram: Tensor, right: Tensor) -> Tensor:
-    """The product with the best left factor for this layer, shape of the weight."""
+    """The product with the optimal left factor for this layer, in the shape of the weight."""
     inner = right @ gram @ right.T
     inner = inner + DAMPING * inner.diagonal().mean() * torch.eye(len(inner))
     return torch.linalg.solve(inner, right @ gram @ weight.T).T @ right
@@ -56,7 +53,7 @@ def loss(weight: Tensor, product: Tensor, gram: Tensor) -> float:
 
 
 def products(weights: Sequence[Tensor], grams: Sequence[Tensor], kept: float, share: int) -> tuple[list[Tensor], int]:
-    """Approximations of all layers in groups of `share`, and the rank that the parameters allow."""
+    """Approximations of all layers in groups of `share`, and the rank that the parameter ratio allows."""
     rows, columns = weights[0].shape
     rank = math.floor(kept * share * rows * columns / (share * rows + columns))
     rank = min(rank, columns, share * rows)
@@ -68,17 +65,8 @@ def products(weights: Sequence[Tensor], grams: Sequence[Tensor], kept: float, sh
     return found, rank
 
 
-@torch.inference_mode()
-def perplexity(loaded: LoadedModel, token_ids: Tensor) -> float:
-    total = 0.0
-    for row in token_ids[:, None]:
-        logits = loaded.model(row).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
-    return math.exp(total / (token_ids.numel() - len(token_ids)))
-
-
 def with_weights(loaded: LoadedModel, weights: Mapping[str, Tensor], token_ids: Tensor) -> float:
-    """Perplexity with these modules' weights, which are put back."""
+    """Perplexity with these weights, which are restored afterwards."""
     kept = {}
     for module, weight in weights.items():
         parameter = loaded.model.get_submodule(module).weight
@@ -93,12 +81,16 @@ def with_weights(loaded: LoadedModel, weights: Mapping[str, Tensor], token_ids: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file, WikiText-2 in the figures")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="a UTF-8 text file; WikiText-2 in the published figures"
+    )
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
-    parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=16384, help="number of calibration tokens")
     parser.add_argument("--evaluation-tokens", type=int, default=4096)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2], help="that share a factor")
-    parser.add_argument("--kept", type=float, nargs="+", default=[0.75, 0.5], help="share of the parameters")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2], help="number of layers that share a factor")
+    parser.add_argument(
+        "--kept", type=float, nargs="+", default=[0.75, 0.5], help="parameter ratio of the decomposed tensors"
+    )
     options = parser.parse_args()
     loaded = load_model(options.model)
     content = options.text.read_text("utf-8")
@@ -108,10 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "head.txt"
         text.write_text(content[:cut], encoding="utf-8")
-        config = CalibrationConfig(
-            sources=[CalibrationSource(file=str(text))], tokens=options.tokens, window=WINDOW, seed=0
-        )
-        windows = calibration_windows(loaded.tokenizer, config)
+        windows = windows_of(loaded, text, options.tokens, draw=0)
     names = [tensor.name for tensor in loaded.topology.tensors if tensor.layer is not None]
     grams: dict[str, Tensor] = {}
     for sharing, gram in iterate_grams(loaded.model, loaded.topology, names, windows):
@@ -140,7 +129,7 @@ def main() -> None:
                     flush=True,
                 )
             rows.append({"role": role, "kept": kept, **{str(share): entry for share, entry in measured.items()}})
-    print(json.dumps({"dense_perplexity": round(dense, 3), "tokens": options.tokens, "rows": rows}), file=sys.stdout)
+    print(json.dumps({"dense_perplexity": round(dense, 3), "tokens": options.tokens, "rows": rows}))
 
 
 if __name__ == "__main__":

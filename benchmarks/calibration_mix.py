@@ -1,9 +1,9 @@
-"""Which calibration text is best where no hub can be reached: the same points, whitened on different mixes.
+"""Compare builtin calibration texts: the same points, whitened on different mixes.
 
     python benchmarks/calibration_mix.py [--tokens 8192] [--limit 160] [--wikitext wikitext2_valid.txt]
 
-For every mix the factor bank is built anew, and the same design points are scored on the offline tasks and by
-perplexity on text that no mix contains. A table for people; one JSON document as the last line for machines.
+For every mix a new factor bank is built, and the same design points are scored on the offline tasks and by perplexity
+on text that no mix contains. Prints a table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import torch
+from factorisation import perplexity
 
-from dse import DesignPoint, FactorBank, TensorChoice, cost, decompose, load_model
+from dse import DesignPoint, FactorBank, TensorChoice, decompose, load_model, point_cost
 from dse.config import CalibrationConfig, CalibrationSource
 from dse.decomposition import calibration_windows
 from dse.evaluation import Evaluator, TaskSpec
@@ -35,27 +36,22 @@ ATTENTION = ("query", "key", "value", "attention_output")
 
 
 def points_of(topology: Topology) -> dict[str, DesignPoint]:
-    def kept(fraction: float, roles: tuple[str, ...], layers: range) -> DesignPoint:
+    def at_ratio(parameter_ratio: float, roles: tuple[str, ...], layers: range) -> DesignPoint:
         tensors = [t for t in topology.tensors if t.role in roles and t.layer in layers]
-        ranks = {t.name: math.floor(fraction * t.parameters / (t.out_features + t.in_features)) for t in tensors}
+        ranks = {t.name: math.floor(parameter_ratio * t.parameters / (t.out_features + t.in_features)) for t in tensors}
         return DesignPoint.of({name: TensorChoice("whitened_svd", rank) for name, rank in ranks.items()})
 
     everywhere = range(topology.layer_count)
     return {
-        "uniform 88 %": kept(0.88, topology.roles, everywhere),
-        "attention halved": kept(0.5, ATTENTION, everywhere),
+        "uniform 88 %": at_ratio(0.88, topology.roles, everywhere),
+        "attention halved": at_ratio(0.5, ATTENTION, everywhere),
     }
 
 
-@torch.inference_mode()
-def perplexity(loaded: LoadedModel, text: str, tokens: int = 4096, window: int = 512) -> float:
+def text_windows(loaded: LoadedModel, text: str, tokens: int = 4096, window: int = 512) -> torch.Tensor:
+    """Windows of the first tokens of a text, shape (windows, window)."""
     token_ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])[:tokens]
-    total, count = 0.0, 0
-    for row in token_ids[: len(token_ids) // window * window].reshape(-1, 1, window):
-        logits = loaded.model(row).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
-        count += window - 1
-    return math.exp(total / count)
+    return token_ids[: len(token_ids) // window * window].reshape(-1, window)
 
 
 def main() -> None:
@@ -65,7 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument(
-        "--wikitext", type=Path, help="a local WikiText file, for its perplexity and as a mix of its own"
+        "--wikitext", type=Path, help="a local WikiText file, used for perplexity and as an additional mix"
     )
     arguments = parser.parse_args()
     loaded = load_model(arguments.model)
@@ -85,7 +81,7 @@ def main() -> None:
         result = evaluator.evaluate()
         row = {"mix": mix, "point": point, "reduction": round(reduction, 4)}
         row |= {task.task: round(task.value, 4) for task in result.tasks}
-        row |= {name: round(perplexity(loaded, text), 2) for name, text in texts.items()}
+        row |= {name: round(perplexity(loaded, text_windows(loaded, text)), 2) for name, text in texts.items()}
         rows.append(row)
         print(
             "  ".join(f"{value!s:<34}" if key == "mix" else f"{value!s:<21}" for key, value in row.items()), flush=True
@@ -94,7 +90,7 @@ def main() -> None:
     score("-", "dense", 0.0)
     print("  ".join(rows[0]))
     for mix, weights in mixes.items():
-        begun_s = time.monotonic()
+        start_s = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             if "wikitext" in weights:
                 head = Path(folder) / "wikitext.txt"
@@ -107,8 +103,8 @@ def main() -> None:
             bank = FactorBank.build(loaded, points.values(), windows, folder=Path(folder) / "bank")
             for name, point in points.items():
                 with decompose(loaded, point, bank):
-                    score(mix, name, cost(loaded.topology, point).reduction)
-        print(f"    {mix}: {time.monotonic() - begun_s:.0f} s", flush=True)
+                    score(mix, name, point_cost(loaded.topology, point).reduction)
+        print(f"    {mix}: {time.monotonic() - start_s:.0f} s", flush=True)
     print(json.dumps({"tokens": arguments.tokens, "limit": arguments.limit, "rows": rows}))
 
 

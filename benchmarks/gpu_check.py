@@ -1,11 +1,11 @@
-"""One command for whoever has a GPU: runs every path that needs CUDA or NVML on a small random Llama, and reports.
+"""Check a machine with a GPU: run every code path that needs CUDA or NVML on a small random Llama.
 
     python benchmarks/gpu_check.py [--out gpu_check.json] [--device cuda:0]
 
-Under five minutes. Compares NVML's energy counter with integrated power, CUDA events with the host's clock, and the
-execution modes with each other; a mode must decode the very tokens that eager decodes. Prints a line a check, writes a
-JSON report, and exits 1 where a check failed. On a machine without a GPU it says so and exits 3; `--rehearse` then runs
-what a CPU can run, to try the script itself, and exits 3 all the same: no figure of a rehearsal is one of a GPU.
+Takes less than five minutes. Compares NVML's energy counter with integrated power, CUDA events with the host's clock,
+and the execution modes with each other; every mode must decode the same tokens as eager. Prints one line per check,
+writes a JSON report, and exits with 1 if a check fails. Without a GPU it says so and exits with 3; `--rehearse` then
+runs the checks that work on a CPU, to test the script itself, and still exits with 3.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from dse.measurement import (
     run_checks,
 )
 from dse.measurement.clock import MonotonicStopwatch, stopwatch_for
-from dse.measurement.out_of_memory import out_of_memory_errors
 from dse.measurement.workload import Workload
+from dse.out_of_memory import out_of_memory_errors
 
 EXIT_NO_GPU = 3
-MODES = ("eager", "compile", "cuda_graph", "fast")
+MODES = ("eager", "compile", "cuda_graph")
 SPEC = LatencySpec(prompt_tokens=256, new_tokens=16, blocks=4)
 
 
 @dataclasses.dataclass
 class Bench:
-    """The model and what the checks share."""
+    """State shared by the checks."""
 
     device: torch.device
     model: Any
@@ -87,7 +87,7 @@ def tokens_of(bench: Bench, mode: str) -> list[int]:
     workload = Workload(bench.model, bench.spec(mode))
     generation = workload.begin()
     workload.prefill(generation)
-    workload.get_ready(generation)
+    workload.prepare(generation)
     tokens = [generation.next_tokens.clone()]
     for _ in range(SPEC.new_tokens):
         workload.step(generation)
@@ -96,13 +96,13 @@ def tokens_of(bench: Bench, mode: str) -> list[int]:
 
 
 def mode_check(mode: str) -> Callable[[Bench], dict[str, Any]]:
-    """Same tokens as eager, and dense against dense: the interval of the ratio must lie near 1."""
+    """The mode must decode the same tokens as eager, and measure dense against dense as a ratio near 1."""
 
     def check(bench: Bench) -> dict[str, Any]:
         expected, got = tokens_of(bench, "eager"), tokens_of(bench, mode)
-        # Half precision in another order may flip a near tie late; the first tokens must agree.
+        # Rounding in half precision may flip a near tie late in the sequence; the first tokens must agree.
         require(got[:4] == expected[:4], f"{mode} decoded {got}, eager {expected}")
-        found = measure_latency(bench.model, bench.spec(mode), use_candidate=lambda: None, use_baseline=lambda: None)
+        found = measure_latency(bench.model, bench.spec(mode), NoSwap())
         bench.latencies[mode] = found
         decode = found.decode
         require(decode is not None and abs(decode.ratio - 1) < 0.1, f"dense against dense is {decode}")
@@ -112,14 +112,14 @@ def mode_check(mode: str) -> Callable[[Bench], dict[str, Any]]:
 
 
 def modes_against_each_other(bench: Bench) -> dict[str, Any]:
-    medians = {mode: found.decode.dense.median_s for mode, found in bench.latencies.items() if found.decode}
+    medians = {mode: found.decode.baseline.median_s for mode, found in bench.latencies.items() if found.decode}
     relative = {mode: seconds / medians["eager"] for mode, seconds in medians.items()}
     require(all(ratio < 1.25 for ratio in relative.values()), f"a mode is slower than eager: {relative}")
     return {"decode_s": medians, "relative_to_eager": relative}
 
 
 def clocks(bench: Bench) -> dict[str, Any]:
-    """CUDA events and the host's clock around the same prefill."""
+    """Time the same prefill with CUDA events and with the host's clock."""
     workload = Workload(bench.model, SPEC)
     events, host = stopwatch_for([bench.device]), MonotonicStopwatch([bench.device])
     for _ in range(3):
@@ -133,7 +133,7 @@ def clocks(bench: Bench) -> dict[str, Any]:
 
 
 def counter_against_power(bench: Bench) -> dict[str, Any]:
-    """The two ways to read energy, around the same four seconds of work."""
+    """Read the energy of the same four seconds of work from the counter and from integrated power."""
     counter, power = NvmlMeter([bench.device.index or 0]), NvmlMeter([bench.device.index or 0], force_power=True)
     workload = Workload(bench.model, SPEC)
     with counter.window() as one, power.window() as other:
@@ -152,7 +152,7 @@ def energy(bench: Bench) -> dict[str, Any]:
     found = measure_energy(bench.model, SPEC, meter, idle=idle)
     require(found.is_valid, found.reason)
     net = found.decode.net_per_token if found.decode else None
-    require(net is not None and net.mean_j > 0, f"decoding must draw more than rest, but {net}")
+    require(net is not None and net.mean_j > 0, f"decoding must draw more than idle power, but net energy is {net}")
     return {"energy": dataclasses.asdict(found)}
 
 
@@ -167,32 +167,54 @@ def memory(bench: Bench) -> dict[str, Any]:
 
 def out_of_memory(bench: Bench) -> dict[str, Any]:
     try:
-        with out_of_memory_errors("asking for too much"):
+        with out_of_memory_errors("allocating one petabyte"):
             torch.empty(2**50, dtype=torch.uint8, device=bench.device)
     except OutOfMemoryError as error:
-        require(error.bytes_asked is not None, f"the bytes asked are not known: {error}")
+        require(error.bytes_asked is not None, f"the size of the failed allocation is unknown: {error}")
         return {"bytes_asked": error.bytes_asked, "message": str(error)}
-    raise AssertionError("a petabyte was given")
+    raise AssertionError("an allocation of one petabyte succeeded")
+
+
+class NoSwap:
+    """The dense model as both candidate and baseline."""
+
+    def use_candidate(self) -> None:
+        pass
+
+    def use_baseline(self) -> None:
+        pass
+
+
+class LowRankUpProjections:
+    """Swaps the up projections of a Llama between dense and rank 64."""
+
+    def __init__(self, model: Any) -> None:
+        self._layers = [layer.mlp for layer in model.model.layers]
+        self._dense = [layer.up_proj for layer in self._layers]
+        factors = [truncated_svd(module.weight.float(), 64) for module in self._dense]
+        self._low_rank = [
+            LowRankLinear(f.left.to(m.weight), f.right.to(m.weight), None, None).eval()
+            for f, m in zip(factors, self._dense, strict=True)
+        ]
+
+    def use_candidate(self) -> None:
+        self._use(self._low_rank)
+
+    def use_baseline(self) -> None:
+        self._use(self._dense)
+
+    def _use(self, modules: list[Any]) -> None:
+        for layer, module in zip(self._layers, modules, strict=True):
+            layer.up_proj = module
 
 
 def decomposed(bench: Bench) -> dict[str, Any]:
-    """A low-rank point beside dense, swapped in and out as in a study."""
-    layers = [layer.mlp for layer in bench.model.model.layers]
-    dense = [layer.up_proj for layer in layers]
-    factors = [truncated_svd(module.weight.float(), 64) for module in dense]
-    thin = [
-        LowRankLinear(f.left.to(m.weight), f.right.to(m.weight), None, None).eval()
-        for f, m in zip(factors, dense, strict=True)
-    ]
-
-    def use(modules: list[Any]) -> None:
-        for layer, module in zip(layers, modules, strict=True):
-            layer.up_proj = module
-
+    """Measure a low-rank candidate against the dense baseline, as a study does."""
+    swap = LowRankUpProjections(bench.model)
     try:
-        found = measure_latency(bench.model, SPEC, use_candidate=lambda: use(thin), use_baseline=lambda: use(dense))
+        found = measure_latency(bench.model, SPEC, swap)
     finally:
-        use(dense)
+        swap.use_baseline()
     require(found.is_valid, found.reason)
     return {"latency": dataclasses.asdict(found)}
 
@@ -216,7 +238,7 @@ CHECKS: dict[str, tuple[bool, Callable[[Bench], dict[str, Any]]]] = {
     **{f"mode_{mode}": (mode != "eager", mode_check(mode)) for mode in MODES},
     "modes_against_each_other": (True, modes_against_each_other),
 }
-"""Name to (needs a GPU, check)."""
+"""Each check by name, and whether it needs a GPU."""
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -228,11 +250,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: run what a CPU can run")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: run the checks that work on a CPU")
     options = parser.parse_args()
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
-        print("no GPU: torch sees none on this machine, so nothing of CUDA or NVML was checked", file=sys.stderr)
+        print("no GPU: torch sees none on this machine, so neither CUDA nor NVML was checked", file=sys.stderr)
         if not options.rehearse:
             return EXIT_NO_GPU
     bench = Bench(torch.device(options.device if has_gpu else "cpu"), None)

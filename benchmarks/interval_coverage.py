@@ -1,9 +1,9 @@
-"""How often 95 % intervals of a mean hold the truth: BCa as `dse` has it, percentile bootstrap, Student's t.
+"""Coverage of 95 % intervals of a mean: the BCa bootstrap of `dse`, the percentile bootstrap, and Student's t.
 
     python benchmarks/interval_coverage.py [--runs 1500]
 
-Differences between two models are drawn from distributions whose mean is known. A table for people; one JSON document
-as the last line for machines.
+Differences between two models are drawn from distributions with known means. Prints a table; the last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dse.evaluation.statistics.paired_tests import paired_bootstrap
+from dse.evaluation.statistics import paired_bootstrap
 
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 RESAMPLES = 1000

@@ -1,11 +1,11 @@
-"""How much faster `SharedPrefixLM` is than lm-eval's `HFLM` at its best batch size, on the same requests.
+"""Speed of `SharedPrefixLM` relative to lm-eval's `HFLM` at its best batch size, on the same requests.
 
     python benchmarks/scoring.py --task dse_grammar --task dse_facts --task path/to/arc_easy.yaml --limit 200
 
-Both score the same lm-eval requests, tokenisation included, in alternation; a ratio is the median over the pairs. The
-best batch size of `HFLM` is found on a quarter of the documents first. `utilisation` is the share of the machine's own
-matrix-multiply rate (measured in the same run, on the shapes of the model) that the unique tokens achieve. The last
-line is one JSON document.
+Both score the same lm-eval requests, including tokenisation, in alternation; a ratio is the median over the pairs. The
+best batch size of `HFLM` is determined first, on a quarter of the documents. `utilisation` is the operation rate of the
+unique tokens as a share of the machine's matrix-multiply rate, measured in the same run on the shapes of the model. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="documents per task (100)")
     parser.add_argument("--pairs", type=int, default=3, help="alternations (3)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bfloat16", action="store_true", help="also score in bfloat16, and say what it changes")
+    parser.add_argument("--bfloat16", action="store_true", help="also score in bfloat16 and report the changes")
     options = parser.parse_args()
     loaded = load_model(options.model, device=options.device)
     tasks = options.task or ["dse_grammar", "dse_facts"]
@@ -69,11 +69,11 @@ def compare(loaded: LoadedModel, task: str, limit: int, pairs: int) -> dict[str,
         kind = requests[0].request_type
         sample = requests[: max(8, len(requests) // 4)]
         ours_call, theirs_call = getattr(ours, kind), getattr(theirs, kind)
-        ours_call(sample[:8], disable_tqdm=True)  # finds how this architecture shares
+        ours_call(sample[:8], disable_tqdm=True)  # chooses the strategy for this architecture
         best = min(BATCH_SIZES, key=lambda size: seconds(lambda: with_batch(theirs, size, theirs_call, sample))[0])
         timed: list[tuple[float, float]] = []
-        for turn in range(pairs):
-            if turn % 2:
+        for pair in range(pairs):
+            if pair % 2:
                 ours_s, found = seconds(lambda: ours_call(requests, disable_tqdm=True))
                 theirs_s, expected = seconds(lambda: with_batch(theirs, best, theirs_call, requests))
             else:
@@ -110,7 +110,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def unique_operations(model: PreTrainedModel, lm: SharedPrefixLM, requests: Sequence[Any]) -> float:
-    """Operations of the unique tokens: two for every entry of every matrix they go through, head where needed."""
+    """Operations of the unique tokens: two per entry of every matrix, with the head only at predicting positions."""
     queries = []
     for request in requests:
         context, scored = request.args
@@ -125,7 +125,7 @@ def unique_operations(model: PreTrainedModel, lm: SharedPrefixLM, requests: Sequ
 
 
 def multiply_rate(model: PreTrainedModel, tokens: int = 768) -> float:
-    """The highest rate at which this machine multiplies by the model's own matrices, operations a second."""
+    """Highest rate at which this machine multiplies by the model's own matrices, operations per second."""
     shapes = {tuple(p.shape) for n, p in model.base_model.named_parameters() if p.dim() == 2 and "embed" not in n}
     best = 0.0
     for shape in shapes:
@@ -137,7 +137,7 @@ def multiply_rate(model: PreTrainedModel, tokens: int = 768) -> float:
 
 
 def half_precision(options: argparse.Namespace, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The same tasks in float32 and bfloat16: time and metrics."""
+    """Time and metrics of the same tasks in float32 and bfloat16."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         loaded = load_model(options.model, dtype=dtype, device=options.device)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_arena import Arena, Found, break_even, say
+from search_arena import Arena, EvaluatedPoint, log
 
-from dse import DesignPoint, TensorChoice, cost
+from dse import DesignPoint, TensorChoice, point_cost
+from dse.cost import largest_rank
 from dse.decomposition import iterate_grams
-from dse.decomposition.low_rank import as_matrix
+from dse.decomposition.factors import as_matrix
 from dse.files import write_json
 from dse.sensitivity import DivergenceMeter
 from dse.topology import DecomposableTensor
@@ -22,7 +23,7 @@ from dse.topology import DecomposableTensor
 __all__ = ["CONTESTANTS", "Contestant"]
 
 ROOT = Path(__file__).resolve().parent.parent
-ASVD_SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
+ASVD_FRACTIONS = (0.9, 0.7, 0.5, 0.3, 0.1)
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Contestant:
 
     Attributes:
         title: For tables and plots.
-        run: `(arena, seed, evaluations)` to what was found, in order.
-        is_random: Whether the seed matters.
+        run: Maps `(arena, seed, evaluations)` to the evaluated points, in order.
+        is_random: Whether the result depends on the seed.
     """
 
     title: str
-    run: Callable[[Arena, int, int], Sequence[Found]]
+    run: Callable[[Arena, int, int], Sequence[EvaluatedPoint]]
     is_random: bool = False
 
 
@@ -45,35 +46,35 @@ class Contestant:
 
 def from_list(
     points: Callable[[Arena, int], Iterator[tuple[str, DesignPoint]]],
-) -> Callable[[Arena, int, int], list[Found]]:
-    """A contestant that evaluates a list, the budget of evaluations spread over it."""
+) -> Callable[[Arena, int, int], list[EvaluatedPoint]]:
+    """A contestant that evaluates a list of points; `points` maps arena and budget to origins and points."""
 
-    def run(arena: Arena, seed: int, evaluations: int) -> list[Found]:
-        return [arena.found(point, origin) for origin, point in points(arena, evaluations)]
+    def run(arena: Arena, seed: int, evaluations: int) -> list[EvaluatedPoint]:
+        return [arena.evaluate(point, origin) for origin, point in points(arena, evaluations)]
 
     return run
 
 
-def paper_ladder(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
-    """Rank 1, core kept, on all tensors of ever more layers: evenly spread as in the paper, then as one late block."""
+def paper_points(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
+    """Rank 1, core kept, on all tensors of a growing set of layers: evenly spread as in the paper, or the last ones."""
     layers = arena.loaded.topology.layer_count
     inner = list(range(2, layers - 1))  # the paper leaves the outermost layers alone
     sets = []
     for size in range(1, count // 2 + 1):
         spread = sorted({inner[round(i * (len(inner) - 1) / max(1, size - 1))] for i in range(min(size, len(inner)))})
-        sets += [("spread", spread), ("late block", inner[-size:])]
+        sets += [("spread", spread), ("last layers", inner[-size:])]
     for origin, chosen in _interleaved(sets)[:count]:
         yield origin, DesignPoint.uniform(arena.loaded.topology, "tucker", 1, chosen)
 
 
 def _interleaved(entries: list[Any]) -> list[Any]:
-    """Coarse before fine: the first few already span the whole range."""
+    """Coarse before fine (bit-reversed order), so that the first few entries already span the whole range."""
     order = sorted(range(len(entries)), key=lambda i: int(f"{i:012b}"[::-1], 2) if i else 0)
     return [entries[i] for i in order]
 
 
 def uniform(method: str) -> Callable[[Arena, int], Iterator[tuple[str, DesignPoint]]]:
-    """Every tensor keeps the same share of its parameters, in even steps of reduction up to 40 %."""
+    """Every tensor keeps the same fraction of its parameters, in equal steps of reduction up to 40 %."""
 
     def points(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
         topology = arena.loaded.topology
@@ -87,10 +88,11 @@ def uniform(method: str) -> Callable[[Arena, int], Iterator[tuple[str, DesignPoi
 
 
 def lagrangian(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
-    """Equal marginal loss: ranks where one more parameter buys the same share of each tensor's output energy.
+    """Equal marginal loss: ranks at which one more parameter saves the same share of each tensor's output energy.
 
-    A tensor's loss at rank r is the energy of the whitened singular values left out, relative to all of it. It is
-    convex in r, so every multiplier gives the cheapest point of its budget (Everett 1963); dense is one more choice.
+    A tensor's loss at rank r is the relative energy of the dropped whitened singular values. It is convex in r, so
+    every Lagrange multiplier gives the optimal point for its budget (Everett 1963). Leaving the tensor dense is one
+    more choice.
     """
     topology = arena.loaded.topology
     spectra = whitened_spectra(arena)
@@ -100,7 +102,7 @@ def lagrangian(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
         for _ in range(60):
             multiplier = math.sqrt(low * high)
             point = _at_multiplier(topology.tensors, spectra, multiplier)
-            low, high = (multiplier, high) if cost(topology, point).parameters > budget else (low, multiplier)
+            low, high = (multiplier, high) if point_cost(topology, point).parameters > budget else (low, multiplier)
         yield "lagrangian", _at_multiplier(topology.tensors, spectra, high)
 
 
@@ -109,8 +111,8 @@ def _at_multiplier(
 ) -> DesignPoint:
     choices = {}
     for tensor in tensors:
-        tail, price = spectra[tensor.name], sum(tensor.shape)  # of one more rank, in parameters
-        ranks = torch.arange(1, break_even(tensor) + 1)
+        tail, price = spectra[tensor.name], sum(tensor.shape)  # parameters of one more rank
+        ranks = torch.arange(1, largest_rank(tensor, "whitened_svd") + 1)
         total = tail[ranks] + multiplier * price * ranks
         best = int(total.argmin())
         if float(total[best]) < multiplier * tensor.parameters:
@@ -119,7 +121,7 @@ def _at_multiplier(
 
 
 def whitened_spectra(arena: Arena) -> dict[str, torch.Tensor]:
-    """Tensor to the share of its output energy that rank r leaves out, shape (min(shape) + 1,)."""
+    """Tensor to the share of its output energy that rank r drops, shape (min(shape) + 1,)."""
     loaded, found = arena.loaded, {}
     names = tuple(t.name for t in loaded.topology.tensors)
     for sharing, gram in iterate_grams(loaded.model, loaded.topology, names, arena.windows):
@@ -127,54 +129,53 @@ def whitened_spectra(arena: Arena) -> dict[str, torch.Tensor]:
             weight = as_matrix(loaded.model.get_submodule(loaded.topology[name].module)).detach().double()
             energies = torch.linalg.eigvalsh(weight @ gram.double() @ weight.T).flip(0).clamp_min(0)
             energies = energies[: min(loaded.topology[name].shape)]
-            left_out = energies.sum() - torch.cat([torch.zeros(1, dtype=torch.float64), energies.cumsum(0)])
-            found[name] = (left_out / energies.sum()).clamp_min(0)
+            dropped = energies.sum() - torch.cat([torch.zeros(1, dtype=torch.float64), energies.cumsum(0)])
+            found[name] = (dropped / energies.sum()).clamp_min(0)
     return found
 
 
 def asvd(arena: Arena, count: int) -> Iterator[tuple[str, DesignPoint]]:
-    """Truncation ranks by a common bound on what each tensor alone costs (ASVD, Yuan et al., arXiv 2312.05821).
+    """Truncation ranks from a common bound on the loss of each tensor alone (ASVD, Yuan et al., arXiv 2312.05821).
 
-    The text's log-likelihood is measured with one tensor at a time truncated to each of a few shares of its parameters,
-    on one window; a point takes for every tensor the smallest share whose loss stays below a bound, and the bound is
-    what gives the budget. The factors are whitened, as everybody's here: what competes is the choice of ranks. Layers
-    in front of the changed one are not computed again, which ASVD's own code does at twice the price.
+    The log-likelihood of one window is measured with one tensor at a time truncated to each of a few fractions of its
+    parameters. A point takes, for every tensor, the smallest fraction whose loss stays below a bound; the bound follows
+    from the budget. The factors are whitened like those of every contestant, so only the choice of ranks competes.
+    Layers before the changed one are not recomputed; ASVD's own code does so, at twice the cost.
     """
     topology = arena.loaded.topology
     sensitivities = _sensitivities(arena)
     bounds = sorted({value for shares in sensitivities.values() for value in shares.values()})
     points = [_within_bound(topology.tensors, sensitivities, bound) for bound in bounds]
-    parameters = [cost(topology, point).parameters for point in points]  # falls with the bound
+    parameters = [point_cost(topology, point).parameters for point in points]  # falls with the bound
     for step in _interleaved(list(range(1, count + 1))):
         budget = (1 - 0.4 * step / count) * topology.parameters_dense
         yield "asvd", next((p for p, n in zip(points, parameters, strict=True) if n <= budget), points[-1])
 
 
 def _sensitivities(arena: Arena) -> dict[str, dict[float, float]]:
-    """Tensor to share of its parameters to what its loss costs on one window, nats per token; kept on the disk."""
-    kept = arena.folder / "asvd.json"
-    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    tensors = sorted(arena.loaded.topology.tensors, key=lambda tensor: tensor.layer)  # as the meter wants them
+    """Tensor to kept fraction of its parameters to the log-likelihood drop on one window (nats per token); stored."""
+    path = arena.folder / "asvd.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    tensors = sorted(arena.loaded.topology.tensors, key=lambda tensor: tensor.layer)  # the fastest order for the meter
     missing = [tensor for tensor in tensors if tensor.name not in known]
     if missing:
         meter = DivergenceMeter(arena.loaded, arena.windows.token_ids[:1], arena.bank("whitened_svd"))
     for done, tensor in enumerate(missing):
-        divergences = [
-            meter.measure(DesignPoint.of({tensor.name: _kept(tensor, s)}), tensor.layer) for s in ASVD_SHARES
-        ]
+        points = {
+            fraction: DesignPoint.of({tensor.name: _at_fraction(tensor, fraction)}) for fraction in ASVD_FRACTIONS
+        }
         known[tensor.name] = {
-            str(share): divergence.log_likelihood_drop
-            for share, divergence in zip(ASVD_SHARES, divergences, strict=True)
+            str(fraction): meter.measure(point, tensor.layer).log_likelihood_drop for fraction, point in points.items()
         }
         if done % 21 == 0:
-            say(f"ASVD: sensitivity of tensor {done} of {len(missing)}")
-            write_json(kept, known)
-    write_json(kept, known)
+            log(f"ASVD: sensitivity of tensor {done} of {len(missing)}")
+            write_json(path, known)
+    write_json(path, known)
     return {name: {float(share): value for share, value in found.items()} for name, found in known.items()}
 
 
-def _kept(tensor: DecomposableTensor, share: float) -> TensorChoice:
-    return TensorChoice("whitened_svd", max(1, math.floor(share * tensor.parameters / sum(tensor.shape))))
+def _at_fraction(tensor: DecomposableTensor, fraction: float) -> TensorChoice:
+    return TensorChoice("whitened_svd", max(1, math.floor(fraction * tensor.parameters / sum(tensor.shape))))
 
 
 def _within_bound(
@@ -184,16 +185,16 @@ def _within_bound(
         tensor.name: min((share for share, value in sensitivities[tensor.name].items() if value <= bound), default=None)
         for tensor in tensors
     }
-    return DesignPoint.of({t.name: _kept(t, share) for t in tensors if (share := chosen[t.name]) is not None})
+    return DesignPoint.of({t.name: _at_fraction(t, share) for t in tensors if (share := chosen[t.name]) is not None})
 
 
 # --- studies --------------------------------------------------------------------------------------------------------
 
 
-def plain(sampler: str) -> Callable[[Arena, int, int], list[Found]]:
-    """A sampler from scratch on `layer_rank`."""
+def plain(sampler: str) -> Callable[[Arena, int, int], list[EvaluatedPoint]]:
+    """A sampler alone, on `layer_rank.yaml`."""
 
-    def run(arena: Arena, seed: int, evaluations: int) -> list[Found]:
+    def run(arena: Arena, seed: int, evaluations: int) -> list[EvaluatedPoint]:
         settings = {
             "space": str(ROOT / "search_spaces" / "layer_rank.yaml"),
             "search": "off",
@@ -204,8 +205,8 @@ def plain(sampler: str) -> Callable[[Arena, int, int], list[Found]]:
     return run
 
 
-def ours(arena: Arena, seed: int, evaluations: int) -> list[Found]:
-    """What `dse run` does by default: allocations over a sensitivity profile, and what follows from them."""
+def ours(arena: Arena, seed: int, evaluations: int) -> list[EvaluatedPoint]:
+    """The default of `dse run`: allocations over a sensitivity profile, then refinement and the sampler."""
     settings = {
         "space": str(ROOT / "search_spaces" / "depth_profile.yaml"),
         "search": "auto",
@@ -215,7 +216,7 @@ def ours(arena: Arena, seed: int, evaluations: int) -> list[Found]:
 
 
 CONTESTANTS: Mapping[str, Contestant] = {
-    "paper": Contestant("rank-1 layers (Moar et al.)", from_list(paper_ladder)),
+    "paper": Contestant("rank-1 layers (Moar et al.)", from_list(paper_points)),
     "uniform_svd": Contestant("uniform plain SVD", from_list(uniform("svd"))),
     "uniform_whitened": Contestant("uniform whitened (SVD-LLM)", from_list(uniform("whitened_svd"))),
     "lagrangian": Contestant("Lagrangian allocation", from_list(lagrangian)),
@@ -225,4 +226,4 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "tpe": Contestant("TPE", plain("tpe"), is_random=True),
     "ours": Contestant("dse, search: auto", ours, is_random=True),
 }
-"""Name on the command line to contestant, in the order of the table."""
+"""Command-line name to contestant, in the order of the table."""

@@ -1,10 +1,10 @@
-"""Score the shipped tasks with a model and with its wreck, to see that they measure the model and not the wording.
+"""Score the built-in tasks with a model and a badly degraded version, to verify that they measure the model.
 
     python benchmarks/tasks_chance.py [--model demo:smollm2-135m-instruct]
 
-The wreck has every decomposable tensor replaced by its truncated SVD of rank 1; embeddings, norms and head are kept, so
-it still knows how frequent words are. Prints accuracy over all documents and per phenomenon or category, the seconds
-each task took, and one JSON document as the last line.
+The degraded version has every decomposable tensor replaced by its truncated SVD of rank 1. Embeddings, norms and head
+are unchanged, so it still knows word frequencies; a task that it solves would measure wording only. Prints accuracy
+over all documents and per phenomenon or category, and the seconds per task; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ def score(evaluator: Evaluator) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
-    parser.add_argument("--threads", type=int, default=1, help="more than the free cores is very slow")
+    parser.add_argument("--threads", type=int, default=1, help="more threads than free cores are very slow")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model)
     evaluators = {name: Evaluator(loaded, [TaskSpec(name)], batch_size=32) for name in GROUP_KEYS}
     results = {"dense": {name: score(evaluator) for name, evaluator in evaluators.items()}}
-    wreck = DesignPoint.uniform(loaded.topology, "svd", 1)
+    degraded_point = DesignPoint.uniform(loaded.topology, "svd", 1)
     with tempfile.TemporaryDirectory() as folder:
-        bank = FactorBank.build(loaded, [wreck], folder=Path(folder))
-        with decompose(loaded, wreck, bank):
-            results["wrecked"] = {name: score(evaluator) for name, evaluator in evaluators.items()}
+        bank = FactorBank.build(loaded, [degraded_point], folder=Path(folder))
+        with decompose(loaded, degraded_point, bank):
+            results["degraded"] = {name: score(evaluator) for name, evaluator in evaluators.items()}
     for name in GROUP_KEYS:
-        dense, wrecked = results["dense"][name], results["wrecked"][name]
+        dense, degraded = results["dense"][name], results["degraded"][name]
         print(f"\n{name}: {dense['documents']} documents, dense {dense['seconds']:.1f} s")
-        print(f"  {'':28}  dense  wrecked")
+        print(f"  {'':28}  dense  degraded")
         for group in dense["groups"]:
-            print(f"  {group:28} {dense['groups'][group]:6.3f}  {wrecked['groups'][group]:6.3f}")
-        print(f"  {'all':28} {dense['accuracy']:6.3f}  {wrecked['accuracy']:6.3f}")
+            print(f"  {group:28} {dense['groups'][group]:6.3f}  {degraded['groups'][group]:6.3f}")
+        print(f"  {'all':28} {dense['accuracy']:6.3f}  {degraded['accuracy']:6.3f}")
     print(json.dumps({"model": options.model, **results}))
 
 

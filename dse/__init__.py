@@ -6,12 +6,12 @@ import dse
 loaded = dse.load_model("demo:smollm2-135m-instruct")
 point = dse.DesignPoint.uniform(loaded.topology, "svd", rank=64, layers=[24, 25], roles=["up", "down"])
 bank = dse.FactorBank.build(loaded, [point])
-print(dse.cost(loaded.topology, point).reduction)
+print(dse.point_cost(loaded.topology, point).reduction)
 with dse.decompose(loaded, point, bank):
-    ...  # loaded.model is the decomposed model here, and bit-identical to before afterwards
+    ...  # here loaded.model is the decomposed model; afterwards its weights are bit-identical to before
 ```
 
-Names are loaded on first use, so that `import dse` costs nothing.
+Names are loaded on first use, so `import dse` itself is fast.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dse.cost import cost as cost
+    from dse.cost import point_cost as point_cost
     from dse.decomposition import FactorBank as FactorBank
     from dse.decomposition import calibration_windows as calibration_windows
     from dse.decomposition import decompose as decompose
     from dse.design_point import DesignPoint as DesignPoint
     from dse.design_point import TensorChoice as TensorChoice
-    from dse.export import export as export
+    from dse.export import export_trials as export_trials
     from dse.models import LoadedModel as LoadedModel
     from dse.models import load_model as load_model
     from dse.models import load_topology as load_topology
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_DEFINING_MODULE = {
     "DesignPoint": "dse.design_point",
     "FactorBank": "dse.decomposition",
     "LoadedModel": "dse.models",
-    "SearchSpace": "dse.study",
+    "SearchSpace": "dse.search.spaces.base",
     "Study": "dse.study",
     "TensorChoice": "dse.design_point",
     "calibration_windows": "dse.decomposition",
-    "cost": "dse.cost",
     "decompose": "dse.decomposition",
-    "export": "dse.export",
+    "export_trials": "dse.export",
     "load_model": "dse.models",
     "load_topology": "dse.models",
     "open_study": "dse.study",
+    "point_cost": "dse.cost",
     "run_study": "dse.study",
 }
 
@@ -63,22 +63,20 @@ __all__ = [
     "TensorChoice",
     "__version__",
     "calibration_windows",
-    "cost",
     "decompose",
-    "export",
+    "export_trials",
     "load_model",
     "load_topology",
     "open_study",
+    "point_cost",
     "run_study",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _DEFINING_MODULE:
         raise AttributeError(f"module 'dse' has no attribute '{name}'; it offers {', '.join(__all__)}")
-    home = importlib.import_module(_HOME[name])
-    # `dse.cost` and `dse.export` are modules that can be called; see dse.callable_module.
-    return home if _HOME[name] == f"dse.{name}" else getattr(home, name)
+    return getattr(importlib.import_module(_DEFINING_MODULE[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,11 +1,12 @@
-"""Exact cost of a design point, by arithmetic on shapes alone: no weights, no torch.
+"""Exact parameters, bytes and FLOPs of a design point, computed from shapes alone (no weights, no torch).
 
-A removed block saves all its parameters and FLOPs, attention over the cache and the cache itself included.
+Let m = out_features and n = in_features. A dense weight has mn parameters and costs 2mn FLOPs per token (one multiply
+and one add per entry). Two factors of rank r have r(m + n) parameters and cost 2r(m + n) FLOPs. Tucker adds an r x r
+core: r^2 parameters and 2r^2 FLOPs. A stack counts as one matrix, so its right factor counts once. The break-even rank
+is the largest r whose factors have no more parameters than the weight.
 
-With m = out_features and n = in_features, a dense weight has mn parameters and costs 2mn FLOPs a token (one multiply
-and one add per entry). Two factors of rank r hold r(m + n) and cost 2r(m + n); Tucker keeps an r x r core between them
-and pays r^2 more of both. A stack is one such matrix: its right factor counts once. The break-even rank is the largest
-r at which the factors are not larger than the weight. For fused expert tensors `dse.expert_tensor` has the arithmetic.
+A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache itself.
+`dse.expert_tensor` has the arithmetic for fused expert tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dse.callable_module import make_callable
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
 from dse.expert_tensor import ExpertTensor
@@ -24,11 +24,11 @@ __all__ = [
     "Cost",
     "break_even_rank",
     "check_point",
-    "cost",
     "factor_parameters",
     "has_core",
     "largest_rank",
     "parameters_saved",
+    "point_cost",
     "point_problems",
 ]
 
@@ -36,30 +36,31 @@ DEFAULT_PROMPT_TOKENS = 512
 
 
 def has_core(method: str) -> bool:
-    """Whether the method keeps an r x r core beside its two factors."""
+    """Whether the method keeps an r x r core between its two factors."""
     return method == "tucker"
 
 
 def break_even_rank(out_features: int, in_features: int, *, core: bool = False) -> int:
-    """Largest rank whose factors hold no more parameters than the dense weight (at least 1).
+    """Largest rank whose factors have no more parameters than the dense weight (at least 1).
 
-    Without a core floor(mn / (m + n)); with one the floor of the positive root of r^2 + r(m + n) = mn.
+    Without a core this is floor(mn / (m + n)). With a core it is the floor of the positive root of
+    r^2 + r(m + n) = mn.
     """
     m, n = out_features, in_features
     if not core:
         return max(1, (m * n) // (m + n))
-    # isqrt keeps this exact for any size: r = (sqrt((m + n)^2 + 4mn) - (m + n)) / 2.
+    # isqrt is exact for any size: r = (sqrt((m + n)^2 + 4mn) - (m + n)) / 2.
     return max(1, (math.isqrt((m + n) ** 2 + 4 * m * n) - (m + n)) // 2)
 
 
 def parameters_saved(topology: Topology, point: DesignPoint) -> int:
-    """Parameters that `point` does without, layers passed by included.
+    """Parameters that `point` removes, including those of layers that are bypassed entirely.
 
     Raises:
-        PointError: It names what the model does not have.
+        PointError: The point names a part that the model does not have.
     """
-    passed = topology.passed_layers(point.removed)
-    rest = {block.layer: block.rest_parameters for block in topology.blocks if block.layer in passed}
+    bypassed = topology.passed_layers(point.removed)
+    rest = {block.layer: block.rest_parameters for block in topology.blocks if block.layer in bypassed}
     blocks = sum(topology.blocks_by_name[name].parameters for name in point.removed)
     choices = [(topology.decomposable(name), choice) for name, choice in point if not choice.is_removal]
     factors = sum(part.parameters - factor_parameters(part, choice) for part, choice in choices)
@@ -67,11 +68,11 @@ def parameters_saved(topology: Topology, point: DesignPoint) -> int:
 
 
 def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
-    """The break-even rank of a tensor, stack or fused expert tensor.
+    """Break-even rank of a tensor, stack or fused expert tensor.
 
     Args:
-        part: What is decomposed.
-        choice: By which method; a choice also says the expert rank.
+        part: The part to decompose.
+        choice: The method's name, or a choice, which also sets the expert rank.
     """
     method, expert_rank = (choice, 0) if isinstance(choice, str) else (choice.method, choice.expert_rank)
     if isinstance(part, ExpertTensor):
@@ -80,7 +81,7 @@ def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
 
 
 def factor_parameters(tensor: Decomposable, choice: TensorChoice) -> int:
-    """Parameters of the factors (and core) that replace the weight or stack; biases are not counted."""
+    """Parameters of the factors (and core) that replace the weight or stack, without biases."""
     if isinstance(tensor, ExpertTensor):
         return tensor.factor_parameters(choice.rank, choice.expert_rank)
     core = choice.rank**2 if has_core(choice.method) else 0
@@ -88,7 +89,7 @@ def factor_parameters(tensor: Decomposable, choice: TensorChoice) -> int:
 
 
 def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
-    """Everything that keeps `point` from being applied to a model of this topology, in order."""
+    """Every reason why `point` cannot be applied to a model of this topology, in the order of the point."""
     problems: list[PointError] = []
     taken: dict[str, str] = {}
     for name, choice in point:
@@ -99,10 +100,10 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
             continue
         problems += _overlaps(topology, name, taken)
         if isinstance(part, RemovableBlock) or choice.is_removal:
-            problems += _removal_misused(part, choice)
+            problems += _removal_problems(part, choice)
             continue
-        if misfit := _expert_misfits(part, choice):
-            problems.append(misfit)
+        if problem := _expert_problem(part, choice):
+            problems.append(problem)
             continue
         limit = largest_rank(part, choice)
         if choice.rank > limit:
@@ -116,14 +117,14 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
 
 
 def _overlaps(topology: Topology, name: str, taken: dict[str, str]) -> list[PointError]:
-    """Whether a tensor of this part belongs to an earlier one too; `taken` (tensor to part) is added to."""
+    """A problem if an earlier part already uses a tensor of this one. Adds this part's tensors to `taken`."""
     problems = []
     for tensor in topology.tensors_of(name):
         if tensor in taken:
             problems.append(
                 PointError(
                     f"a point must name a tensor once, but '{tensor}' is part of both '{taken[tensor]}' and '{name}';"
-                    " leave one of them out"
+                    " remove one of them"
                 )
             )
             break
@@ -131,47 +132,47 @@ def _overlaps(topology: Topology, name: str, taken: dict[str, str]) -> list[Poin
     return problems
 
 
-def _expert_misfits(part: Decomposable, choice: TensorChoice) -> PointError | None:
-    """A method or an expert rank that does not go with this part."""
+def _expert_problem(part: Decomposable, choice: TensorChoice) -> PointError | None:
+    """A problem if the method or expert rank does not apply to this part."""
     if not isinstance(part, ExpertTensor):
         if not choice.expert_rank:
             return None
         return PointError(
-            f"`expert_rank` must go with a fused expert tensor, but '{part.name}' is a matrix; leave it out"
+            f"`expert_rank` applies to fused expert tensors only, but '{part.name}' is a matrix; remove it"
         )
     if choice.method != "tucker":
         return PointError(
             f"a fused expert tensor must be decomposed by method 'tucker', but '{part.name}' of shape"
-            f" {' x '.join(map(str, part.shape))} is given '{choice.method}'; write 'tucker' or leave it dense"
+            f" {' x '.join(map(str, part.shape))} has method '{choice.method}'; use 'tucker' or leave it dense"
         )
     if choice.expert_rank >= part.experts:
         return RankError(
-            f"`expert_rank < {part.experts}` must hold for '{part.name}', which has as many experts, but got"
-            f" expert_rank={choice.expert_rank}; leave it out to keep the expert mode full"
+            f"`expert_rank < {part.experts}` must hold for '{part.name}' ({part.experts} experts), but got"
+            f" expert_rank={choice.expert_rank}; omit it to keep the expert mode at full rank"
         )
     return None
 
 
-def _removal_misused(part: Decomposable | RemovableBlock, choice: TensorChoice) -> list[PointError]:
+def _removal_problems(part: Decomposable | RemovableBlock, choice: TensorChoice) -> list[PointError]:
     if isinstance(part, RemovableBlock) and not choice.is_removal:
         return [
             PointError(
-                f"a block can only be removed, but '{part.name}' is given method '{choice.method}'; name its tensors"
+                f"a block can only be removed, but '{part.name}' has method '{choice.method}'; name its tensors instead"
                 f" ({', '.join((*part.tensors, *part.experts))})"
             )
         ]
     if not isinstance(part, RemovableBlock) and choice.is_removal:
         return [
             PointError(
-                f"only attention and MLP blocks can be removed, but '{part.name}' is none; remove the block around"
-                f" it, for example 'layers.{part.layer or 0}.mlp'"
+                f"only attention and MLP blocks can be removed, but '{part.name}' is not a block; remove the block that"
+                f" contains it, for example 'layers.{part.layer or 0}.mlp'"
             )
         ]
     return []
 
 
 def _attention_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
-    """Without any attention no token sees another; without any of a kind, its KV cache has no length."""
+    """Problems if no attention block remains, or none of a cache kind (its KV cache would have no length)."""
     attention = [block for block in topology.blocks if block.role == "attention"]
     if not attention:
         return []
@@ -179,8 +180,8 @@ def _attention_problems(topology: Topology, point: DesignPoint) -> list[PointErr
     if len(attention) == topology.layer_count and gone.issuperset(block.name for block in attention):
         return [
             PointError(
-                f"one attention block must remain, but the point removes all {len(attention)}; no token would see"
-                " another"
+                f"at least one attention block must remain, but the point removes all {len(attention)}; keep one, or no"
+                " token can attend to another"
             )
         ]
     kinds = {block.cache_kind for block in attention}
@@ -189,19 +190,19 @@ def _attention_problems(topology: Topology, point: DesignPoint) -> list[PointErr
         if gone.issuperset(block.name for block in of_kind):
             return [
                 PointError(
-                    f"one attention block of every kind must remain, since the KV cache is laid out by kind, but the"
-                    f" point removes all {len(of_kind)} of '{kind}'; keep one, such as '{of_kind[0].name}'"
+                    f"at least one attention block of every kind must remain, since the KV cache is laid out by kind,"
+                    f" but the point removes all {len(of_kind)} of '{kind}'; keep one, such as '{of_kind[0].name}'"
                 )
             ]
     return []
 
 
 def check_point(topology: Topology, point: DesignPoint) -> None:
-    """Refuse a point that cannot be applied, with all its problems in one error.
+    """Raise one error that lists all problems of a point that cannot be applied.
 
     Raises:
-        RankError: One rank or more lies above its break-even and nothing else is wrong.
-        PointError: A tensor does not exist in this model.
+        RankError: The only problems are ranks above their break-even.
+        PointError: The point has any other problem, such as a tensor that this model does not have.
     """
     problems = point_problems(topology, point)
     if not problems:
@@ -214,21 +215,20 @@ def check_point(topology: Topology, point: DesignPoint) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a design point costs on a model.
+    """Size and arithmetic of a model at a design point.
 
     Attributes:
-        parameters_dense: All parameters of the dense model, tied ones once.
-        parameters: The same of the decomposed model.
+        parameters_dense: All parameters of the dense model; tied parameters count once.
+        parameters: All parameters of the decomposed model; tied parameters count once.
         reduction: 1 - parameters / parameters_dense.
         weight_bytes: Bytes of parameters and persistent buffers, in the dtype of the topology.
-        flops_prefill_per_token: FLOPs per prompt token when a prompt of `prompt_tokens` is processed in one pass: every
-            matrix, causal attention (half the square), and the output head on the last position alone, as generation
-            needs it.
-        flops_decode_per_token: FLOPs to generate one token behind `prompt_tokens` cached ones, output head included;
-            None for encoders, which generate nothing.
-        kv_cache_bytes_per_token: Bytes a token adds to the KV cache (decomposition does not change it, removed
-            attention blocks do without); None for encoders.
-        prompt_tokens: The prompt length that the attention terms assume.
+        flops_prefill_per_token: FLOPs per prompt token when `prompt_tokens` tokens are processed in one pass: every
+            matrix, causal attention (half the square), and the output head at the last position only, as in generation.
+        flops_decode_per_token: FLOPs to generate one token after `prompt_tokens` cached tokens, including the output
+            head; None for encoders.
+        kv_cache_bytes_per_token: Bytes that one token adds to the KV cache; None for encoders. Decomposition does not
+            change it; removed attention blocks have no cache.
+        prompt_tokens: Prompt length used for the attention terms.
     """
 
     parameters_dense: int
@@ -245,13 +245,13 @@ class Cost:
         return asdict(self)
 
 
-def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT_PROMPT_TOKENS) -> Cost:
-    """Exact parameters, bytes and FLOPs of `point`.
+def point_cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT_PROMPT_TOKENS) -> Cost:
+    """Exact parameters, bytes and FLOPs of the model at `point`.
 
     Args:
-        topology: The model, from its config alone if need be.
-        point: What is decomposed.
-        prompt_tokens: Tokens in the prompt (prefill) and in the cache (decode).
+        topology: The model's topology; loading it needs the model's config only.
+        point: The design point.
+        prompt_tokens: Tokens in the prompt (prefill) and in the KV cache (decode).
 
     Raises:
         PointError: The point cannot be applied to this model.
@@ -265,7 +265,8 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
     parameters = topology.parameters_dense - saved
     removed = [topology.blocks_by_name[name] for name in point.removed]
     matmul, head = _matmul_entries(topology, point)
-    # Scores and weighted sum are two products of (tokens seen) x (attention width) each; a causal prompt sees half.
+    # Attention scores and the weighted sum are two products of (tokens attended to) x (attention width) each. In
+    # causal prefill a token attends to half of the prompt on average.
     width = topology.layer_count * topology.attention_width - sum(block.attention_width for block in removed)
     cached = topology.layer_count * topology.key_value_width - sum(block.key_value_width for block in removed)
     attention = 4 * width
@@ -288,7 +289,7 @@ def cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = DEFAULT
 
 
 def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:
-    """Entries that multiply a token inside the layers (and in other matrices), and in the output head."""
+    """Matrix entries that multiply one token: those in the layers and other matrices, and those of the output head."""
     inside = sum(t.parameters for t in topology.tensors if t.layer is not None) + topology.other_matmul_parameters
     head = topology.head_parameters
     for name, choice in point:
@@ -305,6 +306,3 @@ def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:
         else:
             inside -= saved
     return inside, head
-
-
-make_callable(__name__)

@@ -1,4 +1,4 @@
-"""A design point: which tensors are replaced by low-rank factors, by which method, at which rank; which blocks go."""
+"""Design points: which tensors are decomposed, by which method and rank, and which blocks are removed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dse.topology import Topology
 __all__ = ["METHOD_NAMES", "REMOVED", "DesignPoint", "TensorChoice"]
 
 METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd", "fisher_svd", "fisher_svd_refit")
-"""Decomposition methods a point may name; `dse.decomposition` maps each to its function."""
+"""Names of the decomposition methods; `dse.decomposition` maps each to its function."""
 
 REMOVED = "removed"
-"""The method of a block that is removed as a whole, the limit of rank 0."""
+"""The method name of a removed block, whose rank is 0."""
 
 _CHOICE_KEYS = ("method", "rank", "expert_rank")
 _COMPACT_KEYS = (*_CHOICE_KEYS, "layers", "roles")
@@ -27,13 +27,14 @@ _COMPACT_KEYS = (*_CHOICE_KEYS, "layers", "roles")
 
 @dataclass(frozen=True, order=True)
 class TensorChoice:
-    """How one tensor is decomposed, or that a block is removed.
+    """Method and rank of one tensor, or the removal of a block.
 
     Attributes:
         method: One of `METHOD_NAMES`, or `removed` for an attention or MLP block.
-        rank: Columns kept, at least 1; the upper end depends on the tensor (see `dse.cost.break_even_rank`). 0 for a
-            removed block, and for nothing else.
-        expert_rank: Of fused expert tensors alone: rank of the expert mode; 0, as everywhere else, keeps it full.
+        rank: Rank of the factors, from 1 to the tensor's break-even rank (`dse.cost.break_even_rank`). 0 for a removed
+            block only.
+        expert_rank: Rank of the expert mode of a fused expert tensor. 0 keeps the mode at full rank, and is the only
+            value for other tensors.
     """
 
     method: str
@@ -50,9 +51,7 @@ class TensorChoice:
         is_integer = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         if self.is_removal:
             if not is_integer or self.rank != 0:
-                raise PointError(
-                    f"`rank = 0` must hold for method '{REMOVED}', which keeps nothing, but got rank={self.rank!r}"
-                )
+                raise PointError(f"`rank = 0` must hold for method '{REMOVED}', but got rank={self.rank!r}")
         elif not is_integer or self.rank < 1:
             hint = f'; {{"method": "{REMOVED}", "rank": 0}} removes a block' if is_integer and self.rank == 0 else ""
             raise PointError(f"`rank >= 1` must hold and be an integer, but got rank={self.rank!r}{hint}")
@@ -64,8 +63,8 @@ class TensorChoice:
             raise PointError(f"`expert_rank >= 0` must hold and be an integer, but got expert_rank={kept!r}")
         if kept and self.method != "tucker":
             raise PointError(
-                f"`expert_rank` is for method 'tucker' on fused expert tensors, but got expert_rank={kept} with method"
-                f" '{self.method}'; leave it out"
+                f"`expert_rank` applies to method 'tucker' on fused expert tensors only, but got expert_rank={kept} with"
+                f" method '{self.method}'; remove it"
             )
 
     @classmethod
@@ -79,21 +78,21 @@ class TensorChoice:
         return self.method == REMOVED
 
     def to_json(self) -> dict[str, Any]:
-        """`{"method", "rank"}`, and `expert_rank` where it says something."""
+        """`{"method", "rank"}`, and `expert_rank` if it is not 0."""
         entry: dict[str, Any] = {"method": self.method, "rank": self.rank}
         return entry | ({"expert_rank": self.expert_rank} if self.expert_rank else {})
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TensorChoice:
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            PointError: A key is missing, or a value is none that a point may have.
+            PointError: A key is missing or a value is not allowed.
         """
         for key in ("method", "rank"):
             if key not in entry:
                 raise PointError(
-                    f"a point needs '{key}', but got {_short(dict(entry))}; write it, or use the expanded form"
+                    f"a point needs '{key}', but got {_short(dict(entry))}; add it, or use the expanded form"
                 )
         if not isinstance(entry["method"], str):
             raise PointError(f"`method` must be a name, but got {_short(entry['method'])}")
@@ -102,11 +101,11 @@ class TensorChoice:
 
 @dataclass(frozen=True)
 class DesignPoint:
-    """One configuration of the design space; every tensor it does not name stays dense.
+    """One configuration of the design space. Tensors that it does not name stay dense.
 
     Attributes:
-        choices: (name, choice) pairs of tensors and removed blocks, sorted by name, so that equal points compare and
-            hash equal.
+        choices: (name, choice) pairs of decomposed tensors and removed blocks. They are sorted by name, so that equal
+            points compare and hash equal.
     """
 
     choices: tuple[tuple[str, TensorChoice], ...] = ()
@@ -119,24 +118,24 @@ class DesignPoint:
 
     @classmethod
     def dense(cls) -> DesignPoint:
-        """The point that decomposes nothing."""
+        """The point that changes nothing."""
         return cls()
 
     @classmethod
     def of(cls, choices: Mapping[str, TensorChoice]) -> DesignPoint:
-        """Build a point from tensor name to choice."""
+        """Build a point from a mapping of names to choices."""
         return cls(tuple(choices.items()))
 
     @classmethod
     def uniform(
         cls, topology: Topology, method: str, rank: int, layers: list[int] | str = "all", roles: list[str] | str = "all"
     ) -> DesignPoint:
-        """The compact form: one method and rank for these roles of these layers.
+        """Apply one method and rank to these roles of these layers (the compact form).
 
         With method `removed` and rank 0 the roles are those of blocks: `attention`, `mlp`, or "all" for both.
 
         Raises:
-            PointError: A layer, role, method or rank is not one.
+            PointError: A layer, role, method or rank is not valid.
         """
         return cls._uniform(topology, TensorChoice(method, rank), layers, roles)
 
@@ -154,10 +153,10 @@ class DesignPoint:
 
         Args:
             content: JSON text or its parsed mapping: `{"method", "rank", "layers", "roles"}` or `{"tensors": {...}}`.
-            topology: The model's tensors; the compact form is expanded over them.
+            topology: The model's topology, over which the compact form is expanded.
 
         Raises:
-            PointError: The content is neither form, or names what the model does not have.
+            PointError: The content has neither form, or names a part that the model does not have.
         """
         data = _parse_json(content) if isinstance(content, str) else content
         if not isinstance(data, Mapping):
@@ -168,10 +167,10 @@ class DesignPoint:
 
     @classmethod
     def read(cls, source: str, topology: Topology) -> DesignPoint:
-        """Read a point from JSON text, from a JSON file, or from the word `dense`.
+        """Read a point from JSON text, a JSON file, or the word `dense`.
 
         Raises:
-            PointError: `source` is neither, or its content is not a point of this model.
+            PointError: `source` is none of these, or its content is not a point of this model.
         """
         text = source.strip()
         if text == "dense":
@@ -218,7 +217,7 @@ class DesignPoint:
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorChoice]:
-        """Name of a tensor or block to choice."""
+        """Name of a tensor or block -> choice."""
         return dict(self.choices)
 
     @cached_property
@@ -228,12 +227,12 @@ class DesignPoint:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is decomposed."""
+        """Whether the point leaves the model unchanged."""
         return not self.choices
 
     @cached_property
     def id(self) -> str:
-        """Twelve hexadecimal digits that depend on the choices alone."""
+        """Twelve hexadecimal digits that identify the choices."""
         return hashlib.sha256(self.canonical_json.encode()).hexdigest()[:12]
 
     @cached_property
@@ -242,11 +241,11 @@ class DesignPoint:
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
 
     def to_json(self) -> dict[str, Any]:
-        """The expanded form: `{"tensors": {name: {"method", "rank"}}}`, fused experts perhaps with `expert_rank`."""
+        """The expanded form: `{"tensors": {name: {"method", "rank"}}}`."""
         return {"tensors": {name: choice.to_json() for name, choice in self.choices}}
 
     def compact(self, topology: Topology) -> dict[str, Any] | None:
-        """The compact form, or None where the point is not uniform over layers x roles."""
+        """The compact form; None if the point is not one choice over layers x roles."""
         methods = {choice for _, choice in self.choices}
         parts = [topology.part(name) for name, _ in self.choices]
         if len(methods) != 1 or any(part.layer is None for part in parts):

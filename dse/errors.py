@@ -1,8 +1,8 @@
-"""Every error that `dse` raises on purpose.
+"""Every error that `dse` raises deliberately.
 
 ```
 DseError
-├── UserError                      the caller can mend it: CLI prints one line and exits 2
+├── UserError                      user-fixable: the command line prints one line and exits with 2
 │   ├── ConfigError                a study file, search space or option is wrong
 │   ├── PointError                 a design point cannot be read or applied
 │   │   └── RankError              a rank lies outside its interval
@@ -10,16 +10,16 @@ DseError
 │   │   └── UnknownArchitectureError   no decomposable tensors could be named
 │   ├── TaskError                  an evaluation task cannot be found or read
 │   ├── CalibrationError           calibration text is missing or too short
-│   ├── StudyError                 a study folder is missing, locked or another study's
-│   ├── MeterUnavailableError      energy was asked for and no meter exists
-│   ├── ProfileError               a sensitivity profile is damaged, or of another model or text
-│   ├── AllocationError            a budget no allocation reaches, or constraints that exclude each other
+│   ├── StudyError                 a study folder is missing, locked, or holds another study
+│   ├── MeterUnavailableError      energy was requested, but no meter exists
+│   ├── ProfileError               a sensitivity profile is damaged, or for another model or text
+│   ├── AllocationError            no allocation meets the budget, or constraints conflict
 │   ├── StorageFullError           the disk is full or not writable
 │   └── ExportError                an export could not be written or did not verify
-└── TrialError                     one trial failed: recorded with its reason, the study goes on
+└── TrialError                     one trial failed; its reason is recorded and the study continues
     ├── NonFiniteError             weights, logits or scores are NaN or infinite
-    ├── OutOfMemoryError           the device has no room for this point
-    └── InvalidMeasurementError    a measurement was taken but cannot be trusted
+    ├── OutOfMemoryError           the device has too little memory for this point
+    └── InvalidMeasurementError    a measurement is not valid
 ```
 
 A message states the rule, the value and the remedy, for example
@@ -57,15 +57,15 @@ __all__ = [
 
 
 class DseError(Exception):
-    """Root of the tree; catch it to catch everything that `dse` raises on purpose."""
+    """Base class of every error that `dse` raises deliberately."""
 
 
 class UserError(DseError):
-    """The caller can mend it; the command line prints the message and exits with 2."""
+    """User-fixable error. The command line prints its message and exits with 2."""
 
 
 class ConfigError(UserError):
-    """A study file, search-space file or option breaks its schema or contradicts itself."""
+    """A study file, search-space file or option violates its schema or contradicts itself."""
 
 
 class PointError(UserError):
@@ -81,43 +81,43 @@ class ModelError(UserError):
 
 
 class UnknownArchitectureError(ModelError):
-    """The model's layers were found, but no rule names their tensors."""
+    """The model's layers were found, but no rule maps their tensors to roles."""
 
 
 class TaskError(UserError):
-    """An evaluation task cannot be found, read, or lacks the metric asked for."""
+    """An evaluation task cannot be found or read, or lacks the requested metric."""
 
 
 class CalibrationError(UserError):
-    """Calibration text is missing, unreadable or shorter than the tokens asked for."""
+    """Calibration text is missing, unreadable, or shorter than the requested number of tokens."""
 
 
 class StudyError(UserError):
-    """A study folder is missing, in use, damaged, or belongs to another study."""
+    """A study folder is missing, in use or damaged, or it holds another study."""
 
 
 class MeterUnavailableError(UserError):
-    """Energy was asked for where no energy meter exists."""
+    """Energy was requested, but no energy meter exists."""
 
 
 class ProfileError(UserError):
-    """A sensitivity profile is missing, damaged, or of another model, calibration text or set of methods."""
+    """A sensitivity profile is missing or damaged, or for another model, calibration text or set of methods."""
 
 
 class AllocationError(UserError):
-    """No allocation reaches the budget, or the constraints exclude each other."""
+    """No allocation meets the budget, or the constraints conflict."""
 
 
 class StorageFullError(UserError):
-    """The disk is full or the folder cannot be written."""
+    """The disk is full or the folder is not writable."""
 
 
 class ExportError(UserError):
-    """An export could not be written, or its reload differs from the decomposed model."""
+    """An export could not be written, or the reloaded model differs from the decomposed one."""
 
 
 class TrialError(DseError):
-    """One trial failed; it is recorded with this reason and the study goes on."""
+    """One trial failed. The study records the reason and continues."""
 
 
 class NonFiniteError(TrialError):
@@ -125,7 +125,11 @@ class NonFiniteError(TrialError):
 
 
 class OutOfMemoryError(TrialError):
-    """The device has no room for this point; `bytes_asked` is what it had no room for, where the allocator said."""
+    """The device has too little memory for this point.
+
+    Attributes:
+        bytes_asked: Size of the allocation that failed; None if the allocator did not report it.
+    """
 
     def __init__(self, message: str, bytes_asked: int | None = None) -> None:
         super().__init__(message)
@@ -133,10 +137,10 @@ class OutOfMemoryError(TrialError):
 
 
 class InvalidMeasurementError(TrialError):
-    """A measurement was taken but cannot be trusted; the message gives the reason."""
+    """A measurement is not valid; the message gives the reason."""
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """Return `` "; did you mean 'x'?"`` for the nearest known word, or an empty string."""
+    """The suffix `` "; did you mean 'x'?"`` for the closest known word, or an empty string."""
     matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""

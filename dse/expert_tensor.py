@@ -1,20 +1,20 @@
-"""Routed experts that a model holds as one tensor, and what its Tucker decomposition costs: values only, no torch.
+"""The fused weight of all routed experts of a layer, and the cost of its Tucker decomposition (no torch).
 
-A fused weight has shape (experts, out_features, in_features). A Tucker decomposition of ranks (r_e, r_o, r_i) is a core
-of that shape and a factor for each mode. A mode of full rank has no factor: a square orthogonal matrix would only cost,
-so it is multiplied into the core. One number r says both matrix ranks, r_o = min(r, out_features) and
-r_i = min(r, in_features); the expert mode is full unless a second number says otherwise. With E experts,
-m = out_features and n = in_features the parameters are
+A fused weight has shape (experts, out_features, in_features). A Tucker decomposition with ranks (r_e, r_o, r_i)
+consists of a core of that shape and one factor per mode. A full-rank mode has no factor: its square orthogonal matrix
+is multiplied into the core. One number r sets both matrix ranks, r_o = min(r, out_features) and
+r_i = min(r, in_features). The expert mode stays at full rank unless the expert rank r_e is given. With E experts,
+m = out_features and n = in_features the number of parameters is
 
-    E r^2 + r(m + n)                          r < min(m, n), expert mode full: a small core for each expert,
-    r_e r^2 + r(m + n) + E r_e                r_e cores, mixed by each expert's row of the expert factor,
+    E r^2 + r(m + n)              for r < min(m, n) and a full expert mode: one small core per expert,
+    r_e r^2 + r(m + n) + E r_e    with an expert factor: r_e cores, mixed by the expert's row of the factor.
 
-and the break-even rank solves them against Emn. For many experts of m = n it comes close to n, while an expert
-decomposed alone breaks even at mn/(m + n) = n/2: the two large factors are shared by all experts. FLOPs break even
-earlier than parameters, since one of the factors is applied once for each chosen expert.
+The break-even rank is the largest r at which this is at most Emn. For many experts with m = n it approaches n, because
+all experts share the two large factors; an expert decomposed on its own breaks even at mn/(m + n) = n/2. FLOPs break
+even at a lower rank than parameters, because one of the factors is applied once per chosen expert.
 
-A token pays for the shared factor on its own side once, for the other once for each of its k chosen experts, and for k
-cores; with an expert factor it pays for all r_e cores instead, whatever k is (`dse.decomposition.expert_modules`).
+With k chosen experts, a token costs one product with the factor on the shared side, k products with the other factor,
+and k cores. With an expert factor it costs all r_e cores, independent of k (`dse.decomposition.expert_modules`).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ EXPERT_ROLES = ("expert_gate_up", "expert_down")
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One fused weight of all routed experts of a layer, which may be replaced by its Tucker decomposition.
+    """The fused weight of all routed experts of a layer, which can be replaced by its Tucker decomposition.
 
     Attributes:
         name: Canonical name, `layers.<layer>.<role>`.
         module: Path of the experts' module in the Hugging Face model, for example `model.layers.3.mlp.experts`.
-        parameter: Name of its parameter there, for example `gate_up_proj`.
+        parameter: Name of the parameter in that module, for example `gate_up_proj`.
         layer: 0-based index of the layer.
         role: `expert_gate_up` or `expert_down`.
         experts: Number of routed experts.
         out_features: Rows of one expert's weight.
         in_features: Columns of one expert's weight.
-        experts_per_token: Experts that the router chooses for a token.
+        experts_per_token: Number of experts that the router chooses per token.
     """
 
     name: str
@@ -71,13 +71,14 @@ class ExpertTensor:
 
     @property
     def reads_token(self) -> bool:
-        """Whether a token's chosen experts all read the same input; otherwise their outputs are added up."""
+        """Whether the chosen experts of a token read the same input (gate_up); otherwise their outputs are summed (down)."""
         return self.role == "expert_gate_up"
 
     def ranks(self, rank: int, expert_rank: int = 0) -> tuple[int, int, int]:
-        """Multilinear ranks (experts, out, in) of a design point's numbers; expert rank 0 means full.
+        """Multilinear ranks (experts, out, in) for the ranks of a design point; expert rank 0 means full rank.
 
-        A mode that is truncated keeps no more than the other two can fill: with few experts and a large rank less.
+        The rank of a truncated mode is at most the product of the other two, which matters for few experts and a large
+        rank.
         """
         of_experts, m, n = expert_rank or self.experts, self.out_features, self.in_features
         of_out = m if rank >= m else min(rank, of_experts * min(rank, n))
@@ -85,7 +86,7 @@ class ExpertTensor:
         return (min(expert_rank, of_out * of_in) or self.experts, of_out, of_in)
 
     def factor_parameters(self, rank: int, expert_rank: int = 0) -> int:
-        """Parameters of the core and of a factor for each mode whose rank is not full."""
+        """Parameters of the core and of one factor per truncated mode."""
         of_experts, of_out, of_in = self.ranks(rank, expert_rank)
         factors = [
             size * kept for size, kept in zip(self.shape, (of_experts, of_out, of_in), strict=True) if kept < size
@@ -93,7 +94,7 @@ class ExpertTensor:
         return of_experts * of_out * of_in + sum(factors)
 
     def factor_matmul_parameters(self, rank: int, expert_rank: int = 0) -> int:
-        """Multiplications for one token, as the module that stands in computes them."""
+        """Multiplications per token in the module that replaces the experts."""
         of_experts, of_out, of_in = self.ranks(rank, expert_rank)
         chosen = self.experts_per_token
         rights, lefts = (1, chosen) if self.reads_token else (chosen, 1)
@@ -105,10 +106,10 @@ class ExpertTensor:
         return right + of_experts * of_out * of_in + mixed + left
 
     def largest_rank(self, parameters: int, expert_rank: int = 0) -> int:
-        """The rank (at least 1) up to which the decomposition holds no more than so many parameters.
+        """Largest rank (at least 1) whose decomposition has at most `parameters` parameters.
 
-        Where a mode becomes full its factor goes, so the count falls a little there; ranks beyond one that is too large
-        are not looked for. The rank at which nothing is decomposed is none.
+        The count drops slightly at the rank where a mode becomes full, because its factor is no longer needed. The
+        search stops at the first rank that is too large, and excludes the rank at which nothing is decomposed.
         """
 
         def fits(rank: int) -> bool:
@@ -124,12 +125,12 @@ class ExpertTensor:
         return max(1, found)
 
     def break_even_rank(self, expert_rank: int = 0) -> int:
-        """Largest rank whose decomposition holds no more parameters than the weight (at least 1)."""
+        """Largest rank whose decomposition has no more parameters than the weight (at least 1)."""
         return self.largest_rank(self.parameters, expert_rank)
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number from `low` (taken as fitting) to `high` that fits; none above one that does not fit does."""
+    """Largest number in [low, high] for which `fits` holds, by bisection; `low` is assumed to fit."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -1,4 +1,4 @@
-"""Atomic file writes and the user's cache folder."""
+"""Atomic file writes, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["cache_dir", "disk_errors", "write_bytes", "write_json", "write_text"
 
 
 def cache_dir() -> Path:
-    """Folder for demo models and factor banks: `$DSE_CACHE`, else the platform's user cache folder."""
+    """Folder of cached models, factor banks and evaluations: `$DSE_CACHE`, or else the platform's user cache folder."""
     override = os.environ.get("DSE_CACHE")
     return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("dse"))
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "disk full", "read-only" and "not permitted" under this block into a `StorageFullError`."""
+    """Raise `StorageFullError` for full, read-only and forbidden paths inside this block."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(
-                f"there must be room on the disk that holds {path}, but it is full; free some"
+                f"the disk that holds {path} must have free space, but it is full; free some space"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise StorageFullError(f"{path} must be writable, but: {error.strerror}; choose another folder") from error
@@ -40,7 +40,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part.
+    """Write `content` to `path` atomically: a reader sees the old file or the new one, never a partial one.
 
     Raises:
         StorageFullError: The disk is full or the folder cannot be written.
@@ -66,5 +66,5 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON atomically; NaN and infinity are refused."""
+    """Write `content` as indented JSON atomically. NaN and infinity raise ValueError."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""How long work reports on itself: one callable, so that numerics know nothing of terminals."""
+"""The progress callback of long computations. Numerical code calls it and does not depend on a terminal."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    """Discard the report."""

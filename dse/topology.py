@@ -1,6 +1,6 @@
-"""What a model is made of, as far as decomposition is concerned: values only, no torch.
+"""The parts of a model that can be decomposed or removed, and their sizes (no torch).
 
-`dse.models` builds a `Topology` from a Hugging Face model; `dse.cost`, search spaces and surgery read it.
+`dse.models` builds a `Topology` from a Hugging Face model; `dse.cost`, the search spaces and surgery read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ATTENTION_ROLES = ("query", "key", "value", "query_key_value", "attention_output")
-"""Roles of an attention block's tensors; every other role in a layer belongs to its MLP."""
+"""Roles of the tensors in an attention block; all other roles in a layer belong to its MLP."""
 
 _BLOCK_ROLES = ("attention", "mlp")
 
@@ -33,13 +33,13 @@ class DecomposableTensor:
     """One weight matrix that may be replaced by low-rank factors.
 
     Attributes:
-        name: Canonical name, `layers.<layer>.<role>`, or `<role>` where the tensor lies outside the layers.
+        name: Canonical name, `layers.<layer>.<role>`, or `<role>` for a tensor outside the layers.
         module: Path of its module in the Hugging Face model, for example `model.layers.3.self_attn.q_proj`.
-        layer: 0-based index of the layer; None outside the layers.
-        role: What the tensor does: query, key, value, attention_output, gate, up, down, ...
+        layer: 0-based index of the layer; None for a tensor outside the layers.
+        role: The function of the tensor: query, key, value, attention_output, gate, up, down, ...
         out_features: Rows of the weight as (out_features, in_features).
         in_features: Columns of the weight as (out_features, in_features).
-        has_bias: Whether its module adds a bias (kept as it is by every decomposition).
+        has_bias: Whether its module has a bias; every decomposition keeps the bias unchanged.
         kind: `linear` (weight stored (out, in)) or `conv1d` (GPT-2's, weight stored (in, out)).
     """
 
@@ -59,28 +59,28 @@ class DecomposableTensor:
 
     @property
     def parameters(self) -> int:
-        """Entries of the weight, without bias."""
+        """Entries of the weight, without the bias."""
         return self.out_features * self.in_features
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Path of its one module, in the form in which a stack lists several."""
+        """Path of its module, as a tuple for uniformity with stacks."""
         return (self.module,)
 
 
 @dataclass(frozen=True)
 class TensorStack:
-    """Tensors of a layer that read the same input, decomposed as one matrix with their rows stacked.
+    """Tensors of a layer that read the same input, stacked row-wise and decomposed as one matrix.
 
-    One right factor (rank x in_features) serves all of them, and is multiplied with the input once; the left factor of
-    a member is its slice of rows. A model whose projections are fused has the same thing as a tensor, by the same name.
-    That the members read the very same input was verified when the topology was made (`dse.models.stacks`).
+    The members share one right factor (rank x in_features), which is applied to the input once. The left factor of a
+    member is its slice of rows. In a model with fused projections, the fused tensor has the same name as the stack.
+    `dse.models.layer_skeleton` verifies that the members read the same input when it builds the topology.
 
     Attributes:
         name: Canonical name, `layers.<layer>.query_key_value` or `layers.<layer>.gate_up`.
         layer: 0-based index of the layer.
         role: `query_key_value` or `gate_up`.
-        members: Its tensors, in the order in which their rows are stacked.
+        members: Its tensors, in stacking order.
     """
 
     name: str
@@ -95,7 +95,7 @@ class TensorStack:
 
     @property
     def in_features(self) -> int:
-        """Columns, the same for all members."""
+        """Columns, equal for all members."""
         return self.members[0].in_features
 
     @property
@@ -121,18 +121,18 @@ class TensorStack:
 
 
 Matrix = DecomposableTensor | TensorStack
-"""What every method can decompose: one tensor or a stack; either has a name, layer, role, shape and parameters."""
+"""A part that every method can decompose: one tensor or a stack."""
 
 Decomposable = Matrix | ExpertTensor
-"""What some method can decompose: a matrix, or the fused weight of all experts of a layer."""
+"""A part that at least one method can decompose: a matrix, or the fused weight of all experts of a layer."""
 
 
 @dataclass(frozen=True)
 class RemovableBlock:
-    """An attention or MLP block that the residual stream can pass by: a point removes it as a whole, at rank 0.
+    """An attention or MLP block that a point can remove, so that the residual stream bypasses it.
 
-    That the layer without it computes exactly what it would compute if the block gave zeros was verified when the
-    topology was made (`dse.models.blocks`).
+    `dse.models.removable_blocks` verifies when it builds the topology that the layer without the block computes the same output
+    as with a block that returns zeros.
 
     Attributes:
         name: Canonical name, `layers.<layer>.attention` or `layers.<layer>.mlp`.
@@ -140,20 +140,20 @@ class RemovableBlock:
         layer: 0-based index of the layer.
         role: `attention` or `mlp`.
         layer_module: Path of the layer, for example `model.layers.3`.
-        tensors: Names of the decomposable tensors inside, which go with it.
-        norms: Paths of the norms in front of it and behind it that nothing else reads; they go with it.
-        parameters: All parameters that go with it: matrices, biases, norms.
-        matmul_parameters: Entries of its matrices that multiply one token (of routed experts only those chosen).
+        tensors: Names of the decomposable tensors inside, which are removed with it.
+        norms: Paths of the norms before and after it that nothing else uses; they are removed with it.
+        parameters: All parameters removed with it: matrices, biases, norms.
+        matmul_parameters: Entries of its matrices that multiply one token (of routed experts, the chosen ones only).
         buffers_bytes: Bytes of its persistent buffers.
-        returned_items: What its module returns: 1 for a tensor, n for a tuple of n whose first is the output.
-        rest_parameters: Parameters of the layer outside its removable blocks (a norm that both read, for example);
-            they go when the layer's attention and MLP are both removed and the whole layer is passed by.
-        layer_returned_items: What the layer returns, as `returned_items`.
+        returned_items: Number of values its module returns: 1 for a tensor, n for a tuple whose first item is the output.
+        rest_parameters: Parameters of the layer outside its removable blocks (a norm shared by both, for example); they
+            are removed when the layer's attention and MLP are both removed and the whole layer is bypassed.
+        layer_returned_items: Number of values the layer returns, counted as in `returned_items`.
         attention_width: Sum over query heads of the head size; 0 for an MLP.
         key_value_width: Sum over key/value heads of the head size; 0 for an MLP.
-        cache_module: Path of the module that holds the index into the KV cache; "" for an MLP and in encoders.
-        cache_kind: Kind of its KV cache (`full_attention`, `sliding_attention`); caches are laid out by kind.
-        experts: Names of the fused expert tensors inside, which go with it.
+        cache_module: Path of the module that holds the KV-cache index; "" for an MLP and in encoders.
+        cache_kind: Kind of its KV cache (`full_attention`, `sliding_attention`); the cache is laid out by kind.
+        experts: Names of the fused expert tensors inside, which are removed with it.
     """
 
     name: str
@@ -178,29 +178,28 @@ class RemovableBlock:
 
 @dataclass(frozen=True)
 class Topology:
-    """The decomposable tensors of a model and the sizes that cost arithmetic needs.
+    """The decomposable parts of a model and the sizes that the cost arithmetic needs.
 
     Attributes:
         architecture: Hugging Face class name, for example `LlamaForCausalLM`.
         model_type: Hugging Face model type, for example `llama`.
         layer_count: Number of repeated blocks.
-        tensors: Decomposable tensors in order of layers, then of the forward pass.
-        parameters_dense: All parameters of the model, shared (tied) ones counted once.
+        tensors: Decomposable tensors, ordered by layer, then by forward pass.
+        parameters_dense: All parameters of the model; tied parameters count once.
         buffers_bytes: Bytes of persistent buffers.
-        bytes_per_parameter: Of the dtype the weights are held in (4 for float32).
-        head_parameters: Entries of the output head's matrix (0 without one); tied heads still multiply.
+        bytes_per_parameter: Bytes per weight in the dtype of the model (4 for float32).
+        head_parameters: Entries of the output head's matrix (0 without a head); a tied head counts too.
         attention_width: Sum over query heads of the head size, per layer (for attention FLOPs).
         key_value_width: Sum over key/value heads of the head size, per layer (for KV-cache bytes).
         is_decoder: Whether the model generates tokens left to right.
-        other_matmul_parameters: Entries of matrices that multiply every token but are not decomposable.
-        unmapped: Paths of linear modules inside the layers that no role names; they are left alone.
-        blocks: Blocks that may be removed, in order of layers, attention before MLP; empty where the residual stream
-            cannot pass them by.
-        stacks: Tensors of a layer that may be decomposed as one matrix, in order of layers.
-        blocks_refused: Why a block that one would expect may not be removed, by its name.
-        experts: Fused tensors of routed experts that may be decomposed, in order of layers; their entries per token are
-            counted in `other_matmul_parameters`.
-        experts_refused: Why a layer's fused expert tensors may not be decomposed, by the names they would have.
+        other_matmul_parameters: Entries of the matrices that multiply every token but are not decomposable.
+        unmapped: Paths of linear modules inside the layers that have no role; they stay dense.
+        blocks: Blocks that can be removed, ordered by layer, attention before MLP.
+        stacks: Tensors of a layer that can be decomposed as one matrix, ordered by layer.
+        blocks_refused: Name of a block that cannot be removed -> reason.
+        experts: Fused tensors of routed experts that can be decomposed, ordered by layer; `other_matmul_parameters`
+            includes their entries per token.
+        experts_refused: Name of a fused expert tensor that cannot be decomposed -> reason.
     """
 
     architecture: str
@@ -234,7 +233,7 @@ class Topology:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Tensors in topology order, each stack before the first of its members."""
+        """Tensors in topology order, each stack before its first member."""
         first = {stack.members[0].name: stack for stack in self.stacks}
         return tuple(m for t in self.tensors for m in ((first[t.name], t) if t.name in first else (t,)))
 
@@ -252,7 +251,7 @@ class Topology:
         if name in self.experts_by_name:
             raise PointError(
                 f"a matrix must be named here, but '{name}' is a fused expert tensor of shape"
-                f" {' x '.join(map(str, self.experts_by_name[name].shape))}; only method 'tucker' takes it, in a point"
+                f" {' x '.join(map(str, self.experts_by_name[name].shape))}; only method 'tucker' can decompose it"
             )
         return self.stacks_by_name[name] if name in self.stacks_by_name else self[name]
 
@@ -260,36 +259,38 @@ class Topology:
         """The tensor, stack or fused expert tensor called `name`.
 
         Raises:
-            PointError: Nothing that can be decomposed has that name, or the experts cannot be (with the reason).
+            PointError: No decomposable part has that name, or the experts cannot be decomposed (with the reason).
         """
         if name in self.experts_refused:
             raise PointError(
                 f"'{name}' must be a fused expert tensor that dse can decompose, but {self.experts_refused[name]};"
-                " leave it out"
+                " remove it from the point"
             )
         return self.experts_by_name[name] if name in self.experts_by_name else self.matrix(name)
 
     def part(self, name: str) -> Decomposable | RemovableBlock:
-        """Whatever a point may name: a tensor, a stack, a fused expert tensor or a removable block.
+        """The part called `name`: a tensor, a stack, a fused expert tensor or a removable block.
 
         Raises:
-            PointError: Nothing has that name, or the block cannot be removed (with the reason).
+            PointError: No part has that name, or the block cannot be removed (with the reason).
         """
         if name in self.blocks_by_name:
             return self.blocks_by_name[name]
         if name in self.blocks_refused:
-            raise PointError(f"'{name}' must be passed by exactly to be removed, but {self.blocks_refused[name]}")
+            raise PointError(
+                f"'{name}' must be a block that the model can skip exactly, but {self.blocks_refused[name]}"
+            )
         return self.decomposable(name)
 
     def tensors_of(self, name: str) -> tuple[str, ...]:
-        """Names of the tensors that a part of this name takes up: itself, its members, or those inside the block."""
+        """Names of the tensors of a part: the tensor itself, the members of a stack, or the tensors inside a block."""
         part = self.part(name)
         if isinstance(part, RemovableBlock):
             return (*part.tensors, *part.experts)
         return tuple(member.name for member in part.members) if isinstance(part, TensorStack) else (part.name,)
 
     def passed_layers(self, removed: Iterable[str]) -> tuple[int, ...]:
-        """Layers of which the attention and the MLP are both among these removed blocks: nothing of them is left."""
+        """Layers whose attention and MLP are both among the removed blocks, so that the whole layer is bypassed."""
         layers = [self.blocks_by_name[name].layer for name in removed]
         return tuple(sorted({layer for layer in layers if layers.count(layer) == len(_BLOCK_ROLES)}))
 
@@ -305,7 +306,7 @@ class Topology:
 
     @cached_property
     def part_roles(self) -> tuple[str, ...]:
-        """Roles of everything inside the layers that a point may name: tensors, stacks, experts, removable blocks."""
+        """Roles of all parts inside the layers: tensors, stacks, fused experts and removable blocks."""
         parts: tuple[Decomposable | RemovableBlock, ...] = (*self.stacks, *self.experts, *self.blocks)
         more = [part.role for part in parts]
         return tuple(dict.fromkeys((*self.roles, *more)))
@@ -325,12 +326,12 @@ class Topology:
             ) from None
 
     def select(self, layers: Iterable[int] | str = "all", roles: Iterable[str] | str = "all") -> tuple[str, ...]:
-        """Names of the parts in these layers with these roles: tensors, then stacks, fused experts and blocks.
+        """Names of the parts in these layers with these roles: tensors first, then stacks, fused experts and blocks.
 
         Args:
             layers: 0-based layer indices, or "all".
-            roles: Role names, or "all" (every matrix inside the layers); stacks, fused experts and the removable blocks
-                `attention` and `mlp` only where they are named.
+            roles: Role names, or "all" for every single tensor inside the layers. Stacks, fused experts and the
+                removable blocks `attention` and `mlp` must be named explicitly.
 
         Raises:
             PointError: A layer or role does not exist in this model.
@@ -356,7 +357,7 @@ class Topology:
         return tuple(p.name for p in parts if p.layer in wanted_layers and p.role in wanted_roles)
 
     def _refuse_role_with_reason(self, role: str) -> None:
-        """Have a part of this role refused that cannot be had, which says why."""
+        """Raise the recorded reason if parts of this role exist but cannot be used."""
         for name in (*self.blocks_refused, *self.experts_refused):
             if name.endswith(f".{role}"):
                 self.part(name)

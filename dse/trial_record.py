@@ -8,23 +8,31 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dse.cost import Cost
+from dse.defaults import RENAMED_OBJECTIVES
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import InvalidMeasurementError
+from dse.evaluation.result import EvaluationResult
 from dse.evaluation.statistics.intervals import Interval, PairedInterval
 from dse.pareto.objective import Objective
 
-__all__ = ["EVALUATED_STATES", "TrialRecord", "TrialState", "json_safe", "objective_values", "trial_row"]
+__all__ = [
+    "EVALUATED_STATES",
+    "EvaluatedTrial",
+    "TrialRecord",
+    "TrialState",
+    "json_safe",
+    "objective_values",
+    "trial_row",
+]
 
 TrialState = str
-"""complete, failed (with a reason), stopped (early stopping, see `rung`), duplicate (values of an earlier trial reused),
+"""complete, failed (with a reason), stopped (early, see `rung`), duplicate (values of an earlier trial reused),
 infeasible, or, in studies of version 0.1, interrupted."""
 
 EVALUATED_STATES = ("complete", "failed", "stopped")
 """States that count against the budget."""
 
 _INTERVALS = ("quantities", "estimates", "search_quantities", "ratios", "graded_drops")
-_OLD_NAMES = {"gold_log_likelihood": "target_log_likelihood"}
-"""Quantity names of version 0.1, renamed when a record is read."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class TrialRecord:
     Attributes:
         trial: Number of the trial in the study's storage.
         state: See `TrialState`.
-        origin: The proposer: dense, enqueued, ladder, spread, sampler, allocation, uniform, removal, refined or repaired.
+        origin: The proposer: dense, enqueued, ladder, spread, sampler, allocation, uniform, removal, refined or
+            repaired.
         point: The design point.
         point_text: The point's shortest JSON form, compact where the point is uniform.
         reason: Why the trial failed, was stopped or is infeasible; "" otherwise.
@@ -124,13 +133,26 @@ class TrialRecord:
         choices = data["point"]["tensors"].items()
         values["point"] = DesignPoint.of({name: TensorChoice.from_json(choice) for name, choice in choices})
         for key in _INTERVALS:
-            found = {_OLD_NAMES.get(name, name): _interval(entry) for name, entry in values.get(key, {}).items()}
-            values[key] = {name: interval for name, interval in found.items() if interval is not None}
+            found = {name: _interval(entry) for name, entry in values.get(key, {}).items()}
+            values[key] = {RENAMED_OBJECTIVES.get(name, name): i for name, i in found.items() if i is not None}
         values["divergence_windows"] = tuple(values.get("divergence_windows", ()))  # JSON has no tuples
         values["predicted"] = tuple(values.get("predicted", ()))
         if values.get("accuracy_drop") is not None:
             values["accuracy_drop"] = _interval(values["accuracy_drop"])
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class EvaluatedTrial:
+    """A complete trial with its per-document outcomes.
+
+    Attributes:
+        record: The record, with every objective.
+        evaluation: The evaluation on all documents; None if the study has no tasks.
+    """
+
+    record: TrialRecord
+    evaluation: EvaluationResult | None
 
 
 def objective_values(objectives: Sequence[Objective], record: TrialRecord) -> list[float]:

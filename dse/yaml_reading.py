@@ -1,4 +1,4 @@
-"""Read YAML into a pydantic schema, with one clear line for whatever is wrong with it."""
+"""Read YAML into a pydantic schema and report every problem in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN_PROBLEMS = 5
 _VALUE_CHARACTERS = 60
 _YAML_CHARACTERS = 200
 
-# What PyYAML's own constructors let through beside YAMLError: impossible dates, `!!int ""`, nesting without end.
+# PyYAML's constructors raise these besides YAMLError: impossible dates, `!!int ""`, unbounded nesting.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
@@ -44,11 +44,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def validated(schema: type[_SectionT], data: Any, origin: str) -> _SectionT:
-    """Validate parsed YAML; `origin` names it in errors.
+    """Validate parsed YAML against a schema.
+
+    Args:
+        schema: The section's class.
+        data: Parsed YAML.
+        origin: Name of the data in error messages, usually the file's path.
 
     Raises:
-        ConfigError: The data are not a mapping or break the schema; the message names each place and what is known
-            there.
+        ConfigError: The data are not a mapping or violate the schema. The message names each place and, for an unknown
+            key, the known ones.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{origin} must be a mapping of keys to values, but got {type(data).__name__}")
@@ -65,9 +70,9 @@ def validated(schema: type[_SectionT], data: Any, origin: str) -> _SectionT:
 
 
 def _likeliest(entries: Sequence[Any]) -> list[Any]:
-    """Of a value that may have one of several forms, the problems of the form it comes nearest to.
+    """Keep only the errors of the union member that matches best.
 
-    Pydantic reports every form's; the one whose problem lies deepest is the one that was meant.
+    Pydantic reports the errors of every member; the one with the deepest error is the one the user meant.
     """
     deepest: dict[tuple[Any, ...], int] = {}
     for entry in entries:
@@ -77,18 +82,18 @@ def _likeliest(entries: Sequence[Any]) -> list[Any]:
 
 
 def _before_union(location: Sequence[Any]) -> tuple[Any, ...]:
-    """The part of a location up to the name of a union's member; all of it where there is none."""
+    """The part of a location before the name of a union member; the whole location if it has none."""
     members = [index for index, part in enumerate(location) if _is_member(part)]
     return tuple(location[: members[0]]) if members else tuple(location)
 
 
 def _is_member(part: Any) -> bool:
-    """Whether pydantic names a form, such as `list[int]`, `literal['all']` or a section's class, rather than a key."""
+    """Whether a location part is a union member, such as `list[int]` or a section's class, rather than a key."""
     return isinstance(part, str) and (part.endswith("]") or part[:1].isupper())
 
 
 def _explain(schema: type[BaseModel], entry: Any) -> str:
-    """One line for one pydantic error: where, what is wrong, what is known there."""
+    """One line for one pydantic error: the place, the problem and the known keys."""
     *parents, last = entry["loc"] or ("file",)
     is_whole = _is_member(last) and entry["type"] != "extra_forbidden"
     parts = [part for part in parents if not _is_member(part)] + ([] if is_whole else [last])
@@ -99,17 +104,17 @@ def _explain(schema: type[BaseModel], entry: Any) -> str:
         hint = did_you_mean(location[-1], known) or (f"; known keys: {', '.join(known)}" if known else "")
         return f"unknown key '{where}'{hint}"
     if entry["type"] == "missing":
-        return f"`{where}` is missing; write it"
+        return f"`{where}` is missing; add it"
     message = entry["msg"].removeprefix("Value error, ")
     shown = "" if entry["type"] == "value_error" else f", but got {_shown(entry.get('input'))}"
     return f"`{where}`: {_one_line(message, _YAML_CHARACTERS)}{shown}"
 
 
 def _shown(value: Any) -> str:
-    """A value, short: reprlib stops early, where repr would write out what aliases of YAML repeat without end."""
+    """A short repr. Unlike `repr`, `reprlib` stops early on values that YAML aliases repeat many times."""
     try:
         return _one_line(reprlib.repr(value), _VALUE_CHARACTERS)
-    except (ValueError, RecursionError):  # an integer of more digits than Python converts
+    except (ValueError, RecursionError):  # an integer with more digits than Python converts to text
         return f"a value of type {type(value).__name__}"
 
 
@@ -124,7 +129,7 @@ def _one_line(text: str, length: int) -> str:
 
 
 def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Known keys of the section that `location` leads to, by way of the forms that it names."""
+    """Known keys of the section at `location`."""
     sections: list[type[BaseModel]] = [schema]
     for part in map(str, location):
         forms = [section for section in sections if section.__name__ == part]

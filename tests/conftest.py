@@ -1,4 +1,4 @@
-"""Fixtures of more than one folder: a tiny model and task on disk, and a study of them that has been run."""
+"""Fixtures that several folders use: a tiny model and task on disk, and a finished study of them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order of files when they go to several processes: the plugin's own is by number of tests."""
+    """Keep our order of files under pytest-xdist, which otherwise sorts them by number of tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of the real model first: they take minutes each, and one that came last would leave the others idle."""
+    """Run files with the real model first: each takes minutes, and the last one would leave other processes idle."""
     files = {item.path for item in items if item.get_closest_marker("real_model")}
     items.sort(key=lambda item: item.path not in files)  # stable
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow."""
+    """Tiny models gain nothing from threads, and waiting threads are very slow on a busy machine."""
     import torch
 
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def a_busy_machine_fails_no_trial() -> None:
-    """Latencies of microseconds beside other work say nothing and would be refused; no clock decides a test.
+def accept_noisy_latencies() -> None:
+    """No test may depend on timing: latencies of microseconds on a busy machine would be refused as too noisy.
 
     Tests of that rule set their own limit.
     """
@@ -44,8 +44,8 @@ def a_busy_machine_fails_no_trial() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_is_heard() -> None:
-    """A shell starts background jobs deaf to Ctrl-C, and their children inherit that: tests that send it need it."""
+def handle_ctrl_c() -> None:
+    """Shells start background jobs with Ctrl-C ignored, which children inherit; some tests send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,7 +53,8 @@ def ctrl_c_is_heard() -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model/` and `tiny_choice.yaml`."""
-    from tiny_study import save_choice_task, save_tiny_model
+    from tiny_models import save_tiny_model
+    from tiny_study import save_choice_task
 
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder / "model")
@@ -63,13 +64,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Factor banks and datasets of these tests, away from the user's cache."""
+    """A cache for the tests, so that they leave the user's alone."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The environment and the datasets library pointed at `cache_folder`."""
+    """Make dse and the datasets library use `cache_folder`."""
     import datasets.config
 
     monkeypatch.setenv("DSE_CACHE", str(cache_folder / "dse"))
@@ -79,7 +80,7 @@ def own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def own_process() -> Iterator[None]:
-    """What `dse.cli.main` sets for a process of its own is put back for the tests that follow."""
+    """Undo the process-wide settings of `dse.cli.main` after the test: signal handlers and logging."""
     handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("dse")
     handlers, propagate = list(logger.handlers), logger.propagate
     yield
@@ -89,7 +90,7 @@ def own_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished_study(tiny_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study that has been run: accuracy, latency and size, on the CPU."""
+    """The folder of a finished study of accuracy, latency and size, on the CPU."""
     import datasets.config
     from tiny_study import tiny_study
 

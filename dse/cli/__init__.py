@@ -1,4 +1,4 @@
-"""The command line `dse`: arguments and printing only."""
+"""The command line `dse`. Each command is one file that parses its options, calls the library and prints the result."""
 
 from dse.cli.main import build_parser as build_parser
 from dse.cli.main import main as main

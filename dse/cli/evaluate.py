@@ -1,116 +1,104 @@
-"""`dse evaluate`: a model, dense or at a point, on tasks; no study needed."""
+"""`dse evaluate`: evaluate a model, dense or at a point."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from dse.config import DatasetTaskConfig, EvaluationConfig, TaskConfig, load_dataset_task
-from dse.cost import cost
-from dse.decomposition import METHODS, FactorBank, decompose, longest_window, named_calibration, requests_of_points
-from dse.design_point import DesignPoint
-from dse.errors import ConfigError
-from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator, PairedDrop, evaluator_for
-from dse.files import cache_dir
-from dse.models import LoadedModel, load_model
-from dse.study import StudyListener, resolve_device
+from dse.cli.options import (
+    EXIT_OK,
+    POINT_HELP,
+    add_calibration,
+    add_command,
+    add_device,
+    add_model,
+    calibration_text,
+    count,
+    model_request,
+    positive,
+)
 
-__all__ = ["bank_of_point", "evaluate_command"]
+__all__ = ["add_parser", "run"]
 
 
-def evaluate_command(options: argparse.Namespace, listener: StudyListener) -> dict[str, Any]:
-    """Evaluate; with a point, the dense model too, so that the drop is paired over the same documents.
-
-    Raises:
-        UserError: Model, point, task or calibration text cannot be had.
-    """
-    if options.seed < 0:
-        raise ConfigError(f"`--seed >= 0` must hold, but got {options.seed}")
-    tasks = [load_dataset_task(Path(task)) or TaskConfig(task=task) for task in options.task]
-    heads = {task.head for task in tasks if isinstance(task, DatasetTaskConfig)}
-    listener.on_message(f"loading {options.model}")
-    loaded = load_model(
-        options.model,
-        revision=options.revision,
-        dtype=options.dtype,
-        device=str(resolve_device(options.device)),
-        trust_remote_code=options.trust_remote_code,
-        head=next(iter(heads), None),
+def add_parser(commands: Any) -> None:
+    """Add `dse evaluate`."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        run,
+        summary="evaluate a model, dense or at a point, with lm-eval",
+        example="dse evaluate --model demo:smollm2-135m-instruct --task dse_facts --limit 50",
     )
-    point = DesignPoint.read(options.point, loaded.topology)
-    arithmetic = cost(loaded.topology, point)
-    settings = EvaluationConfig(limit=options.limit, seed=options.seed, batch_size=options.batch_size)
-    evaluator = evaluator_for(loaded, tasks, settings)
-    cache = None if options.no_cache else EvaluationCache(cache_dir() / "evaluations")
-    dense, reused = _evaluate(evaluator, cache, DesignPoint.dense(), "", "evaluate dense", listener)
-    result, drop, graded = dense, None, {}
-    if not point.is_dense:
-        bank = bank_of_point(loaded, point, options, listener)
-        with decompose(loaded, point, bank):
-            result, reused = _evaluate(evaluator, cache, point, bank.identity(point), "evaluate point", listener)
-        drop = result.accuracy_drop(dense)
-        graded = {
-            name: _drop_json(found)
-            for name in result.graded_metrics
-            if (found := result.graded_drop(name, dense)) is not None
-        }
-    return {
-        "model": options.model,
-        "point_id": point.id,
-        "point": point.to_json(),
-        "reduction": arithmetic.reduction,
-        "parameters": arithmetic.parameters,
-        **result.to_json(),
-        "cached_documents": reused,
-        "accuracy": result.accuracy,
-        "perplexity": result.perplexity,
-        "dense": None
-        if point.is_dense
-        else {"accuracy": dense.accuracy, "perplexity": dense.perplexity, **dense.to_json()},
-        "accuracy_drop": None if drop is None else _drop_json(drop),
-        "graded_drops": graded,
-    }
+    add_model(parser)
+    parser.add_argument("--point", default="dense", metavar="POINT", help=POINT_HELP)
+    parser.add_argument(
+        "--task", action="append", required=True, metavar="T", help="lm-eval task, dse_* task or task YAML; repeatable"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="documents per task, drawn by seed (all)")
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="seed of the documents (0)")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="documents per batch (16)")
+    add_device(parser)
+    add_calibration(parser)
+    parser.add_argument("--no-cache", action="store_true", help="do not read or write evaluations in the user's cache")
 
 
-def _drop_json(drop: PairedDrop) -> dict[str, Any]:
-    names = ("low", "high", "documents", "p_value", "smallest_detectable", "test")
-    return {"estimate": drop.value, **{name: getattr(drop, name) for name in names}}
+def run(options: argparse.Namespace) -> int:
+    """Evaluate and print the results."""
+    from dse.cli.printing import print_json
+    from dse.cli.terminal_listener import TerminalListener
+    from dse.config import EvaluationConfig
+    from dse.standalone import evaluate_model
 
-
-def _evaluate(
-    evaluator: ModelEvaluator,
-    cache: EvaluationCache | None,
-    point: DesignPoint,
-    factors: str,
-    phase: str,
-    listener: StudyListener,
-) -> tuple[EvaluationResult, int]:
-    """The result, and how many documents' answers were known before."""
-    identity = evaluator.identity(point.id, factors)
-    answers = Answers() if cache is None else cache.read(identity)
-    result = evaluator.evaluate(lambda done, total: listener.on_phase(phase, done, total), answers=answers)
-    reused = answers.reused
-    if cache is not None and answers.scored:
-        cache.write(identity, answers)
-    return result, reused
-
-
-def bank_of_point(
-    loaded: LoadedModel, point: DesignPoint, options: argparse.Namespace, listener: StudyListener
-) -> FactorBank:
-    """The factors of a point, calibrated as the options say where its method is.
-
-    Raises:
-        CalibrationError: The calibration text is missing or too short.
-    """
-    calibration = None
-    if any(METHODS[method].is_calibrated for method in requests_of_points([point])):
-        calibration = named_calibration(
-            loaded.tokenizer,
-            options.calibration,
-            tokens=options.calibration_tokens,
-            longest_window=longest_window(loaded.model),
+    with TerminalListener() as listener:
+        document = evaluate_model(
+            model_request(options),
+            options.task,
+            EvaluationConfig(limit=options.limit, seed=options.seed, batch_size=options.batch_size),
+            point=options.point,
+            calibration=calibration_text(options),
+            use_cache=not options.no_cache,
+            listener=listener,
         )
-        listener.on_message(f"calibration text: {calibration.description}")
-    return FactorBank.build(loaded, [point], calibration, progress=listener.on_phase)
+    if options.json:
+        print_json(document)
+    else:
+        _print_results(document)
+    return EXIT_OK
+
+
+def _print_results(document: Mapping[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dse.cli.printing import console
+    from dse.report.units import percent
+
+    is_dense = not document["point"]["tensors"]
+    point = "dense" if is_dense else f"point {document['point_id']} (-{percent(document['reduction'])} parameters)"
+    table = Table(title=f"{escape(document['model'])}, {point}")
+    for column in ("task", "metric", "value", "standard error", "documents"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task in document["tasks"]:
+        for metric, numbers in task["all_metrics"].items():
+            value, error = ("" if number is None else f"{number:.4f}" for number in numbers)
+            table.add_row(escape(task["task"]), metric, value, error, str(task["documents"]))
+    out = console()
+    out.print(table)
+    if document["accuracy_drop"] is not None:
+        out.print(_drop_text(document["accuracy_drop"]))
+
+
+def _drop_text(drop: Mapping[str, Any]) -> str:
+    from dse.report.units import points
+
+    text = f"accuracy drop against dense: {points(drop['estimate'])}"
+    if drop["low"] is not None:
+        text += f" (95 % interval {points(drop['low'])} to {points(drop['high'])})"
+    text += f", paired over {drop['documents']} documents"
+    if drop["p_value"] is None:
+        return text
+    smallest = drop["smallest_detectable"]
+    detectable = "none" if smallest is None else points(smallest).lstrip("+")
+    return f"{text} ({drop['test']}, p = {drop['p_value']:.3g}; smallest detectable drop: {detectable})"

@@ -1,4 +1,7 @@
-"""The command line: arguments and printing only. Heavy imports wait inside the commands, so that `--help` is quick."""
+"""The parser of all commands, the exit codes and the set-up of the process.
+
+Commands import the library inside their `run`, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,58 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from dse.cli.commands import COMMANDS
-from dse.cli.commands._base import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
+from dse.cli import (
+    allocate,
+    compare,
+    cost,
+    doctor,
+    evaluate,
+    export,
+    front,
+    measure,
+    profile_device,
+    recommend,
+    run,
+    sensitivity,
+    space,
+)
+from dse.cli.options import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from dse.errors import DseError, UserError
 
 __all__ = ["build_parser", "main"]
 
+# In the order of `dse --help`.
+_COMMANDS = (
+    run,
+    front,
+    recommend,
+    compare,
+    export,
+    cost,
+    space,
+    sensitivity,
+    allocate,
+    evaluate,
+    measure,
+    profile_device,
+    doctor,
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user can mend it, 3 nothing fits, 130 interrupted."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    """Run one command.
+
+    Args:
+        arguments: The command line; None means `sys.argv`.
+
+    Returns:
+        The exit code: 0 success, 2 user-fixable error, 3 no point fits, 130 interrupted.
+    """
+    options = build_parser().parse_args(arguments)
     _set_up_process()
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: Callable[[argparse.Namespace], int] = options.run
     try:
         code = command(options)
         sys.stdout.flush()
@@ -40,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dse front DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except OSError as error:  # a disk or a permission, not a defect of ours
+    except OSError as error:  # a problem of the disk or of permissions, not a bug
         return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
 
 
@@ -51,21 +91,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dse",
         description="Design-space exploration of low-rank decomposition for Hugging Face language models.",
-        epilog="example:\n  dse run studies/quickstart.yaml",
+        epilog="example:\n  dse run quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dse {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in COMMANDS:
-        add(commands)
+    for command in _COMMANDS:
+        command.add_parser(commands)
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, without the usage text in front."""
+    """Prints an error as one line, without the usage text."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse, which before Python 3.13 turns a value that is `--` into an empty list."""
+        """Reject a value `--`, which argparse before Python 3.13 turns into an empty list."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if value == []:
@@ -82,12 +122,12 @@ def _fail(message: str) -> int:
 
 
 def _set_up_process() -> None:
-    """Settings of a process of ours, not of a library: quiet libraries, and SIGTERM as clean as Ctrl-C."""
+    """Settings that belong to a process, not to a library: warnings, logging, encodings, and SIGTERM as Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore")
+    _set_up_warnings()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "±" must not end a study
+            stream.reconfigure(errors="replace")  # a terminal without "±" must not abort a study
     logger = logging.getLogger("dse")
     logger.propagate = False
     for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
@@ -101,8 +141,31 @@ def _set_up_process() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
+def _set_up_warnings() -> None:
+    """Print the deprecated names of study files once each, and ignore all other warnings."""
+    from dse.config import DeprecatedNameWarning
+
+    printed: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if str(message) not in printed:
+            printed.add(str(message))
+            print(f"dse: notice: {message}", file=sys.stderr)
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", DeprecatedNameWarning)
+    warnings.showwarning = show
+
+
 class _StderrHandler(logging.Handler):
-    """Warnings as lines on whatever stderr is now: progress bars replace it while they are drawn."""
+    """Prints log records to the current `sys.stderr`, which progress bars replace while they are shown."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -1,52 +1,72 @@
-"""`dse measure`: latency, energy and memory of a point beside the dense model; no study needed."""
+"""`dse measure`: measure latency, energy and memory of a point, compared with the dense model."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
-from dse.cli.evaluate import bank_of_point
-from dse.cost import cost
-from dse.decomposition import apply_point
-from dse.design_point import DesignPoint
-from dse.errors import ConfigError, MeterUnavailableError, OutOfMemoryError, TrialError
-from dse.measurement import (
-    EnergyMeter,
-    IdlePower,
-    LatencySpec,
-    check_workload,
-    device_lock,
-    grid_of,
-    measure_cell,
-    measure_energy,
-    measure_idle_power,
-    measure_peak_memory,
-    meter_kind,
-    named_meter,
+from dse.cli.options import (
+    EXIT_OK,
+    POINT_HELP,
+    add_calibration,
+    add_command,
+    add_device,
+    add_model,
+    calibration_text,
+    model_request,
+    positive,
+    positive_list,
 )
-from dse.models import LoadedModel, load_model
-from dse.models.several_devices import spread_over
-from dse.runtime import GenerationShape, Sides, fast_runtime
-from dse.study import StudyListener, resolve_device
-from dse.trial_record import finite
 
-__all__ = ["measure_command"]
+__all__ = ["add_parser", "run"]
+
+_PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 
-def measure_command(options: argparse.Namespace, listener: StudyListener) -> dict[str, Any]:
-    """Measure every cell of the grid; one that does not fit is told with its reason.
+def add_parser(commands: Any) -> None:
+    """Add `dse measure`."""
+    parser = add_command(
+        commands,
+        "measure",
+        run,
+        summary="measure latency, energy and memory of a point, compared with the dense model",
+        example="dse measure --model demo:smollm2-135m-instruct --point"
+        """ '{"method": "svd", "rank": 64, "layers": [20, 21]}' --batch 1,8""",
+    )
+    add_model(parser)
+    parser.add_argument("--point", default="dense", metavar="POINT", help=POINT_HELP)
+    parser.add_argument("--batch", type=positive_list, default=(1,), metavar="N,...", help="batch sizes (1)")
+    parser.add_argument(
+        "--prompt", type=positive_list, default=(128,), metavar="N,...", help="prompt lengths in tokens (128)"
+    )
+    parser.add_argument("--new", type=positive_list, default=(16,), metavar="N,...", help="tokens to decode (16)")
+    parser.add_argument("--mode", default="eager", help="execution mode: eager, compile or cuda_graph (eager)")
+    parser.add_argument(
+        "--meter",
+        default="auto",
+        metavar="METER",
+        help="auto, rapl, nvml, nvml:<index or UUID>,..., replay:<trace.csv>, or none (auto)",
+    )
+    add_device(parser, several=True)
+    parser.add_argument("--blocks", type=positive, default=4, metavar="N", help="minimum number of ABBA blocks (4)")
+    parser.add_argument(
+        "--precision", type=float, default=0.02, metavar="P", help="target half-width of a ratio's interval (0.02)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=60.0, metavar="S", help="time limit per combination of sizes (60)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompt (0)")
+    add_calibration(parser)
 
-    Raises:
-        UserError: Model, point, mode, meter or grid cannot be had.
-    """
-    if options.meter != "none":
-        meter_kind(options.meter)
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print the table."""
+    from dse.cli.printing import print_json
+    from dse.cli.terminal_listener import TerminalListener
+    from dse.measurement import LatencySpec
+    from dse.standalone import MeasurementRequest, measure_model
+
     spec = LatencySpec(
         mode=options.mode,
         blocks=options.blocks,
@@ -54,138 +74,111 @@ def measure_command(options: argparse.Namespace, listener: StudyListener) -> dic
         max_duration_s=options.max_seconds,
         seed=options.seed,
     )
-    cells = grid_of(spec, list(itertools.product(options.batch, options.prompt, options.new)))
-    devices = _devices(options.device)
-    meter, no_meter = _meter(options.meter, devices)
-    listener.on_message(f"loading {options.model}")
-    loaded = load_model(
-        options.model,
-        revision=options.revision,
-        dtype=options.dtype,
-        device=str(devices[0]) if len(devices) == 1 else "cpu",
-        trust_remote_code=options.trust_remote_code,
-    )
-    if len(devices) > 1:
-        spread_over(loaded.model, devices)
-    point = DesignPoint.read(options.point, loaded.topology)
-    for cell in cells:
-        check_workload(loaded.model, cell)
-    bank = bank_of_point(loaded, point, options, listener)
-    applied = apply_point(loaded.model, loaded.topology, point, bank)
-    try:
-        with device_lock(*devices):
-            idle = None if meter is None else measure_idle_power(meter)
-            measured = []
-            for cell in cells:
-                runtime = None
-                if cell.mode == "fast":
-                    runtime = fast_runtime(loaded.model, _generation(cell), listener.on_phase)
-                with nullcontext(applied) if runtime is None else runtime.sides(applied) as sides:
-                    measured.append(_Cell(loaded, point, sides, cell, meter, idle, listener).measure())
-    finally:
-        applied.undo()
-    return {
-        "model": options.model,
-        "point_id": point.id,
-        "point": point.to_json(),
-        "is_dense": point.is_dense,
-        "reduction": cost(loaded.topology, point).reduction,
-        "device": "+".join(map(str, devices)),
-        "dtype": options.dtype,
-        "mode": options.mode,
-        "meter": None if meter is None else {"name": meter.name, "source": meter.source, "is_replay": meter.is_replay},
-        "no_meter": no_meter,
-        "idle_power": None if idle is None else finite(dataclasses.asdict(idle)),
-        "cells": measured,
-    }
-
-
-def _generation(cell: LatencySpec) -> GenerationShape:
-    return GenerationShape(cell.batch_size, cell.prompt_tokens, cell.new_tokens)
-
-
-def _devices(names: str) -> list[torch.device]:
-    """One device, or several GPUs: `cuda:0,cuda:1`.
-
-    Raises:
-        ConfigError: One is none, is named twice, or is no GPU where there are several.
-    """
-    devices = [resolve_device(name.strip()) for name in names.split(",")]
-    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(d.type != "cuda" for d in devices)):
-        raise ConfigError(f"several devices must be different GPUs, as cuda:0,cuda:1, but got '{names}'")
-    visible = torch.cuda.device_count()
-    if len(devices) > 1 and any((device.index or 0) >= visible for device in devices):
-        raise ConfigError(f"`--device {names}` must be GPUs that torch sees, but it sees {visible}")
-    return devices
-
-
-def _meter(name: str, devices: Sequence[torch.device]) -> tuple[EnergyMeter | None, str | None]:
-    """The meter, or why there is none; only one that was named outright must be here."""
-    if name == "none":
-        return None, "not asked for"
-    try:
-        return named_meter(name, *devices), None
-    except MeterUnavailableError as error:
-        if name != "auto":
-            raise
-        return None, str(error)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    loaded: LoadedModel
-    point: DesignPoint
-    sides: Sides
-    spec: LatencySpec
-    meter: EnergyMeter | None
-    idle: IdlePower | None
-    listener: StudyListener
-
-    def measure(self) -> dict[str, Any]:
-        """Latency paired; energy and memory of the dense model and of the point, one after the other."""
-        self.listener.on_message(f"measuring {self.spec.cell}")
-        latency = measure_cell(
-            self.loaded.model,
-            self.spec,
-            use_candidate=self.sides.use_candidate,
-            use_baseline=self.sides.use_baseline,
-            progress=lambda done, total: self.listener.on_phase("latency", done, total),
+    request = MeasurementRequest(spec, options.batch, options.prompt, options.new, options.meter)
+    with TerminalListener() as listener:
+        document = measure_model(
+            model_request(options), options.point, request, calibration=calibration_text(options), listener=listener
         )
-        document: dict[str, Any] = {
-            "batch_size": self.spec.batch_size,
-            "prompt_tokens": self.spec.prompt_tokens,
-            "new_tokens": self.spec.new_tokens,
-            "latency": finite(dataclasses.asdict(latency)),
-        }
-        if latency.latency is not None:
-            document |= {"energy": self._both(self._energy), "memory": self._both(self._memory)}
-        return document
+    if options.json:
+        print_json(document)
+    else:
+        _print_measurement(document)
+    return EXIT_OK
 
-    def _both(self, measure: Callable[[DesignPoint], dict[str, Any] | None]) -> dict[str, Any]:
-        found = {}
-        for side, use, point in (
-            ("dense", self.sides.use_baseline, DesignPoint.dense()),
-            ("point", self.sides.use_candidate, self.point),
-        ):
-            use()
-            try:
-                found[side] = measure(point)
-            except TrialError as error:
-                asked = error.bytes_asked if isinstance(error, OutOfMemoryError) else None
-                found[side] = {"is_valid": False, "reason": str(error), "bytes_asked": asked}
-        return found
 
-    def _energy(self, _point: DesignPoint) -> dict[str, Any] | None:
-        if self.meter is None:
-            return None
-        self.listener.on_phase("energy", 0, 1)
-        energy = measure_energy(self.loaded.model, self.spec, self.meter, idle=self.idle)
-        values: dict[str, Any] = finite(dataclasses.asdict(energy))
-        return {**values, "is_valid": energy.is_valid, "reason": energy.reason}
+def _print_measurement(document: Mapping[str, Any]) -> None:
+    from rich.markup import escape
 
-    def _memory(self, point: DesignPoint) -> dict[str, Any]:
-        self.listener.on_phase("memory", 0, 1)
-        per_token = cost(self.loaded.topology, point).kv_cache_bytes_per_token
-        memory = measure_peak_memory(self.loaded.model, self.spec, kv_cache_bytes_per_token=per_token)
-        values: dict[str, Any] = finite(dataclasses.asdict(memory))
-        return {**values, "is_valid": True, "reason": ""}
+    from dse.cli.printing import plain_table, wide_console
+
+    out = wide_console()
+    candidate = "dense again" if document["is_dense"] else "point"
+    columns = ["batch", "prompt", "new", "quantity", "dense", candidate, "ratio", "95 % interval"]
+    table = plain_table(columns, left=("quantity",))
+    for column in table.columns:
+        column.no_wrap = True
+    notes: list[str] = []
+    for cell in document["cells"]:
+        sizes = [str(cell[name]) for name in ("batch_size", "prompt_tokens", "new_tokens")]
+        for index, row in enumerate(_rows(cell, notes)):
+            table.add_row(*(sizes if index == 0 else ["", "", ""]), *row)
+    out.print(table)
+    for line in [*dict.fromkeys(notes), *_footer(document)]:
+        out.print(escape(line), soft_wrap=True)
+
+
+def _rows(cell: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
+    """The rows of one combination of sizes; appends its remarks to `notes`."""
+    latency = cell["latency"]
+    measured = latency["latency"]
+    sizes = f"batch {cell['batch_size']}, prompt {cell['prompt_tokens']}"
+    if measured is None:
+        yield ["not measured", "-", "-", "-", "-"]
+        notes.append(f"{sizes}: {latency['reason']}")
+        return
+    if not latency["is_valid"]:
+        notes.append(f"invalid: {latency['reason']}")
+    if not measured["is_warm"]:
+        notes.append(f"{sizes}: successive blocks differ, so the warm-up may have been too short")
+    for phase, name in (("prefill", "time to first token"), ("decode", "time per output token")):
+        times = measured[phase]
+        if times is not None:
+            for quantile, label in (("median_s", name), ("p90_s", "  90th percentile")):
+                sides = [_quantity(times[side][quantile], "s") for side in ("baseline", "candidate")]
+                interval = f"{times['ratio_low']:.3f} to {times['ratio_high']:.3f}"
+                ratio = [f"{times['ratio']:.3f}", interval] if quantile == "median_s" else ["", ""]
+                yield [label, *sides, *ratio]
+    yield from _energy_rows(cell["energy"], notes)
+    yield from _memory_rows(cell["memory"], notes)
+
+
+def _energy_rows(energy: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
+    if energy["dense"] is None:
+        return
+    for phase, token in (("prefill", "prompt token"), ("decode", "output token")):
+        for kind, label in (("per_token", f"energy per {token}"), ("net_per_token", "  net of idle power")):
+            values = [((energy[side].get(phase) or {}).get(kind) or {}).get("mean_j") for side in ("dense", "point")]
+            if any(value is not None for value in values):
+                yield [label, *(_quantity(value, "J") for value in values), _ratio(*values), ""]
+    notes += [f"energy of {side}: {energy[side]['reason']}" for side in energy if energy[side]["reason"]]
+
+
+def _memory_rows(memory: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
+    labels = {
+        "weight_bytes": "weights",
+        "prefill_rise_bytes": "peak rise in prefill",
+        "decode_rise_bytes": "peak rise in decode",
+        "kv_cache_bytes": "KV cache (computed)",
+    }
+    for key, label in labels.items():
+        values = [memory[side].get(key) for side in ("dense", "point")]
+        if any(value is not None for value in values):
+            yield [label, *("-" if v is None else f"{v / 1e6:,.1f} MB" for v in values), _ratio(*values), ""]
+    notes += [f"memory of {side}: {memory[side]['reason']}" for side in memory if memory[side]["reason"]]
+
+
+def _footer(document: Mapping[str, Any]) -> Iterator[str]:
+    first = document["cells"][0]["latency"]["latency"]
+    clock = "" if first is None else f", clock {first['clock']}"
+    yield f"{document['model']} on {document['device']}, {document['dtype']}, mode {document['mode']}{clock}"
+    if not document["is_dense"]:
+        yield f"point {document['point_id']} removes {100 * document['reduction']:.1f} % of the parameters"
+    meter, idle = document["meter"], document["idle_power"]
+    if meter is None:
+        yield f"energy: not measured ({document['no_meter']})"
+        return
+    yield f"energy: {'REPLAYED, not measured: ' if meter['is_replay'] else ''}{meter['source']}"
+    power = idle["power_w"]
+    yield f"idle power: {idle['reason'] if power is None else _quantity(power, 'W')}"
+
+
+def _ratio(dense: float | None, point: float | None) -> str:
+    return "" if not dense or point is None else f"{point / dense:.3f}"
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    """Three significant digits with an SI prefix: `12.3 ms`."""
+    if value is None:
+        return "-"
+    scale, prefix = next(((s, p) for s, p in _PREFIXES if abs(value) >= s), _PREFIXES[-1])
+    return f"{value / scale:.3g} {prefix}{unit}"

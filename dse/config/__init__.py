@@ -1,4 +1,4 @@
-"""The YAML schema of study files and search spaces: unknown keys are refused, with the nearest known one."""
+"""The YAML schema of study and search-space files. An unknown key is an error that names the closest known key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dse.config.dataset_task import HEAD_COLUMNS, HEAD_METRICS, LOCAL_SUFFIXES, 
 from dse.config.evaluation import AnyTaskConfig, EvaluationConfig, TaskConfig
 from dse.config.fidelity import FidelityConfig
 from dse.config.measurement import MeasurementConfig
+from dse.config.old_names import DeprecatedNameWarning
 from dse.config.reading import load_search_space, load_study, parse_search_space, parse_study
 from dse.config.search import SearchConfig, SearchParts
 from dse.config.search_space import (
@@ -31,6 +32,7 @@ __all__ = [
     "CalibrationSource",
     "ConstraintsConfig",
     "DatasetTaskConfig",
+    "DeprecatedNameWarning",
     "EvaluationConfig",
     "FidelityConfig",
     "GroupConfig",

@@ -1,4 +1,4 @@
-"""What every section of a study file has in common."""
+"""Base class of the sections of study and search-space files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["Section"]
 
 
 class Section(BaseModel):
-    """Frozen, and strict about keys: a misspelt option must not be an ignored one."""
+    """Frozen, and unknown keys are errors, so that a misspelt option is never ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

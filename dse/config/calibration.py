@@ -1,4 +1,4 @@
-"""Which text calibrated methods see."""
+"""Study YAML: the section `calibration`, the text for calibrated methods."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["CalibrationConfig", "CalibrationSource"]
 class CalibrationSource(Section):
     """One text of the calibration mix."""
 
-    builtin: str | None = Field(None, description="a text shipped with dse, or python_docs")
+    builtin: str | None = Field(None, description="a text of the package, or python_docs")
     file: str | None = Field(None, description="a local UTF-8 text file")
     dataset: str | None = Field(None, description="a hub dataset")
     config: str | None = None
     split: str = "train"
     column: str = "text"
-    weight: float = Field(1.0, gt=0, description="share of the tokens, relative to the other sources")
+    weight: float = Field(1.0, gt=0, description="weight of the source's share of the tokens")
 
     @model_validator(mode="after")
     def _one_text(self) -> Self:
@@ -32,7 +32,7 @@ class CalibrationSource(Section):
 
 
 class CalibrationConfig(Section):
-    """The text under whose activations calibrated methods minimise their error."""
+    """The text whose activations calibrated methods use to minimise their error."""
 
     sources: list[CalibrationSource] = Field(
         [CalibrationSource(builtin="general", weight=1.0)],

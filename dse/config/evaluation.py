@@ -1,4 +1,4 @@
-"""Which tasks, and how they are run."""
+"""Study YAML: the sections `tasks` and `evaluation`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["AnyTaskConfig", "EvaluationConfig", "TaskConfig"]
 
 
 class TaskConfig(Section):
-    """One evaluation task: an lm-eval name, a builtin one, or a YAML file relative to the study file."""
+    """One evaluation task: an lm-eval task name, a built-in name, or a YAML file relative to the study file."""
 
     task: str = Field(min_length=1)
     metric: str | None = None
@@ -23,32 +23,32 @@ class TaskConfig(Section):
     num_fewshot: int | None = Field(None, ge=0)
 
 
-def _form(value: Any) -> str:
+def _kind(value: Any) -> str:
     has_dataset = "dataset" in value if isinstance(value, Mapping) else isinstance(value, DatasetTaskConfig)
     return "DatasetTaskConfig" if has_dataset else "TaskConfig"
 
 
 AnyTaskConfig = Annotated[
     Annotated[TaskConfig, Tag("TaskConfig")] | Annotated[DatasetTaskConfig, Tag("DatasetTaskConfig")],
-    Discriminator(_form),
+    Discriminator(_kind),
 ]
-"""A task of lm-eval's kind, or (where it has a `dataset`) one on a data set's rows."""
+"""A dataset task if it has a `dataset`, else an lm-eval task."""
 
 
 class EvaluationConfig(Section):
-    """How tasks are run; the same for every trial."""
+    """How tasks are evaluated; the same for every trial."""
 
     limit: int | None = Field(None, ge=1, description="documents per task, drawn by seed; null means all")
     seed: int = Field(0, ge=0)
-    batch_size: int = Field(16, ge=1, description="batches hold at most this many times 128 tokens")
+    batch_size: int = Field(16, ge=1, description="a batch has at most this many times 128 tokens")
     max_length: int | None = Field(None, ge=16)
     apply_chat_template: bool = False
     masked_scoring: Literal["within_word", "original"] = Field(
         "within_word", description="pseudo-log-likelihood of masked language models: which tokens are masked together"
     )
-    divergence_tokens: int = Field(4096, ge=16, description="held-out tokens of the objective kl_divergence")
+    divergence_tokens: int = Field(4096, ge=16, description="held-out tokens for the objective kl_divergence")
     compare_float32: bool | None = Field(
         None,
-        description="with a half-precision model, evaluate the dense model in float32 too and report the difference;"
+        description="with a half-precision model, also evaluate the dense model in float32 and report the difference;"
         " null does so up to two billion parameters",
     )

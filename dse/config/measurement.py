@@ -1,4 +1,4 @@
-"""How latency, energy and memory are measured."""
+"""The `measurement` section of a study file."""
 
 from __future__ import annotations
 
@@ -17,35 +17,45 @@ _Axis = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 class MeasurementConfig(Section):
     """How latency, energy and memory are measured.
 
-    `prompt_tokens`, `new_tokens` and `batch_size` take a number or a list; lists span a grid, whose first cell is the
-    one that the objectives are read from.
+    `prompt_tokens`, `new_tokens` and `batch_size` take a number or a list. Lists span a grid; its first cell provides
+    the objectives.
     """
 
     prompt_tokens: _Axis = Field([128])
     new_tokens: _Axis = Field([16])
     batch_size: _Axis = Field([1])
-    mode: Literal["eager", "compile", "cuda_graph", "fast"] = Field("eager", description="how a generation is run")
+    mode: Literal["eager", "compile", "cuda_graph"] = Field("eager", description="execution mode of decode steps")
     only_if_faster: bool = Field(
-        False, description="leave dense what the device profile does not call faster; needs mode fast"
+        False, description="keep a tensor dense unless the device profile finds its decomposition faster"
     )
     predict_latency: bool = Field(
-        False, description="measure the dense model alone and predict the others' latency from the device profile"
+        False, description="measure only the dense model and predict all other latencies from the device profile"
     )
-    blocks: int = Field(4, ge=2, description="least number of ABBA blocks: point, dense, dense, point")
-    warmup_blocks: int = Field(1, ge=0, description="blocks that never count")
-    max_warmup_blocks: int = Field(6, ge=0, description="blocks discarded at most until two successive ones agree")
-    warmup_tolerance: float = Field(0.1, gt=0, lt=1, description="blocks agree within this fraction")
-    min_duration_s: float = Field(0.0, ge=0, description="least timed work a cell")
-    max_duration_s: float = Field(20.0, gt=0, description="timed work after which no block is added for precision")
+    blocks: int = Field(4, ge=2, description="minimum number of ABBA blocks: candidate, baseline, baseline, candidate")
+    warmup_blocks: int = Field(1, ge=0, description="blocks that run first and never count")
+    max_warmup_blocks: int = Field(6, ge=0, description="maximum number of blocks discarded until two agree")
+    warmup_tolerance: float = Field(0.1, gt=0, lt=1, description="maximum relative difference of two blocks that agree")
+    min_duration_s: float = Field(0.0, ge=0, description="minimum timed work per cell")
+    max_duration_s: float = Field(20.0, gt=0, description="timed work after which no further block starts")
     precision: float | None = Field(
-        0.02, gt=0, lt=1, description="blocks are added until half the interval of each ratio is within this fraction"
+        0.02,
+        gt=0,
+        lt=1,
+        description="blocks are added until half the interval of each ratio is this small",
     )
     meter: str | None = Field(
         None,
-        description="auto, rapl, nvml[:index or UUID,...] or replay:<trace.csv>; naming one always measures energy",
+        description="auto, rapl, nvml[:index or UUID,...] or replay:<trace.csv>; if set, energy is always measured",
     )
-    energy_windows: int = Field(3, ge=1, description="windows a phase, whose spread is reported")
-    energy_precision: float | None = Field(None, gt=0, lt=1, description="relative error asked of a window")
+    energy_windows: int = Field(3, ge=1, description="energy windows per phase")
+    energy_precision: float | None = Field(None, gt=0, lt=1, description="maximum relative error of an energy window")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _fast_was_removed(cls, value: Any) -> Any:
+        if value == "fast":
+            raise ValueError("mode `fast` and its CPU kernel were removed; use `mode: eager` or `mode: compile`")
+        return value
 
     @field_validator("prompt_tokens", "new_tokens", "batch_size", mode="before")
     @classmethod
@@ -56,7 +66,7 @@ class MeasurementConfig(Section):
     @classmethod
     def _each_once(cls, values: list[int]) -> list[int]:
         if len(set(values)) != len(values):
-            raise ValueError(f"a size may be listed once, but got {values}")
+            raise ValueError(f"a size may be listed only once, but got {values}")
         return values
 
     @model_validator(mode="after")
@@ -67,14 +77,7 @@ class MeasurementConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _profile_is_of_the_fast_form(self) -> Self:
-        for name in ("only_if_faster", "predict_latency"):
-            if getattr(self, name) and self.mode != "fast":
-                raise ValueError(f"`{name}` needs `mode: fast`, whose products the profile times, but got {self.mode}")
-        return self
-
     @property
     def cells(self) -> list[tuple[int, int, int]]:
-        """The grid as (batch size, prompt tokens, new tokens); the first is the objectives' cell."""
+        """The grid as (batch size, prompt tokens, new tokens); the first cell provides the objectives."""
         return list(itertools.product(self.batch_size, self.prompt_tokens, self.new_tokens))

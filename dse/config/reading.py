@@ -1,4 +1,4 @@
-"""Read and validate study and search-space files; relative paths are resolved against the file itself."""
+"""Read and validate study and search-space files. Relative paths are relative to the file's folder."""
 
 from __future__ import annotations
 
@@ -12,59 +12,73 @@ from dse.config.search_space import SearchSpaceConfig
 from dse.config.study import StudyConfig
 from dse.config.task_file import dataset_task_of_file
 from dse.errors import ConfigError
+from dse.shipped_files import find_yaml
 from dse.yaml_reading import read_yaml, validated
 
 __all__ = ["load_search_space", "load_study", "parse_search_space", "parse_study"]
 
 
 def load_search_space(path: Path) -> SearchSpaceConfig:
-    """Read a search-space file.
+    """Read a search-space file, given by its path or by the name of a shipped one.
 
     Raises:
-        ConfigError: The file is missing, malformed, or breaks the schema.
+        ConfigError: The file is missing, malformed, or violates the schema.
     """
-    return parse_search_space(read_yaml(path), str(path))
+    return parse_search_space(read_yaml(find_yaml(path, "search_spaces")), str(path))
 
 
 def parse_search_space(data: Any, origin: str = "search space") -> SearchSpaceConfig:
-    """Validate a parsed search space; `origin` names it in errors.
+    """Validate a parsed search space; `origin` is its name in error messages.
 
     Raises:
-        ConfigError: The data break the schema.
+        ConfigError: The data violate the schema.
     """
     return validated(SearchSpaceConfig, data, origin)
 
 
 def load_study(path: Path) -> StudyConfig:
-    """Read a study file; `space`, task files and calibration files are resolved against the file's own folder.
+    """Read a study file, given by its path or by the name of a shipped one.
+
+    Its paths (search space, tasks, calibration files) are relative to its folder.
 
     Raises:
-        ConfigError: The file or one it names is missing, malformed, or breaks the schema.
+        ConfigError: The file or one that it names is missing, malformed, or violates the schema.
     """
-    return parse_study(read_yaml(path), base=path.parent, origin=str(path))
+    found = find_yaml(path, "studies")
+    return parse_study(read_yaml(found), base=found.parent, origin=str(path))
 
 
 def parse_study(data: Any, *, base: Path | None = None, origin: str = "study") -> StudyConfig:
-    """Validate a parsed study; relative paths are resolved against `base`.
+    """Validate a parsed study.
+
+    Args:
+        data: Parsed YAML.
+        base: Folder that relative paths are relative to; None means the current directory.
+        origin: Name of the study in error messages.
 
     Raises:
-        ConfigError: The data break the schema.
+        ConfigError: The data violate the schema.
     """
     folder = (base or Path()).absolute()
     if isinstance(data, dict):
         data = dict(data)
         if isinstance(data.get("space"), str):
-            data["space"] = load_search_space(Path(_absolute(folder, data["space"]))).model_dump()
+            data["space"] = _space_from_file(data["space"], folder).model_dump()
         if isinstance(data.get("tasks"), list):
-            data["tasks"] = [_task_of_file(task, folder) for task in data["tasks"]]
+            data["tasks"] = [_task_from_file(task, folder) for task in data["tasks"]]
         if isinstance(data.get("enqueue"), list):
-            data["enqueue"] = [_point_of_file(entry, folder) for entry in data["enqueue"]]
+            data["enqueue"] = [_point_from_file(entry, folder) for entry in data["enqueue"]]
     study = validated(StudyConfig, data, origin)
     return _with_absolute_paths(study, folder)
 
 
-def _task_of_file(task: Any, folder: Path) -> Any:
-    """A task given as a file that holds a task on a data set is read here; everything else is left as it is."""
+def _space_from_file(text: str, folder: Path) -> SearchSpaceConfig:
+    path = find_yaml(Path(text), "search_spaces", base=folder)
+    return load_search_space(Path(_absolute(folder, str(path))))
+
+
+def _task_from_file(task: Any, folder: Path) -> Any:
+    """Read a file that defines a dataset task; return any other task unchanged."""
     entry = {"task": task} if isinstance(task, str) else task
     named = entry.get("task") if isinstance(entry, dict) else None
     if not isinstance(named, str) or not named.endswith((".yaml", ".yml")):
@@ -73,8 +87,8 @@ def _task_of_file(task: Any, folder: Path) -> Any:
     return task if found is None else {**found, **{key: value for key, value in entry.items() if key != "task"}}
 
 
-def _point_of_file(entry: Any, folder: Path) -> Any:
-    """A point given as a JSON file, such as `dse allocate --out` writes, is read here; everything else is left."""
+def _point_from_file(entry: Any, folder: Path) -> Any:
+    """Read a point from a JSON file, as written by `dse allocate --out`; return any other entry unchanged."""
     if not isinstance(entry, str):
         return entry
     path = Path(_absolute(folder, entry))
@@ -82,11 +96,11 @@ def _point_of_file(entry: Any, folder: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"`enqueue` must name readable JSON files or hold points, but {path}: {reason}") from error
+        raise ConfigError(f"`enqueue` must list points or readable JSON files, but {path}: {reason}") from error
 
 
 def _with_absolute_paths(study: StudyConfig, folder: Path) -> StudyConfig:
-    """Paths made absolute, so that the resolved study means the same wherever it is read again."""
+    """The study with absolute paths, so that it can be read from any folder."""
     tasks = [_task_with_absolute_path(task, folder) for task in study.tasks]
     sources = [
         s.model_copy(update={"file": _absolute(folder, s.file)}) if s.file is not None else s
@@ -113,24 +127,24 @@ def _task_with_absolute_path(task: TaskConfig | DatasetTaskConfig, folder: Path)
 
 
 def _model_ref(folder: Path, ref: str) -> str:
-    """An absolute path where `ref` is a local model; a hub id and `demo:` stay as they are."""
+    """The absolute path of a local model; a hub id or `demo:` reference is returned unchanged."""
     if ref.startswith("demo:"):
         return ref
     if ref.startswith((".", "~", "/")) or ref.endswith(".gguf"):
         return _absolute(folder, ref)
-    # `models/mine` may be a folder or a hub id: it is a folder where there is one, as for `from_pretrained`.
+    # `models/mine` may be a folder or a hub id; an existing folder takes precedence, as in `from_pretrained`.
     return next((str(place.resolve()) for place in (folder / ref, Path(ref)) if _is_folder(place)), ref)
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # a name that no file system accepts
         return False
 
 
 def _absolute(folder: Path, text: str) -> str:
     try:
         return str((folder / Path(text).expanduser()).resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte; `~somebody` who has no home
-        raise ConfigError(f"a path must be one this machine knows, but got {text!r:.80}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, or `~user` for an unknown user
+        raise ConfigError(f"a path must be valid on this machine, but got {text!r:.80}: {error}") from error

@@ -1,4 +1,4 @@
-"""How a study searches beside its sampler: each part can be switched off."""
+"""The `search` section: parts of the search in addition to the sampler, each of which can be switched off."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pydantic import Field
 
 from dse.config._section import Section
 
-__all__ = ["SearchConfig", "SearchParts", "search_of_word"]
+__all__ = ["SearchConfig", "SearchParts", "search_from_word"]
 
 
 @dataclass(frozen=True)
 class SearchParts:
-    """What the search consists of, beside the sampler and the user's own points.
+    """The parts of the search that run in addition to the sampler and the user's points.
 
     Attributes:
-        start_up: Plain points and a spread over the reductions come before the sampler, where nothing better does.
-        warm_starts: A sensitivity profile is measured, and allocations over it, uniform points and removals come first.
-        refinement: Changes of front points compete with the sampler.
-        refit: The divergences of the profile are refitted to the measured points, and new allocations compete, too.
+        start_up: Without warm starts, evaluate uniform points and a spread over the reductions before the sampler.
+        warm_starts: Measure a sensitivity profile, then evaluate allocations, uniform points and removals first.
+        refinement: Propose modifications of front points, in competition with the sampler.
+        refit: Refit the profile to the measured points and propose new allocations, in competition with the sampler.
     """
 
     start_up: bool
@@ -31,7 +31,8 @@ class SearchParts:
 
 _EVERYTHING = SearchParts(start_up=True, warm_starts=True, refinement=True, refit=True)
 _NOTHING = SearchParts(start_up=False, warm_starts=False, refinement=False, refit=False)
-# Evolution recombines whole generations, which other origins would thin out; random samplers are baselines.
+# Evolutionary samplers recombine whole generations, so other proposers would dilute them. Random samplers are
+# baselines.
 _START_UP = SearchParts(start_up=True, warm_starts=False, refinement=False, refit=False)
 _AUTOMATIC = {
     "tpe": _EVERYTHING,
@@ -44,16 +45,16 @@ _AUTOMATIC = {
 
 
 class SearchConfig(Section):
-    """Parts of the search; one that is left out follows from the sampler."""
+    """Parts of the search. The default of an omitted part depends on the sampler."""
 
-    start_up: bool | None = Field(None, description="plain points and a spread over the reductions first")
-    warm_starts: bool | None = Field(None, description="allocations over a sensitivity profile first")
-    refinement: bool | None = Field(None, description="changes of front points compete with the sampler")
-    refit: bool | None = Field(None, description="new allocations over refitted divergences compete with the sampler")
-    profile_tokens: int = Field(512, ge=128, description="held-out tokens on which the profile measures divergence")
+    start_up: bool | None = Field(None, description="first evaluate uniform points and a spread over the reductions")
+    warm_starts: bool | None = Field(None, description="first evaluate allocations over a sensitivity profile")
+    refinement: bool | None = Field(None, description="modifications of front points compete with the sampler")
+    refit: bool | None = Field(None, description="new allocations over the refitted profile compete with the sampler")
+    profile_tokens: int = Field(512, ge=128, description="held-out tokens on which the sensitivity profile is measured")
 
     def parts(self, sampler: str) -> SearchParts:
-        """What runs beside this sampler: model-based ones get everything, random ones nothing, unless told."""
+        """The parts for this sampler: by default all for model-based samplers and none for random ones."""
         automatic = _AUTOMATIC[sampler]
         chosen = {field.name: getattr(self, field.name) for field in fields(SearchParts)}
         return SearchParts(
@@ -61,8 +62,8 @@ class SearchConfig(Section):
         )
 
 
-def search_of_word(value: Any) -> Any:
-    """`auto` and `off` (which YAML reads as false) as the section that they stand for."""
+def search_from_word(value: Any) -> Any:
+    """Expand `auto` and `off` (which YAML reads as false) to the section that they mean."""
     if value == "auto" or value is True:
         return {}
     if value in ("off", "none") or value is False:

@@ -15,7 +15,7 @@ __all__ = ["ConstraintsConfig", "GroupConfig", "LayerRange", "LimitsConfig", "Ra
 
 
 class Range(Section):
-    """A closed interval; either end may be left open."""
+    """A closed interval; either end may be omitted."""
 
     min: float | None = None
     max: float | None = None
@@ -28,7 +28,7 @@ class Range(Section):
 
 
 class LimitsConfig(Section):
-    """The first two follow from a point alone, so that one outside costs no evaluation; the rest is measured."""
+    """Limits on points. The first two are computed without an evaluation; the others need a measurement."""
 
     reduction: Range = Range()
     weight_bytes: Range = Range()
@@ -38,15 +38,15 @@ class LimitsConfig(Section):
 
     @property
     def measured(self) -> dict[str, Range]:
-        """Limits on what only a measurement tells, those that are set."""
+        """The limits in effect on measured quantities."""
         limits = {name: getattr(self, name) for name in ("prefill_latency_s", "decode_latency_s", "peak_memory_bytes")}
         return {name: limit for name, limit in limits.items() if limit != Range()}
 
     def within(self, other: LimitsConfig) -> LimitsConfig:
-        """Both limits at once.
+        """The intersection of two sets of limits.
 
         Raises:
-            ConfigError: They exclude each other.
+            ConfigError: An intersection is empty.
         """
         return LimitsConfig(**{name: _both(name, getattr(self, name), getattr(other, name)) for name in _LIMITS})
 
@@ -57,7 +57,7 @@ def _both(name: str, first: Range, second: Range) -> Range:
     low, high = max(lows, default=None), min(highs, default=None)
     if low is not None and high is not None and low > high:
         raise ConfigError(
-            f"constraints must leave room for a point, but those on {name} exclude each other: at least {low:g} and at"
+            f"`min <= max` must hold for the constraints on {name}, but together they require at least {low:g} and at"
             f" most {high:g}; loosen one of them in `constraints` or in the space's `limits`"
         )
     return Range(min=low, max=high)
@@ -67,26 +67,26 @@ _LIMITS = tuple(LimitsConfig.model_fields)
 
 
 class ConstraintsConfig(LimitsConfig):
-    """What every point of a study must keep, whoever proposes it; beside what its space says."""
+    """Constraints on every point of a study, in addition to those of its search space."""
 
     keep_layers: list[Annotated[int, Field(ge=0)]] = Field([], description="layers that stay dense in every point")
     keep_roles: list[str] = Field([], description="roles that stay dense in every point")
 
     @property
     def limits(self) -> LimitsConfig:
-        """The limits among them."""
+        """The limits without the layers and roles."""
         return LimitsConfig(**{name: getattr(self, name) for name in _LIMITS})
 
 
 class LayerRange(Section):
-    """All layers but the first and last few."""
+    """All layers except the first and last few."""
 
     skip_first: int = Field(0, ge=0)
     skip_last: int = Field(0, ge=0)
 
 
 class GroupConfig(Section):
-    """Which tensors share one choice: neighbouring layers, and roles."""
+    """Groups of tensors that share one choice, by neighbouring layers and by roles."""
 
     layers: int = Field(1, ge=1, description="neighbouring layers that share a choice")
     roles: Literal["together", "separate"] | dict[str, list[str]] = Field(
@@ -102,27 +102,28 @@ class GroupConfig(Section):
 
 
 class RankConfig(Section):
-    """The rank levels of a group, beside leaving it dense."""
+    """The rank levels of a group, in addition to leaving it dense."""
 
     absolute: list[Annotated[int, Field(ge=1)]] | None = None
     kept_fractions: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="share of a tensor's parameters that its factors keep"
+        None, description="parameters of the factors divided by those of the tensor"
     )
     multiple: Annotated[int, Field(ge=1)] | Literal["device"] = Field(
-        1, description="ranks are rounded down to a multiple of this; device: what the study's device is timed to like"
+        1,
+        description="round ranks down to a multiple of this; device: the one that is fastest on the study's device",
     )
 
     @property
     def settled_multiple(self) -> int:
-        """The multiple as a number.
+        """The rank multiple as a number.
 
         Raises:
-            ConfigError: It follows the device, and nobody has timed it yet.
+            ConfigError: The multiple is `device`, and the device has not been timed yet.
         """
         if self.multiple == "device":
             raise ConfigError(
-                "ranks need a number to be multiples of, but `ranks.multiple` is 'device', which `dse run` settles when"
-                " a study begins; `dse profile-device --space` tells the number: write that one"
+                "`ranks.multiple` must be a number here, but got 'device', which only `dse run` resolves; run"
+                " `dse profile-device --space` and write the number that it prints"
             )
         return self.multiple
 
@@ -139,13 +140,13 @@ class RankConfig(Section):
 
 
 class SearchSpaceConfig(Section):
-    """What may be decomposed, and how far."""
+    """The parts that may be decomposed or removed, and the ranks they may have."""
 
     name: str = Field(min_length=1)
     kind: Literal["levels", "subset", "depth_profile"] = Field(
         "levels",
-        description="levels: each group picks dense or a rank; subset: layers x roles x one rank (the paper's);"
-        " depth_profile: a budget and a smooth profile over depth, turned into a point by an allocation",
+        description="levels: each group is dense or has a rank; subset: layers x roles x one rank (as in the paper);"
+        " depth_profile: a budget and a smooth profile over depth, from which an allocation computes a point",
     )
     methods: list[str] = Field(["whitened_svd"], min_length=1)
     layers: Literal["all"] | list[int] | LayerRange = "all"
@@ -153,14 +154,18 @@ class SearchSpaceConfig(Section):
     groups: GroupConfig = GroupConfig()
     ranks: RankConfig
     stacks: bool = Field(
-        False, description="decompose query, key and value (gate and up) of a layer as one matrix where it can be done"
+        False, description="decompose query, key and value (gate and up) of a layer as one stacked matrix if possible"
     )
-    removal: bool = Field(False, description="whole attention and MLP blocks may be removed: one level more, or option")
-    knots: int = Field(5, ge=2, le=20, description="of a depth profile: points of its curve over the layers")
+    removal: bool = Field(False, description="allow the removal of whole attention and MLP blocks")
+    knots: int = Field(
+        5, ge=2, le=20, description="depth_profile: number of support points of the curve over the layers"
+    )
     limits: LimitsConfig = LimitsConfig()
     keep_layers: list[Annotated[int, Field(ge=0)]] = Field([], description="layers that stay dense in every point")
     keep_roles: list[str] = Field([], description="roles that stay dense in every point")
-    role_names: dict[str, str] = Field({}, description="module path suffix: role, for architectures dse does not know")
+    role_names: dict[str, str] = Field(
+        {}, description="module path suffix -> role, for architectures that dse does not know"
+    )
 
     @field_validator("methods")
     @classmethod
@@ -178,24 +183,24 @@ class SearchSpaceConfig(Section):
     @model_validator(mode="after")
     def _groups_are_used(self) -> Self:
         if self.kind != "levels" and self.groups != GroupConfig():
-            raise ValueError("`groups` is for `kind: levels`; the other kinds have groups of their own")
+            raise ValueError("`groups` is for `kind: levels`; the other kinds define their own groups")
         if self.kind == "subset" and (self.stacks or self.removal):
             raise ValueError("`stacks` and `removal` are for `kind: levels`; a subset has one rank for all its tensors")
         if self.kind == "depth_profile" and self.stacks:
-            raise ValueError("`stacks` is for `kind: levels`; a depth profile decomposes tensors one by one")
+            raise ValueError("`stacks` is for `kind: levels`; a depth profile decomposes single tensors")
         if self.kind != "depth_profile" and self.knots != 5:
             raise ValueError("`knots` is for `kind: depth_profile`")
         return self
 
     def at_multiple(self, multiple: int) -> SearchSpaceConfig:
-        """This space with the rank multiple settled."""
+        """This space with the given rank multiple."""
         return self.model_copy(update={"ranks": self.ranks.model_copy(update={"multiple": multiple})})
 
     def constrained(self, constraints: ConstraintsConfig) -> SearchSpaceConfig:
-        """This space under further constraints.
+        """This space with further constraints.
 
         Raises:
-            ConfigError: They and the space's own exclude each other.
+            ConfigError: They conflict with those of the space.
         """
         changes = {
             "limits": self.limits.within(constraints.limits),

@@ -1,4 +1,4 @@
-"""Calibration text: which words a calibrated method sees, as windows of tokens with a fingerprint."""
+"""Calibration text: the token windows that calibrated methods run through the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 _DATA = Path(__file__).resolve().parent.parent / "data" / "calibration"
 _HELD_OUT_TEXT = _DATA.parent / "general_heldout.txt"
 _HELD_OUT_WINDOW = 128
-"""Tokens: the shorter a window, the more of them, and the better is known how much they differ."""
+"""Tokens per window. Shorter windows give more of them, and so a better estimate of their spread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class CalibrationWindows:
     Attributes:
         token_ids: Shape (windows, window), int64.
         fingerprint: 16 hexadecimal digits of the tokens and their arrangement.
-        description: What the text is, for records.
+        description: The sources of the text, for records.
     """
 
     token_ids: Tensor
@@ -47,13 +47,19 @@ class CalibrationWindows:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all windows."""
+        """Number of tokens in all windows."""
         return self.token_ids.numel()
 
     def spread(self, tokens: int) -> Tensor:
-        """About so many tokens in whole windows, spread evenly over all of them; shape (windows', window).
+        """A subset of whole windows with about this many tokens, evenly spaced over all windows.
 
-        Windows stand source by source, so a leading part would leave out the last sources.
+        Windows are ordered by source, so the first ones alone would leave out the last sources.
+
+        Args:
+            tokens: Target number of tokens.
+
+        Returns:
+            Shape (windows', window).
         """
         count = min(len(self.token_ids), max(1, tokens // self.token_ids.shape[1]))
         return self.token_ids[torch.linspace(0, len(self.token_ids) - 1, count).long()]
@@ -64,7 +70,7 @@ def _shipped(name: str) -> Callable[[], str]:
 
 
 def _python_docs() -> str:
-    """The language reference that every Python installation carries."""
+    """The language reference that every Python installation contains."""
     from pydoc_data import topics
 
     return "\n\n".join(topics.topics.values())
@@ -76,7 +82,7 @@ BUILTIN_TEXTS: dict[str, Callable[[], str]] = {
     "facts": _shipped("facts"),
     "python_docs": _python_docs,
 }
-"""Texts that need no network: three shipped with the package, and the language reference of the installation."""
+"""Texts that need no network: three in this package, and the language reference of the Python installation."""
 
 
 def calibration_windows(
@@ -84,15 +90,15 @@ def calibration_windows(
 ) -> CalibrationWindows:
     """Tokenise the sources and draw windows by seed, each source contributing its share.
 
-    A source shorter than its share gives all it has and the others make up for it.
+    A source shorter than its share contributes all it has; the other sources make up the difference.
 
     Args:
         tokenizer: The model's Hugging Face tokenizer.
         config: Sources, tokens, window and seed.
-        longest_window: The model's context, where it is shorter than the window asked for.
+        longest_window: The model's context in tokens, if it is shorter than the configured window.
 
     Raises:
-        CalibrationError: A text cannot be read, or all together are shorter than the tokens asked for.
+        CalibrationError: A text cannot be read, or all sources together have too few tokens.
     """
     pieces, counts, wanted = _drawn(tokenizer, config, longest_window)
     window = pieces[0].shape[1]
@@ -113,27 +119,27 @@ def calibration_windows(
 def held_out_windows(
     tokenizer: Any, config: CalibrationConfig, tokens: int, *, longest_window: int | None = None
 ) -> Tensor:
-    """Text of the same sources that calibration does not see, then general text that no source holds.
+    """Windows of the same sources that calibration does not use, filled up with general text that is in no source.
 
     Args:
         tokenizer: The model's Hugging Face tokenizer.
-        config: Of the calibration: its sources, and how many of their windows it takes.
-        tokens: Wanted.
-        longest_window: The model's context, where it is shorter than a window.
+        config: The calibration: its sources, and how many of their windows it uses.
+        tokens: Number of tokens needed.
+        longest_window: The model's context in tokens, if it is shorter than a window.
 
     Returns:
         Shape (windows, window), int64.
 
     Raises:
-        CalibrationError: A text cannot be read, or what calibration leaves is too short.
+        CalibrationError: A text cannot be read, or too little text is left.
     """
     pieces, counts, _ = _drawn(tokenizer, config, longest_window)
     window = min(_HELD_OUT_WINDOW, pieces[0].shape[1])
     wanted = max(2, tokens // window)
-    left = [_cut(piece[count:], window) for piece, count in zip(pieces, counts, strict=True)]
-    # Long sources give no more than their share, or one would stand for all.
-    shares = _shares([len(piece) for piece in left], [source.weight for source in config.sources], wanted)
-    found = [piece[:share] for piece, share in zip(left, shares, strict=True)]
+    unused = [_cut(piece[count:], window) for piece, count in zip(pieces, counts, strict=True)]
+    # A long source gives no more than its share, so that it does not dominate.
+    shares = _shares([len(piece) for piece in unused], [source.weight for source in config.sources], wanted)
+    found = [piece[:share] for piece, share in zip(unused, shares, strict=True)]
     missing = wanted - sum(shares)
     if missing > 0:
         general = _windows_of(tokenizer, _HELD_OUT_TEXT.read_text(encoding="utf-8"), window, config.seed)
@@ -141,8 +147,8 @@ def held_out_windows(
     windows = torch.cat(found)
     if len(windows) < wanted:
         raise CalibrationError(
-            f"KL divergence needs {tokens} tokens of text that calibration does not see, but only"
-            f" {windows.numel()} are left; lower `calibration.tokens`, the tokens asked for, or name more text"
+            f"KL divergence needs {tokens} tokens of text outside the calibration windows, but only"
+            f" {windows.numel()} are left; lower `calibration.tokens` or the number of tokens, or name more text"
         )
     return windows
 
@@ -150,10 +156,16 @@ def held_out_windows(
 def named_calibration(
     tokenizer: Any, text: str, *, tokens: int, longest_window: int | None = None
 ) -> CalibrationWindows:
-    """Calibration windows of one text: the name of a builtin one, or a UTF-8 file.
+    """Calibration windows of one text, given by the name of a builtin text or the path of a UTF-8 file.
+
+    Args:
+        tokenizer: The model's Hugging Face tokenizer.
+        text: Name or path.
+        tokens: Number of tokens.
+        longest_window: The model's context in tokens, if it is shorter than the default window.
 
     Raises:
-        CalibrationError: The text cannot be read, or is shorter than the tokens asked for.
+        CalibrationError: The text cannot be read, or is too short.
     """
     source = CalibrationSource(builtin=text) if text in BUILTIN_TEXTS else CalibrationSource(file=text)
     config = CalibrationConfig(sources=[source], tokens=max(64, tokens))
@@ -161,7 +173,7 @@ def named_calibration(
 
 
 def longest_window(model: Any) -> int | None:
-    """Longest sequence the model's position embeddings allow; None where its config does not say."""
+    """The longest sequence that the model's position embeddings allow, in tokens; None if its config does not say."""
     return context_tokens(model)
 
 
@@ -189,7 +201,7 @@ def _read(source: CalibrationSource) -> str:
 
 
 def _read_dataset(source: CalibrationSource) -> str:
-    """Join the text column of a hub dataset."""
+    """The text column of a hub dataset, joined."""
     import datasets
 
     try:
@@ -198,15 +210,15 @@ def _read_dataset(source: CalibrationSource) -> str:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CalibrationError(
-            f"calibration dataset '{source.dataset}' must be loadable, but: {reason}; without a hub, name a `file` or a"
-            f" `builtin` ({', '.join(BUILTIN_TEXTS)})"
+            f"calibration dataset '{source.dataset}' must be loadable, but: {reason}; without the hub, name a `file` or"
+            f" a `builtin` ({', '.join(BUILTIN_TEXTS)})"
         ) from error
 
 
 def _drawn(
     tokenizer: Any, config: CalibrationConfig, longest_window: int | None
 ) -> tuple[list[Tensor], list[int], int]:
-    """Windows of each source in their order, how many of each calibration takes, and how many it wants."""
+    """The shuffled windows of each source, how many of them calibration uses, and how many it needs in total."""
     window = min(config.window, longest_window or config.window)
     pieces = [_windows_of(tokenizer, _read(source), window, config.seed) for source in config.sources]
     wanted = max(1, config.tokens // window)
@@ -218,14 +230,16 @@ def _drawn(
 
 
 def _cut(windows: Tensor, window: int) -> Tensor:
-    """Windows cut into shorter ones, what is left over let go; shape (windows', window)."""
+    """Windows cut into shorter ones, without the remainder; shape (windows', window)."""
     whole = windows.shape[1] // window
     return windows[:, : whole * window].reshape(-1, window)
 
 
 def _windows_of(tokenizer: Any, text: str, window: int, seed: int) -> Tensor:
     """Whole windows of the text in an order drawn by `seed`, shape (windows, window)."""
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # "sequence longer than ..."
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(
+        logging.ERROR
+    )  # hides "sequence longer than ..."
     token_ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     count = len(token_ids) // window
     windows = token_ids[: count * window].reshape(count, window)
@@ -234,9 +248,10 @@ def _windows_of(tokenizer: Any, text: str, window: int, seed: int) -> Tensor:
 
 
 def _shares(available: list[int], weights: list[float], wanted: int) -> list[int]:
-    """Split `wanted` windows by weight, no source giving more than it has.
+    """Split `wanted` windows by weight; no source gives more than it has.
 
-    Largest-remainder rounding over the sources that still have windows left, repeated until nothing can be handed out.
+    Largest-remainder rounding over the sources that still have windows, repeated until all windows are assigned or no
+    source has any left.
     """
     counts = [0] * len(available)
     while sum(counts) < wanted:
@@ -245,10 +260,10 @@ def _shares(available: list[int], weights: list[float], wanted: int) -> list[int
             break
         missing, total = wanted - sum(counts), sum(weights[i] for i in open_sources)
         exact = {i: missing * weights[i] / total for i in open_sources}
-        grants = {i: min(int(exact[i]), available[i] - counts[i]) for i in open_sources}
-        if not any(grants.values()):
+        added = {i: min(int(exact[i]), available[i] - counts[i]) for i in open_sources}
+        if not any(added.values()):
             first = max(open_sources, key=lambda i: exact[i])
-            grants = {first: 1}
-        for i, grant in grants.items():
-            counts[i] += grant
+            added = {first: 1}
+        for i, number in added.items():
+            counts[i] += number
     return counts

@@ -1,4 +1,4 @@
-"""What each tensor's decomposition is expected to cost, at every rank, before anything is decomposed or measured."""
+"""The expected KL divergence of each tensor at every rank, estimated without decomposing or measuring anything."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from dse.decomposition.activation_grams import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
 from dse.decomposition.calibration_text import CalibrationWindows
+from dse.decomposition.factors import as_matrix
 from dse.decomposition.fisher_svd import fisher_divergence
-from dse.decomposition.gradient_gram import GradientGrams
-from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
-from dse.decomposition.low_rank import as_matrix
+from dse.decomposition.gradient_grams import GradientGrams
 from dse.files import cache_dir, write_bytes
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
@@ -24,7 +24,7 @@ __all__ = ["expected_divergence"]
 
 logger = logging.getLogger("dse")
 
-_VERSION = "expected-divergence-1"
+_VERSION = "expected-damage-1"  # part of the cache key, so the name of the first release stays
 
 
 def expected_divergence(
@@ -35,16 +35,16 @@ def expected_divergence(
     gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
     progress: ProgressCallback = ignore_progress,
 ) -> dict[str, NDArray[np.float64]]:
-    """Curves of divergence of every tensor inside the layers under `fisher_svd`, cached on disk.
+    """Expected divergence of `fisher_svd` for every tensor inside the layers, as a curve over ranks, cached on disk.
 
-    A few thousand tokens forward and backward say of all tensors and all ranks what measuring says of one option at a
-    time. The estimate is of second order and lets tensors be independent, so its level is rough; which tensor can spare
-    ranks it tells well (docs/search.md).
+    One forward and backward pass over a few thousand tokens covers all tensors and ranks, while a measurement covers
+    one option at a time. The estimate is of second order and treats tensors as independent, so its level is rough. It
+    ranks tensors well by how much rank they can lose (docs/figures.md).
 
     Args:
         loaded: The dense model.
         calibration: Windows of calibration text.
-        folder: Where estimates are kept; the user's cache by default.
+        folder: Where estimates are cached; by default in the user's cache.
         gram_budget_bytes: Memory for Gram matrices.
         progress: Called as ("calibrate", tokens, tokens) and ("gradients", tokens, tokens).
 
@@ -56,7 +56,7 @@ def expected_divergence(
         NonFiniteError: Activations or gradients are not finite.
     """
     key = hashlib.sha256("|".join((_VERSION, loaded.fingerprint, calibration.fingerprint)).encode()).hexdigest()[:16]
-    path = (folder or cache_dir() / "expected_divergence") / f"{key}.safetensors"
+    path = (folder or cache_dir() / "expected_damage") / f"{key}.safetensors"
     names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.layer is not None)
     if (known := _read(path, names)) is not None:
         return known
@@ -76,7 +76,7 @@ def expected_divergence(
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.float64]] | None:
-    """The curves on disk; None where they are absent or damaged."""
+    """The cached curves; None if they are absent or damaged."""
     try:
         found = safetensors.numpy.load(path.read_bytes())
         return {name: found[name] for name in names}

@@ -1,4 +1,4 @@
-"""What is swapped so that a model computes with Tucker-decomposed experts."""
+"""The swaps that give a model Tucker-decomposed experts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dse.decomposition.expert_factors import TuckerFactors
 from dse.decomposition.expert_modules import TuckerExperts, TuckerExpertWeight
-from dse.decomposition.module_check import weight_problems
-from dse.decomposition.removal import Swap
+from dse.decomposition.factors import TuckerFactors
+from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError
 from dse.expert_tensor import ExpertTensor
@@ -21,15 +20,15 @@ __all__ = ["ExpertFactorSource", "dense_experts", "expert_problems", "expert_swa
 
 @runtime_checkable
 class ExpertFactorSource(Protocol):
-    """A source that also yields factors for fused expert tensors."""
+    """A source that also yields factors of fused expert tensors."""
 
     def expert_factors(self, name: str, choice: TensorChoice) -> TuckerFactors:
-        """Factors of fused expert tensor `name` at this choice's ranks."""
+        """Factors of fused expert tensor `name` at the ranks of this choice."""
         ...
 
 
 def expert_problems(model: nn.Module, tensor: ExpertTensor) -> list[PointError]:
-    """What keeps this tensor from being decomposed in this very model."""
+    """Reasons why this tensor cannot be decomposed in this model; empty if it can."""
     return weight_problems(model, tensor.name, tensor.module, tensor.parameter, tensor.shape, (TuckerExperts,))
 
 
@@ -37,7 +36,7 @@ def dense_experts(model: nn.Module, tensor: ExpertTensor) -> Tensor:
     """The weight of a fused expert tensor, shape (experts, out_features, in_features).
 
     Raises:
-        PointError: It is not dense now.
+        PointError: It is not dense.
     """
     for problem in expert_problems(model, tensor):
         raise problem
@@ -45,13 +44,13 @@ def dense_experts(model: nn.Module, tensor: ExpertTensor) -> Tensor:
 
 
 def expert_swaps(model: nn.Module, topology: Topology, point: DesignPoint, source: object) -> Iterator[Swap]:
-    """One swap for each module of experts of which the point decomposes one tensor or both.
+    """One swap for each module of experts in which the point decomposes at least one tensor.
 
     Args:
         model: The dense model.
         topology: Its topology.
-        point: What to decompose; its matrices and removed blocks are not looked at.
-        source: Where factors come from; they are cast to the dense weight's dtype and moved to its device.
+        point: The design point; its matrices and removed blocks are ignored here.
+        source: Source of the factors, which are moved to the dense weight's device and dtype.
 
     Raises:
         PointError: The source has no factors of fused expert tensors.
@@ -59,7 +58,7 @@ def expert_swaps(model: nn.Module, topology: Topology, point: DesignPoint, sourc
     chosen = [topology.experts_by_name[name] for name, _ in point if name in topology.experts_by_name]
     if chosen and not isinstance(source, ExpertFactorSource):
         raise PointError(
-            f"the source of factors must have those of fused expert tensors, but {type(source).__name__} has none for"
+            f"the source of factors must hold those of fused expert tensors, but {type(source).__name__} has none for"
             f" '{chosen[0].name}'; build a factor bank"
         )
     for path in dict.fromkeys(tensor.module for tensor in chosen):
@@ -71,7 +70,5 @@ def expert_swaps(model: nn.Module, topology: Topology, point: DesignPoint, sourc
             if tensor.name in point.by_name and isinstance(source, ExpertFactorSource):
                 factors = source.expert_factors(tensor.name, point.by_name[tensor.name])
                 factors = factors.to(weight.device, weight.dtype)
-            weights.append(TuckerExpertWeight(factors))
-        parent, _, attribute = path.rpartition(".")
-        replacement = TuckerExperts(dense, *weights).train(dense.training)
-        yield Swap(model.get_submodule(parent), attribute, dense, replacement)
+            weights.append(TuckerExpertWeight(factors.core, factors.experts, factors.left, factors.right))
+        yield module_swap(model, path, TuckerExperts(dense, *weights))

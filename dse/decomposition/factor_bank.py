@@ -1,4 +1,4 @@
-"""Decompose once, slice any rank: the factor bank."""
+"""The factor bank: decompose each tensor once, slice any smaller rank."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from dse.cost import check_point, has_core
+from dse.decomposition.activation_grams import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
 from dse.decomposition.calibration_text import CalibrationWindows, longest_window, named_calibration
-from dse.decomposition.expert_factors import TuckerFactors
 from dse.decomposition.expert_surgery import dense_experts
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
-from dse.decomposition.gradient_gram import GradientGrams
-from dse.decomposition.gram import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
-from dse.decomposition.low_rank import LowRankFactors, LowRankLinear, as_matrix
+from dse.decomposition.factors import LowRankFactors, TuckerFactors, as_matrix
+from dse.decomposition.gradient_grams import GradientGrams
+from dse.decomposition.low_rank_modules import LowRankLinear, StackedLinear
 from dse.decomposition.methods import METHODS, factorise
-from dse.decomposition.refitted_point import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
-from dse.decomposition.stacked import StackedLinear
+from dse.decomposition.refit_cache import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
 from dse.decomposition.tucker import tucker_of_experts
 from dse.defaults import CALIBRATION_TOKENS
 from dse.design_point import DesignPoint, TensorChoice
@@ -37,15 +36,15 @@ __all__ = ["FactorBank", "RankRequests", "requests_of_points"]
 logger = logging.getLogger("dse")
 
 RankRequests = Mapping[str, Mapping[str, int]]
-"""Method name to the name of a tensor or stack to the largest rank that will be asked for."""
+"""Method name to tensor or stack name to the largest rank that will be requested."""
 
 
 class FactorBank:
     """Factors of a model's tensors, built once per (model, method, calibration text) and kept in the user's cache.
 
-    Truncated SVDs are nested: the best rank-r factors are the leading r columns of the best rank-R ones. So each tensor
-    is decomposed once, at the largest rank a space can ask for, and every smaller rank is a slice. The Tucker
-    decompositions of a fused expert tensor are not nested: each is computed when it is first asked for, and kept.
+    Truncated SVDs are nested: the best rank-r factors are the leading r columns of the best rank-R factors. So each
+    tensor is decomposed once, at the largest rank that a space can request, and every smaller rank is a slice. Tucker
+    decompositions of fused expert tensors are not nested: each is computed on first request, and kept.
     """
 
     def __init__(
@@ -71,24 +70,24 @@ class FactorBank:
         gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
         progress: ProgressCallback = ignore_progress,
     ) -> FactorBank:
-        """Open the bank, decomposing what is missing, damaged, or stored at too small a rank.
+        """Open the bank and decompose what is missing, damaged or stored at too small a rank.
 
-        Tensors are streamed: one is read, decomposed, written and let go before the next. A build that was killed goes
-        on where it stood.
+        Tensors are processed one at a time: read, decomposed, written and released. A build that was killed continues
+        where it stopped.
 
         Args:
             loaded: The dense model.
             requests: Largest rank per method and tensor, or the points that will be applied.
-            calibration: Needed by calibrated methods: windows from `calibration_windows`, or the name of a builtin text
-                (general, grammar, facts, python_docs) or of a text file.
-            folder: Where banks live; the user's cache by default.
-            gram_budget_bytes: Memory for Gram matrices; less means more passes over the calibration text.
+            calibration: Required by calibrated methods: windows from `calibration_windows`, or the name of a builtin
+                text (general, grammar, facts, python_docs), or the path of a text file.
+            folder: Where banks are stored; by default in the user's cache.
+            gram_budget_bytes: Memory for Gram matrices. Less memory means more passes over the calibration text.
             progress: Called as ("calibrate", tokens, tokens), ("gradients", tokens, tokens) and ("decompose", tensors,
                 tensors).
 
         Raises:
-            CalibrationError: A calibrated method was asked for without calibration text.
-            PointError: The model is not dense now.
+            CalibrationError: A calibrated method is requested without calibration text.
+            PointError: The model is not dense.
             StorageFullError: The disk has no room for the bank.
         """
         if isinstance(calibration, str):
@@ -113,12 +112,13 @@ class FactorBank:
         return bank
 
     def of_point(self, point: DesignPoint) -> FactorBank | RefittedFactors:
-        """Where this point's factors come from: the bank itself, or a refit of them where a method asks for one.
+        """The source of this point's factors: the bank itself, or a refit if one of its methods refits.
 
-        A point is refitted on the resident model, which must be dense; the points last refitted are kept on disk.
+        A refit runs on the resident model, which must be dense. The most recent refits are kept on disk.
 
         Raises:
-            PointError: The bank was not built for this point, or it decomposes experts, which a refit cannot follow.
+            PointError: The bank was not built for this point, or the point decomposes experts, which a refit does not
+                support.
             NonFiniteError: The decomposed model's activations are not finite.
         """
         if self._refitter is None or not is_refitted(point):
@@ -134,7 +134,9 @@ class FactorBank:
         return self._refitter.refit(point, self.factors, self._stores[method].folder / REFIT_VERSION)
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
-        """Factors of one tensor, sliced from the bank; float32 on the CPU. What a refitting method starts from.
+        """Factors of one tensor, sliced from the bank; float32 on the CPU.
+
+        For a method that refits, these are the factors that it starts from.
 
         Raises:
             PointError: The bank was not built for this tensor, method or rank.
@@ -149,11 +151,11 @@ class FactorBank:
         return store.get(name, choice.rank)
 
     def expert_factors(self, name: str, choice: TensorChoice) -> TuckerFactors:
-        """Factors of a fused expert tensor at exactly these ranks, from disk or computed now; float32 on the CPU.
+        """Factors of a fused expert tensor at exactly these ranks, read from disk or computed now; float32 on the CPU.
 
         Raises:
-            PointError: The bank was not built for this method, the choice does not fit, or the experts are not dense
-                while they have to be decomposed.
+            PointError: The bank was not built for this method, the choice does not fit, or the factors must be computed
+                while the experts are not dense.
             NonFiniteError: The weight holds NaN or infinity.
             StorageFullError: The disk has no room.
         """
@@ -173,11 +175,13 @@ class FactorBank:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Methods the bank holds."""
+        """Methods in the bank."""
         return tuple(self._stores)
 
     def identity(self, point: DesignPoint) -> str:
-        """Of the factors that this point is made of: model, method and calibration text of each; "" without factors."""
+        """Identity of the point's factors: model, method and calibration text of each method; "" for a point without
+        factors.
+        """
         methods = sorted({choice.method for _, choice in point if not choice.is_removal})
         names = [self._stores[method].folder.name for method in methods]
         return " ".join([*names, REFIT_VERSION] if is_refitted(point) else names)
@@ -189,7 +193,7 @@ class FactorBank:
 
 
 def requests_of_points(points: Iterable[DesignPoint]) -> dict[str, dict[str, int]]:
-    """Largest rank per method and tensor over these points."""
+    """The largest rank per method and tensor over these points."""
     ranks: dict[str, dict[str, int]] = {}
     for point in points:
         for name, choice in point:
@@ -206,7 +210,7 @@ def _store(root: Path, loaded: LoadedModel, method: str, calibration: Calibratio
     if METHODS[method].is_calibrated:
         if calibration is None:
             raise CalibrationError(
-                f"method '{method}' needs calibration text, but none was given; name `calibration.sources`"
+                f"method '{method}' needs calibration text, but none was given; set `calibration.sources`"
             )
         identity["calibration"] = calibration.fingerprint
     key = hashlib.sha256("|".join((str(SCHEMA_VERSION), *identity.values())).encode()).hexdigest()[:16]
@@ -234,11 +238,11 @@ def _fill(
     gram_budget_bytes: int,
     progress: ProgressCallback,
 ) -> None:
-    """Decompose `ranks` tensor by tensor into `store`."""
+    """Decompose the tensors of `ranks`, one by one, into `store`."""
     names = tuple(matrix.name for matrix in loaded.topology.matrices if matrix.name in ranks)
-    gradients = None
+    gradient_grams = None
     if METHODS[method].needs_gradients and calibration is not None:
-        gradients = GradientGrams(
+        gradient_grams = GradientGrams(
             loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
         )
     done = 0
@@ -246,7 +250,7 @@ def _fill(
     def decompose(name: str, gram: Tensor | None) -> None:
         nonlocal done
         progress("decompose", done, len(names))
-        gradient_gram = None if gradients is None else gradients.take(name)
+        gradient_gram = None if gradient_grams is None else gradient_grams.take(name)
         store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
         done += 1
         progress("decompose", done, len(names))
@@ -266,9 +270,9 @@ def _fill(
 
 
 def _dense_weight(loaded: LoadedModel, name: str) -> Tensor:
-    """The weight of a tensor, or those of a stack's members with their rows stacked."""
+    """The weight of a tensor, or the stacked weights of a stack's members."""
     modules = dict(loaded.model.named_modules())
-    found = [modules.get(path) for path in loaded.topology.matrix(name).modules]  # None where its block is removed
+    found = [modules.get(path) for path in loaded.topology.matrix(name).modules]  # None if its block is removed
     if any(module is None or isinstance(module, (LowRankLinear, StackedLinear)) for module in found):
         raise PointError(f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first")
     weights = [as_matrix(module).detach() for module in found if module is not None]

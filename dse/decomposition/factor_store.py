@@ -1,8 +1,8 @@
-"""Factors of one method on disk: a safetensors file per tensor, and a manifest that vouches for them.
+"""Factors of one method on disk: one safetensors file per tensor, and a manifest with the digest of each.
 
-Left factors are stored transposed, so that the leading r columns of either factor are one contiguous slice of a
+Left factors are stored transposed, so that the leading r columns of both factors are one contiguous slice of a
 memory-mapped file: reading rank 8 of a factor built to rank 256 touches 8 rows. Tucker factors of fused expert tensors
-are stored whole, one file for each choice of ranks.
+are stored whole, one file per choice of ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dse.decomposition.expert_factors import TuckerFactors
-from dse.decomposition.low_rank import LowRankFactors
+from dse.decomposition.factors import LowRankFactors, TuckerFactors
 from dse.files import write_bytes, write_json
 
 __all__ = ["SCHEMA_VERSION", "FactorStore"]
@@ -31,10 +30,10 @@ SCHEMA_VERSION = 1
 
 
 class FactorStore:
-    """The factors of one (model, method, calibration text), in one folder.
+    """The factors of one (model, method, calibration text) in one folder.
 
-    A file counts only if the manifest names it with this size and SHA-256; the manifest is written after the file, and
-    both are replaced atomically, so a kill at any moment leaves a store that is whole as far as it goes.
+    A file is valid only if the manifest lists it with its size and SHA-256. The manifest is written after the file, and
+    both are replaced atomically, so the store stays consistent if the process is killed at any moment.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
@@ -45,14 +44,14 @@ class FactorStore:
 
     @property
     def manifest_path(self) -> Path:
-        """Where the manifest lies."""
+        """Path of the manifest."""
         return self.folder / "manifest.json"
 
     def open(self, names: Iterable[str]) -> None:
-        """Read the manifest and verify the files of `names`; what is damaged or absent is forgotten (and rebuilt)."""
+        """Read the manifest and verify the files of `names`. Damaged or absent files are dropped, to be built again."""
         self._entries = self._read_manifest()
         known = [name for name in names if name in self._entries]
-        with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock, so files are hashed side by side
+        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL, so files are hashed in parallel
             intact = list(pool.map(self._is_intact, known))
         for name, good in zip(known, intact, strict=True):
             if not good:
@@ -60,7 +59,7 @@ class FactorStore:
                 del self._entries[name]
 
     def rank(self, name: str) -> int:
-        """Largest rank in store for this tensor; 0 if there is none."""
+        """Largest stored rank of this tensor; 0 if it is not stored."""
         return int(self._entries[name]["rank"]) if name in self._entries else 0
 
     def put(self, name: str, factors: LowRankFactors) -> None:
@@ -85,9 +84,9 @@ class FactorStore:
         self._write(_at_ranks(name, factors.ranks), tensors, max(factors.ranks[1:]))
 
     def get_experts(self, name: str, ranks: Sequence[int]) -> TuckerFactors | None:
-        """Factors of a fused expert tensor at exactly these ranks, or None where there are none or they are damaged."""
+        """Factors of a fused expert tensor at exactly these ranks; None if absent or damaged."""
         key = _at_ranks(name, ranks)
-        if key not in self._verified:  # once a process: the files are large
+        if key not in self._verified:  # once per process, since the files are large
             if key not in self._entries:
                 return None
             if not self._is_intact(key):
@@ -108,7 +107,7 @@ class FactorStore:
         with safe_open(self._path(name), framework="pt") as file:
             left = file.get_slice("left_transposed")[:rank].T.contiguous()
             right = file.get_slice("right")[:rank]
-            core = file.get_slice("core")[:rank, :rank] if "core" in file.keys() else None  # noqa: SIM118 - no mapping
+            core = file.get_slice("core")[:rank, :rank] if "core" in file.keys() else None  # noqa: SIM118 - not a mapping
         return LowRankFactors(left, right, core)
 
     def _path(self, name: str) -> Path:
@@ -144,5 +143,5 @@ class FactorStore:
 
 
 def _at_ranks(name: str, ranks: Sequence[int]) -> str:
-    """Under which name a fused expert tensor is kept at these ranks."""
+    """Key of a fused expert tensor at these ranks."""
     return f"{name}@{'x'.join(map(str, ranks))}"

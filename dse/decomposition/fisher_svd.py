@@ -1,58 +1,60 @@
-"""`fisher_svd`: the best approximation for the activations a layer sees and for what its outputs mean to the loss."""
+"""`fisher_svd`: optimal for calibration activations and for the effect of each output on the loss."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dse.decomposition.low_rank import LowRankFactors
-from dse.decomposition.rank_check import check_rank
-from dse.decomposition.whitened_svd import check_gram, cholesky_with_damping, leading_eigenvectors
-from dse.errors import CalibrationError, NonFiniteError
+from dse.decomposition.factors import LowRankFactors
+from dse.decomposition.input_checks import check_gradient_gram, check_gram, check_rank
+from dse.decomposition.svd_methods import cholesky_with_damping, leading_eigenvectors
 
 __all__ = ["fisher_divergence", "fisher_svd"]
 
 _DAMPING = 0.5
-"""Share of the mean squared gradient added to every output: what a few thousand tokens say of rare directions is noise,
-and a direction without gradient must not be free to take any error."""
+"""Share of the mean squared gradient that is added to every output.
+
+A few thousand tokens estimate rare directions poorly, and a direction without gradient must not accept any error at no
+cost.
+"""
 
 
 def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -> LowRankFactors:
     """Best rank-`rank` approximation W' of W in the Kronecker-factored Fisher metric.
 
     To second order, changing W by E costs the model a divergence of 1/2 vec(E)^T F vec(E) nats per token, where F is
-    the Fisher matrix E[(x x^T) (x) (g g^T)] of the layer's inputs x and of the loss's gradients g by its outputs. With
-    inputs and gradients taken as independent (K-FAC), F = G (x) D, and the divergence is 1/2 ||D^(1/2) E G^(1/2)||_F^2.
-    So with D = L L^T and G = S S^T, truncating the SVD L^T W S = U C V^T gives the optimum
-    W' = L^-T U_r C_r V_r^T S^-1. `whitened_svd` is the case D = I: it counts an error alike wherever in the output it
-    falls. As there, the optimum is found from eigenvectors in float64 on the smaller side of W:
+    the Fisher matrix E[(x x^T) (x) (g g^T)] of the layer's inputs x and the gradients g of the loss with respect to its
+    outputs. If inputs and gradients are independent (K-FAC), F = G (x) D and the divergence is 1/2 ||D^(1/2) E
+    G^(1/2)||_F^2. So with D = L L^T and G = S S^T, truncating the SVD L^T W S = U C V^T gives the optimum W' = L^-T U_r
+    C_r V_r^T S^-1. `whitened_svd` is the case D = I, where errors in all outputs count alike. As there, the optimum is
+    computed from eigenvectors in float64 on the smaller side of W:
 
     - out_features <= in_features: U from L^T W G W^T L, and W' = (L^-T U_r) (U_r^T L^T W). G is not inverted.
     - otherwise: V from S^T W^T D W S, and W' = (W S V_r) (V_r^T S^-1). D is not inverted.
 
-    Half the squares of the singular values left out add up to the expected divergence (`fisher_divergence`).
+    The expected divergence is half the sum of the squared singular values that are left out (`fisher_divergence`).
 
     Args:
         weight: Shape (out_features, in_features), floating point.
         rank: Columns kept, 1 <= rank <= min(weight.shape).
         gram: Mean of x x^T over calibration tokens, shape (in_features, in_features).
-        gradient_gram: Mean of g g^T over calibration tokens, shape (out_features, out_features). If it is zero, every
-            output counts alike.
+        gradient_gram: Mean of g g^T over calibration tokens, shape (out_features, out_features). If it is zero, all
+            outputs count alike.
 
     Returns:
-        Factors in float32, columns ordered by what each contributes.
+        Factors in float32, columns ordered by their contribution.
 
     Raises:
         RankError: `rank` lies outside its interval.
         NonFiniteError: The weight or a Gram matrix holds NaN or infinity.
-        CalibrationError: A Gram matrix has another size, or there was no activation at all.
+        CalibrationError: A Gram matrix has another size, or all activations are zero.
 
-    Sources: Martens and Grosse 2015 (arXiv 1503.05671) for the Kronecker-factored Fisher; FWSVD (Hsu et al.,
-    arXiv 2207.00112) for weighting a truncated SVD by Fisher information; SVD-LLM (arXiv 2403.07378) for whitening.
+    Sources: Martens and Grosse 2015 (arXiv 1503.05671) for the Kronecker-factored Fisher; FWSVD (Hsu et al., arXiv
+    2207.00112) for weighting a truncated SVD by Fisher information; SVD-LLM (arXiv 2403.07378) for whitening.
     """
     check_rank(weight, rank)
     check_gram(gram, weight.shape[1])
-    _check_gradient_gram(gradient_gram, weight.shape[0])
+    check_gradient_gram(gradient_gram, weight.shape[0])
     wide, moments = weight.to(torch.float64), gram.to(torch.float64)
     metric = _damped(gradient_gram.to(torch.float64))
     if weight.shape[0] <= weight.shape[1]:
@@ -71,24 +73,24 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
 
 
 def fisher_divergence(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Tensor:
-    """The divergence that `fisher_svd` is expected to cause at every rank.
+    """The expected divergence of `fisher_svd` at every rank.
 
     Args:
         weight: Shape (out_features, in_features).
-        gram: As for `fisher_svd`; here its scale matters: the mean over tokens.
+        gram: As for `fisher_svd`. Here its scale matters: it must be the mean over tokens.
         gradient_gram: As for `fisher_svd`.
 
     Returns:
-        Nats per token at ranks 0, 1, ..., min(weight.shape), float64, never growing, 0 at the end: half the squares of
-        the singular values left out. All zero where no gradient reaches the tensor.
+        Nats per token at ranks 0, 1, ..., min(weight.shape), float64, non-increasing, 0 at the end: half the sum of the
+        squared singular values left out. All zero if no gradient reaches the tensor.
 
     Raises:
         NonFiniteError: The weight or a Gram matrix holds NaN or infinity.
-        CalibrationError: A Gram matrix has another size, or there was no activation at all.
+        CalibrationError: A Gram matrix has another size, or all activations are zero.
     """
     check_rank(weight, 1)
     check_gram(gram, weight.shape[1])
-    _check_gradient_gram(gradient_gram, weight.shape[0])
+    check_gradient_gram(gradient_gram, weight.shape[0])
     wide, moments = weight.to(torch.float64), gram.to(torch.float64)
     metric = _damped(gradient_gram.to(torch.float64))
     if weight.shape[0] <= weight.shape[1]:
@@ -107,13 +109,3 @@ def _damped(gradient_gram: Tensor) -> Tensor:
     eye = torch.eye(len(gradient_gram), dtype=gradient_gram.dtype, device=gradient_gram.device)
     mean = gradient_gram.diagonal().mean()
     return eye if float(mean) <= 0 else gradient_gram / mean + _DAMPING * eye
-
-
-def _check_gradient_gram(gradient_gram: Tensor, out_features: int) -> None:
-    if tuple(gradient_gram.shape) != (out_features, out_features):
-        raise CalibrationError(
-            f"a Gram matrix of output gradients must have shape {out_features} x {out_features}, but got"
-            f" {tuple(gradient_gram.shape)}"
-        )
-    if not bool(torch.isfinite(gradient_gram).all()):
-        raise NonFiniteError("gradients on calibration text must be finite, but their Gram matrix is not")

@@ -1,4 +1,4 @@
-"""Which function serves which method name: a new method is one file and one line here."""
+"""Method name to the function that implements it. A new method is one file and one line here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.fisher_svd import fisher_svd
-from dse.decomposition.low_rank import LowRankFactors
-from dse.decomposition.truncated_svd import truncated_svd
+from dse.decomposition.svd_methods import truncated_svd, whitened_svd
 from dse.decomposition.tucker import tucker, tucker_merged
-from dse.decomposition.whitened_svd import whitened_svd
 from dse.errors import CalibrationError
 
 __all__ = ["METHODS", "Method", "factorise"]
@@ -19,17 +18,17 @@ __all__ = ["METHODS", "Method", "factorise"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decompose a weight.
+    """One decomposition method.
 
     Attributes:
-        name: As design points and study files write it.
-        function: `(weight, rank)` to factors; `(weight, rank, gram)` where the method is calibrated, and
-            `(weight, rank, gram, gradient_gram)` where it weighs by gradients.
+        name: The name in design points and study files.
+        function: `(weight, rank)` to factors; `(weight, rank, gram)` for a calibrated method; `(weight, rank, gram,
+            gradient_gram)` for a method that also uses gradients.
         is_calibrated: Whether it needs the Gram matrix of calibration activations.
         needs_gradients: Whether it also needs the Gram matrix of output gradients.
-        refit_of: The method whose factors it starts from, where left factors are refitted to the whole point
-            (`dse.decomposition.refit`); a bank keeps the factors under that name. Empty for methods that decompose
-            each tensor by itself.
+        refit_of: For a method that refits left factors to the whole point (`dse.decomposition.refit`), the method whose
+            factors it starts from; a bank stores the factors under that name. Empty for methods that decompose each
+            tensor separately.
     """
 
     name: str
@@ -60,11 +59,11 @@ def factorise(
         weight: Shape (out_features, in_features).
         method: A key of `METHODS`.
         rank: Columns kept.
-        gram: Shape (in_features, in_features); needed by calibrated methods, ignored by the others.
-        gradient_gram: Shape (out_features, out_features); needed by methods that weigh by gradients.
+        gram: Shape (in_features, in_features). Required by calibrated methods, ignored by the others.
+        gradient_gram: Shape (out_features, out_features). Required by methods that use gradients.
 
     Raises:
-        CalibrationError: A calibrated method was asked for without the Gram matrices it needs.
+        CalibrationError: The method needs a Gram matrix that is missing.
         RankError: `rank` lies outside its interval.
     """
     entry = METHODS[method]

@@ -1,8 +1,8 @@
-"""Refit the factors of a whole point to what the decomposed model really feeds them.
+"""Refit the factors of a whole point to the inputs that they receive in the decomposed model.
 
-Factors of a bank know the dense model's activations alone. In a decomposed model every layer also receives the errors
-of those before it. So the left factors are fitted anew, tensor by tensor in the order of the forward pass, each on the
-inputs that the already refitted part produces: a linear least-squares problem with a closed solution.
+A bank's factors are fitted to the activations of the dense model. In a decomposed model every layer also receives the
+errors of the layers before it. So the left factors are refitted, tensor by tensor in forward order, on the inputs that
+the part already refitted produces: a linear least-squares problem with a closed-form solution.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dse.decomposition.gram import StopForward, forward_body
-from dse.decomposition.low_rank import LowRankFactors, as_matrix
-from dse.decomposition.whitened_svd import cholesky_with_damping
+from dse.decomposition.activation_grams import StopForward, forward_body
+from dse.decomposition.factors import LowRankFactors, as_matrix
+from dse.decomposition.svd_methods import cholesky_with_damping
 from dse.errors import NonFiniteError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Matrix, TensorStack, Topology
@@ -25,11 +25,12 @@ from dse.topology import Matrix, TensorStack, Topology
 __all__ = ["refit_factors"]
 
 _CORRECTION = 0.25
-"""Share of the error received from earlier layers that a tensor makes good. At 0 there is no refit; at 1 every tensor
-tries to undo what cannot be undone, and fits the noise of few tokens (docs/search.md)."""
+"""Share of the error from earlier layers that a tensor corrects. 0 means no refit. At 1 every tensor also tries to undo
+errors that it cannot undo, and overfits the few tokens (docs/research-notes.md).
+"""
 
 _SHRINKAGE = 0.05
-"""Share of each component's power added to the normal equations, against the noise of few tokens."""
+"""Share of each component's power added to the normal equations, to limit overfitting of the few tokens."""
 
 
 def refit_factors(
@@ -42,36 +43,36 @@ def refit_factors(
     *,
     progress: ProgressCallback = ignore_progress,
 ) -> dict[str, LowRankFactors]:
-    """Refit left factors in one forward pass that carries the dense model and the decomposed one side by side.
+    """Refit left factors in one forward pass that runs the dense and the decomposed model side by side.
 
-    The calibration windows go through the model twice in one batch: through the dense weights, and through the factors.
-    When the pass reaches a tensor W with dense input x, decomposed input x' and factors A R, its outputs should be W x,
-    but even with W itself they would be W x'. The left factor makes a share c of that good, by ridge regression of the
-    error on the components z = R x':
+    The calibration windows pass through the model twice in one batch: once with the dense weights, once with the
+    factors. At a tensor W with dense input x, decomposed input x' and factors A R, the outputs should be W x, but even
+    W itself would give W x'. The left factor corrects a share c of this error, by ridge regression of the error on the
+    components z = R x':
 
         A' = A + c W (X - X') Z^T (Z Z^T + mu diag(Z Z^T))^-1
 
-    and the pass goes on with A' R x'. The truncation's own error is left as the bank has it: it was minimised over more
-    tokens, and over the gradients. The model itself is never changed.
+    The pass continues with A' R x'. The error of the truncation itself is left to the bank, which minimised it over
+    more tokens and over gradients. The model is never changed.
 
     Args:
         model: The dense model, in evaluation mode.
         topology: Its topology.
-        factors: Name of each tensor or stack of the point to its factors; those to be refitted have no core.
-        refitted: Names of those to be refitted; the others are used as they are.
+        factors: Factors of each tensor or stack of the point, by name; those to refit have no core.
+        refitted: Names of the tensors to refit; the other factors are used unchanged.
         removed: Names of removed blocks.
-        token_ids: Calibration windows, shape (windows, window). All of them go through at once: the widest activation
-            must fit twice.
-        progress: Called as ("refit", done, total) in tensors, a stack's members counted one by one.
+        token_ids: Calibration windows, shape (windows, window). All of them form one batch, so the widest activation
+            must fit in memory twice.
+        progress: Called as ("refit", done, total) in tensors; members of a stack count separately.
 
     Returns:
-        The factors of the point, refitted ones in float32 on the CPU; right factors are those that came in.
+        The factors of the point. Refitted ones are float32 on the CPU; right factors are unchanged.
 
     Raises:
         NonFiniteError: The decomposed model's activations are not finite.
 
     Sources: SVD-LLM (Wang et al., arXiv 2403.07378) updates left factors on the decomposed model's activations; GPTAQ
-    (Li et al., arXiv 2504.02692) aims at the dense model's outputs, as here, in quantisation.
+    (Li et al., arXiv 2504.02692) targets the dense model's outputs, as here, in quantisation.
     """
     if not refitted:
         return dict(factors)
@@ -100,7 +101,7 @@ def refit_factors(
 
 
 def _by_module(matrix: Matrix, factors: LowRankFactors) -> dict[str, LowRankFactors]:
-    """Module path to the factors it is replaced by: of a stack, each member's rows with the shared right factor."""
+    """Module path to the factors of its replacement; for a stack, each member's rows with the shared right factor."""
     rows = matrix.rows if isinstance(matrix, TensorStack) else (slice(None),)
     return {
         path: LowRankFactors(factors.left[own], factors.right, factors.core)
@@ -112,7 +113,7 @@ def _by_module(matrix: Matrix, factors: LowRankFactors) -> dict[str, LowRankFact
 def _two_models_in_a_batch(
     model: nn.Module, paths: Sequence[str], removed: Sequence[str], decomposed: Callable[..., Tensor]
 ) -> Iterator[None]:
-    """Hooks under which the first half of a batch sees the dense model and the second half the point."""
+    """Install hooks that run the dense model on the first half of a batch and the decomposed one on the second half."""
     kept: dict[str, Tensor] = {}
 
     def before(path: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -122,9 +123,9 @@ def _two_models_in_a_batch(
     def after(path: str, module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         return torch.cat((output, decomposed(path, module, kept.pop(path), output)))
 
-    def take_out(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+    def zero_block(_module: nn.Module, _arguments: Any, output: Any) -> Any:
         first = output if isinstance(output, Tensor) else output[0]
-        first[len(first) // 2 :] = 0  # the layer without a removable block is the layer with a block of zeros
+        first[len(first) // 2 :] = 0  # removing a removable block is the same as setting its output to zero
         return output
 
     handles = []
@@ -134,7 +135,7 @@ def _two_models_in_a_batch(
             handles.append(module.register_forward_pre_hook(partial(before, path)))
             handles.append(module.register_forward_hook(partial(after, path)))
         for path in removed:
-            handles.append(model.get_submodule(path).register_forward_hook(take_out))
+            handles.append(model.get_submodule(path).register_forward_hook(zero_block))
         yield
     finally:
         for handle in handles:
@@ -148,10 +149,10 @@ def _decomposed_outputs(
 
     Args:
         module: The dense module.
-        inputs: Of the decomposed model, shape (..., in_features).
+        inputs: Inputs in the decomposed model, shape (..., in_features).
         dense: Outputs of the dense model, shape (..., out_features).
-        factors: As they come.
-        refit: Whether to refit the left one.
+        factors: The factors before the refit.
+        refit: Whether to refit the left factor.
     """
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)  # noqa: S101 - narrows the type
@@ -167,16 +168,16 @@ def _decomposed_outputs(
 
 
 def _refitted_left(weight: Tensor, inputs: Tensor, components: Tensor, dense: Tensor, left: Tensor) -> Tensor:
-    """The left factor with its share of the received error made good, float32; tokens are rows.
+    """The left factor with a share of the received error corrected, float32. Tokens are rows.
 
     Args:
         weight: Shape (out_features, in_features).
-        inputs: Of the decomposed model, shape (tokens, in_features).
-        components: Right factor times inputs, shape (tokens, rank).
+        inputs: Inputs in the decomposed model, shape (tokens, in_features).
+        components: Inputs times the right factor, shape (tokens, rank).
         dense: Outputs of the dense model without bias, shape (tokens, out_features).
         left: Shape (out_features, rank).
     """
-    # W X' Z^T by way of X' Z^T: W X' itself would cost as much again as the dense forward pass.
+    # W (X' Z^T) rather than (W X') Z^T, which would cost as much as the dense forward pass.
     error = dense.T @ components - weight.to(torch.float32) @ (inputs.T @ components)
     power = (components.T @ components).to(torch.float64)
     root = cholesky_with_damping(power + torch.diag(_SHRINKAGE * power.diagonal()))

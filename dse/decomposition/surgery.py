@@ -1,30 +1,29 @@
-"""Put a design point into a resident model, and take it out again without a trace."""
+"""Apply a design point to a resident model, and undo it exactly."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dse.cost import point_problems
+from dse.decomposition.block_removal import removal_problems, removal_swaps
 from dse.decomposition.expert_surgery import expert_problems, expert_swaps
-from dse.decomposition.low_rank import LowRankFactors, LowRankLinear
-from dse.decomposition.module_check import weight_problems
-from dse.decomposition.removal import Swap, removal_problems, removal_swaps
-from dse.decomposition.stacked import StackedLinear, stacked_modules
+from dse.decomposition.factors import LowRankFactors
+from dse.decomposition.low_rank_modules import LowRankLinear, SharedProduct, StackedLinear
+from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
 from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
 
-__all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose"]
+__all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_modules"]
 
 
 class FactorSource(Protocol):
-    """Anything that yields factors for a tensor: a `FactorBank`, or a test's own."""
+    """A source of factors: a `FactorBank`, or a test's own implementation."""
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
         """Factors of tensor `name` at this method and rank."""
@@ -33,15 +32,15 @@ class FactorSource(Protocol):
 
 @runtime_checkable
 class PointFactorSource(Protocol):
-    """A source whose factors depend on the whole point: a `FactorBank`, where methods refit."""
+    """A source whose factors depend on the whole point: a `FactorBank` with a method that refits."""
 
     def of_point(self, point: DesignPoint) -> FactorSource:
-        """Where the factors of this point come from; the model is dense while it is asked."""
+        """The source of this point's factors. The model must be dense during the call."""
         ...
 
 
 class AppliedPoint:
-    """A point that is in the model now; `undo()` puts the very same dense modules back."""
+    """A point that is applied to a model; `undo()` restores the original dense modules."""
 
     def __init__(self, point: DesignPoint) -> None:
         self.point = point
@@ -49,21 +48,21 @@ class AppliedPoint:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the factors are in the model rather than the dense modules."""
+        """Whether the model currently holds the low-rank modules rather than the dense ones."""
         return bool(self._swaps) and getattr(self._swaps[0].owner, self._swaps[0].attribute) is self._swaps[0].point
 
     def use_baseline(self) -> None:
-        """Put the dense modules in; they were never altered, so the weights are bit-identical."""
+        """Switch to the dense modules. They were never changed, so the weights are bit-identical."""
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.dense)
 
     def use_candidate(self) -> None:
-        """Put the low-rank modules in again."""
+        """Switch to the low-rank modules."""
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.point)
 
     def undo(self) -> None:
-        """Restore the dense modules for good and let the factors go."""
+        """Restore the dense modules permanently and release the factors."""
         self.use_baseline()
         self._swaps.clear()
 
@@ -72,22 +71,23 @@ class AppliedPoint:
 
 
 def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source: FactorSource) -> AppliedPoint:
-    """Replace the tensors that `point` names by low-rank modules, and take out the blocks that it removes.
+    """Replace the tensors of `point` by low-rank modules and remove the blocks that it removes.
 
-    All is resolved and checked before anything is replaced; if a factor cannot be had half-way, nothing was replaced.
+    Everything is resolved and checked before anything is replaced. If a factor is missing, nothing has been replaced.
 
     Args:
-        model: The dense model, resident on its device.
+        model: The dense model on its device.
         topology: Its topology.
-        point: What to decompose.
-        source: Where factors come from; they are cast to the dense weight's dtype and moved to its device.
+        point: The design point.
+        source: Source of the factors, which are moved to the dense weight's device and dtype.
 
     Returns:
-        The handle that undoes it.
+        A handle that undoes the point.
 
     Raises:
-        PointError: The point does not fit this model, or a tensor is already decomposed; every problem is listed.
-        RankError: As above, where ranks above break-even are the only problems.
+        PointError: The point does not fit this model, or a tensor is already decomposed; the message lists every
+            problem.
+        RankError: Same, if ranks above break-even are the only problems.
     """
     problems = point_problems(topology, point)
     for name, _ in point:
@@ -99,7 +99,7 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
             problems += [p for tensor in topology.tensors_of(name) for p in _module_problems(model, topology[tensor])]
     if problems:
         kind = RankError if all(isinstance(problem, RankError) for problem in problems) else PointError
-        head = "" if len(problems) == 1 else f"{len(problems)} problems with this point, nothing was changed: "
+        head = "" if len(problems) == 1 else f"the point has {len(problems)} problems, nothing was changed: "
         raise kind(head + " | ".join(str(problem) for problem in problems))
     if isinstance(source, PointFactorSource):
         source = source.of_point(point)
@@ -112,7 +112,7 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         applied._add(swap)
     try:
         applied.use_candidate()
-    except BaseException:  # an interrupt between two swaps must not leave half a point in the model
+    except BaseException:  # an interrupt between two swaps must not leave half of the point applied
         applied.undo()
         raise
     return applied
@@ -120,7 +120,7 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
 
 @contextlib.contextmanager
 def decompose(loaded: LoadedModel, point: DesignPoint, source: FactorSource) -> Iterator[AppliedPoint]:
-    """Have `point` in the model for the length of a `with` block; it is undone also when the block raises.
+    """Apply `point` to the model for the duration of a `with` block; it is also undone if the block raises.
 
     Raises:
         PointError: The point does not fit this model.
@@ -138,10 +138,10 @@ def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[Point
 
 
 def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> Iterator[Swap]:
-    """The low-rank module of a tensor, or of each member of a stack, in place of the dense one."""
+    """Swap the dense module of a tensor, or of each member of a stack, for its low-rank module."""
     dense = [model.get_submodule(path) for path in matrix.modules]
     weight = dense[0].weight
-    assert isinstance(weight, torch.Tensor)  # noqa: S101 - checked by _module_problems
+    assert isinstance(weight, Tensor)  # noqa: S101 - checked by _module_problems
     moved = factors.to(weight.device, weight.dtype)
     biases = [module.bias for module in dense]
     low_rank: tuple[nn.Module, ...]
@@ -149,6 +149,22 @@ def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
         low_rank = stacked_modules(moved, matrix.rows, biases)  # type: ignore[arg-type]  # a module's bias is a tensor
     else:
         low_rank = (LowRankLinear(moved.left, moved.right, biases[0], moved.core),)  # type: ignore[arg-type]
-    for path, module, replacement in zip(matrix.modules, dense, low_rank, strict=True):
-        parent, _, attribute = path.rpartition(".")
-        yield Swap(model.get_submodule(parent), attribute, module, replacement.train(module.training))
+    for path, replacement in zip(matrix.modules, low_rank, strict=True):
+        yield module_swap(model, path, replacement)
+
+
+def stacked_modules(
+    factors: LowRankFactors, rows: Sequence[slice], biases: Sequence[Tensor | None]
+) -> tuple[StackedLinear, ...]:
+    """The low-rank modules of a stack's members, in order.
+
+    Args:
+        factors: Factors of the stacked matrix, without the dense members.
+        rows: Each member's rows of the left factor.
+        biases: Each member's bias.
+    """
+    shared = SharedProduct(factors.right, factors.core, len(rows))
+    return tuple(
+        StackedLinear(factors.left[own].contiguous(), bias, shared, i)
+        for i, (own, bias) in enumerate(zip(rows, biases, strict=True))
+    )

@@ -1,4 +1,4 @@
-"""Tucker decomposition of matrices, as in the paper, and of fused expert tensors; the only importer of tensorly."""
+"""Tucker decomposition of matrices, as in the paper, and of fused expert tensors. The only importer of tensorly."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dse.decomposition.expert_factors import TuckerFactors
-from dse.decomposition.low_rank import LowRankFactors
-from dse.decomposition.rank_check import check_finite, check_rank
+from dse.decomposition.factors import LowRankFactors, TuckerFactors
+from dse.decomposition.input_checks import check_finite, check_rank
 from dse.errors import RankError
 
 __all__ = ["tucker", "tucker_merged", "tucker_of_experts"]
@@ -22,10 +21,10 @@ _ITERATIONS = 20
 def tucker(weight: Tensor, rank: int) -> LowRankFactors:
     """Tucker decomposition of a matrix: left factor, r x r core, right factor.
 
-    For a matrix the higher-order SVD is the SVD with both bases kept orthonormal and the singular values in the core,
-    so the approximation equals `truncated_svd`'s; what differs is that the core stays a layer of its own and costs
-    r^2 parameters and FLOPs more, as in the paper. Leading columns and the leading block of the core are the
-    decomposition at a smaller rank.
+    For a matrix, the higher-order SVD is the SVD with both bases orthonormal and the singular values in the core. So
+    the approximation equals that of `truncated_svd`, but the core stays a separate layer and costs r^2 more parameters
+    and FLOPs, as in the paper. The leading columns and the leading block of the core are the decomposition at a smaller
+    rank.
 
     Args:
         weight: Shape (out_features, in_features), floating point.
@@ -51,7 +50,8 @@ def tucker(weight: Tensor, rank: int) -> LowRankFactors:
 
 
 def tucker_merged(weight: Tensor, rank: int) -> LowRankFactors:
-    """`tucker` with the core multiplied into the left factor: same product, r^2 fewer parameters, one kernel fewer.
+    """`tucker` with the core multiplied into the left factor: the same product with r^2 fewer parameters and one kernel
+    fewer.
 
     Raises:
         RankError: `rank` lies outside its interval.
@@ -63,14 +63,15 @@ def tucker_merged(weight: Tensor, rank: int) -> LowRankFactors:
 
 
 def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
-    """Tucker decomposition of a fused expert tensor by higher-order orthogonal iteration from its higher-order SVD.
+    """Tucker decomposition of a fused expert tensor: higher-order orthogonal iteration, starting from the higher-order
+    SVD.
 
-    Modes of full rank take no part in the iteration: their orthogonal factor would cancel against the core. At full
-    rank everywhere the core is the weight itself. The answers at two ranks are not nested.
+    Modes of full rank are left out of the iteration, because their orthogonal factor would cancel against the core. If
+    all ranks are full, the core is the weight itself. Decompositions at different ranks are not nested.
 
     Args:
         weight: Shape (experts, out_features, in_features), floating point.
-        ranks: Multilinear ranks (r_e, r_o, r_i), each from 1 to the size of its mode, and where it is truncated no
+        ranks: Multilinear ranks (r_e, r_o, r_i), each from 1 to the size of its mode, and for a truncated mode no
             larger than the product of the others.
 
     Returns:
@@ -90,7 +91,7 @@ def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
         if not 1 <= rank <= largest:
             raise RankError(
                 f"`1 <= rank <= {largest}` must hold in a mode of size {size}, but got ranks {tuple(ranks)} for a"
-                f" tensor of {' x '.join(map(str, weight.shape))}; choose ranks inside"
+                f" tensor of {' x '.join(map(str, weight.shape))}; choose ranks inside their intervals"
             )
     check_finite(weight)
     tensor = weight.detach().to(torch.float32)
@@ -111,7 +112,9 @@ def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
 
 @contextlib.contextmanager
 def _torch_backend() -> Iterator[None]:
-    """Set tensorly's global backend for this block and restore it: other users of tensorly must not notice us."""
+    """Set tensorly's global backend inside the block and restore it afterwards, so that other users of tensorly are not
+    affected.
+    """
     import tensorly
 
     before = tensorly.get_backend()

@@ -1,14 +1,20 @@
-"""How good a model is: lm-eval tasks on a fixed set of documents, and honest intervals for what they say."""
+"""Model quality: lm-eval tasks and dataset tasks on a fixed set of documents, with confidence intervals.
+
+Importing this package loads neither lm-eval nor torch, so reading results stays fast; the evaluators are imported on
+first use.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dse.evaluation.answers import Answers, EvaluationCache
-from dse.evaluation.evaluators import ModelEvaluator, evaluator_for
 from dse.evaluation.graded_metrics import GRADED_METRICS
+from dse.evaluation.model_evaluator import ModelEvaluator, evaluator_for
+from dse.evaluation.paired_comparison import Comparison, compare_divergences, compare_evaluations
 from dse.evaluation.result import EvaluationResult, TaskResult, read_graded, read_outcomes
-from dse.evaluation.statistics.intervals import (
+from dse.evaluation.statistics import (
     Interval,
     PairedDrop,
     PairedInterval,
@@ -21,13 +27,16 @@ from dse.evaluation.statistics.intervals import (
 from dse.evaluation.task_spec import TaskSource, TaskSpec, builtin_tasks, resolve_task
 
 if TYPE_CHECKING:
-    from dse.evaluation.heads.head_evaluator import HeadEvaluator
-    from dse.evaluation.lm_eval.lm_eval_evaluator import Evaluator
-    from dse.evaluation.lm_eval.shared_prefix import SharedPrefixLM
+    from dse.evaluation.divergence import DenseDivergence, Divergence
+    from dse.evaluation.heads import HeadEvaluator
+    from dse.evaluation.lm_eval import Evaluator, SharedPrefixLM
 
 __all__ = [
     "GRADED_METRICS",
     "Answers",
+    "Comparison",
+    "DenseDivergence",
+    "Divergence",
     "EvaluationCache",
     "EvaluationResult",
     "Evaluator",
@@ -42,6 +51,8 @@ __all__ = [
     "TaskSource",
     "TaskSpec",
     "builtin_tasks",
+    "compare_divergences",
+    "compare_evaluations",
     "evaluator_for",
     "mean_interval",
     "paired_drop",
@@ -52,19 +63,17 @@ __all__ = [
     "resolve_task",
 ]
 
+_ON_FIRST_USE = {
+    "DenseDivergence": "dse.evaluation.divergence",
+    "Divergence": "dse.evaluation.divergence",
+    "Evaluator": "dse.evaluation.lm_eval",
+    "HeadEvaluator": "dse.evaluation.heads",
+    "SharedPrefixLM": "dse.evaluation.lm_eval",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import lm-eval (several seconds) only when an evaluator is asked for; reading results needs none of it."""
-    if name == "Evaluator":
-        from dse.evaluation.lm_eval.lm_eval_evaluator import Evaluator
-
-        return Evaluator
-    if name == "HeadEvaluator":
-        from dse.evaluation.heads.head_evaluator import HeadEvaluator
-
-        return HeadEvaluator
-    if name == "SharedPrefixLM":
-        from dse.evaluation.lm_eval.shared_prefix import SharedPrefixLM
-
-        return SharedPrefixLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import the names that need torch or lm-eval on first use."""
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)

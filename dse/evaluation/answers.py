@@ -1,7 +1,7 @@
-"""A model's answers, document by document: scored once, then reused by a larger share of the documents or a later run.
+"""Cached answers of a model, document by document, reused by a larger share of the documents or a later run.
 
-Answers belong to one state of one model, run in one way: its identity. A document is known by a digest of its task's
-definition and version, its row, and every request made of it, so that a task file that was changed finds nothing.
+Answers belong to one state of one model under one configuration: its identity. The key of a document is a digest of its
+task's definition and version, its row, and all its requests, so a changed task file finds no answers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger("dse")
 _SCHEMA_VERSION = 1
 
 Answer = tuple[float, bool] | float | str
-"""Of a log-likelihood, of a rolling log-likelihood, of a generation."""
+"""The answer to a log-likelihood (value, is greedy), rolling log-likelihood or generation request."""
 
 DocumentAnswers = list[list[Answer]]
-"""One list a request, in the order of the requests, of one answer a repetition."""
+"""One list per request, in their order, with one answer per repetition."""
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Answers:
     """Answers of one state of a model.
 
     Attributes:
-        by_document: Digest of the document to its answers.
-        reused: Documents of the last evaluation whose answers were here before it.
-        scored: Documents of the last evaluation that the model was asked.
+        by_document: Digest of a document to its answers.
+        reused: Documents of the last evaluation whose answers were known.
+        scored: Documents of the last evaluation that the model had to answer.
     """
 
     by_document: dict[str, DocumentAnswers] = field(default_factory=dict)
@@ -50,16 +50,16 @@ class Answers:
 
 
 class EvaluationCache:
-    """Answers on the disk, one file for each state of a model; a damaged file counts as none and is written anew."""
+    """Answers on disk, one file per state of a model; a damaged file counts as missing and is rewritten."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, identity: Mapping[str, str]) -> Answers:
-        """The answers kept for a state of a model; none where nothing was kept, or it is damaged.
+        """The stored answers for a state of a model; empty if there is no file or it is damaged.
 
         Args:
-            identity: Everything an answer depends on beside the document: model, point, factors, dtype, versions, ...
+            identity: Everything an answer depends on besides the document: model, point, factors, dtype, versions, ...
         """
         path = self._path(identity)
         try:
@@ -76,7 +76,7 @@ class EvaluationCache:
             return Answers()
 
     def write(self, identity: Mapping[str, str], answers: Answers) -> None:
-        """Keep answers, beside those that another process may have written meanwhile.
+        """Store answers, merged with those that another process may have written in the meantime.
 
         Raises:
             StorageFullError: The disk is full or the folder cannot be written.
@@ -89,7 +89,7 @@ class EvaluationCache:
                 write_bytes(path, _encoded(identity, merged))
 
     def discard(self, identity: Mapping[str, str]) -> None:
-        """Forget what was kept for a state of a model."""
+        """Delete the stored answers for a state of a model."""
         for path in (self._path(identity), self._path(identity).with_suffix(".lock")):
             path.unlink(missing_ok=True)
 
@@ -116,7 +116,7 @@ def _decoded(content: bytes, identity: Mapping[str, str]) -> dict[str, DocumentA
 
 
 def _answer(value: Any) -> Answer:
-    """JSON has no tuples; a float comes back as the very same float."""
+    """Turn JSON lists back into tuples; floats survive JSON unchanged."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and math.isfinite(value):

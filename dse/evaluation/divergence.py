@@ -1,14 +1,13 @@
-"""How far a point's next-token distributions lie from the dense model's: KL divergence on text, exact and cheap.
+"""KL divergence of a design point's next-token distributions from the dense model's, on held-out text.
 
-The dense model runs over the text once. What is kept of it is what its output head reads - a few megabytes - and not
-its probabilities, which are a hundred times as large; both distributions are formed a few positions at a time. That
-is exact because surgery never touches the head: dense and point share it.
+The dense model runs over the text once. Only the inputs of its output head are kept, a few megabytes; its
+probabilities would be a hundred times as large. Both distributions are computed a few positions at a time. The result
+is exact because surgery never changes the output head, so baseline and candidate share it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dse.errors import ModelError, NonFiniteError
 from dse.evaluation.scoring import TargetHead
-from dse.evaluation.statistics.intervals import Interval, student_quantile
+from dse.evaluation.statistics.intervals import Interval, student_interval
 from dse.progress import ProgressCallback, ignore_progress
 
 __all__ = ["DenseDivergence", "Divergence", "check_head", "kl_divergence_of_logits"]
@@ -29,37 +28,35 @@ __all__ = ["DenseDivergence", "Divergence", "check_head", "kl_divergence_of_logi
 _BATCH_TOKENS = 1024
 _CHUNK_BYTES = 32 * 2**20
 _TOLERANCE = 1e-3
-"""Largest difference, relative to the spread of the logits, between head(hidden) and what the model itself returns."""
+"""Largest difference between head(hidden) and the model's own logits, relative to the spread of the logits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """KL(dense || point) on a text.
+    """KL(dense || point) on a text, in nats per token.
 
     Attributes:
-        windows: Mean over the positions of each window, nats per token, shape (windows,).
+        windows: Mean over the positions of each window, shape (windows,).
     """
 
     windows: NDArray[np.float64]
 
     @property
     def interval(self) -> Interval:
-        """Nats per token, with a 95 % interval over windows: positions of one window depend on each other."""
-        mean, count = float(self.windows.mean()), self.windows.size
-        if count < 2:
-            return Interval(mean, None, None, count)
-        half = student_quantile(0.975, count - 1) * float(self.windows.std(ddof=1)) / math.sqrt(count)
-        return Interval(mean, max(0.0, mean - half), mean + half, count)
+        """The mean with a 95 % interval over windows, since positions within a window depend on each other."""
+        interval = student_interval(self.windows)
+        low = None if interval.low is None else max(0.0, interval.low)
+        return Interval(interval.value, low, interval.high, interval.documents)
 
 
 class DenseDivergence:
-    """KL divergence of any state of a model to the dense state it was in when this was made.
+    """KL divergence of any later state of a model from its dense state at construction.
 
-    Every position of every window counts, each conditioned on the window's tokens up to it.
+    Every position of every window counts, conditioned on the preceding tokens of the window.
 
     Attributes:
         windows: Number of windows.
-        fingerprint: 16 hexadecimal digits of the text.
+        fingerprint: Sixteen hexadecimal digits of the text.
     """
 
     def __init__(
@@ -68,12 +65,12 @@ class DenseDivergence:
         """Run the dense model over the text.
 
         Args:
-            model: Dense, in evaluation mode; decomposed later, with its output head left as it is.
+            model: Dense, in evaluation mode; decomposed later, except for its output head.
             token_ids: Windows of text, shape (windows, tokens), int64.
-            progress: Called as ("kl_divergence", tokens done, tokens).
+            progress: Called as ("kl_divergence", tokens done, tokens in all).
 
         Raises:
-            ModelError: The model's logits are not its head's output, so that they cannot be formed from what is kept.
+            ModelError: The model's logits are not the output of its head, so they cannot be recomputed from its inputs.
         """
         self._model = model
         self.windows = token_ids.shape[0]
@@ -85,25 +82,25 @@ class DenseDivergence:
 
     @property
     def tokens(self) -> int:
-        """Positions compared."""
+        """Number of positions compared."""
         return sum(batch.numel() for batch in self._batches)
 
     def of_dense(self) -> Divergence:
-        """The dense model's own divergence: nothing, exactly."""
+        """The dense model's divergence from itself: exactly 0."""
         return self.of_windows([0.0] * self.windows)
 
     def of_windows(self, means: Sequence[float]) -> Divergence:
-        """A divergence that was measured before, window by window."""
+        """A stored divergence, from the means of its windows."""
         return Divergence(np.asarray(means, dtype=np.float64))
 
     def measure(self, progress: ProgressCallback = ignore_progress) -> Divergence:
-        """KL(dense || the model as it is now).
+        """KL(dense || present state of the model).
 
         Args:
-            progress: Called as ("kl_divergence", tokens done, tokens).
+            progress: Called as ("kl_divergence", tokens done, tokens in all).
 
         Raises:
-            NonFiniteError: An activation of the point is NaN or infinite.
+            NonFiniteError: The divergence of a window is NaN or infinite.
         """
         means: list[float] = []
         for dense, hidden in zip(self._dense, self._hidden_states(progress), strict=True):
@@ -111,11 +108,11 @@ class DenseDivergence:
                 means.append(self._window(dense_window, point_window))
         found = self.of_windows(means)
         if not np.isfinite(found.windows).all():
-            raise NonFiniteError("KL divergences must be finite, but a window's is not; the trial is void")
+            raise NonFiniteError("KL divergences must be finite, but that of a window is not; the trial is invalid")
         return found
 
     def _window(self, dense: Tensor, point: Tensor) -> float:
-        """Mean over one window's positions; both of shape (tokens, width)."""
+        """Mean over the positions of one window; both arguments have the shape (tokens, width)."""
         rows = max(1, _CHUNK_BYTES // (4 * self._vocabulary))
         total = 0.0
         with torch.inference_mode():
@@ -129,7 +126,7 @@ class DenseDivergence:
         return int(self._model.config.get_text_config().vocab_size)
 
     def _hidden_states(self, progress: ProgressCallback) -> Iterator[Tensor]:
-        """What the head reads, batch by batch, shape (windows, tokens, width)."""
+        """Inputs of the output head, batch by batch, shape (windows, tokens, width)."""
         done = 0
         for batch in self._batches:
             progress("kl_divergence", done, self.tokens)
@@ -139,20 +136,20 @@ class DenseDivergence:
 
 
 def kl_divergence_of_logits(dense: Tensor, point: Tensor) -> Tensor:
-    """KL(softmax(dense) || softmax(point)) of each position, nats.
+    """KL(softmax(dense) || softmax(point)) at each position, in nats.
 
     Args:
-        dense: Shape (positions, vocabulary).
-        point: Shape (positions, vocabulary).
+        dense: Logits, shape (positions, vocabulary).
+        point: Logits, shape (positions, vocabulary).
 
     Returns:
-        Shape (positions,), float64, at least 0.
+        Shape (positions,), float64, non-negative.
 
     Source: Kullback and Leibler (1951).
     """
     log_dense = torch.log_softmax(dense.float(), dim=-1)
     log_point = torch.log_softmax(point.float(), dim=-1)
-    # Rounding can leave a few 1e-8 below zero, where two distributions are all but one.
+    # Rounding can give about -1e-8 for nearly equal distributions.
     return (log_dense.exp() * (log_dense - log_point)).sum(dim=-1, dtype=torch.float64).clamp(min=0.0)
 
 
@@ -163,14 +160,14 @@ def _hidden(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
 
 
 def check_head(model: PreTrainedModel, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function from what the output head reads to logits, checked on a few tokens of this text.
+    """The model's output head as a function from hidden states to logits, checked on a few tokens of this text.
 
     Raises:
-        ModelError: The model has no output head, or its logits are not its head's output.
+        ModelError: The model has no output head, or its logits are not the output of its head.
     """
     if not isinstance(model.get_output_embeddings(), nn.Module):  # type: ignore[no-untyped-call]
         raise ModelError(
-            f"KL divergence needs a model with an output head, but {type(model).__name__} has none; leave it out"
+            f"KL divergence needs a model with an output head, but {type(model).__name__} has none; remove it"
         )
     head, probe = TargetHead(model).logits, token_ids[:, :8].to(model.device)
     with torch.inference_mode():
@@ -178,7 +175,7 @@ def check_head(model: PreTrainedModel, token_ids: Tensor) -> Callable[[Tensor], 
     spread = float(theirs.float().std())
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > _TOLERANCE * max(spread, 1e-6):
         raise ModelError(
-            f"KL divergence needs a model whose logits are its output head's, but those of {type(model).__name__} are"
-            " formed otherwise; leave out `kl_divergence`, and set `fidelity.proxy_tokens: 0`"
+            f"KL divergence needs a model whose logits are the output of its head, but {type(model).__name__} computes"
+            " them differently; remove `kl_divergence`, and set `fidelity.proxy_tokens: 0`"
         )
     return head

@@ -1,4 +1,4 @@
-"""Read data sets of the hub, or of its cache where the hub cannot be reached, without waiting for minutes."""
+"""Load datasets from the Hugging Face hub, or from its local cache at once if the hub is unreachable."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _HUB_TIMEOUT_S = 5.0
 
 
 @contextmanager
-def hub_dataset(task: str, what: str) -> Iterator[None]:
-    """Load from the hub's cache alone when the hub cannot be reached, instead of retrying for minutes.
+def hub_dataset(task: str, needed: str) -> Iterator[None]:
+    """Load from the local cache only if the hub is unreachable, instead of retrying for minutes.
 
     Args:
-        task: For the message.
-        what: Is needed from the hub, for the message.
+        task: Name of the task, for the message.
+        needed: What the task needs from the hub, for the message.
 
     Raises:
-        TaskError: The hub cannot be reached and its cache does not hold what is needed.
+        TaskError: The hub is unreachable and its cache has no copy.
     """
     is_reachable = _is_hub_reachable()
     constants, config = huggingface_hub.constants, datasets.config
-    kept = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    previous = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     if not is_reachable:
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
@@ -39,11 +39,11 @@ def hub_dataset(task: str, what: str) -> Iterator[None]:
         if is_reachable:
             raise
         raise TaskError(
-            f"task '{task}' needs {what} from the Hugging Face hub, which cannot be reached and has no copy in the "
-            f"local cache; connect once, or use a local YAML task or a builtin one ({', '.join(builtin_tasks())})"
+            f"task '{task}' needs {needed} from the Hugging Face hub, which cannot be reached and has no copy in the "
+            f"local cache; connect once, or use a local YAML task or a built-in one ({', '.join(builtin_tasks())})"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = kept
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,6 +52,6 @@ def _is_hub_reachable() -> bool:
         return False
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
-    except Exception:  # noqa: BLE001 - whatever the HTTP library raises, the hub is out of reach
+    except Exception:  # noqa: BLE001 - whatever the HTTP library raises, the hub is unreachable
         return False
     return True

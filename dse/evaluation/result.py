@@ -1,4 +1,4 @@
-"""What an evaluation found: one record per task, with the outcome of every document."""
+"""Results of an evaluation: one record per task, with the outcome of every document, and their storage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dse.defaults import RENAMED_OBJECTIVES
 from dse.errors import StudyError, TaskError
 from dse.evaluation.graded_metrics import GRADED_METRICS
 from dse.evaluation.statistics.intervals import Interval, PairedDrop, PairedRatio, mean_interval, perplexity_interval
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 PERPLEXITY_METRICS = ("word_perplexity", "perplexity", "byte_perplexity")
-"""Metrics that are exp(-log-likelihood per unit); their outcomes are (log-likelihood, units) pairs."""
+"""Metrics of the form exp(-log-likelihood per unit); their outcomes are (log-likelihood, units) pairs."""
 
 Kind = Literal["accuracy", "perplexity", "other"]
 
@@ -42,19 +43,19 @@ class TaskResult:
     """Result of one task.
 
     Attributes:
-        task: The task's own name.
-        metric: The metric that stands for it.
-        value: Of that metric.
-        stderr: Its standard error, unpaired, as lm-eval reports it; None where there is none.
-        documents: Documents evaluated.
-        higher_is_better: Of that metric.
-        outcomes: float64, one row per document in the order of the data set: shape (documents,) for a metric that
-            is a mean, (documents, 2) for (log-likelihood, words) and other pairs; NaN for a document without one.
-        all_metrics: Every metric of the task: name to (value, standard error), None where there is none.
-        weight: Share of the task in the means of `EvaluationResult`.
-        kind: `accuracy` (mean over documents of values in [0, 1], higher being better; also a rank correlation, as the
-            mean of its pseudo-values), `perplexity`, or `other`, which takes part in no mean.
-        graded: Graded metrics beside it (see `dse.evaluation.graded_metrics`): name to outcomes, shape (documents,).
+        task: Name of the task.
+        metric: Name of its main metric.
+        value: Value of the main metric.
+        stderr: Its unpaired standard error, as lm-eval reports it; None if absent.
+        documents: Number of documents evaluated.
+        higher_is_better: Direction of the main metric.
+        outcomes: float64, one row per document in the order of the dataset: shape (documents,) for a metric that is a
+            mean, (documents, 2) for (log-likelihood, words) and other pairs; NaN for a document without an outcome.
+        all_metrics: Every metric of the task: name to (value, standard error); None if absent.
+        weight: Weight of the task in the means of `EvaluationResult`.
+        kind: `accuracy` (mean over documents of values in [0, 1], higher is better; also a rank correlation, as the
+            mean of its pseudo-values), `perplexity`, or `other`, which is part of no mean.
+        graded: Graded metrics (see `dse.evaluation.graded_metrics`): name to outcomes, shape (documents,).
     """
 
     task: str
@@ -75,7 +76,7 @@ class EvaluationResult:
     """Results of all tasks for one design point.
 
     Attributes:
-        tasks: In the order asked for.
+        tasks: One result per task, in the requested order.
         seconds: Wall time of the evaluation.
     """
 
@@ -84,12 +85,12 @@ class EvaluationResult:
 
     @property
     def accuracy(self) -> float | None:
-        """Weighted mean over the tasks measured by an accuracy; None without one."""
+        """Weighted mean over the tasks of kind `accuracy`; None without one."""
         return _weighted_mean(self._accuracy_tasks, lambda task: task.value)
 
     @property
     def accuracy_stderr(self) -> float | None:
-        """Standard error of `accuracy`, the tasks being independent; None where one of them has none."""
+        """Standard error of `accuracy` for independent tasks; None if a task has none."""
         tasks = self._accuracy_tasks
         if not tasks or any(task.stderr is None for task in tasks):
             return None
@@ -98,7 +99,7 @@ class EvaluationResult:
 
     @property
     def perplexity(self) -> float | None:
-        """Weighted geometric mean over the tasks measured by a perplexity; None without one."""
+        """Weighted geometric mean over the tasks of kind `perplexity`; None without one."""
         mean = _weighted_mean(self._perplexity_tasks, lambda task: math.log(task.value))
         return None if mean is None else math.exp(mean)
 
@@ -114,27 +115,27 @@ class EvaluationResult:
             perplexity_interval([t.outcomes for t in tasks], [t.weight for t in tasks], confidence) if tasks else None
         )
 
-    def accuracy_drop(self, dense: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
-        """Dense minus this accuracy, paired by document; None without an accuracy task.
+    def accuracy_drop(self, baseline: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
+        """Baseline accuracy minus this accuracy, paired by document; None without an accuracy task.
 
-        With the exact McNemar test for 0/1 outcomes, the paired bootstrap for graded ones.
+        Tested by exact McNemar for 0/1 outcomes and by the paired bootstrap for graded ones.
 
         Raises:
-            TaskError: `dense` was evaluated on other tasks or documents.
+            TaskError: The baseline was evaluated on other tasks or documents.
         """
-        ours, theirs = _aligned(self._accuracy_tasks, dense._accuracy_tasks)
+        ours, theirs = _aligned(self._accuracy_tasks, baseline._accuracy_tasks)
         if not ours:
             return None
         weights = [task.weight for task in ours]
         return drop_with_test([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
 
-    def perplexity_ratio(self, dense: EvaluationResult, confidence: float = 0.95) -> PairedRatio | None:
-        """This perplexity over dense with the paired bootstrap over documents; None without a perplexity task.
+    def perplexity_ratio(self, baseline: EvaluationResult, confidence: float = 0.95) -> PairedRatio | None:
+        """This perplexity over the baseline's, tested by the paired bootstrap; None without a perplexity task.
 
         Raises:
-            TaskError: `dense` was evaluated on other tasks or documents.
+            TaskError: The baseline was evaluated on other tasks or documents.
         """
-        ours, theirs = _aligned(self._perplexity_tasks, dense._perplexity_tasks)
+        ours, theirs = _aligned(self._perplexity_tasks, baseline._perplexity_tasks)
         if not ours:
             return None
         weights = [task.weight for task in ours]
@@ -146,13 +147,13 @@ class EvaluationResult:
         outcomes = [task.graded[metric] for task in tasks]
         return mean_interval(outcomes, [t.weight for t in tasks], confidence) if tasks else None
 
-    def graded_drop(self, metric: str, dense: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
-        """Dense minus this in a graded metric, with the paired bootstrap; None without a task that has it.
+    def graded_drop(self, metric: str, baseline: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
+        """Baseline minus this in a graded metric, tested by the paired bootstrap; None without a task that has it.
 
         Raises:
-            TaskError: `dense` was evaluated on other tasks or documents.
+            TaskError: The baseline was evaluated on other tasks or documents.
         """
-        ours, theirs = _aligned(self._graded_tasks(metric), dense._graded_tasks(metric))
+        ours, theirs = _aligned(self._graded_tasks(metric), baseline._graded_tasks(metric))
         if not ours:
             return None
         outcomes = [[task.graded[metric] for task in tasks] for tasks in (theirs, ours)]
@@ -164,7 +165,7 @@ class EvaluationResult:
         return tuple(name for name in GRADED_METRICS if self._graded_tasks(name))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the outcomes (see `write_outcomes`), as JSON values."""
+        """Everything except the outcomes (see `write_outcomes`), as JSON values."""
         return {
             "seconds": self.seconds,
             "tasks": [
@@ -193,18 +194,18 @@ class EvaluationResult:
         """Inverse of `to_json`.
 
         Args:
-            data: What `to_json` returned.
-            outcomes: What `read_outcomes` returned; without it, tasks have no outcomes and no intervals.
-            graded: What `read_graded` returned; without it, tasks have no graded metrics.
+            data: The result of `to_json`.
+            outcomes: The result of `read_outcomes`; without it, tasks have no outcomes and no intervals.
+            graded: The result of `read_graded`; without it, tasks have no graded metrics.
 
         Raises:
-            StudyError: `data` lacks a key or holds the wrong kind of value.
+            StudyError: `data` lacks a key or has a value of the wrong type.
         """
         try:
             tasks = tuple(_task_of_json(task, outcomes or {}, graded or {}) for task in data["tasks"])
             return cls(tasks, float(data["seconds"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StudyError(f"a stored evaluation must hold every field, but: {error!r}; evaluate it again") from error
+            raise StudyError(f"a stored evaluation must have every field, but: {error!r}; evaluate it again") from error
 
     def write_outcomes(self, path: Path) -> None:
         """Write the outcomes of every task to a compressed .npz file, atomically and without pickle.
@@ -236,7 +237,7 @@ class EvaluationResult:
 
 
 def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Read what `EvaluationResult.write_outcomes` wrote: task name to outcomes.
+    """Read the outcomes that `EvaluationResult.write_outcomes` wrote: task name to outcomes.
 
     Raises:
         StudyError: The file is missing or damaged.
@@ -251,13 +252,20 @@ def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
 def read_graded(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Read the graded outcomes that `EvaluationResult.write_outcomes` wrote: task name to metric to outcomes.
 
+    Files of version 0.1, which use the old metric names, are read as well.
+
     Raises:
         StudyError: The file is missing or damaged.
     """
     names, arrays = _read_arrays(path)
+    stored_names: dict[str, str] = {**{name: name for name in GRADED_METRICS}, **RENAMED_OBJECTIVES}
     return {
-        name: {metric: arrays[f"{metric}_{index}"] for metric in GRADED_METRICS if f"{metric}_{index}" in arrays}
-        for index, name in enumerate(names)
+        task: {
+            metric: arrays[f"{stored}_{index}"]
+            for stored, metric in stored_names.items()
+            if f"{stored}_{index}" in arrays
+        }
+        for index, task in enumerate(names)
     }
 
 
@@ -267,7 +275,7 @@ def _read_arrays(path: Path) -> tuple[list[str], dict[str, NDArray[np.float64]]]
             names = [str(name) for name in archive["tasks"]]
             return names, {key: archive[key].astype(np.float64, copy=False) for key in archive if key != "tasks"}
     except FileNotFoundError:
-        raise StudyError(f"the outcomes of a trial must be kept, but '{path}' does not exist") from None
+        raise StudyError(f"stored outcomes must exist, but '{path}' does not exist; evaluate the trial again") from None
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise _damaged(path) from error
 
@@ -277,7 +285,7 @@ def _damaged(path: Path) -> StudyError:
 
 
 def kind_of(metric: str, outcomes: NDArray[np.float64], *, is_mean: bool, higher_is_better: bool) -> Kind:
-    """What a metric measures, told from its name, its outcomes and how they are put together."""
+    """The kind of a metric, from its name, its outcomes and their aggregation."""
     if outcomes.ndim == 2:
         return "perplexity" if metric.partition(",")[0] in PERPLEXITY_METRICS else "other"
     present = outcomes[~np.isnan(outcomes)]
@@ -286,18 +294,18 @@ def kind_of(metric: str, outcomes: NDArray[np.float64], *, is_mean: bool, higher
 
 
 def choose_metric(task: str, available: Sequence[str], asked: str | None = None) -> str:
-    """The metric that stands for a task.
+    """Choose the main metric of a task.
 
     Args:
-        task: For the message.
-        available: The task's metrics, `name` or `name,filter`, in its own order.
-        asked: The user's choice; a bare name takes its first filter.
+        task: Name of the task, for the message.
+        available: The task's metrics in its own order, as `name` or `name,filter`.
+        asked: The user's choice; a name without a filter selects its first filter.
 
     Raises:
-        TaskError: The task has no metric, or not the one asked for.
+        TaskError: The task has no metric, or not the requested one.
     """
     if not available:
-        raise TaskError(f"a task must have a metric, but '{task}' has none; give it a `metric_list`")
+        raise TaskError(f"a task must have a metric, but '{task}' has none; add a `metric_list`")
     if asked is None:
         found = (_with_name(name, available) for name in _PREFERRED_METRICS)
         return next((metric for metric in found if metric is not None), available[0])
@@ -325,10 +333,10 @@ def _weighted_mean(tasks: Sequence[TaskResult], value: Callable[[TaskResult], fl
 def _aligned(
     ours: Sequence[TaskResult], theirs: Sequence[TaskResult]
 ) -> tuple[Sequence[TaskResult], Sequence[TaskResult]]:
-    """Both lists, checked to hold the same tasks by the same metrics."""
+    """Both lists, after a check that they have the same tasks and metrics."""
     names = [(t.task, t.metric) for t in ours], [(t.task, t.metric) for t in theirs]
     if names[0] != names[1]:
-        raise TaskError(f"paired results must be of the same tasks, but got {names[0]} and {names[1]}")
+        raise TaskError(f"paired results must be of the same tasks and metrics, but got {names[0]} and {names[1]}")
     return ours, theirs
 
 

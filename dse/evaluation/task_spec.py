@@ -1,4 +1,4 @@
-"""Which tasks to evaluate, and what a task file says: data only, nothing here runs code from it."""
+"""Evaluation tasks as the user names them, and lm-eval task files, read as data: no code in them is run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dse.errors import TaskError, did_you_mean
 __all__ = ["LOCAL_DATASETS", "TaskSource", "TaskSpec", "builtin_tasks", "read_task_file", "resolve_task"]
 
 LOCAL_DATASETS = ("json", "csv", "text", "parquet", "arrow")
-"""Values of `dataset_path` that read local files; every other value names a dataset of the Hugging Face hub."""
+"""Values of `dataset_path` that read local files; every other value names a dataset on the Hugging Face hub."""
 
-# Readers of `datasets` that unpickle, open databases or run code; a task file must not reach them.
+# Readers of `datasets` that unpickle, open databases or run code; a task file must not use them.
 _UNSAFE_DATASETS = ("pandas", "sql", "spark", "generator", "webdataset", "eval")
 _TASK_FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
 _GLOB_CHARACTERS = frozenset("*?[")
@@ -26,16 +26,16 @@ _GLOB_CHARACTERS = frozenset("*?[")
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One evaluation task as the user asks for it.
+    """One evaluation task and its settings.
 
     Attributes:
-        task: A name lm-eval knows, a builtin name (`dse_grammar`, `dse_facts`, `dse_text`), or the path of an
+        task: An lm-eval task name, a built-in name (`dse_grammar`, `dse_facts`, `dse_text`), or the path of an
             lm-eval YAML file (ends with .yaml or .yml).
-        metric: The metric that stands for the task; None takes the first it has of acc, acc_norm, exact_match,
-            f1, word_perplexity, perplexity, byte_perplexity, else the first of all.
-        weight: Share of this task in the mean accuracy and the mean perplexity, positive.
-        limit: Documents drawn by seed, for a group over all its members together; None means all.
-        num_fewshot: Examples before each document; None keeps what the task says, else 0.
+        metric: The main metric; None takes the first available of acc, acc_norm, exact_match, f1, word_perplexity,
+            perplexity and byte_perplexity, else the task's first metric.
+        weight: Weight of this task in the mean accuracy and the mean perplexity, positive.
+        limit: Number of documents, drawn by seed; for a group, over all its members together. None means all.
+        num_fewshot: Examples before each document; None keeps the task's own number, or 0.
     """
 
     task: str
@@ -46,9 +46,9 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         if not self.task.strip():
-            raise TaskError("a task must have a name or the path of a YAML file, but got an empty text")
+            raise TaskError("a task must be a name or the path of a YAML file, but got an empty string")
         if not self.task.isprintable():
-            raise TaskError(f"a task's name must be printable text, but got {self.task!r:.80}")
+            raise TaskError(f"a task name must be printable, but got {self.task!r:.80}")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise TaskError(f"`weight > 0` must hold for task '{self.task}', but got weight={self.weight}")
         if self.limit is not None and self.limit < 1:
@@ -66,12 +66,12 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where a task comes from.
+    """A resolved task: its name and, unless it comes from lm-eval's registry, its configuration.
 
     Attributes:
-        name: The task's own name.
-        config: lm-eval's task configuration with absolute paths; None where lm-eval's registry holds the task.
-        path: The YAML file; None for the registry.
+        name: Name of the task.
+        config: lm-eval task configuration with absolute paths; None for a task of lm-eval's registry.
+        path: The YAML file; None for a task of the registry.
     """
 
     name: str
@@ -85,12 +85,12 @@ def builtin_tasks() -> Mapping[str, Path]:
 
 
 def resolve_task(spec: TaskSpec) -> TaskSource:
-    """Find a task and read its file; cheap, needs neither lm-eval nor a model.
+    """Find a task and read its file, without lm-eval or a model.
 
-    A name that is neither a file nor builtin is left to lm-eval's registry, which the evaluator asks later.
+    A name that is neither a file nor built in is looked up in lm-eval's registry later, by the evaluator.
 
     Raises:
-        TaskError: The file or its data is missing or malformed, or a name like `dse_...` is unknown.
+        TaskError: The file or its data is missing or malformed, or a `dse_...` name is unknown.
     """
     if spec.is_file:
         return _source_of_file(_join(Path(), spec.task))
@@ -99,19 +99,19 @@ def resolve_task(spec: TaskSpec) -> TaskSource:
         return _source_of_file(builtin[spec.task])
     if spec.task.startswith("dse_"):
         raise TaskError(
-            f"a builtin task must be one of {', '.join(builtin) or '(none installed)'}, but got '{spec.task}'"
+            f"a built-in task must be one of {', '.join(builtin) or '(none installed)'}, but got '{spec.task}'"
             f"{did_you_mean(spec.task, builtin)}"
         )
     return TaskSource(spec.task)
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
-    """Read an lm-eval task file safely, its `include`s merged in and its data files made absolute.
+    """Read an lm-eval task file safely, with its `include`s merged in and the paths of its data files made absolute.
 
-    Relative paths are relative to the file that names them, so an included file keeps its own data.
+    Paths are relative to the file that names them, so an included file keeps its own data.
 
     Raises:
-        TaskError: The file is missing, is not YAML, holds a `!function` tag, or names data that is not there.
+        TaskError: The file is missing, is not YAML, holds a `!function` tag, or names data that does not exist.
     """
     return _read(path, ())
 
@@ -120,13 +120,13 @@ def _source_of_file(path: Path) -> TaskSource:
     config = read_task_file(path)
     if "group" in config or "task_list" in config or isinstance(config.get("task"), list):
         raise TaskError(
-            f"a task file must describe one task, but '{path}' describes a group; name its tasks one by one"
+            f"a task file must describe one task, but '{path}' describes a group; list its tasks one by one"
         )
     if "class" in config:
         raise TaskError(f"a task file must be data, but '{path}' names a Python class, which would run code")
     for key in ("task", "dataset_path"):
         if not (isinstance(config.get(key), str) and config[key].strip()):
-            raise TaskError(f"a task file must set `{key}` to a text, but '{path}' has {key}={config.get(key)!r}")
+            raise TaskError(f"a task file must set `{key}` to a string, but '{path}' has {key}={config.get(key)!r}")
     dataset = config["dataset_path"]
     if dataset in _UNSAFE_DATASETS:
         raise TaskError(
@@ -144,12 +144,12 @@ def _source_of_file(path: Path) -> TaskSource:
 def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in including:
-        raise TaskError(f"task files must not include each other in a circle, but '{path}' includes itself")
+        raise TaskError(f"task files must not include each other in a cycle, but '{path}' includes itself")
     config = _parse(path)
     _resolve_data(config, path)
     includes = config.pop("include", None) or []
     merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else _texts(includes, "include", path):
+    for include in [includes] if isinstance(includes, str) else _strings(includes, "include", path):
         included = _read(_join(path.parent, include), (*including, path))
         included.pop("task_list", None)
         merged.update(included)
@@ -161,26 +161,26 @@ def _parse(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TaskError(f"a task file must exist, but '{path}' does not") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name no file can have
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an impossible file name
         raise TaskError(
             f"a task file must be readable UTF-8 text, but '{path}' is not: {_first_line(error)}"
         ) from error
     try:
         config = yaml.load(text, Loader=_TaskLoader)
-        json.dumps(config, ensure_ascii=False, default=str).encode()  # no circles, no half characters
+        json.dumps(config, ensure_ascii=False, default=str).encode()  # fails on cycles and lone surrogates
     except yaml.YAMLError as error:
         raise TaskError(f"a task file must be YAML, but '{path}' is not: {_yaml_reason(error)}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        # What PyYAML's own constructors let through: impossible dates, unhashable keys, nesting without end.
+        # Errors that PyYAML does not wrap: impossible dates, unhashable keys, unbounded nesting.
         raise TaskError(f"a task file must be YAML, but '{path}' is not: {_first_line(error)}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         kind = type(config).__name__
-        raise TaskError(f"a task file must be a mapping from names to values, but '{path}' holds a {kind}")
+        raise TaskError(f"a task file must be a mapping with string keys, but '{path}' holds a {kind}")
     return config
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """SafeLoader that says why it refuses lm-eval's `!function`."""
+    """SafeLoader whose error for lm-eval's `!function` tag explains the refusal."""
 
 
 def _refuse_function(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
@@ -216,41 +216,41 @@ def _resolve_data(config: dict[str, Any], path: Path) -> None:
 def _absolute_all(files: Any, path: Path) -> str | list[str]:
     if isinstance(files, str):
         return _absolute(files, path)
-    return [_absolute(file, path) for file in _texts(files, "dataset_kwargs.data_files", path)]
+    return [_absolute(file, path) for file in _strings(files, "dataset_kwargs.data_files", path)]
 
 
 def _absolute(file: Any, path: Path, *, is_file: bool = True) -> str:
     if not isinstance(file, str) or not file.isprintable() or not file:
-        raise TaskError(f"data files must be named by texts, but '{path}' has {file!r:.80}")
+        raise TaskError(f"data files must be strings, but '{path}' has {file!r:.80}")
     if "://" in file:
         return file
     whole = _join(path.parent, file)
     if _GLOB_CHARACTERS & set(file):
-        return str(whole.absolute())  # a pattern; `datasets` says if nothing matches
+        return str(whole.absolute())  # a pattern; `datasets` raises if nothing matches
     try:
         found = whole.is_file() if is_file else whole.is_dir()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # an impossible file name
         found = False
     if not found:
-        raise TaskError(f"a data file must exist, but '{whole}' does not; '{path.name}' names it relative to itself")
+        raise TaskError(f"a data file must exist, but '{whole}' does not; paths in '{path.name}' are relative to it")
     return str(whole.resolve())
 
 
 def _join(folder: Path, text: str) -> Path:
     try:
         return folder / Path(text).expanduser()
-    except RuntimeError as error:  # `~somebody` who has no home
+    except RuntimeError as error:  # `~user` without a home folder
         raise TaskError(f"a path must exist, but '{text}' does not: {_first_line(error)}") from error
 
 
-def _texts(values: Any, key: str, path: Path) -> list[str]:
+def _strings(values: Any, key: str, path: Path) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) and value.isprintable() for value in values):
-        raise TaskError(f"`{key}` must be a text or a list of texts, but '{path}' has {values!r:.80}")
+        raise TaskError(f"`{key}` must be a string or a list of strings, but '{path}' has {values!r:.80}")
     return list(values)
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
-    """One line of what PyYAML says, with the place."""
+    """PyYAML's reason in one line, with the line number."""
     problem = getattr(error, "problem", None) or _first_line(error)
     mark = getattr(error, "problem_mark", None)
     return f"{_first_line(problem)} (line {mark.line + 1})" if mark is not None else _first_line(problem)
@@ -261,7 +261,7 @@ def _first_line(message: object) -> str:
 
 
 def check_unique(names: Iterable[str]) -> None:
-    """Refuse two tasks of one name, since results are kept by name.
+    """Refuse duplicate task names, since results are stored by name.
 
     Raises:
         TaskError: A name appears twice.
@@ -269,5 +269,5 @@ def check_unique(names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise TaskError(f"task names must differ, but '{name}' is named twice; drop one or rename it in its file")
+            raise TaskError(f"task names must be unique, but '{name}' appears twice; remove or rename one of them")
         seen.add(name)

@@ -1,4 +1,4 @@
-"""The dense form of an export: factors multiplied out, for runtimes that know no low-rank layers."""
+"""The dense form of an export: factors multiplied out, for runtimes without low-rank layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from dse.decomposition import LowRankLinear, StackedLinear, TuckerExperts
+from dse.decomposition.factors import expert_factors_of, factors_of
 from dse.design_point import DesignPoint
 from dse.export.weights import MAX_SHARD_SIZE
 from dse.topology import Topology
@@ -18,15 +19,15 @@ __all__ = ["merged_state", "write_dense_form"]
 
 
 def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> dict[str, Tensor]:
-    """Weights of `model` by name, with the low-rank modules of `point` multiplied out.
+    """The weights of `model` by name, with the low-rank modules of `point` multiplied out.
 
-    The architecture has a place for every block, so removed blocks are filled with zeros: they give zero, as if they
-    were not there, to the bit.
+    The architecture has a place for every block, so removed blocks are filled with zeros. They then return zero, which
+    is bit for bit the same as no block.
 
     Args:
-        model: Holds the low-rank modules now; it is not changed.
-        topology: Names the modules of the point.
-        point: What is applied.
+        model: The model with the low-rank modules of the point; it is not changed.
+        topology: Its topology.
+        point: The applied point.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, choice in point:
@@ -35,11 +36,11 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
         for member in topology.tensors_of(name):
             tensor = topology[member]
             module = model.get_submodule(tensor.module)
-            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - surgery has put it there
+            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - inserted by surgery
             for part in ("left", "right", "core", "owned.right", "owned.core"):
                 state.pop(f"{tensor.module}.{part}", None)
             # Double precision, so that each entry is rounded once, to the weight's own dtype.
-            weight = module.factors().to("cpu", torch.float64).product().to(module.left.dtype)
+            weight = factors_of(module).to("cpu", torch.float64).product().to(module.left.dtype)
             state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
     for path in dict.fromkeys(topology.experts_by_name[n].module for n, _ in point if n in topology.experts_by_name):
         state |= _merged_experts(state, topology, path, model.get_submodule(path))
@@ -47,16 +48,16 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
 
 
 def _merged_experts(state: dict[str, Tensor], topology: Topology, path: str, module: nn.Module) -> dict[str, Tensor]:
-    """The fused weights of a layer's experts by their dense names; what stands in for them is taken out of `state`."""
-    assert isinstance(module, TuckerExperts)  # noqa: S101 - surgery has put it there
+    """The fused weights of a layer's experts under their dense names; deletes their factors from `state`."""
+    assert isinstance(module, TuckerExperts)  # noqa: S101 - inserted by surgery
     for name in [name for name in state if name.startswith((f"{path}.gate_up.", f"{path}.down."))]:
         del state[name]
     found = {}
     parts = {"expert_gate_up": module.gate_up, "expert_down": module.down}
     for tensor in (tensor for tensor in topology.experts if tensor.module == path):
-        factors = parts[tensor.role].factors()
+        factors = expert_factors_of(parts[tensor.role])
         if factors.ranks == tensor.shape:
-            weight = factors.core  # as it was
+            weight = factors.core  # still dense
         else:
             weight = factors.to("cpu", torch.float64).product().to(factors.core.dtype)
         found[f"{path}.{tensor.parameter}"] = weight.contiguous()
@@ -69,27 +70,27 @@ def _zeros_of_removed(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[
 
 
 def _shell(model: PreTrainedModel) -> PreTrainedModel:
-    """The architecture without memory; it takes weights over."""
+    """The architecture on the meta device, ready to take weights over."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain floats, wherever they came from
+        del config.quantization_config  # the weights are plain floats, whatever file they came from
     with torch.device("meta"):
         shell: PreTrainedModel = type(model)(config)
     return shell
 
 
 def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Write config.json and weights as the architecture's own `save_pretrained` does, shards of the hub's own names.
+    """Write config.json and weights as the architecture's own `save_pretrained` does, with the hub's shard names.
 
     Args:
-        model: The model whose architecture it is; it is not changed.
+        model: A model of the architecture; it is not changed.
         state: Its dense weights by name, from `merged_state`.
         folder: An existing folder.
     """
-    # A shell without memory takes the tensors over. The resident model itself will not do: `save_pretrained` writes to
-    # its config, and would undo the conversions of the file that it came from, down to the names of a GGUF.
+    # Save from a shell, not from the resident model: `save_pretrained` writes to the model's config, and would revert
+    # the conversions of the source file, for example to the tensor names of a GGUF.
     shell = _shell(model)
     shell.load_state_dict(state, strict=True, assign=True)
     if shell.can_generate():
-        shell.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the model's own is written apart, unvalidated
+        shell.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the model's own is written separately
     shell.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

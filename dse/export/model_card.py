@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from dse.design_point import DesignPoint
-from dse.export.markdown import code, table, text
-from dse.export.measured_figures import measured_figures
+from dse.export.card_tables import code, measured_figures, table, text
 from dse.measurement.environment import package_versions
 from dse.report.units import percent
 from dse.topology import Topology
@@ -32,24 +31,24 @@ _PIPELINES = {
 
 @dataclass(frozen=True, eq=False)
 class CardContent:
-    """What a card says.
+    """The content of a model card.
 
     Attributes:
         base_model: Name of the dense model.
         revision: Its revision on the hub, if one was named.
-        fingerprint: Of the dense model's config and weights.
-        topology: Of the dense model.
-        point: What is decomposed.
+        fingerprint: Fingerprint of the dense model's config and weights.
+        topology: Topology of the dense model.
+        point: The design point.
         is_dense: Whether the factors are multiplied out.
-        auto_class: The transformers class that loads it.
-        dtype: Of the weights.
-        parameters: In this folder.
-        weight_file_bytes: Size of its safetensors.
-        dense_weight_bytes: What the dense model's take.
-        other_bytes: Size of its other files, this card left out.
-        max_difference: Largest difference found on reloading; None where it was not checked.
-        tolerance: What was allowed.
-        facts: `study`, `trial`, `row`, `dense_row`, `environment`, `versions`, `license`, all optional.
+        auto_class: The transformers class that loads the folder.
+        dtype: Dtype of the weights.
+        parameters: Number of parameters in the folder.
+        weight_file_bytes: Size of its safetensors files.
+        dense_weight_bytes: Size of the dense model's weights.
+        other_bytes: Size of its other files, without this card.
+        max_difference: Largest difference on reloading; None if it was not verified.
+        tolerance: Largest difference allowed.
+        details: `study`, `trial`, `row`, `dense_row`, `environment`, `versions`, `license`; all optional.
     """
 
     base_model: str
@@ -66,16 +65,16 @@ class CardContent:
     other_bytes: int
     max_difference: float | None
     tolerance: float
-    facts: Mapping[str, Any]
+    details: Mapping[str, Any]
 
     @property
     def reduction(self) -> float:
-        """Share of the dense model's parameters that this folder does without."""
+        """1 - parameters / parameters of the dense model."""
         return 1 - self.parameters / self.topology.parameters_dense
 
 
 def model_card(content: CardContent) -> str:
-    """The whole card as Markdown with a YAML head."""
+    """The card as Markdown with a YAML header."""
     sections = [
         _front_matter(content),
         _introduction(content),
@@ -94,8 +93,8 @@ def _front_matter(content: CardContent) -> str:
         head["pipeline_tag"] = _PIPELINES[content.auto_class]
     if _HUB_ID.fullmatch(content.base_model):
         head["base_model"] = content.base_model
-    if content.facts.get("license"):
-        head["license"] = str(content.facts["license"])
+    if content.details.get("license"):
+        head["license"] = str(content.details["license"])
     head["tags"] = ["low-rank", "compression", "lowrank-dse"]
     return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---"
 
@@ -105,17 +104,17 @@ def _introduction(content: CardContent) -> str:
     names = [name for name, choice in content.point if not choice.is_removal]
     count = sum(len(content.topology.tensors_of(name)) for name in names)
     if not content.point.choices:
-        return f"# {name}\n\nThe dense model, as it was given to lowrank-dse: nothing is decomposed."
+        return f"# {name}\n\nThe unmodified dense model: nothing is decomposed."
     changes = [f"{count} of its {total} weight matrices replaced by"] if count else []
     removed = _removed(content)
     if content.is_dense:
-        parts = [f"{c} low-rank approximations, multiplied out to dense matrices again" for c in changes]
+        parts = [f"{c} low-rank approximations that are multiplied out to dense matrices" for c in changes]
         parts += [f"{removed} filled with zeros" for _ in (removed,) if removed]
         return (
             f"# {name}, {'low-rank factors multiplied out' if count else 'removed blocks filled with zeros'}\n\n"
-            f"{name} with {' and '.join(parts)}. It runs wherever the base model runs, and **saves nothing**: it has as"
-            " many parameters, takes as much disk and memory, and computes as much as the base model. Use the low-rank"
-            " form of the export where size and speed matter. It was not retrained."
+            f"{name} with {' and '.join(parts)}. It runs wherever the base model runs, and **saves nothing**: it has"
+            " the same number of parameters, size and FLOPs as the base model. Use the low-rank form of the export if"
+            " size or speed matters. It was not retrained."
         )
     parts = [f"{c} products of low-rank factors" for c in changes] + ([f"without {removed}"] if removed else [])
     return (
@@ -125,7 +124,7 @@ def _introduction(content: CardContent) -> str:
 
 
 def _removed(content: CardContent) -> str:
-    """The removed blocks in words: `2 of its 24 attention blocks and 1 of its 24 MLP blocks`."""
+    """The removed blocks in words, such as `2 of its 24 attention blocks and 1 of its 24 MLP blocks`."""
     roles = [content.topology.blocks_by_name[name].role for name in content.point.removed]
     layers, words = content.topology.layer_count, {"attention": "attention", "mlp": "MLP"}
     return " and ".join(
@@ -147,7 +146,7 @@ def _sizes(content: CardContent) -> str:
     return (
         "## Size\n\n"
         + table(("", "dense model", "this folder", "saved"), rows)
-        + "\n\nParameters count embeddings in, and tied weights once. The other files (tokenizer, config, code) take"
+        + "\n\nParameters include embeddings; tied weights count once. The other files (tokenizer, config, code) take"
         + f" {_megabytes(content.other_bytes)}."
     )
 
@@ -169,9 +168,9 @@ def _loading(content: CardContent) -> str:
     if not is_plain:
         lines += [
             "",
-            "`trust_remote_code=True` runs `modeling_lowrank.py` of this folder, a short file to read first; it needs"
-            " torch and transformers (5 or later) alone. Without it, the folder refuses to load. Do not load it by the"
-            " base architecture's own class, which knows no factors and would put random weights in their place.",
+            "`trust_remote_code=True` runs `modeling_lowrank.py` of this folder, a short file that you can read first."
+            " It needs only torch and transformers (5 or later). Without it, the folder refuses to load. Do not load it"
+            " with the base architecture's own class, which does not support factors and would use random weights.",
         ]
     return "\n".join(lines)
 
@@ -194,18 +193,18 @@ def _point(content: CardContent) -> str:
 
 
 def _measured(content: CardContent) -> str:
-    facts = content.facts
-    figures = measured_figures(facts.get("row") or {}, facts.get("dense_row") or {})
+    details = content.details
+    figures = measured_figures(details.get("row") or {}, details.get("dense_row") or {})
     if not figures:
-        return "## Measured\n\nNothing was measured of this point, or the figures were not handed on."
-    hardware = _hardware(facts.get("environment"))
-    form = " The figures are those of the low-rank form, before it was multiplied out." if content.is_dense else ""
+        return "## Measurements\n\nNo measurements of this point are available."
+    hardware = _hardware(details.get("environment"))
+    form = " The figures are of the low-rank form, before it was multiplied out." if content.is_dense else ""
     note = f"Measured on {hardware}." if hardware else "The machine was not recorded."
-    return f"## Measured\n\n{figures}\n\n{note}{form} ± and brackets are 95 % intervals unless said otherwise."
+    return f"## Measurements\n\n{figures}\n\n{note}{form} ± and brackets are 95 % intervals unless stated otherwise."
 
 
 def _hardware(environment: object) -> str:
-    """The machine in words, from `dse.measurement.describe_environment`; "" where it says nothing."""
+    """The machine in words, from `dse.measurement.describe_environment`; "" if it says nothing."""
     if not isinstance(environment, Mapping):
         return ""
     parts = []
@@ -221,23 +220,23 @@ def _hardware(environment: object) -> str:
 
 
 def _provenance(content: CardContent) -> str:
-    facts = content.facts
+    details = content.details
     revision = f", revision {code(content.revision)}" if content.revision else ""
     lines = [f"- Base model: {code(content.base_model)}{revision}, fingerprint {code(content.fingerprint)}"]
-    if facts.get("study") is not None:
-        trial = f", trial {text(facts['trial'])}" if facts.get("trial") is not None else ""
-        lines.append(f"- Study: {text(facts['study'])}{trial}")
+    if details.get("study") is not None:
+        trial = f", trial {text(details['trial'])}" if details.get("trial") is not None else ""
+        lines.append(f"- Study: {text(details['study'])}{trial}")
     if content.max_difference is None:
-        lines.append("- Not checked by reloading")
+        lines.append("- Not verified by reloading")
     else:
         lines.append(
-            "- Checked: reloaded from disk in a process without lowrank-dse; every weight the same, largest difference"
-            f" of a logit {content.max_difference:.2g} (allowed {content.tolerance:.2g})"
+            "- Verified: reloaded from disk in a process without lowrank-dse; all weights are equal, the largest"
+            f" difference of a logit is {content.max_difference:.2g} (allowed: {content.tolerance:.2g})"
         )
-    versions = facts.get("versions") or package_versions()
+    versions = details.get("versions") or package_versions()
     known = [f"{text(name)} {text(version)}" for name, version in versions.items() if version]
     lines.append(f"- Written by lowrank-dse with {', '.join(known)}")
-    return "## Where it comes from\n\n" + "\n".join(lines)
+    return "## Provenance\n\n" + "\n".join(lines)
 
 
 def _megabytes(size_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""Export design points: write, reload in a fresh process, compare, and only then put in place."""
+"""Export design points: write, reload in a new process, compare, and only then move to the destination."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dse.cost import check_point, cost
+from dse.cost import check_point, point_cost
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import DesignPoint
 from dse.errors import ExportError
@@ -24,18 +24,18 @@ __all__ = ["ExportResult", "export_point", "export_points"]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An export in its place.
+    """A finished export.
 
     Attributes:
-        folder: Where it is.
-        is_dense: Whether it holds dense matrices alone, and so saves nothing.
-        parameters: In this folder, tied ones once.
+        folder: Its folder.
+        is_dense: Whether it holds only dense matrices, and so saves nothing.
+        parameters: Number of parameters in this folder; tied ones count once.
         reduction: 1 - parameters / parameters of the dense model.
-        bytes_on_disk: Of all its files.
-        weight_file_bytes: Of its safetensors.
-        dense_weight_bytes: What the dense model's weights take in the same dtype, without a file's header.
-        max_logit_difference: Largest difference on reloading; None where it was not verified.
-        tolerance: What was allowed.
+        bytes_on_disk: Size of all its files.
+        weight_file_bytes: Size of its safetensors files.
+        dense_weight_bytes: Size of the dense model's weights in the same dtype, without file headers.
+        max_logit_difference: Largest difference on reloading; None if it was not verified.
+        tolerance: Largest difference allowed.
         files: Names of its files, sorted.
     """
 
@@ -61,7 +61,7 @@ def export_point(
     bank: FactorSource,
     folder: Path,
     *,
-    facts: Mapping[str, Any] | None = None,
+    card_details: Mapping[str, Any] | None = None,
     dense: bool = False,
     verify: bool = True,
     progress: ProgressCallback = ignore_progress,
@@ -69,13 +69,13 @@ def export_point(
     """Write one point as a Hugging Face folder; see `export_points`.
 
     Args:
-        loaded: The dense model; it is as before afterwards, to the bit.
-        point: What to decompose.
-        bank: Holds the point's factors.
-        folder: Where it goes: nothing may be there yet, or an empty folder.
-        facts: What the model card shall tell beside sizes; see `ExportRequest`.
+        loaded: The dense model; its weights are bit-identical afterwards.
+        point: The design point.
+        bank: Source of the point's factors.
+        folder: The destination, which must not exist or be empty.
+        card_details: Details for the model card; see `ExportRequest`.
         dense: Whether to multiply the factors out.
-        verify: Whether to reload it in a fresh process and compare before it is put in place.
+        verify: Whether to reload it in a new process and compare before it is published.
         progress: Called as ("write", exports, exports) and ("verify", exports, exports).
 
     Raises:
@@ -83,7 +83,7 @@ def export_point(
         PointError: The point does not fit the model.
         StorageFullError: The disk has no room or cannot be written.
     """
-    request = ExportRequest(point, folder, dense, facts or {})
+    request = ExportRequest(point, folder, dense, card_details or {})
     return export_points(loaded, [request], bank, verify=verify, progress=progress)[0]
 
 
@@ -95,16 +95,16 @@ def export_points(
     verify: bool = True,
     progress: ProgressCallback = ignore_progress,
 ) -> tuple[ExportResult, ...]:
-    """Write several points, each to its own folder; all of them are verified in one fresh process.
+    """Write several points, each to its own folder; one new process verifies all of them.
 
-    Every export is written beside its destination and renamed into it at the end: a folder is there complete and
-    verified, or not at all. If one fails, none is put in place.
+    Every export is written beside its destination and renamed at the end: a folder is either complete and verified, or
+    absent. If one fails, none is published.
 
     Args:
-        loaded: The dense model; it is as before afterwards, to the bit.
-        requests: What to write where.
-        bank: Holds the points' factors.
-        verify: Whether to reload in a fresh process and compare.
+        loaded: The dense model; its weights are bit-identical afterwards.
+        requests: The exports to write.
+        bank: Source of the points' factors.
+        verify: Whether to reload in a new process and compare.
         progress: Called as ("write", exports, exports) and ("verify", exports, exports).
 
     Raises:
@@ -130,12 +130,12 @@ def export_points(
 
 
 def _check_requests(loaded: LoadedModel, requests: Sequence[ExportRequest]) -> None:
-    """Find what can be found wrong before anything is written."""
+    """Check everything that can be checked before writing."""
     targets = [request.folder.absolute() for request in requests]
     for request, target in zip(requests, targets, strict=True):
         check_target(request.folder)
         if targets.count(target) > 1 or any(target in other.parents for other in targets):
-            raise ExportError(f"every export must have a folder of its own, but '{request.folder}' is named for two")
+            raise ExportError(f"every export must have a folder of its own, but '{request.folder}' is used twice")
         check_point(loaded.topology, request.point)
 
 
@@ -145,17 +145,17 @@ def _verified(staged: Sequence[StagedExport], progress: ProgressCallback) -> tup
     for export, report in zip(staged, reports, strict=True):
         if not report.is_valid:
             raise ExportError(
-                f"an export must give back the decomposed model, but '{export.request.folder}' (point"
-                f" {export.request.point.id}) does not: {report.problem}; nothing was left on disk"
+                f"an export must reproduce the decomposed model, but '{export.request.folder}' (point"
+                f" {export.request.point.id}) does not: {report.problem}; its files were removed"
             )
     progress("verify", len(staged), len(staged))
     return reports
 
 
 def _finish(loaded: LoadedModel, export: StagedExport, report: ReloadReport | None) -> ExportResult:
-    """Write the model card and the design point, and add up what the folder takes."""
+    """Write the model card and the design point, and add up the sizes."""
     request, dense_parameters = export.request, loaded.topology.parameters_dense
-    parameters = dense_parameters if request.is_dense else cost(loaded.topology, request.point).parameters
+    parameters = dense_parameters if request.is_dense else point_cost(loaded.topology, request.point).parameters
     tolerance = export.expectation.tolerance
     difference = None if report is None else report.max_difference
     with writing_errors(request.folder):
@@ -177,7 +177,7 @@ def _finish(loaded: LoadedModel, export: StagedExport, report: ReloadReport | No
             other_bytes=_folder_bytes(export.folder) - weight_bytes,
             max_difference=difference,
             tolerance=tolerance,
-            facts=request.facts,
+            details=request.card_details,
         )
         (export.folder / "README.md").write_text(model_card(content), encoding="utf-8")
         return ExportResult(
@@ -199,8 +199,8 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _base_name(loaded: LoadedModel, request: ExportRequest) -> str:
-    """What to call the dense model; of a local path only its last part, since others cannot use the rest."""
-    named = request.facts.get("base_model")
+    """Display name of the dense model; for a local path only its last part, since the rest means nothing to others."""
+    named = request.card_details.get("base_model")
     if named is not None:
         return str(named)
     path = Path(loaded.ref).expanduser()

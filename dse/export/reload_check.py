@@ -1,8 +1,8 @@
-"""Reload exported folders in a process of its own and compare them with what was written.
+"""Reload exported folders in a separate process and compare them with the expectation.
 
-`verification` runs this file as a script, in a fresh interpreter in which `dse` cannot be imported: what loads here
-loads on a machine that has torch and transformers alone. For the same reason it imports nothing of the package, while
-`expectation` imports from it, so that both sides ask a model and hash a weight by the same lines.
+`verification` runs this file as a script in a new interpreter in which `dse` cannot be imported, so a folder that loads
+here loads on any machine with torch and transformers. For the same reason this file imports nothing from the package.
+`expectation` imports it, so that both sides run a model and hash a weight with the same code.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["EXPECTED_FACTS", "EXPECTED_TENSORS", "check_folder", "main_output", "tensor_digests", "token_ids"]
+__all__ = ["EXPECTED_FILE", "EXPECTED_TENSORS", "check_folder", "main_output", "tensor_digests", "token_ids"]
 
 EXPECTED_TENSORS = "expected.safetensors"
-EXPECTED_FACTS = "expected.json"
+EXPECTED_FILE = "expected.json"
 
 
 class _DseForbidden(importlib.abc.MetaPathFinder):
-    """Makes `import dse` fail, as it would where the package is not installed."""
+    """Makes `import dse` fail, as on a machine without the package."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.partition(".")[0] == "dse":
@@ -33,16 +33,16 @@ class _DseForbidden(importlib.abc.MetaPathFinder):
 
 
 def main_output(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The model's logits, or its hidden states where it has no head; padded positions left out.
+    """The model's logits, or its hidden states if it has no head, without padded positions.
 
     Args:
         model: Any Hugging Face model that reads tokens.
         input_ids: Shape (batch, tokens).
-        attention_mask: Same shape; 0 marks padding, whose outputs mean nothing.
+        attention_mask: Same shape; 0 marks padding, whose outputs are ignored.
 
     Returns:
-        Float32 on the CPU: shape (tokens seen, width), or (batch, labels) where there is one output per sequence; the
-        width of a question-answering head is 2, a logit for the first and one for the last token of an answer.
+        Float32 on the CPU: shape (unpadded tokens, width), or (batch, labels) for one output per sequence. A
+            question-answering head has width 2: the logits of the first and of the last token of an answer.
     """
     device = next(model.parameters()).device
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def main_output(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def tensor_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Name to SHA-256 of dtype, shape and bytes."""
+    """Name to the SHA-256 of dtype, shape and bytes."""
     digests = {}
     for name, tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -70,49 +70,51 @@ def tensor_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """How the tokenizer reads each text."""
+    """The token ids of each text."""
     return [[int(token) for token in tokenizer(text)["input_ids"]] for text in texts]
 
 
 def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
-    """Load one exported folder the way its model card says, and compare it with what was expected.
+    """Load one exported folder as its model card says, and compare it with the expectation.
 
     Returns:
-        `max_difference` of the outputs, `differing_weights` (names), `differing_texts` (those the tokenizer reads
-        otherwise), and `device`.
+        `max_difference` of the outputs, `differing_weights` (names), `differing_texts` (those with other token ids),
+        and `device`.
     """
     import transformers
     from safetensors.torch import load_file
 
-    facts = json.loads((expected / EXPECTED_FACTS).read_text(encoding="utf-8"))
+    wanted = json.loads((expected / EXPECTED_FILE).read_text(encoding="utf-8"))
     tensors = load_file(expected / EXPECTED_TENSORS)
-    remote = {} if facts["is_plain"] else {"trust_remote_code": True}
-    model = getattr(transformers, facts["auto_class"]).from_pretrained(folder, **remote)
+    remote = {} if wanted["is_plain"] else {"trust_remote_code": True}
+    model = getattr(transformers, wanted["auto_class"]).from_pretrained(folder, **remote)
     model.eval()
     digests = tensor_digests(model.state_dict().items())
-    wanted = facts["digests"]
-    differing = sorted(name for name in digests.keys() | wanted.keys() if digests.get(name) != wanted.get(name))
-    device = _place(model, facts["device"])
+    expected_digests = wanted["digests"]
+    differing = sorted(
+        name for name in digests.keys() | expected_digests.keys() if digests.get(name) != expected_digests.get(name)
+    )
+    device = _place(model, wanted["device"])
     differences = [
         _difference(
             main_output(model, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"]), tensors[f"output.{i}"]
         )
-        for i in range(facts["batches"])
+        for i in range(wanted["batches"])
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **remote)
-    read = token_ids(tokenizer, facts["texts"])
+    read = token_ids(tokenizer, wanted["texts"])
     return {
         "max_difference": max(differences),
         "differing_weights": differing,
         "differing_texts": [
-            t for t, now, then in zip(facts["texts"], read, facts["token_ids"], strict=True) if now != then
+            t for t, now, then in zip(wanted["texts"], read, wanted["token_ids"], strict=True) if now != then
         ],
         "device": device,
     }
 
 
 def _place(model: Any, device: str) -> str:
-    """Move the model where the original computed, so that the same kernels answer; the CPU serves a full one."""
+    """Move the model to the device of the original, so that the same kernels run; use the CPU if the device is full."""
     if device != "cpu":
         try:
             model.to(device)
@@ -123,7 +125,7 @@ def _place(model: Any, device: str) -> str:
 
 
 def _difference(now: Tensor, then: Tensor) -> float:
-    """Largest absolute difference; infinite where shapes differ or a value is not a number."""
+    """Largest absolute difference; infinite if the shapes differ or a value is NaN."""
     if now.shape != then.shape:
         return float("inf")
     largest = float((now - then).abs().max())
@@ -137,7 +139,7 @@ def _main(request_file: str, result_file: str) -> None:
     for check in request["checks"]:
         try:
             results.append(check_folder(Path(check["folder"]), Path(check["expected"])))
-        except Exception as error:  # noqa: BLE001 - whatever a library raises here means that the folder does not load
+        except Exception as error:  # noqa: BLE001 - any error means that the folder does not load
             results.append({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"})
     Path(result_file).write_text(json.dumps(results), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Write an export beside its destination, where it stays until it has proved itself."""
+"""Write an export to a hidden folder beside its destination, where it stays until it is verified."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from transformers import PreTrainedModel
 from dse.decomposition.surgery import FactorSource, decompose
 from dse.design_point import DesignPoint
 from dse.errors import ExportError, StorageFullError
-from dse.export.architecture import auto_classes
 from dse.export.dense_form import merged_state, write_dense_form
 from dse.export.expectation import Expectation, write_expectation
 from dse.export.low_rank_form import write_low_rank_form
+from dse.export.modelling_code import auto_classes
 from dse.export.weights import model_bytes, writing_errors
 from dse.models import LoadedModel
-from dse.models.quiet import quiet_transformers
+from dse.models.transformers_patches import quiet_transformers
 
 __all__ = ["ExportRequest", "StagedExport", "check_target", "stage"]
 
-_OTHER_FILES_BYTES = 64 * 2**20  # room for a tokenizer, at its largest
+_OTHER_FILES_BYTES = 64 * 2**20  # upper bound for tokenizer and code
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,36 +36,36 @@ class ExportRequest:
     """One export to write.
 
     Attributes:
-        point: What to decompose; the dense point gives the dense model itself.
-        folder: Where it goes: nothing may be there yet, or an empty folder.
+        point: The design point; the dense point exports the dense model.
+        folder: The destination, which must not exist or be empty.
         dense: Whether to multiply the factors out.
-        facts: For the model card, all optional: `study` (name), `trial` (number), `row` and `dense_row` (rows of the
-            trials table, as mappings), `environment` (as `dse.measurement.describe_environment` gives it), `versions`
-            (name to version), `license` (an identifier of the hub), `base_model` (a name to show).
+        card_details: For the model card, all optional: `study` (name), `trial` (number), `row` and `dense_row` (rows of
+            the trials table, as mappings), `environment` (from `dse.measurement.describe_environment`), `versions`
+            (name to version), `license` (a hub identifier), `base_model` (a display name).
     """
 
     point: DesignPoint
     folder: Path
     dense: bool = False
-    facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    card_details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def is_dense(self) -> bool:
-        """Whether the folder will hold dense matrices alone."""
+        """Whether the folder will hold only dense matrices."""
         return self.dense or self.point.is_dense
 
 
 @dataclass(frozen=True, eq=False)
 class StagedExport:
-    """An export that is written but not yet in its place.
+    """An export that is written but not yet at its destination.
 
     Attributes:
-        request: What was asked for.
-        folder: Where it lies for now.
-        expectation: What it must give back when it is reloaded.
+        request: The request.
+        folder: Its temporary folder.
+        expectation: What a reload must reproduce.
         auto_class: The transformers class that loads it.
-        dense_weight_bytes: What the dense model's weights take.
-        created: Folders above it that were made for it, the innermost first.
+        dense_weight_bytes: Size of the dense model's weights.
+        created: Parent folders created for it, the innermost first.
     """
 
     request: ExportRequest
@@ -76,30 +76,30 @@ class StagedExport:
     created: tuple[Path, ...]
 
     def publish(self) -> None:
-        """Move the folder into its place in one step.
+        """Move the folder to its destination in one step.
 
         Raises:
-            ExportError: Something has appeared there meanwhile.
-            StorageFullError: The place cannot be written.
+            ExportError: The destination exists by now.
+            StorageFullError: The destination cannot be written.
         """
         target = self.request.folder
         check_target(target)
         with writing_errors(target):
             if target.is_dir():
-                target.rmdir()  # empty, as was checked; renaming onto it is not possible everywhere
+                target.rmdir()  # checked to be empty; not every system can rename onto a folder
             self.folder.rename(target)
         self.discard()
 
     def discard(self) -> None:
-        """Remove all that is left of it beside its place."""
+        """Remove its temporary files."""
         _remove(self.folder.parent, self.created)
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a destination that holds something.
+    """Check that the destination is free.
 
     Raises:
-        ExportError: It does, or it cannot be a folder.
+        ExportError: It holds something, or it cannot be a folder.
     """
     try:
         blocked = next((path for path in folder.absolute().parents if path.exists() and not path.is_dir()), None)
@@ -113,7 +113,7 @@ def check_target(folder: Path) -> None:
         )
     if blocked is not None:
         raise ExportError(
-            f"an export must go to a folder, but '{blocked}' on the way to '{folder}' is a file; name another"
+            f"an export must go to a folder, but '{blocked}', a parent of '{folder}', is a file; name another"
         )
 
 
@@ -126,13 +126,13 @@ def _is_taken(folder: Path) -> bool:
 
 
 def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> StagedExport:
-    """Write one export to a hidden folder beside its destination, with what it must give back when it is reloaded.
+    """Write one export, and the expectation of its reload, to a hidden folder beside its destination.
 
-    The point is applied to the resident model meanwhile, and undone; if anything goes wrong, nothing is left on disk.
+    The point is applied to the resident model meanwhile, and undone afterwards. On failure nothing stays on disk.
 
     Raises:
         ExportError: The destination is taken, or the architecture cannot be exported.
-        PointError: The point does not fit the model, or the bank does not hold it.
+        PointError: The point does not fit the model, or is not in the bank.
         StorageFullError: The disk has no room or cannot be written.
     """
     check_target(request.folder)
@@ -154,7 +154,7 @@ def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> St
 
 @contextlib.contextmanager
 def _beside(target: Path, needed_bytes: int) -> Iterator[tuple[Path, tuple[Path, ...]]]:
-    """A hidden folder next to `target` with room for the export, and the folders made above it.
+    """Create a hidden folder next to `target` with room for the export; yield it and the parent folders created for it.
 
     All of them are removed if the block raises.
     """
@@ -187,19 +187,19 @@ def _remove(place: Path | None, created: tuple[Path, ...]) -> None:
     if place is not None:
         shutil.rmtree(place, ignore_errors=True)
     for folder in created:
-        with contextlib.suppress(OSError):  # something lies in it by now, so it stays
+        with contextlib.suppress(OSError):  # keep a folder that is no longer empty
             folder.rmdir()
 
 
 def _write_companions(loaded: LoadedModel, folder: Path) -> None:
-    """Tokenizer, generation config, and what sentence-transformers reads."""
+    """Write the tokenizer, the generation config, and the files of sentence-transformers."""
     loaded.tokenizer.save_pretrained(folder)
     for name, text in loaded.sentence_files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     model: PreTrainedModel = loaded.model
     if model.can_generate() and model.generation_config is not None:
-        # Not by its `save_pretrained`, which refuses settings that the hub is full of, such as a temperature unused.
+        # Not with `save_pretrained`, which refuses settings that are common on the hub, such as an unused temperature.
         model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     for file in folder.iterdir():
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Export trials of a study: the study knows the model, the bank and the figures."""
+"""Export trials of a study."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dse.design_point import DesignPoint
 from dse.errors import ExportError, StudyError
 from dse.export.point_export import ExportResult, export_points
 from dse.export.staging import ExportRequest
+from dse.report.trials_table import dense_row
 from dse.search.spaces.base import SearchSpace
 from dse.study import Study, StudyListener, load_study_model, open_study, study_bank
 
-__all__ = ["export"]
+__all__ = ["export_trials"]
 
 
-def export(
+def export_trials(
     study: Study | str | Path,
     trials: int | Sequence[int],
     out: str | Path,
@@ -28,10 +28,10 @@ def export(
 
     Args:
         study: An open study, or its folder.
-        trials: One trial or several.
-        out: The new folder; with several trials, each gets `trial-<n>` inside it.
-        dense: Write merged dense weights instead of factors: for runtimes without low-rank layers; saves nothing.
-        listener: Told of progress.
+        trials: One trial number or several.
+        out: The new folder; for several trials, each gets `trial-<n>` inside it.
+        dense: Write merged dense weights instead of factors, for runtimes without low-rank layers. Saves nothing.
+        listener: Receives progress.
 
     Returns:
         One result per trial.
@@ -44,47 +44,45 @@ def export(
     numbers = [trials] if isinstance(trials, int) else list(dict.fromkeys(trials))
     if not numbers:
         raise ExportError("an export needs at least one trial, but got none; name some with --trial")
-    watcher = listener or StudyListener()
+    listener = listener or StudyListener()
     records = [opened.record(number) for number in numbers]
     folder = Path(out)
-    watcher.on_message(f"loading {opened.config.model.ref}")
+    listener.on_message(f"loading {opened.config.model.ref}")
     loaded = load_study_model(opened.config)
     _check_same_model(opened, loaded.fingerprint)
     space = SearchSpace.from_config(opened.config.constrained_space, loaded.topology)
-    points = [DesignPoint.from_json(record.point, loaded.topology) for record in records]
-    bank, _ = study_bank(opened.config, loaded, space, watcher, points)
+    bank, _ = study_bank(opened.config, loaded, space, listener, [record.point for record in records])
     requests = [
         ExportRequest(
-            point,
+            record.point,
             folder if len(numbers) == 1 else folder / f"trial-{record.trial}",
             dense,
-            _card_facts(opened, record.trial),
+            _card_details(opened, record.trial),
         )
-        for record, point in zip(records, points, strict=True)
+        for record in records
     ]
-    return export_points(loaded, requests, bank, progress=watcher.on_phase)
+    return export_points(loaded, requests, bank, progress=listener.on_phase)
 
 
 def _check_same_model(study: Study, fingerprint: str) -> None:
-    before = study.attributes.get("facts", {}).get("model_fingerprint")
-    if before is not None and before != fingerprint:
+    recorded = study.attributes.get("facts", {}).get("model_fingerprint")
+    if recorded is not None and recorded != fingerprint:
         raise StudyError(
-            f"the study was run on model {before}, but '{study.config.model.ref}' is now {fingerprint};"
-            " pin `model.revision` or restore the model"
+            f"the study used the model with fingerprint {recorded}, but '{study.config.model.ref}' now has"
+            f" {fingerprint}; pin `model.revision` or restore the model"
         )
 
 
-def _card_facts(study: Study, trial: int) -> dict[str, Any]:
-    """What the model card tells beside sizes."""
+def _card_details(study: Study, trial: int) -> dict[str, Any]:
+    """Provenance and measurements for the model card."""
     table = study.trials()
-    rows = table.set_index("trial", drop=False)
-    dense = table[(table["decomposed_tensors"] == 0) & (table["state"] == "complete")]
+    dense = dense_row(table)
     environment = study.attributes.get("facts", {}).get("environment", {})
     return {
         "study": study.config.name,
         "trial": trial,
-        "row": rows.loc[trial].to_dict(),
-        "dense_row": dense.iloc[0].to_dict() if len(dense) else {},
+        "row": table.set_index("trial", drop=False).loc[trial].to_dict(),
+        "dense_row": {} if dense is None else dense.to_dict(),
         "environment": environment,
         "versions": environment.get("packages"),
     }

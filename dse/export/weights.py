@@ -1,4 +1,4 @@
-"""Weights to safetensors: shared ones once, large models in shards."""
+"""Write weights as safetensors: shared weights once, large models in shards."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dse.files import disk_errors
 __all__ = ["MAX_SHARD_SIZE", "model_bytes", "stored_names", "write_weights", "writing_errors"]
 
 MAX_SHARD_SIZE = "2GB"
-"""Small enough that a shard of a model on a GPU passes through a laptop's memory."""
+"""Small enough for the memory of a laptop when the model is on a GPU."""
 
 
 def stored_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names under which the model's weights are stored, a shared weight under the one name that loading expects."""
+    """Names under which the model's weights are stored; a shared weight only under the name that loading expects."""
     persistent = set(model.state_dict())
     names_of: dict[int, list[str]] = {}
     for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
@@ -35,21 +35,21 @@ def stored_names(model: PreTrainedModel) -> tuple[str, ...]:
     derived = set(model.all_tied_weights_keys)
     kept: set[str] = set()
     for names in names_of.values():
-        # Names that share a weight undeclared are all kept: loading would not tie them again.
+        # If the config does not declare the sharing, keep every name: loading would not tie them again.
         kept.update([name for name in names if name not in derived] or names[:1])
     return tuple(name for name in model.state_dict() if name in kept and name not in ignored)
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the model's stored weights, without a file's header."""
+    """Size of the model's stored weights, without file headers."""
     state = model.state_dict()
     return sum(state[name].numel() * state[name].element_size() for name in stored_names(model))
 
 
 def write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
-    """Write the weights of `model` as it is now to `model.safetensors`, or to shards with an index.
+    """Write the current weights of `model` to `model.safetensors`, or to shards with an index.
 
-    Names are those of the modules, whatever the file that the model came from called them.
+    Weights are named after the modules, whatever their names were in the source file.
     """
     state = model.state_dict()
     stored = {name: state[name] for name in stored_names(model)}
@@ -70,7 +70,7 @@ def write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | st
 
 @contextlib.contextmanager
 def writing_errors(folder: Path) -> Iterator[None]:
-    """As `dse.files.disk_errors`, also for safetensors, which wraps the system's error in one of its own.
+    """Like `dse.files.disk_errors`, but also for safetensors, which wraps system errors in its own type.
 
     Raises:
         StorageFullError: The disk is full or the folder cannot be written.
@@ -92,6 +92,6 @@ def _storage(tensor: Tensor) -> tuple[str, int]:
 
 
 def _own_memory(tensor: Tensor, shared: set[tuple[str, int]]) -> Tensor:
-    """On the CPU and contiguous; copied only where it must be, since safetensors refuses tensors that share memory."""
+    """Move to the CPU and make contiguous; copy only if memory is shared, which safetensors refuses."""
     own = tensor.detach().cpu().contiguous()
     return own.clone() if _storage(own) in shared else own

@@ -1,22 +1,23 @@
-"""Latency, energy and memory of a resident model. Takes models and callables; knows nothing of decomposition."""
+"""Latency, energy and memory of a resident model. Takes models and callables and does not depend on decomposition."""
 
+from dse.measurement.alternation import ModelSwap
 from dse.measurement.device_lock import device_in_use, device_lock
-from dse.measurement.distribution import Distribution
 from dse.measurement.doctor import Check, run_checks
 from dse.measurement.energy import EnergyResult, EnergySpread, PhaseEnergy, WindowEnergy, measure_energy
 from dse.measurement.energy_window import EnergyWindow
 from dse.measurement.environment import describe_environment
-from dse.measurement.faults import NoMeterError, WindowFault
 from dse.measurement.grid import CellLatency, grid_of, measure_cell
-from dse.measurement.idle import IdlePower, measure_idle_power
+from dse.measurement.idle_power import IdlePower, measure_idle_power
 from dse.measurement.latency import PairedLatency, PhaseLatency, measure_latency
+from dse.measurement.latency_spec import LatencySpec
 from dse.measurement.memory import MemoryResult, measure_peak_memory
 from dse.measurement.meter import DeviceCondition, EnergyMeter
-from dse.measurement.meters import MeterStatus, find_meters, meter_kind, named_meter, open_meter
+from dse.measurement.meter_errors import EnergyWindowError, NoMeterError
+from dse.measurement.meter_selection import MeterStatus, find_meters, meter_kind, named_meter, open_meter
 from dse.measurement.nvml import NvmlMeter
 from dse.measurement.rapl import RaplMeter
 from dse.measurement.replay import PowerTrace, ReplayMeter
-from dse.measurement.spec import LatencySpec
+from dse.measurement.timing_statistics import Distribution
 from dse.measurement.workload import Workload, check_workload
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "EnergyResult",
     "EnergySpread",
     "EnergyWindow",
+    "EnergyWindowError",
     "IdlePower",
     "LatencySpec",
     "MemoryResult",
     "MeterStatus",
+    "ModelSwap",
     "NoMeterError",
     "NvmlMeter",
     "PairedLatency",
@@ -41,7 +44,6 @@ __all__ = [
     "RaplMeter",
     "ReplayMeter",
     "WindowEnergy",
-    "WindowFault",
     "Workload",
     "check_workload",
     "describe_environment",

@@ -1,74 +1,88 @@
-"""Point and dense by turns, as finely as their work allows: two prefills, or a few tokens, and the other one's turn.
+"""Alternate candidate and baseline at the granularity of two prefills or a few decoded tokens.
 
-A noisy machine is slow for seconds or for milliseconds at a time. Two turns side by side share most of that, so their
-ratio keeps little of it. Within a turn disturbances only ever add time, so it is told by its fastest sample, which is
-also past what the first one after a swap pays (Chen and Revels 2016, "Robust benchmarking in noisy environments").
-Turns alternate as subject, dense, dense, subject (ABBA): what drifts linearly within a block falls on both sides alike.
-All samples are kept, and the spread that is reported is theirs.
+A noisy machine is slow for milliseconds or for seconds at a time. Two adjacent turns share most of that, so their ratio
+keeps little of it. Within a turn disturbances only ever add time, so its fastest sample stands for the turn; the
+fastest sample also excludes the first call after a swap (Chen and Revels 2016, "Robust benchmarking in noisy
+environments"). Turns follow the order candidate, baseline, baseline, candidate (ABBA), so linear drift within a block
+affects both equally. All samples are kept for the reported spread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Protocol
 
 from dse.measurement.clock import Stopwatch
-from dse.measurement.workload import Generation, Workload
+from dse.measurement.execution import VARIANTS, Generation, Variant
+from dse.measurement.workload import Workload
 
-__all__ = ["SIDES", "TURN_PREFILLS", "TURN_TOKENS", "Alternation", "Block", "Side", "turns_of"]
+__all__ = ["TURN_PREFILLS", "TURN_TOKENS", "Alternation", "Block", "ModelSwap", "Turn", "turn_lengths"]
 
-Side = Literal["subject", "dense"]
 Turn = tuple[float, ...]
-SIDES: tuple[Side, Side] = ("subject", "dense")
 
 TURN_TOKENS = 4
-"""Tokens one side decodes before the other's turn: enough that one of them is undisturbed, short against what slows a
-machine for longer."""
+"""Maximum number of tokens in one turn: enough for an undisturbed one, short compared with longer disturbances."""
 
 TURN_PREFILLS = 2
-"""Prefills one side runs before the other's turn; the second one's generation is decoded."""
+"""Prefills in one turn; the generation of the second one is decoded."""
+
+
+class ModelSwap(Protocol):
+    """Swaps the weights of the one resident model; `dse.decomposition.AppliedPoint` is one."""
+
+    def use_candidate(self) -> None:
+        """Put the design point's modules in place."""
+        ...
+
+    def use_baseline(self) -> None:
+        """Put the dense modules back."""
+        ...
+
+
+def _no_turns() -> dict[Variant, list[Turn]]:
+    return {variant: [] for variant in VARIANTS}
 
 
 @dataclass
 class Block:
-    """Samples of one ABBA block: two generations a side.
+    """Samples of one ABBA block: two generations of each variant.
+
+    The k-th turns of both variants are adjacent in time.
 
     Attributes:
-        prefill: The turns of prefill: side to turns, each a tuple of seconds a prompt.
-        decode: The turns of decode, each a tuple of seconds a token.
-
-    The k-th turns of both sides were neighbours in time.
+        prefill: Turns of prefill by variant; each turn holds seconds per prompt.
+        decode: Turns of decode by variant; each turn holds seconds per token.
     """
 
-    prefill: dict[Side, list[Turn]] = field(default_factory=lambda: {side: [] for side in SIDES})
-    decode: dict[Side, list[Turn]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    prefill: dict[Variant, list[Turn]] = field(default_factory=_no_turns)
+    decode: dict[Variant, list[Turn]] = field(default_factory=_no_turns)
 
     @property
-    def phases(self) -> tuple[dict[Side, list[Turn]], dict[Side, list[Turn]]]:
+    def phases(self) -> tuple[dict[Variant, list[Turn]], dict[Variant, list[Turn]]]:
         """Prefill and decode."""
         return self.prefill, self.decode
 
     @property
     def samples_s(self) -> list[float]:
-        """Every timing in it."""
+        """Every timing in the block."""
         return [sample for phase in self.phases for turns in phase.values() for turn in turns for sample in turn]
 
     @property
     def duration_s(self) -> float:
-        """Timed work in it."""
+        """Timed work in the block."""
         return sum(self.samples_s)
 
 
 class Alternation:
-    """Runs blocks on the one resident model, whose weights are swapped between turns, outside the clock.
+    """Runs ABBA blocks on the one resident model, whose weights are swapped between turns, outside the clock.
 
     Args:
-        workload: What is run.
+        workload: The measured work.
         stopwatch: Times one call.
         new_tokens: Decode steps of a generation.
-        use: Side to what puts its weights in place; called only where the side changes.
-        on_generation: Called after every generation of a side.
+        swap: Swaps the weights; called only when the variant changes.
+        on_generation: Called after every generation.
     """
 
     def __init__(
@@ -76,65 +90,69 @@ class Alternation:
         workload: Workload,
         stopwatch: Stopwatch,
         new_tokens: int,
-        use: Mapping[Side, Callable[[], None]],
+        swap: ModelSwap,
         on_generation: Callable[[], None] = lambda: None,
     ) -> None:
         self._workload = workload
         self._stopwatch = stopwatch
-        self._turns = turns_of(new_tokens)
-        self._use = use
+        self._turns = turn_lengths(new_tokens)
+        self._swap = swap
         self._on_generation = on_generation
-        self._in_use: Side | None = None
+        self._in_use: Variant | None = None
 
-    def assume(self, side: Side) -> None:
-        """Take it that the weights of `side` are in place already."""
-        self._in_use = side
+    def assume(self, variant: Variant) -> None:
+        """State that the weights of `variant` are already in place."""
+        self._in_use = variant
 
-    def switch_to(self, side: Side) -> None:
-        """Put the weights of `side` in place."""
-        if side != self._in_use:
-            self._use[side]()
-            self._in_use = side
+    def switch_to(self, variant: Variant) -> None:
+        """Put the weights of `variant` in place."""
+        if variant == self._in_use:
+            return
+        if variant == "candidate":
+            self._swap.use_candidate()
+        else:
+            self._swap.use_baseline()
+        self._in_use = variant
 
     def block(self) -> Block:
-        """Two generations a side, ABBA."""
+        """Run two generations of each variant in ABBA order."""
         block = Block()
         pair = 0
         for prefill in range(2):
-            generations: dict[Side, Generation] = {}
-            for side in _order(prefill):
-                self.switch_to(side)
-                generations[side] = self._prefill(block, side)
+            generations: dict[Variant, Generation] = {}
+            for variant in _order(prefill):
+                self.switch_to(variant)
+                generations[variant] = self._prefill(block, variant)
             for tokens in self._turns if self._workload.decodes else ():
-                for side in _order(pair):
-                    self.switch_to(side)
-                    block.decode[side].append(self._decode(side, generations[side], tokens))
+                for variant in _order(pair):
+                    self.switch_to(variant)
+                    block.decode[variant].append(self._decode(variant, generations[variant], tokens))
                 pair += 1
-            for _ in SIDES:
+            for _ in VARIANTS:
                 self._on_generation()
         return block
 
-    def _prefill(self, block: Block, side: Side) -> Generation:
+    def _prefill(self, block: Block, variant: Variant) -> Generation:
         samples_s = []
         for _ in range(TURN_PREFILLS):
-            generation = self._workload.begin(side)
+            generation = self._workload.begin(variant)
             samples_s.append(self._stopwatch.time(lambda g=generation: self._workload.prefill(g))[1])  # type: ignore[misc]
-        block.prefill[side].append(tuple(samples_s))
-        self._workload.get_ready(generation, side)
+        block.prefill[variant].append(tuple(samples_s))
+        self._workload.prepare(generation, variant)
         return generation
 
-    def _decode(self, side: Side, generation: Generation, tokens: int) -> Turn:
-        return tuple(self._stopwatch.time(lambda: self._workload.step(generation, side))[1] for _ in range(tokens))
+    def _decode(self, variant: Variant, generation: Generation, tokens: int) -> Turn:
+        return tuple(self._stopwatch.time(lambda: self._workload.step(generation, variant))[1] for _ in range(tokens))
 
 
-def turns_of(new_tokens: int) -> tuple[int, ...]:
-    """Lengths of the turns of one generation, as even as they can be and none above `TURN_TOKENS`.
+def turn_lengths(new_tokens: int) -> tuple[int, ...]:
+    """Tokens in each turn of one generation, as even as possible and at most `TURN_TOKENS`.
 
-    Their number is even where there is more than one token, so that a generation is made of whole ABBA blocks.
+    The number of turns is even for more than one token, so that a generation consists of whole ABBA blocks.
     """
     count = 1 if new_tokens == 1 else 2 * -(-new_tokens // (2 * TURN_TOKENS))
     return tuple(new_tokens // count + (index < new_tokens % count) for index in range(count))
 
 
-def _order(pair: int) -> tuple[Side, Side]:
-    return ("subject", "dense") if pair % 2 == 0 else ("dense", "subject")
+def _order(pair: int) -> tuple[Variant, Variant]:
+    return ("candidate", "baseline") if pair % 2 == 0 else ("baseline", "candidate")

@@ -1,4 +1,4 @@
-"""Run a function in a forked child: it sees the resident model without copying it, and its memory is its own."""
+"""Run a function in a forked child, which shares the resident model copy-on-write and has a peak memory of its own."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ TIME_LIMIT_S = 1800.0
 
 
 def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float = TIME_LIMIT_S) -> Any:
-    """Result of `work()`, run in a forked child of this process with one thread; a JSON value.
+    """Run `work` in a forked child of this process with one thread.
 
-    The child starts with the memory of this process as it is now, shared until written, and with a peak of its own.
-    One thread, because the thread pools of libraries do not survive a fork; the memory that a pass needs hardly depends
-    on it.
+    The child starts with this process's memory, shared until written, and has a peak memory of its own. It uses one
+    thread because the thread pools of libraries do not survive a fork; the memory of a forward pass hardly depends on
+    the number of threads.
 
     Args:
-        work: What to run; returns JSON values. Errors of ours come back as they are, out of memory among them.
-        doing: What it does, for messages: "measuring memory".
-        time_limit_s: The child is ended after this long.
+        work: Function to run; returns a JSON value.
+        doing: What it does, for messages, such as "measuring memory".
+        time_limit_s: The child is killed after this time.
+
+    Returns:
+        The value that `work` returned.
 
     Raises:
-        InvalidMeasurementError: This system cannot fork, or the child failed or took too long.
-        OutOfMemoryError: The child ran out of memory, or the kernel ended it for its memory.
+        InvalidMeasurementError: This system cannot fork, or the child failed or exceeded its time limit.
+        OutOfMemoryError: The child ran out of memory, or the kernel killed it.
     """
     if not hasattr(os, "fork"):
         raise InvalidMeasurementError(f"{doing} needs a system that can fork a process (Linux), but this one cannot")
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads: the child uses none of them
         child = os.fork()
     if child == 0:
         os.close(reader)
@@ -58,9 +61,9 @@ def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float
         ended_by = signal.Signals(os.WTERMSIG(status)).name
         if ended_by == "SIGKILL":
             raise OutOfMemoryError(
-                f"the machine must have room for {doing}, but the kernel ended its process (SIGKILL)"
+                f"the machine must have enough memory for {doing}, but the kernel killed its process (SIGKILL)"
             )
-        raise InvalidMeasurementError(f"{doing} must run to its end, but its process was ended by {ended_by}")
+        raise InvalidMeasurementError(f"{doing} must run to its end, but its process was killed by {ended_by}")
     answer = json.loads(text or '["InvalidMeasurementError", "its process ended without an answer"]')
     if answer[0] == "result":
         return answer[1]
@@ -70,11 +73,11 @@ def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float
 
 
 def _run_child(work: Callable[[], Any], writer: int) -> None:
-    """Run, answer through the pipe, and leave without the parent's clean-up, which is not the child's to do."""
+    """Run, answer through the pipe, and exit without the clean-up handlers, which belong to the parent."""
     try:
         torch.set_num_threads(1)
         answer: list[Any] = ["result", work()]
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is told
+    except BaseException as error:  # noqa: BLE001 - every error is reported to the parent
         answer = [type(error).__name__, " ".join(str(error).split()) or type(error).__name__]
         answer.append(getattr(error, "bytes_asked", None))
     try:
@@ -85,7 +88,7 @@ def _run_child(work: Callable[[], Any], writer: int) -> None:
 
 
 def _read_until(reader: int, deadline_s: float) -> str | None:
-    """All that is written to a pipe until it is closed; None where that takes too long."""
+    """Everything written to a pipe until it is closed; None if the deadline passes first."""
     parts: list[bytes] = []
     while True:
         ready, _, _ = select.select([reader], [], [], max(0.0, deadline_s - time.monotonic()))

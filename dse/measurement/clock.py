@@ -1,4 +1,4 @@
-"""Stopwatches: one real timing each, with the device at rest before the first tick and after the last."""
+"""Stopwatches that time one call, with the device synchronised before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def synchronize(devices: Sequence[torch.device]) -> None:
-    """Wait until every accelerator in `devices` has finished what was queued; a CPU needs no waiting."""
+    """Wait until every accelerator in `devices` has finished its queued work; does nothing for a CPU."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -26,17 +26,17 @@ def synchronize(devices: Sequence[torch.device]) -> None:
 
 
 class Stopwatch(ABC):
-    """Times one call. `source` names the clock, as records carry it."""
+    """Times one call; `source` names the clock in records."""
 
     source: ClassVar[str]
 
     @abstractmethod
     def time(self, work: Callable[[], Result]) -> tuple[Result, float]:
-        """Run `work` once; return its result and the seconds it took (float, device time included)."""
+        """Run `work` once; returns its result and the seconds it took, device time included."""
 
 
 class MonotonicStopwatch(Stopwatch):
-    """The host's monotonic clock, between two synchronisations of the given devices."""
+    """The host's monotonic clock between two synchronisations of the devices."""
 
     source = "perf_counter_ns"
 
@@ -54,7 +54,7 @@ class MonotonicStopwatch(Stopwatch):
 
 
 class CudaEventStopwatch(Stopwatch):
-    """CUDA events on the current stream of one GPU: time on the device's own clock, gaps between kernels included."""
+    """CUDA events on the current stream of one GPU: the device's own clock, gaps between kernels included."""
 
     source = "cuda_events"
 
@@ -76,18 +76,18 @@ class CudaEventStopwatch(Stopwatch):
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep the collector from running inside a timing, as `timeit` does."""
-    collects = gc.isenabled()
+    """Disable garbage collection during a timing, as `timeit` does."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
 def stopwatch_for(devices: Sequence[torch.device]) -> Stopwatch:
-    """The best clock for a model that lies on `devices`.
+    """The best clock for a model on `devices`.
 
     One GPU is timed with CUDA events. Several GPUs have no common event clock, so the host's clock is read between
     synchronisations of all of them, as for any other accelerator.

@@ -1,4 +1,4 @@
-"""One measurement at a time on a device, and nothing else of ours beside it, across all studies of this user."""
+"""Exclusive use of a device while measuring, across all processes and studies of this user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dse.files import cache_dir, disk_errors
 
 try:
     import fcntl
-except ImportError:  # Windows: measurements exclude each other, but not the evaluations of other studies
+except ImportError:  # Windows: measurements exclude each other, but not evaluations of other studies
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["device_in_use", "device_lock", "lock_file"]
@@ -24,51 +24,52 @@ __all__ = ["device_in_use", "device_lock", "lock_file"]
 _LOG = logging.getLogger(__name__)
 
 _PATIENCE_S = 120.0
-"""Others' measurements take seconds, evaluations a minute or two; who waits longer should learn what for."""
+"""A warning follows after this wait: measurements take seconds, evaluations a minute or two."""
 _POLL_S = 0.2
 
 
 def lock_file(device: torch.device) -> Path:
-    """The lock's file in the cache folder. A GPU goes by its UUID where torch knows it: processes number them anew."""
+    """The lock file in the cache folder. A GPU is named by its UUID if torch knows it: indices differ by process."""
     name = str(device)
     if device.type == "cuda" and torch.cuda.is_available():
         index = torch.cuda.current_device() if device.index is None else device.index
         name = f"cuda-{getattr(torch.cuda.get_device_properties(index), 'uuid', index)}"
     elif device.type == "cpu":
-        name = "cpu"  # torch's "cpu:0" is the same processor
+        name = "cpu"  # "cpu:0" is the same device
     return cache_dir() / "locks" / (re.sub(r"[^A-Za-z0-9.-]", "-", name) + ".lock")
 
 
 @contextlib.contextmanager
 def device_lock(*devices: torch.device) -> Iterator[None]:
-    """Hold `devices` alone for a measurement; waits as long as anything else of ours uses one, and logs that once.
+    """Hold `devices` exclusively for a measurement; waits while another process of dse uses one, and logs that once.
 
-    After two minutes a warning says so, too: a process that was suspended holds its locks for as long as it exists.
+    After two minutes a warning follows, because a suspended process keeps its locks for as long as it exists.
 
-    Two locks make it fair. A measurement holds the first throughout; mere users of the device (`device_in_use`) only
-    pass through it and share the second. So a measurement waits for the users that are in, and none enters meanwhile.
+    Two locks make the order fair. A measurement holds the first one throughout. Other users of the device
+    (`device_in_use`) pass through the first and share the second, so a measurement waits for current users, and new
+    ones wait for the measurement.
 
-    The same thread may enter again. The kernel frees both locks when a process dies.
+    The lock is re-entrant within a thread. The kernel releases both locks when a process dies.
 
     Raises:
-        StorageFullError: The cache folder cannot be written.
+        StorageFullError: The cache folder is not writable.
     """
     with contextlib.ExitStack() as stack:
         for device in _in_order(devices):
             lock = stack.enter_context(_first_lock(device))
-            if lock.lock_counter == 1:  # the outermost entry of this thread: the others stand inside it
+            if lock.lock_counter == 1:  # the outermost entry of this thread
                 stack.enter_context(_second_lock(device, is_shared=False))
         yield
 
 
 @contextlib.contextmanager
 def device_in_use(*devices: torch.device) -> Iterator[None]:
-    """Use `devices` for other work than a measurement, beside other users but never beside a measurement.
+    """Use `devices` for work other than a measurement, concurrently with other users but never with a measurement.
 
-    Must not be entered by a thread that measures.
+    A thread that holds `device_lock` must not enter.
 
     Raises:
-        StorageFullError: The cache folder cannot be written.
+        StorageFullError: The cache folder is not writable.
     """
     with contextlib.ExitStack() as stack:
         for device in _in_order(devices):
@@ -78,7 +79,7 @@ def device_in_use(*devices: torch.device) -> Iterator[None]:
 
 
 def _in_order(devices: Sequence[torch.device]) -> list[torch.device]:
-    """Each device once, in one order for every process, so that two that want the same pair cannot wait in a ring."""
+    """Each device once, in the same order in every process, so that two processes cannot deadlock."""
     return list({lock_file(device): device for device in sorted(devices, key=lambda d: str(lock_file(d)))}.values())
 
 
@@ -87,7 +88,7 @@ def _first_lock(device: torch.device) -> Iterator[FileLock]:
     path = lock_file(device)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One instance per path within a process makes the lock re-entrant.
+        # One instance per path and process makes the lock re-entrant.
         lock = FileLock(path, is_singleton=True)
         try:
             lock.acquire(timeout=0)
@@ -96,7 +97,7 @@ def _first_lock(device: torch.device) -> Iterator[FileLock]:
             try:
                 lock.acquire(timeout=_PATIENCE_S)
             except Timeout:
-                _warn_of_long_wait(device, path)
+                _warn_about_long_wait(device, path)
                 lock.acquire()
     try:
         yield lock
@@ -119,13 +120,13 @@ def _second_lock(device: torch.device, *, is_shared: bool) -> Iterator[None]:
             except BlockingIOError:
                 _LOG.info("waiting for %s: other trials use it (%s)", device, path)
                 if not _locked_in_time(stream.fileno(), kind):
-                    _warn_of_long_wait(device, path)
+                    _warn_about_long_wait(device, path)
                     fcntl.flock(stream, kind)
         yield
 
 
 def _locked_in_time(descriptor: int, kind: int) -> bool:
-    """Whether the lock was had within `_PATIENCE_S`; `flock` itself knows no limit."""
+    """Whether the lock was acquired within `_PATIENCE_S`; `flock` itself has no timeout."""
     until_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < until_s:
         time.sleep(_POLL_S)
@@ -135,10 +136,10 @@ def _locked_in_time(descriptor: int, kind: int) -> bool:
     return False
 
 
-def _warn_of_long_wait(device: torch.device, path: Path) -> None:
+def _warn_about_long_wait(device: torch.device, path: Path) -> None:
     _LOG.warning(
-        "still waiting for %s after %.0f s, since another process of dse uses it; if none should, one may be suspended:"
-        " `fuser %s` names it",
+        "still waiting for %s after %.0f s, because another process of dse uses it; if none should, one may be"
+        " suspended: `fuser %s` names it",
         device,
         _PATIENCE_S,
         path,

@@ -1,4 +1,4 @@
-"""Energy of prefill and of decode: windows that repeat the work, gross and without idle power, with their spread."""
+"""Energy of prefill and decode, measured in windows of repeated work; gross and net of idle power, with its spread."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from scipy import stats
 from torch import nn
 
 from dse.errors import ConfigError, InvalidMeasurementError
-from dse.measurement.distribution import student_t_quantile
-from dse.measurement.idle import IdlePower
+from dse.measurement.idle_power import IdlePower
+from dse.measurement.latency_spec import LatencySpec
 from dse.measurement.meter import DeviceCondition, EnergyMeter
-from dse.measurement.out_of_memory import out_of_memory_errors
-from dse.measurement.spec import LatencySpec
 from dse.measurement.workload import Workload
+from dse.out_of_memory import out_of_memory_errors
 
 __all__ = ["EnergyResult", "EnergySpread", "PhaseEnergy", "WindowEnergy", "measure_energy"]
 
 
 @dataclass(frozen=True)
 class EnergySpread:
-    """Joules a unit (a prompt, a token), over the windows.
+    """Joules per unit (prompt or token), over the windows.
 
     Attributes:
-        mean_j: All joules over all units.
-        low_j: Lower end of its 95 % interval (Student's t over the windows); None with one window.
-        high_j: Upper end.
-        deviation_j: Standard deviation over the windows; None with one.
+        mean_j: Total joules divided by the total number of units.
+        low_j: Lower end of the 95 % interval (Student's t over the windows); None with one window.
+        high_j: Upper end of the 95 % interval.
+        deviation_j: Standard deviation over the windows; None with one window.
     """
 
     mean_j: float
@@ -38,12 +38,12 @@ class EnergySpread:
 
     @classmethod
     def of(cls, windows: list[tuple[float, int]]) -> EnergySpread:
-        """Summarise the windows' (joules, units), at least one."""
+        """Summarise the (joules, units) of at least one window."""
         mean_j = sum(joules for joules, _ in windows) / sum(units for _, units in windows)
         if len(windows) < 2:
             return cls(mean_j, None, None, None)
         deviation_j = statistics.stdev(joules / units for joules, units in windows)
-        reach_j = student_t_quantile(0.975, len(windows) - 1) * deviation_j / math.sqrt(len(windows))
+        reach_j = float(stats.t.ppf(0.975, len(windows) - 1)) * deviation_j / math.sqrt(len(windows))
         return cls(mean_j, mean_j - reach_j, mean_j + reach_j, deviation_j)
 
 
@@ -52,14 +52,14 @@ class WindowEnergy:
     """One window of repeated work.
 
     Attributes:
-        gross_j: Joules of the whole window, idle power included; None when invalid.
-        net_j: Less the idle power over its length; None when invalid or when idle power is not known.
-        per_device_j: The gross joules, device by device; empty when invalid.
+        gross_j: Joules of the whole window, idle power included; None if invalid.
+        net_j: Joules net of the idle power over the window's length; None if invalid or if idle power is unknown.
+        per_device_j: Gross joules of each device; empty if invalid.
         duration_s: Length of the window.
-        repeats: Batches run in it.
-        updates: Refreshes of the meter seen in it, a lower bound.
-        fault: Type of what spoilt it, as "DeviceLostError"; empty when valid.
-        reason: Why it cannot be trusted; empty when valid.
+        repeats: Batches run in the window.
+        updates: Refreshes of the meter inside the window, a lower bound.
+        fault: Type of the error that made it invalid, such as "DeviceLostError"; empty if valid.
+        reason: Why it is invalid; empty if valid.
     """
 
     gross_j: float | None
@@ -77,15 +77,15 @@ class PhaseEnergy:
     """Energy of one phase.
 
     Attributes:
-        windows: Its windows, one after the other.
-        units: What one batch does: prompts and prompt tokens of a prefill, sequences and tokens of a decode.
-        conditions_before: The devices before the first window.
-        conditions_after: The devices right after the work of the last window, before they cool.
-        per_sequence: Gross joules a sequence of the batch; None when invalid.
-        per_token: Gross joules a token; None when invalid.
-        net_per_token: The same without idle power; None when that is not known.
-        is_valid: Whether the energy can be trusted.
-        reason: Why not; empty when valid.
+        windows: The windows in order.
+        units: Units of one batch: sequences and prompt tokens of a prefill, sequences and new tokens of a decode.
+        conditions_before: Condition of the devices before the first window.
+        conditions_after: Condition of the devices right after the last window, before they cool down.
+        per_sequence: Gross joules per sequence of the batch; None if invalid.
+        per_token: Gross joules per token; None if invalid.
+        net_per_token: Joules per token net of idle power; None if invalid or if idle power is unknown.
+        is_valid: Whether the energy is valid.
+        reason: Why it is invalid; empty if valid.
     """
 
     windows: tuple[WindowEnergy, ...]
@@ -113,12 +113,12 @@ class PhaseEnergy:
 
     @property
     def gross_j(self) -> float | None:
-        """Joules of all windows; None when invalid."""
+        """Gross joules of all windows; None if invalid."""
         return sum(window.gross_j or 0.0 for window in self.windows) if self.is_valid else None
 
     @property
     def duration_s(self) -> float:
-        """Length of all windows."""
+        """Total length of all windows."""
         return sum(window.duration_s for window in self.windows)
 
     @property
@@ -128,7 +128,7 @@ class PhaseEnergy:
 
     @property
     def updates(self) -> int:
-        """Refreshes seen in the window with the fewest."""
+        """Refreshes in the window with the fewest."""
         return min(window.updates for window in self.windows)
 
     def _spread(self, name: str, units: int) -> EnergySpread | None:
@@ -140,17 +140,17 @@ class PhaseEnergy:
 
 @dataclass(frozen=True)
 class EnergyResult:
-    """Energy of prefill and decode, and how it was taken. Reading a figure of an invalid phase raises.
+    """Energy of prefill and decode, and how it was measured. Reading the energy of an invalid phase raises.
 
     Attributes:
-        prefill: Of the whole prompt.
-        decode: Of the new tokens; None for encoders.
+        prefill: Energy of the whole prompt.
+        decode: Energy of the new tokens; None for encoders.
         meter: Kind of meter: "nvml", "rapl" or "replay".
-        source: What it reads.
-        is_replay: Whether a recording was played: then nothing here was measured.
-        details: Driver version, device names.
-        idle: Power at rest that the net figures leave out; None where it was not taken.
-        spec: Lengths and batch.
+        source: What the meter reads.
+        is_replay: Whether a recording was replayed, so that nothing was measured.
+        details: Driver version and device names.
+        idle: Idle power that net energy excludes; None if it was not measured.
+        spec: Lengths and batch size.
     """
 
     prefill: PhaseEnergy
@@ -164,12 +164,12 @@ class EnergyResult:
 
     @property
     def is_valid(self) -> bool:
-        """Whether every phase can be trusted."""
+        """Whether every phase is valid."""
         return not self.reason
 
     @property
     def reason(self) -> str:
-        """Why not; empty when valid."""
+        """Why it is invalid; empty if valid."""
         phases = {"prefill": self.prefill, "decode": self.decode}
         return "; ".join(f"{name}: {phase.reason}" for name, phase in phases.items() if phase and not phase.is_valid)
 
@@ -178,7 +178,7 @@ class EnergyResult:
         """Gross joules per prompt (one sequence of the batch).
 
         Raises:
-            InvalidMeasurementError: A window was invalid; the message holds the reason.
+            InvalidMeasurementError: A window is invalid; the message gives the reason.
         """
         return _known("prefill", self.prefill, self.prefill.per_sequence).mean_j
 
@@ -187,7 +187,7 @@ class EnergyResult:
         """Gross joules per decoded token of one sequence; None for encoders.
 
         Raises:
-            InvalidMeasurementError: A window was invalid; the message holds the reason.
+            InvalidMeasurementError: A window is invalid; the message gives the reason.
         """
         return None if self.decode is None else _known("decode", self.decode, self.decode.per_token).mean_j
 
@@ -205,23 +205,23 @@ def measure_energy(
 ) -> EnergyResult:
     """Measure the energy of prefill and of decode, each in windows that repeat the work until the meter is precise.
 
-    A window ends when it lasts `min_window_s` and the meter has refreshed often enough, or after `max_window_s`; one
-    that is too short, or in which the meter failed, is invalid and carries the reason.
+    A window ends when it lasts `min_window_s` and the meter has refreshed often enough, or after `max_window_s`. A
+    window that is too short, or during which the meter failed, is invalid and gives the reason.
 
     Args:
         model: Resident Hugging Face model in eval mode, on the devices of `meter`.
-        spec: Lengths, batch, mode and seed; its blocks are not used.
+        spec: Lengths, batch size, mode and seed; its blocks are not used.
         meter: An open meter.
-        idle: Power at rest, for the net figures.
-        windows: Windows a phase; their spread is that of the result.
-        precision: Relative error asked of a window: one refresh more or less is 1 / refreshes. `meter.min_updates` by
-            default.
-        min_window_s: Shortest window in seconds.
-        max_window_s: Time limit of a window in seconds; a repeat that has begun is finished.
+        idle: Idle power, for net energy.
+        windows: Number of windows per phase.
+        precision: Maximum relative error of a window. One refresh more or less is an error of 1 / refreshes; by default
+            the window spans `meter.min_updates` refreshes.
+        min_window_s: Minimum length of a window in seconds.
+        max_window_s: Time limit of a window in seconds; a repeat that has started is finished.
 
     Raises:
-        ConfigError: The prompt does not fit the model's context, or a number is out of its range.
-        OutOfMemoryError: The device has no room.
+        ConfigError: The prompt exceeds the model's context, or a number is out of range.
+        OutOfMemoryError: The device has too little memory.
     """
     if windows < 1 or (precision is not None and not 0 < precision < 1):
         raise ConfigError(f"`windows >= 1` and `0 < precision < 1` must hold, but got {windows} and {precision}")
@@ -230,21 +230,21 @@ def measure_energy(
         workload = Workload(model, spec)
         generation = workload.begin()
         workload.prefill(generation)  # also warms up
-        run = _Phases(meter, workload, idle, windows, min_updates, min_window_s, max_window_s)
+        measured = _PhaseMeasurement(meter, workload, idle, windows, min_updates, min_window_s, max_window_s)
         sequences = spec.batch_size
         units = {"sequences": sequences, "tokens": sequences * spec.prompt_tokens}
-        prefill = run.phase(lambda: workload.prefill(workload.begin()), units)
+        prefill = measured.phase(lambda: workload.prefill(workload.begin()), units)
         decode = None
         if workload.decodes:
-            workload.get_ready(generation)
+            workload.prepare(generation)
             workload.decode_again(generation)
             units = {"sequences": sequences, "tokens": sequences * spec.new_tokens}
-            decode = run.phase(lambda: workload.decode_again(generation), units)
+            decode = measured.phase(lambda: workload.decode_again(generation), units)
     return EnergyResult(prefill, decode, meter.name, meter.source, meter.is_replay, dict(meter.details), idle, spec)
 
 
 @dataclass(frozen=True)
-class _Phases:
+class _PhaseMeasurement:
     meter: EnergyMeter
     workload: Workload
     idle: IdlePower | None
@@ -261,7 +261,7 @@ class _Phases:
             window, after = self._window(work)
             taken.append(window)
             if window.fault:
-                break  # what spoilt it will not mend by itself
+                break  # the error would recur
         return PhaseEnergy(tuple(taken), units, before, after)
 
     def _window(self, work: Callable[[], object]) -> tuple[WindowEnergy, tuple[DeviceCondition, ...]]:
@@ -290,5 +290,5 @@ class _Phases:
 
 def _known(name: str, phase: PhaseEnergy, spread: EnergySpread | None) -> EnergySpread:
     if spread is None:
-        raise InvalidMeasurementError(f"the energy of {name} must be valid to be used, but {phase.reason}")
+        raise InvalidMeasurementError(f"the energy of {name} must be valid, but {phase.reason}")
     return spread

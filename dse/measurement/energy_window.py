@@ -1,7 +1,7 @@
-"""The window that turns a meter's readings into the joules of the work inside it.
+"""A window over a meter's readings that gives the joules of the work inside it.
 
-It watches the devices from a background thread, begins right after an update, and goes on watching until one update
-after its end. What is left is the error of the clock at two edges, not of two update periods.
+A background thread polls the devices. The window starts right after an update and polls until one update after its end,
+so the error is that of the clock at two edges rather than two update periods.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from dse.measurement.faults import WindowFault, WindowTooShortError, WorkInterruptedError
-from dse.measurement.track import EDGE_WAIT_S, Channel
+from dse.measurement.meter_errors import EnergyWindowError, WindowTooShortError, WorkInterruptedError
+from dse.measurement.readings import EDGE_WAIT_S, Channel
 
 __all__ = ["POLL_S", "EnergyWindow"]
 
-POLL_S = 0.01  # while work runs: rare enough to cost the work nothing that can be seen
-EDGE_POLL_S = 0.001  # while nothing runs but the wait for an update
+POLL_S = 0.01  # while the work runs: rare enough not to slow it down measurably
+EDGE_POLL_S = 0.001  # while only waiting for an update
 
 
 class EnergyWindow:
-    """Energy of the work between entering and leaving; made by `EnergyMeter.window`.
+    """Energy of the work inside a `with` block; created by `EnergyMeter.window`.
 
-    After the block `begin_s` and `end_s` hold the window's bounds on `time.perf_counter`.
+    Attributes:
+        begin_s: Start of the window on `time.perf_counter`.
+        end_s: End of the window, valid after the block.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class EnergyWindow:
         poll_s: float = POLL_S,
     ) -> None:
         self._channels = channels
-        self._tracks = {channel.device: channel.new_track() for channel in channels}
+        self._readings = {channel.device: channel.new_readings() for channel in channels}
         self._min_updates = min_updates
         self._synchronize = synchronize
         self._work_poll_s = poll_s
@@ -42,7 +44,7 @@ class EnergyWindow:
         self._poll_s = EDGE_POLL_S
         self._is_stopped = False
         self._is_closed = False
-        self._fault: WindowFault | None = None
+        self._error: EnergyWindowError | None = None
         self._thread = threading.Thread(target=self._watch, name="dse-energy", daemon=True)
         self.begin_s = 0.0
         self.end_s = 0.0
@@ -67,7 +69,7 @@ class EnergyWindow:
             if error is None:
                 self._await_update_after(self.end_s)
             else:
-                self._fault = self._fault or WorkInterruptedError(f"the work was interrupted by {type(error).__name__}")
+                self._error = self._error or WorkInterruptedError(f"the work was interrupted by {type(error).__name__}")
         finally:
             with self._changed:
                 self._is_stopped = True
@@ -77,27 +79,27 @@ class EnergyWindow:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the window began, while it is open."""
+        """Seconds since the start of the open window."""
         return time.perf_counter() - self.begin_s
 
     @property
     def updates(self) -> int:
-        """Refreshes seen inside the window so far, of the device that refreshed least; a lower bound."""
+        """Refreshes inside the window so far, of the device with the fewest; a lower bound."""
         with self._changed:
             end_s = self.end_s if self.end_s else time.perf_counter()
-            return min(track.updates_between(self.begin_s, end_s) for track in self._tracks.values())
+            return min(readings.updates_between(self.begin_s, end_s) for readings in self._readings.values())
 
     @property
-    def problem(self) -> WindowFault | None:
-        """What spoilt the window, by its type; None when it can be trusted."""
+    def problem(self) -> EnergyWindowError | None:
+        """Why the window is invalid; None if it is valid."""
         with self._changed:
-            if self._fault is not None:
-                return self._fault
-            for device, track in self._tracks.items():
-                if track.problem is not None:
-                    return type(track.problem)(f"{device}: {track.problem}")
+            if self._error is not None:
+                return self._error
+            for device, readings in self._readings.items():
+                if readings.problem is not None:
+                    return type(readings.problem)(f"{device}: {readings.problem}")
         if not self._is_closed:
-            return WindowFault("the window is still open")
+            return EnergyWindowError("the window is still open")
         if self.updates < self._min_updates:
             return WindowTooShortError(
                 f"the window of {self.duration_s:.3g} s is too short: the meter refreshed {self.updates} times in it, "
@@ -107,18 +109,18 @@ class EnergyWindow:
 
     @property
     def reason(self) -> str:
-        """Why the window cannot be trusted; empty when it can."""
+        """Why the window is invalid; empty if it is valid."""
         return str(self.problem or "")
 
     @property
     def is_valid(self) -> bool:
-        """Whether the window is closed, long enough, and nothing went wrong in it."""
+        """Whether the window is closed, long enough and free of errors."""
         return self.problem is None
 
     @property
     def is_faulty(self) -> bool:
-        """Whether something went wrong that no longer window can mend (device lost, counter reset)."""
-        return self._fault is not None or any(track.problem is not None for track in self._tracks.values())
+        """Whether an error occurred that a longer window would not fix (device lost, counter reset)."""
+        return self._error is not None or any(readings.problem is not None for readings in self._readings.values())
 
     @property
     def duration_s(self) -> float:
@@ -130,19 +132,19 @@ class EnergyWindow:
         """Joules of each device.
 
         Raises:
-            WindowFault: The window is invalid; the type and the message say why.
+            EnergyWindowError: The window is invalid; type and message give the reason.
         """
         problem = self.problem
         if problem is not None:
             raise type(problem)(f"an energy window must be valid to be read, but {problem}")
-        return {name: track.energy_between_j(self.begin_s, self.end_s) for name, track in self._tracks.items()}
+        return {name: readings.energy_between_j(self.begin_s, self.end_s) for name, readings in self._readings.items()}
 
     @property
     def energy_j(self) -> float:
-        """Joules of all devices, gross (idle power included).
+        """Joules of all devices, gross of idle power.
 
         Raises:
-            WindowFault: The window is invalid; the type and the message say why.
+            EnergyWindowError: The window is invalid; type and message give the reason.
         """
         return sum(self.per_device_j.values())
 
@@ -150,7 +152,7 @@ class EnergyWindow:
         deadline_s = time_s + EDGE_WAIT_S
         with self._changed:
             self._changed.notify_all()
-            while self._fault is None and not all(track.has_update_after(time_s) for track in self._tracks.values()):
+            while self._error is None and not all(one.has_update_after(time_s) for one in self._readings.values()):
                 if not self._changed.wait(max(0.0, deadline_s - time.perf_counter())):
                     return
 
@@ -158,14 +160,14 @@ class EnergyWindow:
         while True:
             try:
                 readings = [(channel.device, channel.read(), time.perf_counter()) for channel in self._channels]
-            except WindowFault as error:
+            except EnergyWindowError as error:
                 with self._changed:
-                    self._fault = self._fault or error
+                    self._error = self._error or error
                     self._changed.notify_all()
                 return
             with self._changed:
                 for device, value, read_s in readings:
-                    self._tracks[device].add(read_s, value)
+                    self._readings[device].add(read_s, value)
                 self._changed.notify_all()
                 if self._is_stopped:
                     return

@@ -1,4 +1,4 @@
-"""What a measurement ran on: hardware, driver, versions, commit. Plain JSON, never an error."""
+"""Hardware, driver, package versions and commit that a measurement ran on, as plain JSON. Never raises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from dse.measurement.faults import NoMeterError
+from dse.measurement.meter_errors import NoMeterError
 from dse.measurement.nvml_driver import describe_gpus
 
 __all__ = ["Json", "describe_environment", "device_description", "package_versions"]
@@ -32,7 +32,7 @@ _DISTRIBUTIONS = {
 
 
 def describe_environment() -> dict[str, Json]:
-    """Everything about the machine and the software that a record of figures must carry; null where not known."""
+    """The machine and software that a measurement record must name; null if unknown."""
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -56,7 +56,7 @@ def describe_environment() -> dict[str, Json]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions of `dse` and of the libraries its figures depend on; None where one is not installed."""
+    """Installed versions of `dse` and of the libraries that its results depend on; None if not installed."""
     return {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
 
 
@@ -68,7 +68,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _gpus() -> Json:
-    """All GPUs of the driver with its version; without a driver, those that torch sees."""
+    """All GPUs that the driver lists, with its version; without NVML those that torch sees."""
     try:
         return [{"name": gpu.name, "uuid": gpu.uuid, "driver_version": gpu.driver_version} for gpu in describe_gpus()]
     except NoMeterError:
@@ -77,7 +77,7 @@ def _gpus() -> Json:
 
 
 def device_description(device: torch.device) -> str:
-    """Kind and name of a device, as "cpu AMD EPYC 7B13" or "cuda NVIDIA L4"."""
+    """Kind and name of a device, such as "cpu AMD EPYC 7B13" or "cuda NVIDIA L4"."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
     return f"{device.type} {name}"
 
@@ -105,7 +105,7 @@ def _memory_bytes() -> int | None:
 
 
 def _git() -> dict[str, Json] | None:
-    """Commit of the checkout that this package runs from; None when it was installed otherwise."""
+    """Commit of the checkout that this package runs from; None if it was installed from elsewhere."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,8 +1,8 @@
-"""How a generation is run: eagerly with a growing cache, or with a static cache whose decode step is one fixed program.
+"""Execution modes of a generation: eager with a growing cache, or a static cache with a fixed decode program.
 
-Prefill runs eagerly in every mode, as in Hugging Face's own `generate`: it is bound by arithmetic, and a program fixed
-to one prompt length would serve no other. What modes change is the decode step, which is bound by memory bandwidth and,
-where layers are small, by the cost of launching kernels.
+Prefill runs eagerly in every mode, as in Hugging Face's own `generate`: it is compute-bound, and a program compiled for
+one prompt length would serve no other. The modes differ in the decode step, which is bound by memory bandwidth and, for
+small layers, by the cost of kernel launches.
 """
 
 from __future__ import annotations
@@ -10,41 +10,48 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dse.errors import InvalidMeasurementError
+from dse.errors import ConfigError, InvalidMeasurementError
 
 __all__ = [
+    "EXECUTIONS",
+    "VARIANTS",
     "CompiledExecution",
     "CudaGraphExecution",
     "EagerExecution",
     "Execution",
     "Generation",
     "StaticExecution",
+    "Variant",
     "copy_of",
+    "mode_problem",
+    "require_mode",
 ]
+
+Variant = Literal["candidate", "baseline"]
+"""Which weights are in the resident model: the design point's, or those of the dense model."""
+VARIANTS: tuple[Variant, Variant] = ("candidate", "baseline")
 
 
 @dataclass
 class Generation:
-    """A generation under way.
+    """A generation in progress.
 
     Attributes:
-        next_tokens: The next token of each sequence, (batch, 1); None before prefill, and for encoders.
-        cache: The key-value cache; None likewise.
-        forgets: Whether the cache cannot be taken back (a sliding window); None while nobody has tried.
-        side: Whose weights it was begun with.
+        next_tokens: The next token of each sequence, (batch, 1); None before prefill and for encoders.
+        cache: The key-value cache; None before prefill and for encoders.
+        cannot_rewind: Whether the cache drops old positions (sliding window); None until a rewind has been tried.
     """
 
     next_tokens: Tensor | None
     cache: Any
-    forgets: bool | None = None
-    side: str = "dense"
+    cannot_rewind: bool | None = None
 
 
 class Execution(ABC):
@@ -53,7 +60,7 @@ class Execution(ABC):
     Args:
         model: A Hugging Face model in eval mode.
         prompt: Token ids, (batch, prompt).
-        new_tokens: Most decode steps of a generation.
+        new_tokens: Maximum number of decode steps of a generation.
         options: Keyword arguments of every forward pass; empty for models without a cache.
     """
 
@@ -66,26 +73,23 @@ class Execution(ABC):
         self._options = dict(options)
 
     @abstractmethod
-    def begin(self, side: str) -> Generation:
-        """An empty generation with the weights of `side` ("subject" or "dense"), not yet prefilled."""
+    def begin(self, variant: Variant) -> Generation:
+        """An empty generation with the weights of `variant`, before prefill."""
 
     @abstractmethod
     def prefill(self, generation: Generation) -> None:
         """Run the whole prompt in one pass and fill the cache of `generation`."""
 
-    def get_ready(self, side: str, generation: Generation) -> None:  # noqa: B027 - most modes need nothing
-        """Build, once for a side, what its decode steps need; leaves `generation` as it was."""
-
-    def adopt(self, other: Execution, side: str) -> None:  # noqa: B027 - most modes keep nothing for a side
-        """Take over what `other`, of the same model, prompt and mode, has built for `side`."""
+    def prepare(self, variant: Variant, generation: Generation) -> None:  # noqa: B027 - most modes need nothing
+        """Compile or capture the decode step of `variant` on first use; `generation` stays unchanged."""
 
     @abstractmethod
-    def step(self, side: str, generation: Generation) -> None:
-        """Take one greedy step of one token for each sequence."""
+    def step(self, variant: Variant, generation: Generation) -> None:
+        """Decode one token of each sequence greedily."""
 
     @abstractmethod
     def rewind(self, generation: Generation, first_tokens: Tensor | None) -> bool:
-        """Take `new_tokens` steps back, so that decoding can be repeated; False where the cache forgets."""
+        """Go `new_tokens` steps back, so that decoding can be repeated; False if the cache cannot."""
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor | None, cache: Any, **more: Any) -> Generation:
@@ -104,7 +108,7 @@ class EagerExecution(Execution):
 
     mode = "eager"
 
-    def begin(self, side: str) -> Generation:
+    def begin(self, variant: Variant) -> Generation:
         """See `Execution.begin`."""
         return Generation(None, None)
 
@@ -113,13 +117,13 @@ class EagerExecution(Execution):
         filled = self._forward(self._prompt, None)
         generation.next_tokens, generation.cache = filled.next_tokens, filled.cache
 
-    def step(self, side: str, generation: Generation) -> None:
+    def step(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.step`."""
         stepped = self._forward(generation.next_tokens, generation.cache)
         generation.next_tokens, generation.cache = stepped.next_tokens, stepped.cache
 
     def rewind(self, generation: Generation, first_tokens: Tensor | None) -> bool:
-        """See `Execution.rewind`; caches that forget (sliding window) cannot."""
+        """See `Execution.rewind`; caches with a sliding window cannot."""
         before = generation.cache.get_seq_length()
         try:
             generation.cache.crop(-self._new_tokens)
@@ -130,46 +134,46 @@ class EagerExecution(Execution):
 
 
 class StaticExecution(Execution):
-    """One cache of fixed size a side; position and mask are tensors, so that every decode step is the same program."""
+    """One cache of fixed size per variant; position and mask are tensors, so every decode step is the same program."""
 
     def __init__(self, model: nn.Module, prompt: Tensor, new_tokens: int, options: Mapping[str, Any]) -> None:
         super().__init__(model, prompt, new_tokens, options)
         self._length = prompt.shape[1] + new_tokens
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._columns = torch.arange(self._length, device=prompt.device)
-        self._caches: dict[str, Any] = {}
+        self._caches: dict[Variant, Any] = {}
 
     @torch.inference_mode()
-    def begin(self, side: str) -> Generation:
-        """See `Execution.begin`. The side's one cache starts anew: a new one would be a new program."""
+    def begin(self, variant: Variant) -> Generation:
+        """See `Execution.begin`. The variant's cache is reset and reused, because a new one needs a new program."""
         from transformers import StaticCache
 
-        if side not in self._caches:
+        if variant not in self._caches:
             cache = StaticCache(config=self._model.config, max_cache_len=self._length)
             if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
                 raise InvalidMeasurementError(
                     f"a static cache must keep every position, but {type(self._model).__name__} has layers with a "
                     f"sliding window; use mode eager"
                 )
-            self._caches[side] = cache
-        self._caches[side].reset()
-        return Generation(None, self._caches[side])
+            self._caches[variant] = cache
+        self._caches[variant].reset()
+        return Generation(None, self._caches[variant])
 
     def prefill(self, generation: Generation) -> None:
         """See `Execution.prefill`."""
         generation.next_tokens = self._forward(self._prompt, generation.cache).next_tokens
 
     def rewind(self, generation: Generation, first_tokens: Tensor | None) -> bool:
-        """See `Execution.rewind`; what lies behind the position is masked and overwritten."""
+        """See `Execution.rewind`; cache entries after the position are masked and overwritten."""
         self._move(generation.cache, -self._new_tokens)
         generation.next_tokens = first_tokens
         return True
 
     def _fixed_step(self, tokens: Tensor, cache: Any) -> Tensor:
-        """The program of one decode step: (batch, 1) tokens in, the next ones out; the cache advances in place."""
+        """The program of one decode step: (batch, 1) tokens to the next tokens; the cache advances in place."""
         position = cache.layers[0].cumulative_length
         hidden = torch.finfo(self._model.dtype).min
-        # Additive, so that every attention implementation takes it: 0 up to the position, the lowest number after it.
+        # Additive mask, which every attention implementation accepts: 0 up to the position, the lowest number after it.
         mask = torch.where(self._columns <= position, 0.0, hidden).to(self._model.dtype)
         more: dict[str, Any] = {"attention_mask": mask.expand(tokens.shape[0], 1, 1, -1)}
         if self._takes_positions:
@@ -186,49 +190,49 @@ class StaticExecution(Execution):
 
 
 class CompiledExecution(StaticExecution):
-    """The decode step by `torch.compile`, once for each side."""
+    """The decode step compiled by `torch.compile`, once per variant."""
 
     mode = "compile"
 
     def __init__(self, model: nn.Module, prompt: Tensor, new_tokens: int, options: Mapping[str, Any]) -> None:
         super().__init__(model, prompt, new_tokens, options)
-        self._steps: dict[str, Callable[[Tensor, Any], Tensor]] = {}
+        self._steps: dict[Variant, Callable[[Tensor, Any], Tensor]] = {}
 
-    def get_ready(self, side: str, generation: Generation) -> None:
-        """See `Execution.get_ready`; compiling takes from seconds to minutes."""
-        if side in self._steps:
+    def prepare(self, variant: Variant, generation: Generation) -> None:
+        """See `Execution.prepare`; compiling takes seconds to minutes."""
+        if variant in self._steps:
             return
         if not self._steps:
-            torch._dynamo.reset()  # programs of points that are gone would fill its cache
-        # A function of its own for each side: two programs of one function would be told apart at every step.
-        self._steps[side] = torch.compile(lambda tokens, cache: self._fixed_step(tokens, cache), dynamic=False)
+            torch._dynamo.reset()  # otherwise programs of earlier points fill its cache
+        # A separate function per variant: two programs of one function would be told apart by guards at every step.
+        self._steps[variant] = torch.compile(lambda tokens, cache: self._fixed_step(tokens, cache), dynamic=False)
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
         first = generation.next_tokens
-        self.step(side, generation)
+        self.step(variant, generation)
         generation.next_tokens = first
         self._move(generation.cache, -1)
 
     @torch.inference_mode()
-    def step(self, side: str, generation: Generation) -> None:
+    def step(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.step`."""
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
-        generation.next_tokens = self._steps[side](generation.next_tokens, generation.cache)
+        generation.next_tokens = self._steps[variant](generation.next_tokens, generation.cache)
 
 
 class CudaGraphExecution(StaticExecution):
-    """The decode step captured as a CUDA graph, once for each side: one launch a token."""
+    """The decode step captured as a CUDA graph, once per variant: one launch per token."""
 
     mode = "cuda_graph"
-    _WARMUP_STEPS = 3  # libraries choose algorithms and allocate workspaces in the first calls, which a capture forbids
+    _WARMUP_STEPS = 3  # libraries pick algorithms and allocate workspaces in their first calls, which a capture forbids
 
     def __init__(self, model: nn.Module, prompt: Tensor, new_tokens: int, options: Mapping[str, Any]) -> None:
         super().__init__(model, prompt, new_tokens, options)
-        self._graphs: dict[str, tuple[Any, Tensor]] = {}
+        self._graphs: dict[Variant, tuple[Any, Tensor]] = {}
 
     @torch.inference_mode()
-    def get_ready(self, side: str, generation: Generation) -> None:
-        """See `Execution.get_ready`."""
-        if side in self._graphs:
+    def prepare(self, variant: Variant, generation: Generation) -> None:
+        """See `Execution.prepare`."""
+        if variant in self._graphs:
             return
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
         tokens = generation.next_tokens.clone()
@@ -243,13 +247,13 @@ class CudaGraphExecution(StaticExecution):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             tokens.copy_(self._fixed_step(tokens, generation.cache))
-        self._set(generation.cache, begin)  # capturing ran nothing, but Python-side views must start where they did
-        self._graphs[side] = (graph, tokens)
+        self._set(generation.cache, begin)  # a capture runs nothing, but the cache's Python-side state has advanced
+        self._graphs[variant] = (graph, tokens)
 
     @torch.inference_mode()
-    def step(self, side: str, generation: Generation) -> None:
+    def step(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.step`."""
-        graph, tokens = self._graphs[side]
+        graph, tokens = self._graphs[variant]
         if generation.next_tokens is not tokens:
             assert generation.next_tokens is not None  # noqa: S101 - prefilled
             tokens.copy_(generation.next_tokens)  # the first step after a prefill
@@ -262,6 +266,56 @@ class CudaGraphExecution(StaticExecution):
             layer.cumulative_length.copy_(position)
 
 
+EXECUTIONS: Mapping[str, type[Execution]] = {
+    kind.mode: kind for kind in (EagerExecution, CompiledExecution, CudaGraphExecution)
+}
+"""Execution of each mode. A new mode is a class, a line here, and its name in `dse.measurement.latency_spec.MODES`."""
+
+
 def copy_of(generation: Generation) -> Generation:
-    """A generation with a cache of its own."""
-    return Generation(generation.next_tokens, copy.deepcopy(generation.cache), side=generation.side)
+    """A copy of a generation with its own cache."""
+    return Generation(generation.next_tokens, copy.deepcopy(generation.cache))
+
+
+def mode_problem(mode: str, devices: Sequence[torch.device], *, decodes: bool) -> str:
+    """Why `mode` cannot run a model on `devices`; "" if it can. Determined by trying it, not by version numbers.
+
+    Args:
+        mode: One of `MODES`.
+        devices: Every device that holds a parameter.
+        decodes: Whether the model generates with a cache.
+    """
+    if mode == "eager":
+        return ""
+    if not decodes:
+        return "it changes how decode steps run, and this model has none; use eager"
+    if len(devices) != 1:
+        return f"it needs a model on one device, but this one is on {len(devices)}; use eager"
+    if mode == "cuda_graph":
+        if devices[0].type != "cuda":
+            return f"CUDA graphs need an NVIDIA GPU, but the model is on {devices[0]}; use eager or compile"
+        return ""
+    return _compile_problem(devices[0])
+
+
+def require_mode(mode: str, devices: Sequence[torch.device], *, decodes: bool) -> None:
+    """Check that `mode` is available; see `mode_problem`.
+
+    Raises:
+        ConfigError: It is not; the message gives the reason.
+    """
+    problem = mode_problem(mode, devices, decodes=decodes)
+    if problem:
+        raise ConfigError(f"measurement mode '{mode}' must be available, but {problem}")
+
+
+def _compile_problem(device: torch.device) -> str:
+    """Compile and run one addition: it needs a compiler, its headers and a writable cache folder."""
+    try:
+        compiled = torch.compile(lambda x: x + 1, dynamic=False)
+        answer = compiled(torch.ones(8, device=device))
+        return "" if bool((answer == 2).all()) else "a compiled addition gave a wrong sum; use eager"
+    except Exception as error:  # noqa: BLE001 - any error of the compiler stack is the reason
+        first = " ".join(str(error).split())[:200]
+        need = "a C++ compiler" if device.type == "cpu" else "Triton and a C compiler"
+        return f"torch.compile does not work here ({type(error).__name__}: {first}); install {need}, or use eager"

@@ -1,79 +1,131 @@
-"""Latency of a point beside the dense model, in alternation, so that their ratio holds on a noisy machine."""
+"""Latency of a candidate paired with the dense baseline, so that their ratio holds on a noisy machine."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from dse.errors import InvalidMeasurementError
-from dse.kernel import kernel_name
-from dse.measurement.alternation import SIDES, TURN_PREFILLS, Alternation, Block, Side, Turn
+from dse.measurement.alternation import TURN_PREFILLS, Alternation, Block, ModelSwap, Turn
 from dse.measurement.clock import Stopwatch, stopwatch_for
-from dse.measurement.distribution import Distribution, RatioInterval, block_ratio
-from dse.measurement.latency_result import PairedLatency, PhaseLatency
-from dse.measurement.out_of_memory import out_of_memory_errors
-from dse.measurement.spec import LatencySpec
+from dse.measurement.execution import VARIANTS, Variant
+from dse.measurement.latency_spec import LatencySpec
+from dse.measurement.timing_statistics import Distribution, block_ratio
 from dse.measurement.workload import Workload
+from dse.out_of_memory import out_of_memory_errors
 
-__all__ = ["LatencySpec", "PairedLatency", "PhaseLatency", "measure_latency"]
+__all__ = ["PairedLatency", "PhaseLatency", "measure_latency"]
 
-# An interval wider than this factor says nothing at all; it is kept, but marked invalid. Narrower ones speak for
-# themselves: milliseconds timed on a busy machine reach a factor of ten now and then.
 MAX_INTERVAL_FACTOR = 100.0
+"""A ratio whose interval spans more than this factor is kept, but marked invalid. Narrower ones speak for themselves:
+timings of milliseconds on a busy machine occasionally reach a factor of ten."""
+
+
+@dataclass(frozen=True)
+class PhaseLatency:
+    """Latency of one phase (prefill: seconds per prompt; decode: seconds per token) of candidate and baseline.
+
+    Attributes:
+        candidate: Timings of the candidate.
+        baseline: Timings of the dense model, taken alternately.
+        ratio: candidate / baseline, exp(trimmed mean of the blocks' log ratios); below 1 the candidate is faster.
+        ratio_low: Lower end of the 95 % bootstrap interval.
+        ratio_high: Upper end of the 95 % bootstrap interval.
+        blocks: ABBA blocks that the ratio is computed from.
+    """
+
+    candidate: Distribution
+    baseline: Distribution
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    blocks: int
+
+
+@dataclass(frozen=True)
+class PairedLatency:
+    """A paired latency measurement and how it was taken.
+
+    Attributes:
+        prefill: The whole prompt in one pass up to the first token (time to first token), seconds per batch.
+        decode: Seconds per output token (one step of the whole batch); None for encoders.
+        device: Devices of the model, such as "cpu" or "cuda:0+cuda:1".
+        device_name: Name of the GPU; "" on a CPU.
+        clock: Clock source.
+        mode: Execution mode of decode steps.
+        warmup_blocks: Blocks run first and not counted.
+        is_warm: Whether the first two counted blocks agree; False if `max_warmup_blocks` ended the warm-up.
+        repeats: Counted prefills of each variant.
+        duration_s: Counted timed work in seconds.
+        spec: Lengths, batch size, mode and seed.
+        is_valid: Whether the timings are valid.
+        reason: Why they are invalid; empty if valid.
+    """
+
+    prefill: PhaseLatency
+    decode: PhaseLatency | None
+    device: str
+    device_name: str
+    clock: str
+    mode: str
+    warmup_blocks: int
+    is_warm: bool
+    repeats: int
+    duration_s: float
+    spec: LatencySpec
+    is_valid: bool
+    reason: str
 
 
 def measure_latency(
     model: nn.Module,
     spec: LatencySpec,
+    swap: ModelSwap,
     *,
-    use_candidate: Callable[[], None],
-    use_baseline: Callable[[], None],
     progress: Callable[[int, int], None] | None = None,
     stopwatch: Stopwatch | None = None,
     workload: Workload | None = None,
 ) -> PairedLatency:
-    """Time prefill and decode of a subject and of the dense model in ABBA blocks, each sample of a real generation.
+    """Time prefill and decode of candidate and baseline in ABBA blocks; each sample is part of a real generation.
 
     Leading blocks are discarded until two successive ones agree; those two count. Blocks are added until there are
     `spec.blocks`, `spec.min_duration_s` of timed work, and `spec.precision`, or until `spec.max_duration_s`.
 
-    The callbacks swap the subject in and out of the one resident `model`, outside the clock. Each is called only when
-    the side changes, so they need not be idempotent; the subject is put in first and is in place on return. After an
-    error whichever side was in use stays.
+    Weights are swapped outside the clock. Each method of `swap` is called only when the variant changes, so it need
+    not be idempotent. The candidate goes in first and is in place on return; after an error either one may be.
 
     Args:
-        model: The resident Hugging Face model, in eval mode.
-        spec: Lengths, batch, mode, blocks, precision and seed.
-        use_candidate: Puts the subject's weights in place.
-        use_baseline: Puts the dense weights back.
+        model: The resident Hugging Face model in eval mode.
+        spec: Lengths, batch size, mode, blocks, precision and seed.
+        swap: Swaps candidate and baseline in `model`.
         progress: Called after every generation with (generations done, generations expected so far), warm-up included.
         stopwatch: Times one call; the best clock of the model's devices by default.
-        workload: Of this model and spec, made before, with what it has compiled; a new one by default.
+        workload: An existing workload of this model and spec, with its compiled programs; a new one by default.
 
     Raises:
-        ConfigError: The prompt does not fit the model's context, or the model cannot be measured so.
-        OutOfMemoryError: The device has no room.
-        InvalidMeasurementError: The clock did not move.
+        ConfigError: The prompt exceeds the model's context, or the mode is not available.
+        OutOfMemoryError: The device has too little memory.
+        InvalidMeasurementError: The clock did not advance.
     """
     with out_of_memory_errors("measuring latency"):
-        use_candidate()  # before anything runs, so that the first pass is the subject's
-        swaps: dict[Side, Callable[[], None]] = {"subject": use_candidate, "dense": use_baseline}
+        swap.use_candidate()  # before anything runs, so that the first pass is the candidate's
         workload = workload or Workload(model, spec)
         clock = stopwatch or stopwatch_for(workload.devices)
-        tally = _Tally(spec, progress)
-        alternation = Alternation(workload, clock, spec.new_tokens, swaps, tally.count)
-        alternation.assume("subject")
+        counter = _GenerationCounter(spec, progress)
+        alternation = Alternation(workload, clock, spec.new_tokens, swap, counter.count)
+        alternation.assume("candidate")
         blocks, discarded, is_warm = _warm_up(alternation, spec, clock.source)
         while not _is_enough(blocks, spec, decodes=workload.decodes):
             blocks.append(_checked(alternation.block(), clock.source))
-        alternation.switch_to("subject")
+        alternation.switch_to("candidate")
     prefill = _phase(blocks, "prefill", spec.seed)
     decode = _phase(blocks, "decode", spec.seed) if workload.decodes else None
-    reason = "; ".join(_reasons_against(prefill=prefill, decode=decode))
+    reason = "; ".join(_problems(prefill=prefill, decode=decode))
     return PairedLatency(
         prefill=prefill,
         decode=decode,
@@ -81,7 +133,6 @@ def measure_latency(
         device_name=_device_name(workload.devices[0]),
         clock=clock.source,
         mode=spec.mode,
-        kernel=_kernel(model, spec),
         warmup_blocks=discarded,
         is_warm=is_warm,
         repeats=2 * TURN_PREFILLS * len(blocks),
@@ -92,8 +143,8 @@ def measure_latency(
     )
 
 
-class _Tally:
-    """Tells of progress: how many generations are done, of how many there will be at least."""
+class _GenerationCounter:
+    """Reports how many generations are done, and how many are expected at least."""
 
     def __init__(self, spec: LatencySpec, progress: Callable[[int, int], None] | None) -> None:
         self._expected = 4 * (spec.warmup_blocks + spec.blocks)
@@ -101,14 +152,14 @@ class _Tally:
         self._progress = progress
 
     def count(self) -> None:
-        """One more generation is done."""
+        """Count one more generation."""
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, max(self._done, self._expected))
 
 
 def _warm_up(alternation: Alternation, spec: LatencySpec, clock: str) -> tuple[list[Block], int, bool]:
-    """Run blocks until two successive ones agree; returns those two, how many went before, and whether they agreed."""
+    """Run blocks until two successive ones agree; returns those two, the number discarded, and whether they agree."""
     for _ in range(spec.warmup_blocks):
         alternation.block()
     discarded = spec.warmup_blocks
@@ -121,10 +172,10 @@ def _warm_up(alternation: Alternation, spec: LatencySpec, clock: str) -> tuple[l
 
 def _agree(first: Block, second: Block, *, tolerance: float) -> bool:
     pairs = [
-        (_typical_s(before[side]), _typical_s(after[side]))
+        (_typical_s(before[variant]), _typical_s(after[variant]))
         for before, after in zip(first.phases, second.phases, strict=True)
-        for side in SIDES
-        if before[side]
+        for variant in VARIANTS
+        if before[variant]
     ]
     return all(abs(after - before) <= tolerance * before for before, after in pairs)
 
@@ -144,34 +195,31 @@ def _is_enough(blocks: Sequence[Block], spec: LatencySpec, *, decodes: bool) -> 
     if spec.precision is None:
         return True
     phases = ("prefill", "decode") if decodes else ("prefill",)
-    return all(_interval(blocks, phase, spec.seed).half_width <= spec.precision for phase in phases)
+    intervals = (block_ratio(_log_ratios(blocks, phase), seed=spec.seed) for phase in phases)
+    return all(interval.half_width <= spec.precision for interval in intervals)
 
 
 def _log_ratios(blocks: Sequence[Block], phase: str) -> list[float]:
-    """One log of subject / dense for each ABBA block of turns: a prefill block has one, a decode block several."""
+    """One log of candidate / baseline per ABBA block of turns; a generation has one for prefill, several for decode."""
     pairs: list[float] = []
     for block in blocks:
         turns = block.prefill if phase == "prefill" else block.decode
         pairs += [
-            math.log(min(subject)) - math.log(min(dense))
-            for subject, dense in zip(turns["subject"], turns["dense"], strict=True)
+            math.log(min(candidate)) - math.log(min(baseline))
+            for candidate, baseline in zip(turns["candidate"], turns["baseline"], strict=True)
         ]
     return [(first + second) / 2 for first, second in zip(pairs[::2], pairs[1::2], strict=True)]
-
-
-def _interval(blocks: Sequence[Block], phase: str, seed: int) -> RatioInterval:
-    return block_ratio(_log_ratios(blocks, phase), seed=seed)
 
 
 def _phase(blocks: Sequence[Block], phase: str, seed: int) -> PhaseLatency:
     ratios = _log_ratios(blocks, phase)
     interval = block_ratio(ratios, seed=seed)
-    spread: dict[Side, Distribution] = {}
-    for side in SIDES:
-        turns = [turn for block in blocks for turn in (block.prefill if phase == "prefill" else block.decode)[side]]
-        spread[side] = Distribution.of([sample for turn in turns for sample in turn])
+    spread: dict[Variant, Distribution] = {}
+    for variant in VARIANTS:
+        turns = [turn for block in blocks for turn in (block.prefill if phase == "prefill" else block.decode)[variant]]
+        spread[variant] = Distribution.of([sample for turn in turns for sample in turn])
     return PhaseLatency(
-        spread["subject"], spread["dense"], interval.ratio, interval.low, interval.high, blocks=len(ratios)
+        spread["candidate"], spread["baseline"], interval.ratio, interval.low, interval.high, blocks=len(ratios)
     )
 
 
@@ -185,18 +233,13 @@ def _checked(block: Block, clock: str) -> Block:
     return block
 
 
-def _reasons_against(**phases: PhaseLatency | None) -> Iterator[str]:
+def _problems(**phases: PhaseLatency | None) -> Iterator[str]:
     for name, phase in phases.items():
         if phase is not None and phase.ratio_high > MAX_INTERVAL_FACTOR * phase.ratio_low:
             yield (
                 f"the interval of the {name} ratio, {phase.ratio_low:.3g} to {phase.ratio_high:.3g}, spans more than a "
                 f"factor of {MAX_INTERVAL_FACTOR:g}: the device was too busy with other work"
             )
-
-
-def _kernel(model: nn.Module, spec: LatencySpec) -> str:
-    first = next(model.parameters())
-    return kernel_name(first.device, first.dtype) if spec.mode == "fast" else ""
 
 
 def _device_name(device: torch.device) -> str:

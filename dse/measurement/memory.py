@@ -1,4 +1,4 @@
-"""Memory of a model at work: its weights, the peaks of prefill and of decode, and the key-value cache by arithmetic."""
+"""Memory of a running model: weights, peaks of prefill and decode, and the computed size of the key-value cache."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import nn
 from dse.errors import InvalidMeasurementError
 from dse.measurement.child_process import in_child_process
 from dse.measurement.clock import synchronize
-from dse.measurement.out_of_memory import out_of_memory_errors
-from dse.measurement.spec import LatencySpec
-from dse.measurement.workload import Generation, Workload
+from dse.measurement.execution import Generation
+from dse.measurement.latency_spec import LatencySpec
+from dse.measurement.workload import Workload
+from dse.out_of_memory import out_of_memory_errors
 
 __all__ = ["MemoryResult", "measure_peak_memory", "resident_weight_bytes"]
 
@@ -26,16 +27,16 @@ _PROCESS = Path("/proc/self")
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """Memory of a model at work.
+    """Memory of a running model.
 
     Attributes:
         peak_bytes: Weights plus the larger rise of the two phases.
-        weight_bytes: Parameters and buffers on the device, shared ones once.
-        prefill_rise_bytes: How far memory rose above the weights while the prompt ran, key-value cache included.
-        decode_rise_bytes: How far it stood above the weights at most while tokens were decoded; None for encoders.
-        kv_cache_bytes: The full cache at the end, by arithmetic: 2 x layers x key-value heads x head size x tokens x
-            batch x element size; None where it is not known.
-        method: How the rises were read.
+        weight_bytes: Parameters and buffers on the device; shared ones count once.
+        prefill_rise_bytes: Peak memory above the weights during prefill, key-value cache included.
+        decode_rise_bytes: Peak memory above the weights during decode; None for encoders.
+        kv_cache_bytes: Computed size of the full cache at the end: 2 x layers x key-value heads x head size x tokens x
+            batch x element size; None if unknown.
+        method: How the peaks were read.
     """
 
     peak_bytes: int
@@ -49,20 +50,20 @@ class MemoryResult:
 def measure_peak_memory(
     model: nn.Module, spec: LatencySpec, *, kv_cache_bytes_per_token: int | None = None
 ) -> MemoryResult:
-    """Run one prefill and decode, after one to warm up, and read how far memory rose in each.
+    """Run prefill and decode once, after one warm-up run, and read the peak memory of each.
 
-    On CUDA the allocator's statistics tell exactly. On a Linux CPU a forked child runs, so that no earlier peak of this
-    process and nothing that it does meanwhile counts; there the kernel's high-water mark of the resident set is reset
+    On CUDA the allocator's statistics are exact. On a Linux CPU the work runs in a forked child, so that earlier peaks
+    and concurrent work of this process do not count. There the kernel's high-water mark of the resident set is reset
     before each phase and read after it.
 
     Args:
-        model: The resident Hugging Face model, in eval mode.
-        spec: Lengths and batch; decode steps run eagerly, whatever the mode.
-        kv_cache_bytes_per_token: Bytes that one token of one sequence adds to the cache, where known.
+        model: The resident Hugging Face model in eval mode.
+        spec: Lengths and batch size; decode steps always run eagerly.
+        kv_cache_bytes_per_token: Bytes that one token of one sequence adds to the cache, if known.
 
     Raises:
-        ConfigError: The prompt does not fit the model's context.
-        OutOfMemoryError: The device has no room.
+        ConfigError: The prompt exceeds the model's context.
+        OutOfMemoryError: The device has too little memory.
         InvalidMeasurementError: The peak cannot be read on this system.
     """
     with out_of_memory_errors("measuring memory"):
@@ -75,8 +76,8 @@ def measure_peak_memory(
             method = "resident set of a forked child (Linux VmHWM, reset before each phase)"
         else:
             raise InvalidMeasurementError(
-                f"peak memory must be read on one kind of device, CUDA or CPU, but the model lies on "
-                f"{', '.join(map(str, workload.devices))}; leave peak_memory_bytes out of the objectives"
+                f"peak memory can be read on CUDA devices or on the CPU, but the model is on "
+                f"{', '.join(map(str, workload.devices))}; remove peak_memory_bytes from the objectives"
             )
     weight_bytes = resident_weight_bytes(model)
     prefill, decode = rises[0], rises[1] if workload.decodes else None
@@ -87,18 +88,18 @@ def measure_peak_memory(
 
 
 def resident_weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of `model`; tensors that share memory are counted once."""
+    """Bytes of the parameters and buffers of `model`; tensors that share memory count once."""
     sizes: dict[tuple[torch.device, int], int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         key = (tensor.device, tensor.data_ptr())
-        # An expanded tensor names more elements than it stores.
+        # An expanded tensor has more elements than it stores.
         stored = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
         sizes[key] = max(sizes.get(key, 0), stored)
     return sum(sizes.values())
 
 
 def _phases(workload: Workload) -> tuple[Callable[[], None], ...]:
-    """Prefill and, where there is one, the decode that follows it."""
+    """Prefill, followed by decode if the model decodes."""
     generation: Generation = workload.begin()
     if not workload.decodes:
         return (lambda: workload.prefill(generation),)
@@ -129,12 +130,12 @@ def _cpu_rises(workload: Workload) -> list[int]:
     except OSError as error:
         raise InvalidMeasurementError(
             f"peak memory on a CPU is read from {_PROCESS}/status and clear_refs (Linux), but: {error}; "
-            f"leave peak_memory_bytes out of the objectives"
+            f"remove peak_memory_bytes from the objectives"
         ) from error
     gc.collect()
 
     def rises() -> list[int]:
-        # The first pass touches mapped weights and makes the libraries' own buffers, which are not activations.
+        # The first pass touches mapped weights and allocates library buffers, which are not activations.
         with out_of_memory_errors("measuring memory"):
             for phase in _phases(workload):
                 phase()
@@ -143,7 +144,7 @@ def _cpu_rises(workload: Workload) -> list[int]:
             before_bytes = _status_bytes("VmRSS")
             found = []
             for phase in _phases(workload):
-                # "5" resets the high-water mark to the present resident set (proc(5)).
+                # "5" resets the high-water mark to the current resident set (proc(5)).
                 (_PROCESS / "clear_refs").write_text("5")
                 phase()
                 found.append(max(0, _status_bytes("VmHWM") - before_bytes))
@@ -154,7 +155,7 @@ def _cpu_rises(workload: Workload) -> list[int]:
 
 
 def _return_free_memory() -> None:
-    """Give freed heap pages back to the kernel, so that the run must take them anew; only glibc can."""
+    """Return freed heap pages to the kernel, so that the run has to allocate them again; glibc only."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -163,5 +164,5 @@ def _return_free_memory() -> None:
 def _status_bytes(field: str) -> int:
     match = re.search(rf"^{field}:\s+(\d+) kB$", (_PROCESS / "status").read_text(), re.MULTILINE)
     if match is None:
-        raise OSError(f"{field} is not in {_PROCESS}/status")
+        raise OSError(f"{_PROCESS}/status has no field {field}")
     return int(match[1]) * 1024

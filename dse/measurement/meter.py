@@ -1,4 +1,4 @@
-"""What every energy meter is: a source of joules for some devices, and what it knows of their condition."""
+"""The interface of every energy meter, and the condition of the devices it reads."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dse.measurement.energy_window import POLL_S, EnergyWindow
-from dse.measurement.track import Channel
+from dse.measurement.readings import Channel
 
 __all__ = ["DeviceCondition", "EnergyMeter"]
 
 
 @dataclass(frozen=True)
 class DeviceCondition:
-    """How a device was at one moment; None and () where it does not say.
+    """Condition of a device at one moment; None and () if the device does not report it.
 
     Attributes:
         device: Its name in records.
-        temperature_celsius: Of the chip.
-        core_clock_mhz: Clock of its processors at that moment.
+        temperature_celsius: Temperature of the chip.
+        core_clock_mhz: Clock of its processors.
         memory_clock_mhz: Clock of its memory.
-        clock_limits: What holds the clocks down, in the driver's words: "sw_power_cap", "hw_thermal_slowdown", ...
-        throttled_by: Those of them that are a fault. Running at the power limit that the card is set to is not: that is
-            how it works under load, and it is the same for dense and point.
-        other_processes: Process ids of others that compute on it.
-        load_average: Of the machine over the last minute, for CPUs; says how busy it was, and invalidates nothing.
+        clock_limits: What limits the clocks, in the driver's terms: "sw_power_cap", "hw_thermal_slowdown", ...
+        throttled_by: The limits that invalidate a measurement. The configured power limit is not one of them: the card
+            runs at it under load, for candidate and baseline alike.
+        other_processes: Ids of other processes that compute on the device.
+        load_average: Load of the machine over the last minute, for CPUs; for information only.
     """
 
     device: str
@@ -40,7 +40,7 @@ class DeviceCondition:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why a measurement taken now cannot be trusted."""
+        """Why a measurement in this condition is invalid."""
         found = []
         if self.throttled_by:
             found.append(f"{self.device} was throttled ({', '.join(self.throttled_by)})")
@@ -53,9 +53,9 @@ class EnergyMeter(ABC):
     """A source of joules for a set of devices.
 
     Attributes:
-        name: The kind of meter: "nvml", "rapl" or "replay".
-        min_updates: Refreshes a window must span to be valid: with 20, one refresh more or less is 5 %.
-        is_replay: Whether it plays a recording instead of measuring; its figures are never shown as measured.
+        name: Kind of meter: "nvml", "rapl" or "replay".
+        min_updates: Refreshes that a valid window must span: with 20, one refresh more or less is 5 %.
+        is_replay: Whether it replays a recording; its values are never shown as measured.
     """
 
     name: ClassVar[str]
@@ -65,39 +65,39 @@ class EnergyMeter(ABC):
     @property
     @abstractmethod
     def source(self) -> str:
-        """What is read: "total-energy counter", "integrated power", ..."""
+        """What the meter reads, such as "NVML total-energy counter"."""
 
     @property
     @abstractmethod
     def details(self) -> Mapping[str, str]:
-        """Facts for the record: driver version, device names, folder."""
+        """Details for the record: driver version, device names, folder."""
 
     @property
     def period_s(self) -> float | None:
-        """Seconds between two refreshes, where it is known beforehand."""
+        """Seconds between two refreshes; None if not known in advance."""
         return None
 
     def probe_period_s(self) -> float | None:
-        """The period found by watching, for up to a second; None where nothing was seen to change."""
+        """The refresh period measured for up to a second; None if no change was seen."""
         return self.period_s
 
     @abstractmethod
     def channels(self) -> tuple[Channel, ...]:
-        """The devices that are read, at least one."""
+        """The devices that the meter reads, at least one."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until the devices have finished what was queued."""
+        """Wait until the devices have finished their queued work."""
 
     def conditions(self) -> tuple[DeviceCondition, ...]:
-        """How the devices are now; () where the meter knows nothing of it."""
+        """Current condition of the devices; () if the meter does not report it."""
         return ()
 
     def window(self, min_updates: int | None = None) -> EnergyWindow:
-        """A window to use once: `with meter.window() as window: run()`, then `window.energy_j`.
+        """A window for one use: `with meter.window() as window: run()`, then `window.energy_j`.
 
         Args:
-            min_updates: Refreshes it must span to be valid; the meter's own number by default.
+            min_updates: Refreshes that it must span to be valid; the meter's own number by default.
         """
         wanted = self.min_updates if min_updates is None else min_updates
         poll_s = POLL_S if self.period_s is None else min(POLL_S, self.period_s / 2)

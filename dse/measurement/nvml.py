@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from dse.measurement.faults import (
+from dse.measurement.meter import DeviceCondition, EnergyMeter
+from dse.measurement.meter_errors import (
     DeviceLostError,
     DriverRestartedError,
     EnergyNotSupportedError,
+    EnergyWindowError,
     MigDeviceError,
     NoDriverError,
     ReadingFailedError,
-    WindowFault,
 )
-from dse.measurement.meter import DeviceCondition, EnergyMeter
 from dse.measurement.nvml_condition import condition_of
 from dse.measurement.nvml_driver import ANOTHER_GPU, GpuFacts, connect, describe_gpus, find_handle, visible_device
-from dse.measurement.track import SENSOR_PERIOD_S, Channel, CounterTrack, PowerTrack
+from dse.measurement.readings import SENSOR_PERIOD_S, Channel, CounterReadings, PowerReadings
 
 __all__ = ["GpuFacts", "NvmlMeter", "describe_gpus", "visible_device"]
 
@@ -41,15 +41,15 @@ class _Gpu:
 
 
 class NvmlMeter(EnergyMeter):
-    """Joules of one or several GPUs: the total-energy counter where all have one, else integrated power samples.
+    """Joules of one or more GPUs: the total-energy counter if all have one, otherwise integrated power samples.
 
     Args:
-        devices: CUDA indices, as in "cuda:0" (positions among the GPUs that this process may see), or UUIDs.
-        force_power: Integrate power although there is a counter, to compare the two.
+        devices: CUDA indices, as in "cuda:0" (positions among the GPUs visible to this process), or UUIDs.
+        force_power: Integrate power even if there is a counter, to compare the two.
 
     Raises:
-        NoMeterError: There is no driver, no permission, no such GPU, a MIG device, or neither counter nor power; the
-            type says which, and the message the remedy.
+        NoMeterError: There is no driver, no permission, no such GPU, a MIG device, or neither counter nor power. The
+            type gives the cause, and the message the remedy.
     """
 
     name = "nvml"
@@ -86,21 +86,21 @@ class NvmlMeter(EnergyMeter):
 
     @property
     def period_s(self) -> float | None:
-        """See `EnergyMeter.period_s`; of a counter it is not known before it is watched."""
+        """See `EnergyMeter.period_s`; unknown for a counter."""
         return self._period_s
 
     def channels(self) -> tuple[Channel, ...]:
-        """See `EnergyMeter.channels`. After the driver was restarted the devices are looked up anew."""
+        """See `EnergyMeter.channels`. Devices are looked up again after a restart of the driver."""
         if self._is_stale:
             self._open()
-        return tuple(Channel(gpu.uuid, partial(self._read, gpu), self._new_track) for gpu in self._gpus)
+        return tuple(Channel(gpu.uuid, partial(self._read, gpu), self._new_readings) for gpu in self._gpus)
 
     def conditions(self) -> tuple[DeviceCondition, ...]:
         """See `EnergyMeter.conditions`."""
         return tuple(condition_of(gpu.handle, gpu.uuid) for gpu in self._gpus)
 
     def synchronize(self) -> None:
-        """See `EnergyMeter.synchronize`. A process that never touched CUDA has queued nothing."""
+        """See `EnergyMeter.synchronize`. A process that has not used CUDA has queued nothing."""
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             for device in self._devices:
                 if isinstance(device, int):
@@ -110,7 +110,7 @@ class NvmlMeter(EnergyMeter):
                         torch.cuda.synchronize(index)
 
     def probe_period_s(self) -> float | None:
-        """See `EnergyMeter.probe_period_s`: the median time between two changes of the first device."""
+        """See `EnergyMeter.probe_period_s`; the median time between two changes on the first device."""
         changed_s: list[float] = []
         before = self._read(self._gpus[0])
         begin_s = time.perf_counter()
@@ -123,8 +123,8 @@ class NvmlMeter(EnergyMeter):
         steps_s = sorted(later - earlier for earlier, later in itertools.pairwise(changed_s))
         return steps_s[len(steps_s) // 2] if len(steps_s) >= 3 else None
 
-    def _new_track(self) -> CounterTrack | PowerTrack:
-        return CounterTrack() if self._is_counter else PowerTrack(self._period_s or SENSOR_PERIOD_S)
+    def _new_readings(self) -> CounterReadings | PowerReadings:
+        return CounterReadings() if self._is_counter else PowerReadings(self._period_s or SENSOR_PERIOD_S)
 
     def _read(self, gpu: _Gpu) -> float:
         import pynvml
@@ -132,9 +132,9 @@ class NvmlMeter(EnergyMeter):
         try:
             return _counter_j(gpu) if self._is_counter else _power_w(gpu)
         except pynvml.NVMLError as error:
-            fault = _fault_of(error, gpu, "energy" if self._is_counter else "power")
-            self._is_stale = self._is_stale or isinstance(fault, DriverRestartedError)
-            raise fault from error
+            failure = _window_error(error, gpu, "energy" if self._is_counter else "power")
+            self._is_stale = self._is_stale or isinstance(failure, DriverRestartedError)
+            raise failure from error
 
 
 def _open_gpu(device: int | str) -> _Gpu:
@@ -146,16 +146,16 @@ def _open_gpu(device: int | str) -> _Gpu:
         uuid, name = str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle))
     except pynvml.NVMLError as error:
         reason = f"{where} does not answer: {error}"
-        raise NoDriverError("nvml", reason, "see whether `nvidia-smi` lists it") from error
+        raise NoDriverError("nvml", reason, "check whether `nvidia-smi` lists it") from error
     if _is_mig(handle):
         reason = f"{where} ({name}) is split by MIG, and its energy is that of all instances together"
         raise MigDeviceError("nvml", reason, f"use a whole GPU (`sudo nvidia-smi -mig 0`), {ANOTHER_GPU}")
-    instant = _gives(lambda: _instant_power_w(handle))
+    instant = _succeeds(lambda: _instant_power_w(handle))
     try:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         return _Gpu(handle, uuid, name, has_counter=True, has_instant_power=instant)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
-        pass  # older than Volta, or an old driver: power may still be there
+        pass  # older than Volta, or an old driver: power may still be available
     except pynvml.NVMLError as error:
         reason = f"the energy of {where} ({name}) cannot be read: {error}"
         raise EnergyNotSupportedError("nvml", reason, ANOTHER_GPU) from error
@@ -173,10 +173,10 @@ def _is_mig(handle: Any) -> bool:
     try:
         return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
     except pynvml.NVMLError:
-        return False  # GPUs and drivers without MIG refuse the question
+        return False  # GPUs and drivers without MIG reject the query
 
 
-def _gives(read: Any) -> bool:
+def _succeeds(read: Any) -> bool:
     import pynvml
 
     try:
@@ -193,7 +193,7 @@ def _counter_j(gpu: _Gpu) -> float:
 
 
 def _power_w(gpu: _Gpu) -> float:
-    """Instantaneous power where the driver tells it: on Ampere and later the plain call averages over a second."""
+    """Instantaneous power if the driver reports it; the plain call averages over a second on Ampere and later."""
     import pynvml
 
     if gpu.has_instant_power:
@@ -210,8 +210,8 @@ def _instant_power_w(handle: Any) -> float:
     return float(field.value.uiVal) * 1e-3
 
 
-def _fault_of(error: Any, gpu: _Gpu, what: str) -> WindowFault:
-    """The type of a reading that failed."""
+def _window_error(error: Any, gpu: _Gpu, what: str) -> EnergyWindowError:
+    """The error for a failed reading, by its NVML code."""
     import pynvml
 
     message = f"the {what} of {gpu.name} ({gpu.uuid}) could not be read: {error}"

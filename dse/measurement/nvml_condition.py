@@ -1,4 +1,4 @@
-"""Temperature, clocks, what holds the clocks down, and who else computes on an NVIDIA GPU."""
+"""Condition of an NVIDIA GPU: temperature, clocks, clock limits, and other processes that compute on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dse.measurement.meter import DeviceCondition
 
 __all__ = ["condition_of"]
 
-# Bits of NVML's clock event reasons (nvml.h, nvmlClocksEventReason*). "Idle" is left out: nothing is held down.
+# Bits of NVML's clock event reasons (nvml.h, nvmlClocksEventReason*). "Idle" is omitted: it limits nothing.
 _CLOCK_LIMITS = {
     0x002: "application_clocks_setting",
     0x004: "sw_power_cap",
@@ -23,14 +23,14 @@ _CLOCK_LIMITS = {
     0x080: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
-_FAULTS = {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
+_THROTTLING = {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
 
 
 def condition_of(handle: Any, device: str) -> DeviceCondition:
-    """How a GPU is now; what it does not tell is left out, and no question of it is an error.
+    """The current condition of a GPU. Values that it does not report are None; a failed query is no error.
 
     Args:
-        handle: NVML's.
+        handle: NVML's handle of the GPU.
         device: Its name in records.
     """
     import pynvml
@@ -38,11 +38,11 @@ def condition_of(handle: Any, device: str) -> DeviceCondition:
     limits = _clock_limits(handle)
     return DeviceCondition(
         device=device,
-        temperature_celsius=_asked(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-        core_clock_mhz=_asked(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-        memory_clock_mhz=_asked(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+        temperature_celsius=_queried(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+        core_clock_mhz=_queried(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        memory_clock_mhz=_queried(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
         clock_limits=limits,
-        throttled_by=tuple(name for name in limits if name in _FAULTS),
+        throttled_by=tuple(name for name in limits if name in _THROTTLING),
         other_processes=_other_processes(handle),
     )
 
@@ -50,17 +50,17 @@ def condition_of(handle: Any, device: str) -> DeviceCondition:
 def _clock_limits(handle: Any) -> tuple[str, ...]:
     import pynvml
 
-    bits = _asked(lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
-    if bits is None:  # drivers before 535 know it by its old name
-        bits = _asked(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+    bits = _queried(lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
+    if bits is None:  # drivers before 535 use the old name
+        bits = _queried(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
     return tuple(name for bit, name in _CLOCK_LIMITS.items() if int(bits or 0) & bit)
 
 
 def _other_processes(handle: Any) -> tuple[int, ...]:
     """Ids of other processes.
 
-    In a container the driver tells ids of the host, among which ours is not to be found. If this process uses CUDA and
-    its id is missing, one of the listed ones is its own: the last, for want of better, is left out.
+    In a container the driver lists process ids of the host, which do not include this process's own id. If this process
+    uses CUDA and its id is not listed, one of the listed ids is its own; the last one is assumed to be.
     """
     import pynvml
 
@@ -74,10 +74,10 @@ def _other_processes(handle: Any) -> tuple[int, ...]:
     return tuple(others)
 
 
-def _asked(question: Callable[[], Any]) -> float | None:
+def _queried(query: Callable[[], Any]) -> float | None:
     import pynvml
 
     try:
-        return float(question())
+        return float(query())
     except pynvml.NVMLError:
         return None

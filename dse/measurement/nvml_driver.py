@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from dse.measurement.faults import DeviceNotListedError, MeterPermissionError, MigDeviceError, NoDriverError
+from dse.measurement.meter_errors import DeviceNotListedError, MeterPermissionError, MigDeviceError, NoDriverError
 
 __all__ = ["ANOTHER_GPU", "GpuFacts", "connect", "describe_gpus", "find_handle", "visible_device"]
 
-ANOTHER_GPU = "choose another GPU, or leave energy out of the objectives"
+ANOTHER_GPU = "choose another GPU, or remove energy from the objectives"
 _DRIVER_REMEDY = "install the NVIDIA driver, and start containers with --gpus (nvidia-container-toolkit)"
 _LIST_REMEDY = "change CUDA_VISIBLE_DEVICES or the device"
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What NVML says of one GPU."""
+    """NVML's description of one GPU."""
 
     index: int
     uuid: str
@@ -29,11 +29,11 @@ class GpuFacts:
 
 
 def connect() -> str:
-    """Connect to the driver; returns its version. NVML counts connections, and ends them with the process.
+    """Connect to the driver and return its version. NVML counts connections and closes them with the process.
 
     Raises:
-        NoDriverError: It does not answer.
-        MeterPermissionError: This user may not ask it.
+        NoDriverError: The driver does not respond.
+        MeterPermissionError: This user may not query the driver.
     """
     import pynvml
 
@@ -41,7 +41,7 @@ def connect() -> str:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError_LibraryNotFound as error:
-        reason = "no NVIDIA driver (libnvidia-ml.so.1 is not there)"
+        reason = "no NVIDIA driver (libnvidia-ml.so.1 is missing)"
         raise NoDriverError("nvml", reason, _DRIVER_REMEDY) from error
     except pynvml.NVMLError_DriverNotLoaded as error:
         reason = "the NVIDIA driver is not loaded"
@@ -50,18 +50,18 @@ def connect() -> str:
         reason = "the NVIDIA driver and its library have different versions"
         raise NoDriverError("nvml", reason, "reboot, or reload the driver") from error
     except pynvml.NVMLError_NoPermission as error:
-        reason = "the NVIDIA driver may not be asked"
+        reason = "the NVIDIA driver may not be queried by this user"
         raise MeterPermissionError("nvml", reason, "give this user access to /dev/nvidia*") from error
     except pynvml.NVMLError as error:
         reason = f"NVML does not start: {error}"
-        raise NoDriverError("nvml", reason, "see whether `nvidia-smi` works") from error
+        raise NoDriverError("nvml", reason, "check whether `nvidia-smi` works") from error
 
 
 def describe_gpus() -> list[GpuFacts]:
-    """Every GPU of the machine, hidden ones too.
+    """Every GPU of the machine, including hidden ones.
 
     Raises:
-        NoMeterError: NVML does not answer.
+        NoMeterError: NVML does not respond.
     """
     import pynvml
 
@@ -80,8 +80,8 @@ def find_handle(device: int | str) -> Any:
     """NVML's handle of a GPU.
 
     Args:
-        device: A CUDA index, as in "cuda:0" (a position among the GPUs that this process may see), or the start of a
-            UUID. CUDA and NVML number GPUs differently, so the UUID decides where torch knows it.
+        device: A CUDA index, as in "cuda:0" (a position among the GPUs visible to this process), or the start of a
+            UUID. CUDA and NVML number GPUs differently, so the UUID is used if torch knows it.
 
     Raises:
         NoMeterError: There is no such GPU, it is hidden, or it is a MIG instance.
@@ -97,19 +97,19 @@ def find_handle(device: int | str) -> Any:
             try:
                 return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             except pynvml.NVMLError_NotFound:
-                pass  # a MIG instance carries another name: the list below tells
+                pass  # a MIG instance has another name: look it up in the list below
     return _handle_of(visible_device(device, os.environ.get("CUDA_VISIBLE_DEVICES")), where)
 
 
 def visible_device(index: int, visible: str | None) -> int | str:
-    """What "cuda:`index`" means under CUDA_VISIBLE_DEVICES: a physical index, or (the start of) a UUID.
+    """The physical index or (start of the) UUID of "cuda:`index`" under CUDA_VISIBLE_DEVICES.
 
     Args:
         index: CUDA index within the process.
-        visible: Value of CUDA_VISIBLE_DEVICES; None when it is not set, which shows every GPU.
+        visible: Value of CUDA_VISIBLE_DEVICES; None if it is not set, which makes every GPU visible.
 
     Raises:
-        DeviceNotListedError: The list hides that GPU.
+        DeviceNotListedError: The GPU is hidden.
     """
     if visible is None:
         return index
@@ -120,7 +120,7 @@ def visible_device(index: int, visible: str | None) -> int | str:
         elif entry.startswith(("GPU-", "MIG-")):
             shown.append(entry)
         else:
-            break  # CUDA ignores all that follows the first entry it cannot read, "-1" for one
+            break  # CUDA ignores everything from the first invalid entry on, such as "-1"
     if index >= len(shown):
         reason = f"CUDA_VISIBLE_DEVICES={visible!r} shows {len(shown)} GPUs, so cuda:{index} does not exist"
         raise DeviceNotListedError("nvml", reason, _LIST_REMEDY)
@@ -131,7 +131,7 @@ def _handle_of(chosen: int | str, where: str) -> Any:
     import pynvml
 
     if isinstance(chosen, str) and chosen.startswith("MIG-"):
-        reason = f"{where} is the MIG instance {chosen}, which has no meter"
+        reason = f"{where} is the MIG instance {chosen}, which has no energy meter"
         raise MigDeviceError("nvml", reason, ANOTHER_GPU)
     handles: Sequence[Any] = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     if isinstance(chosen, int):
@@ -141,6 +141,6 @@ def _handle_of(chosen: int | str, where: str) -> Any:
     if len(matches) == 1:
         return matches[0]
     named = where if where == f"GPU {chosen}" else f"{where} is GPU {chosen}"
-    which = "without it" if not matches else f"{len(matches)} of them by that name"
+    which = "without it" if not matches else f"{len(matches)} of them with that name"
     reason = f"{named}, but the driver lists {len(handles)} GPUs {which}"
     raise DeviceNotListedError("nvml", reason, _LIST_REMEDY)

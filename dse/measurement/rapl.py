@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dse.measurement.faults import EnergyNotSupportedError, MeterPermissionError, NoDriverError, ReadingFailedError
 from dse.measurement.meter import DeviceCondition, EnergyMeter
-from dse.measurement.track import Channel, CounterTrack
+from dse.measurement.meter_errors import (
+    EnergyNotSupportedError,
+    MeterPermissionError,
+    NoDriverError,
+    ReadingFailedError,
+)
+from dse.measurement.readings import Channel, CounterReadings
 
 __all__ = ["POWERCAP_ROOT", "RaplMeter"]
 
@@ -27,17 +32,17 @@ class _Domain:
 
 
 class RaplMeter(EnergyMeter):
-    """Joules of every CPU package (cores, caches, memory controller) and, where it is told, of its DRAM.
+    """Joules of every CPU package (cores, caches, memory controller) and, if reported, of its DRAM.
 
-    Whoever used them: a package does not tell one process from another. The rest of the board is not in it, and a DRAM
-    domain that shows zero is one that the processor does not serve.
+    A package does not distinguish processes, and the rest of the board is not included. A DRAM domain that reads zero
+    is not supported by the processor and is ignored.
 
     Args:
         root: The kernel's powercap folder.
 
     Raises:
-        NoMeterError: The machine shows no such folder, or its files may not be read; the type says which, and the
-            message the remedy.
+        NoMeterError: The folder is missing or its files are not readable. The type gives the cause, and the message the
+            remedy.
     """
 
     name = "rapl"
@@ -64,12 +69,12 @@ class RaplMeter(EnergyMeter):
     def channels(self) -> tuple[Channel, ...]:
         """See `EnergyMeter.channels`."""
         return tuple(
-            Channel(domain.name, partial(_read_j, domain.energy_file), partial(CounterTrack, domain.range_j))
+            Channel(domain.name, partial(_read_j, domain.energy_file), partial(CounterReadings, domain.range_j))
             for domain in self._domains
         )
 
     def conditions(self) -> tuple[DeviceCondition, ...]:
-        """See `EnergyMeter.conditions`: the load of the machine, for the packages cannot tell processes apart."""
+        """See `EnergyMeter.conditions`; the load average, since packages do not distinguish processes."""
         try:
             load = os.getloadavg()[0]
         except OSError:
@@ -77,30 +82,30 @@ class RaplMeter(EnergyMeter):
         return (DeviceCondition("cpu", load_average=load),)
 
     def synchronize(self) -> None:
-        """See `EnergyMeter.synchronize`. A CPU has finished when the call returns."""
+        """See `EnergyMeter.synchronize`. CPU work has finished when its call returns."""
 
 
 def _domains(root: Path) -> tuple[_Domain, ...]:
     """Packages and their DRAM under `root`.
 
-    Cores and graphics are parts of a package, `psys` holds the packages, and `intel-rapl-mmio` doubles them: all left
-    out, or the same joule would count twice.
+    Cores and graphics are parts of a package, `psys` contains the packages, and `intel-rapl-mmio` duplicates them. They
+    are ignored, so that no joule counts twice.
     """
     if not root.is_dir():
-        reason = f"{root} is not there: not Linux, or a virtual machine whose host does not show its meter"
-        remedy = "run on the machine itself, or leave energy out of the objectives"
+        reason = f"{root} does not exist: not Linux, or a virtual machine whose host does not expose its meter"
+        remedy = "run on the physical machine, or remove energy from the objectives"
         raise EnergyNotSupportedError("rapl", reason, remedy)
     domains = []
     for folder in sorted(root.glob("intel-rapl:*")):
         name = (folder / "name").read_text().strip() if (folder / "name").is_file() else ""
         if name == "dram":
-            name = f"dram-{folder.name.split(':')[1]}"  # of intel-rapl:0:2 that of package 0
+            name = f"dram-{folder.name.split(':')[1]}"  # intel-rapl:0:2 belongs to package 0
         if name.startswith(("package", "dram")):
             domain = _open_domain(folder, name)
             if name.startswith("package") or _read_j(domain.energy_file) > 0:
                 domains.append(domain)
     if not any(domain.name.startswith("package") for domain in domains):
-        reason = f"{root} holds no package domain (intel-rapl:*)"
+        reason = f"{root} has no package domain (intel-rapl:*)"
         raise NoDriverError("rapl", reason, "load the driver: `sudo modprobe intel_rapl_msr`")
     return tuple(domains)
 
@@ -111,13 +116,13 @@ def _open_domain(folder: Path, name: str) -> _Domain:
         int(energy_file.read_text())
         return _Domain(name, energy_file, int((folder / "max_energy_range_uj").read_text()) * 1e-6)
     except PermissionError as error:
-        # Since 2020 the kernel shows the counters to root alone (CVE-2020-8694).
-        reason = f"{energy_file} is not readable for this user"
+        # Since 2020 the kernel lets only root read the counters (CVE-2020-8694).
+        reason = f"{energy_file} is not readable by this user"
         remedy = f"run `sudo chmod a+r {energy_file}` (until the next boot)"
         raise MeterPermissionError("rapl", reason, remedy) from error
     except (OSError, ValueError) as error:
         reason = f"{energy_file} cannot be read ({error})"
-        remedy = "see whether the kernel's intel_rapl driver works: `dmesg | grep -i rapl`"
+        remedy = "check the kernel's intel_rapl driver: `dmesg | grep -i rapl`"
         raise NoDriverError("rapl", reason, remedy) from error
 
 

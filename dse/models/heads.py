@@ -1,4 +1,4 @@
-"""What stands on top of a model's layers, and which class loads a checkpoint with the head that is asked for."""
+"""The head on top of a model's layers, and the class that loads a checkpoint with a requested head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AUTO_CLASSES: Mapping[Head, str] = {
     "question_answering": "AutoModelForQuestionAnswering",
     "embedding": "AutoModel",
 }
-# A class may stand in several tables; the one that says most of it comes first.
+# A class may be in several tables, so the most specific table comes first.
 _TABLES: Mapping[Head, Any] = {
     "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "question_answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -34,7 +34,7 @@ _TABLES: Mapping[Head, Any] = {
 def head_of(model_class: type) -> Head | None:
     """The head of a transformers class or of a class derived from one; None for any other head.
 
-    A class without a head counts as `embedding`: its hidden states are what it is used for.
+    A class without a head counts as `embedding`, because its hidden states are used as embeddings.
     """
     for base in model_class.__mro__:
         for head, table in _TABLES.items():
@@ -47,15 +47,14 @@ def model_factory(config: PreTrainedConfig, trust_remote_code: bool, head: Head 
     """The class to build.
 
     Args:
-        config: Of the checkpoint.
-        trust_remote_code: Whether classes that come with the checkpoint may be taken.
-        head: What must stand on top; None for what the config names, where transformers has it, else for an auto class
-            that fits.
+        config: The checkpoint's config.
+        trust_remote_code: Whether classes that come with the checkpoint may be used.
+        head: The required head. None for the class named in the config, or else an auto class that fits.
     """
     custom = getattr(config, "auto_map", None) or {}
     if trust_remote_code and custom:
         offered = [auto for auto in ([_AUTO_CLASSES[head]] if head else _AUTO_CLASSES.values()) if auto in custom]
-        # `auto_map` may name several classes; `architectures` says which of them was saved.
+        # `auto_map` may name several classes; `architectures` names the one that was saved.
         saved = [auto for auto in offered if str(custom[auto]).rpartition(".")[2] in (config.architectures or ())]
         if offered:
             return getattr(transformers, (saved or offered)[0])
@@ -73,18 +72,18 @@ def model_factory(config: PreTrainedConfig, trust_remote_code: bool, head: Head 
 
 
 def checkpoint_has_head(config: PreTrainedConfig, head: Head) -> bool:
-    """Whether the class that the config names can hold this head: False where it surely does not.
+    """Whether the class named in the config can have this head; False only if it certainly does not.
 
-    An embedding needs no head, so any checkpoint serves.
+    An embedding needs no head, so any checkpoint will do.
     """
     named = _named_class(config)
     return head == "embedding" or named is None or head_of(named) == head
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """Longest sequence that the model's position embeddings take, special tokens included; None where it is unbounded.
+    """The longest sequence that the model's position embeddings allow, special tokens included; None if unbounded.
 
-    RoBERTa numbers positions from its padding index on, so that many rows at the start are never used.
+    RoBERTa counts positions from its padding index, so the first rows are never used.
     """
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(longest, int) or longest <= 0:

@@ -1,7 +1,7 @@
-"""One quick question to the Hugging Face hub before `from_pretrained` is let loose on it.
+"""One quick request to the Hugging Face hub before `from_pretrained` runs.
 
-Without a network `from_pretrained` retries every file for half a minute and then says little. One request without
-retries tells within seconds whether the hub answers, knows the model, lets us in, and holds safetensors.
+Without a network, `from_pretrained` retries every file for half a minute and its error says little. One request without
+retries shows within seconds whether the hub answers, knows the model, grants access, and has safetensors.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _TIMEOUT_S = 6.0
 
 @dataclass(frozen=True)
 class HubAnswer:
-    """What the hub says of a model.
+    """The hub's answer about a model.
 
     Attributes:
-        reachable: Whether it answered; if not, the model is in the local cache.
-        files: Names of the repository's files; empty where it did not answer.
+        reachable: Whether the hub answered. If not, the model is in the local cache.
+        files: Names of the repository's files; empty if the hub did not answer.
     """
 
     reachable: bool
@@ -39,11 +39,11 @@ class HubAnswer:
 
 
 def ask_hub(model_id: str, revision: str | None) -> HubAnswer:
-    """Ask the hub for `model_id`.
+    """Ask the hub about `model_id`.
 
     Raises:
-        ModelError: The hub does not know the model or the revision, or does not let us in; or it cannot be reached
-            and the cache does not hold the model.
+        ModelError: The hub does not know the model or the revision, or denies access; or it cannot be reached and the
+            model is not in the cache.
     """
     try:
         info = huggingface_hub.HfApi().model_info(model_id, revision=revision, timeout=_TIMEOUT_S)
@@ -60,7 +60,7 @@ def ask_hub(model_id: str, revision: str | None) -> HubAnswer:
             f"the hub must know the model, but it has no '{model_id}' (and no such local folder exists); check the"
             f" spelling, or run `hf auth login` if it is private"
         ) from error
-    except Exception as error:  # the HTTP library beneath has changed its name and its errors before
+    except Exception as error:  # the hub client has changed its HTTP library and error types before
         if _is_cached(model_id, revision):
             return HubAnswer(reachable=False)
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else short(str(error))

@@ -1,4 +1,4 @@
-"""Load a Hugging Face model, or only the shape of one."""
+"""Load a Hugging Face model, or only its topology."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from dse.errors import ModelError, did_you_mean
 from dse.models.fingerprint import model_fingerprint
-from dse.models.gguf_file import dense_weights_keywords, drop_quantization, shared_gguf_reader
 from dse.models.heads import Head, checkpoint_has_head, head_of, model_factory
-from dse.models.quiet import quiet_transformers
-from dse.models.reference import ModelSource, resolve
-from dse.models.sentence_files import read_sentence_files
-from dse.models.topology import topology_of
+from dse.models.model_source import ModelSource, read_sentence_files, resolve
+from dse.models.model_topology import topology_of
+from dse.models.transformers_patches import (
+    dense_weights_keywords,
+    drop_quantization,
+    quiet_transformers,
+    shared_gguf_reader,
+)
 from dse.topology import Topology
 
 __all__ = ["DTYPES", "LoadedModel", "load_model", "load_topology"]
@@ -29,22 +32,22 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-"""The dtypes a model may be held in; "auto" is none, since a trial must not depend on how a checkpoint was saved."""
+"""The supported dtypes. "auto" is not one of them: a trial must not depend on how a checkpoint was saved."""
 
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model ready for decomposition: evaluation mode, no gradients.
+    """A model ready for decomposition: in evaluation mode, without gradients.
 
     Attributes:
-        ref: The text that named it.
-        revision: Of the hub, if one was asked for.
+        ref: The reference it was loaded from.
+        revision: Its revision on the hub, if one was requested.
         model: The Hugging Face model.
         tokenizer: Its tokenizer.
-        topology: Its decomposable tensors.
-        device: Where its weights lie.
-        dtype: Of its weights.
-        sentence_files: Texts of sentence-transformers' files beside the weights, by path; for models without a head.
+        topology: Its topology.
+        device: Device of its weights.
+        dtype: Dtype of its weights.
+        sentence_files: Contents of sentence-transformers' files beside the weights, by path; for models without a head.
     """
 
     ref: str
@@ -65,23 +68,23 @@ class LoadedModel:
         """Sixteen hexadecimal digits of the dense model: config and every byte of its weights.
 
         Raises:
-            ModelError: It is asked for the first time while a point is applied or after weights were changed.
+            ModelError: It is read for the first time while a point is applied, or after weights were changed.
         """
         modules = dict(self.model.named_modules())
         for tensor in self.topology.tensors:
             if type(modules.get(tensor.module)).__name__ not in ("Linear", "Conv1D"):
                 raise ModelError(
-                    f"the fingerprint must be taken of the dense model, but '{tensor.name}' is not dense; undo the"
+                    f"the fingerprint must be computed on the dense model, but '{tensor.name}' is not dense; undo the"
                     f" point first, or read `.fingerprint` before applying it"
                 )
         for expert in self.topology.experts:
             if not isinstance(getattr(modules.get(expert.module), expert.parameter, None), torch.nn.Parameter):
                 raise ModelError(
-                    f"the fingerprint must be taken of the dense model, but '{expert.name}' is not dense; undo the"
+                    f"the fingerprint must be computed on the dense model, but '{expert.name}' is not dense; undo the"
                     f" point first, or read `.fingerprint` before applying it"
                 )
         if _in_place_changes(self.model) != self._versions:
-            raise ModelError("the fingerprint must be taken of the model as loaded, but its weights were changed")
+            raise ModelError("the fingerprint must be computed on the model as loaded, but its weights were changed")
         return model_fingerprint(self.model)
 
 
@@ -99,16 +102,16 @@ def load_model(
 
     Args:
         ref: Hub id, local folder, `.gguf` file, or `demo:<name>`.
-        revision: Branch, tag or commit of the hub.
+        revision: Branch, tag or commit on the hub.
         dtype: float32, float16 or bfloat16.
         device: `cpu`, `cuda`, `cuda:1`, ...
         trust_remote_code: Whether Python code that comes with the model may run.
-        role_names: Module-path suffix to role, for architectures that no rule names.
-        head: What must stand on top of the layers; None for what the checkpoint's config names.
+        role_names: Module-path suffix to role, for architectures that the built-in rules do not cover.
+        head: The required head; None for the head named in the checkpoint's config.
 
     Raises:
-        ModelError: Nothing can be loaded from `ref`, or not in this dtype or onto this device, or it lacks the head.
-        UnknownArchitectureError: No rule names the model's matrices.
+        ModelError: The model cannot be loaded from `ref`, or not in this dtype or on this device, or lacks the head.
+        UnknownArchitectureError: No rule gives roles to the model's matrices.
     """
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     source = resolve(ref, revision)
@@ -135,18 +138,18 @@ def load_topology(
     role_names: Mapping[str, str] | None = None,
     dtype: str | None = None,
 ) -> Topology:
-    """The topology of a model from its config alone: no weights are read or downloaded.
+    """The topology of a model from its config alone; no weights are read or downloaded.
 
     Args:
-        ref: As in `load_model`; a folder that holds nothing but a config.json will do.
-        revision: Branch, tag or commit of the hub.
+        ref: As in `load_model`; a folder with only a config.json is enough.
+        revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether Python code that comes with the model may run.
-        role_names: Module-path suffix to role, for architectures that no rule names.
-        dtype: In which the weights are counted; None for the one that the config names (float32 if none).
+        role_names: Module-path suffix to role, for architectures that the built-in rules do not cover.
+        dtype: The dtype in which weights are counted; None for that of the config (float32 if it names none).
 
     Raises:
-        ModelError: Nothing can be read from `ref`.
-        UnknownArchitectureError: No rule names the model's matrices.
+        ModelError: The config cannot be read from `ref`.
+        UnknownArchitectureError: No rule gives roles to the model's matrices.
     """
     wanted = None if dtype is None else _dtype(dtype)
     source = resolve(ref, revision)
@@ -229,13 +232,13 @@ def _weights(
             and info["missing_keys"]
             and all(key.startswith("pooler.") for key in info["missing_keys"])
         ):
-            # A checkpoint of another head has no pooler; hidden states do not need one.
+            # A checkpoint saved with another head has no pooler, and hidden states do not need one.
             model, info = factory.from_pretrained(source.location, add_pooling_layer=False, **keywords)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"the files of '{ref}' must hold every weight of {type(model).__name__}, but {len(missing)} are missing"
-            f" (first: {missing[0]}); they would be random, so the model is not used"
+            f" (first: {missing[0]}); they would be random, so the model is refused"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"'{ref}' is an adapter; merge it into its base model first (`merge_and_unload()` in peft)")
@@ -245,7 +248,7 @@ def _weights(
 
 
 def _refuse_other_head(ref: str, config: PreTrainedConfig, head: Head | None) -> None:
-    """A checkpoint that was saved with another head would get a random one, so it is not used."""
+    """Refuse a checkpoint that was saved with another head: the requested head would be random."""
     if head in ("classification", "question_answering") and not checkpoint_has_head(config, head):
         raise ModelError(
             f"the task needs a model with a {head.replace('_', '-')} head, but '{ref}' is saved as"
@@ -265,19 +268,21 @@ def _to_device(model: PreTrainedModel, device: torch.device, ref: str) -> PreTra
     try:
         model.to(device)  # type: ignore[arg-type]
     except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(f"the device {device} must have room for '{ref}', but is full; use a smaller dtype") from error
+        raise ModelError(
+            f"the device {device} must have memory for '{ref}', but is full; use a smaller dtype"
+        ) from error
     return model
 
 
 def _missing_weights(ref: str, source: ModelSource) -> ModelError:
     if source.has_pickles:
         return ModelError(
-            f"the weights of '{ref}' must be .safetensors, but it has PyTorch files only, which are never opened since"
-            f" they can run code; look for a revision with safetensors, or convert them once where you trust them"
+            f"the weights of '{ref}' must be .safetensors, but it has PyTorch files only, which are never opened"
+            f" because they can run code; look for a revision with safetensors, or convert them once if you trust them"
             f" (`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`)"
         )
     return ModelError(
-        f"the weights must lie beside the config as .safetensors, but '{ref}' has none; a config alone is good for"
+        f"the weights must be .safetensors files beside the config, but '{ref}' has none; a config alone is enough for"
         f" `dse cost` and `dse space` only"
     )
 
@@ -287,21 +292,21 @@ def _refuse_quantized(ref: str, source: ModelSource, config: PreTrainedConfig) -
     if quantization is not None and source.gguf_file is None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise ModelError(
-            f"the weights must be plain floating point to be decomposed, but '{ref}' is quantised ({method}); name the"
+            f"the weights must be floating point to be decomposed, but '{ref}' is quantised ({method}); name the"
             f" unquantised model"
         )
 
 
 @contextlib.contextmanager
 def _load_errors(ref: str, what: str = "", remedy: str = "") -> Iterator[None]:
-    """Turn whatever transformers, safetensors or gguf raise on damaged or foreign files into one clear line."""
+    """Turn any error of transformers, safetensors or gguf on damaged or foreign files into one clear line."""
     try:
         yield
-    except Exception as error:  # parsers of a user's files raise anything, ZeroDivisionError included
+    except Exception as error:  # parsers raise any error on damaged files, even ZeroDivisionError
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise ModelError(
-                f"'{ref}' needs Python code of its own, which is not run unless you allow it; read that code, then set"
+                f"'{ref}' needs its own Python code, which is not run unless you allow it; read that code, then set"
                 f" `trust_remote_code: true` in the study file (or pass trust_remote_code=True)"
             ) from error
         if "ignore_mismatched_sizes" in text:

@@ -1,8 +1,8 @@
-"""What a module inside a layer is for, told from its path: one table of suffixes serves every family.
+"""The role of a module inside a layer, read from its path with one table of suffixes for all families.
 
 Families name the same matrix in different ways, but within a layer the end of the path is enough: `self_attn.q_proj`,
-`attention.self.query` and `attention.q_lin` are all the query. The longest suffix that fits wins, so that
-`attention.output.dense` is not taken for BERT's `output.dense`.
+`attention.self.query` and `attention.q_lin` are all the query. The longest matching suffix wins, so that
+`attention.output.dense` is not mistaken for BERT's `output.dense`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "intermediate": ("intermediate.dense", "ffn.lin1"),
     "output": ("output.dense", "ffn.lin2"),
 }
-"""Role to the path suffixes that carry it, for every family that `dse` knows."""
+"""Role to the path suffixes that have it, for every supported family."""
 
 _SHARED_EXPERT_ROLES = ("shared_gate", "shared_up", "shared_down")
 
@@ -61,7 +61,7 @@ ROLE_ORDER: tuple[str, ...] = (
     "output",
     *_SHARED_EXPERT_ROLES,
 )
-"""The roles in the order of a forward pass through one layer."""
+"""The roles in the order of a forward pass through a layer."""
 
 _ROLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARED_EXPERT = re.compile(r"(^|\.)shared_experts?\.")
@@ -69,23 +69,23 @@ _ROUTED_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 
 
 def suffix_match(path: str, suffixes: Iterable[str]) -> str | None:
-    """The longest of `suffixes` that ends `path` at a dot, or None."""
+    """The longest of `suffixes` that ends `path` at a dot; None if none does."""
     fitting = [suffix for suffix in suffixes if path == suffix or path.endswith("." + suffix)]
     return max(fitting, key=len, default=None)
 
 
 def role_of(path: str, role_names: Mapping[str, str]) -> str | None:
-    """The role of the module at `path`, or None where neither the caller nor the table names one.
+    """The role of the module at `path`; None if neither the user nor the table names one.
 
     Args:
         path: Path below the layer, for example `self_attn.q_proj`.
-        role_names: The caller's path suffix to role; it is asked first.
+        role_names: The user's path suffixes to roles; they take precedence.
     """
     named = suffix_match(path, role_names)
     if named is not None:
         return role_names[named]
     if _ROUTED_EXPERT.search(path):
-        # Each token passes through a few experts only: one role for all of them would not be one tensor.
+        # Experts that are separate modules have no role: one role would name several tensors.
         return None
     known = {suffix: role for role, suffixes in ROLE_SUFFIXES.items() for suffix in suffixes}
     suffix = suffix_match(path, known)
@@ -98,11 +98,11 @@ def role_of(path: str, role_names: Mapping[str, str]) -> str | None:
 
 
 def block_role_of(roles: Iterable[str], paths: Iterable[str]) -> str | None:
-    """`attention` or `mlp` for a part of a layer that holds these roles, or None where it is neither or both.
+    """`attention` or `mlp` for a part of a layer that holds these roles; None if it is neither or both.
 
     Args:
-        roles: Of the decomposable tensors inside.
-        paths: Of all modules inside, for experts, which have no role.
+        roles: Roles of the decomposable tensors inside.
+        paths: Paths of all modules inside, to detect experts, which have no role.
     """
     found = {"attention" if role in ATTENTION_ROLES else "mlp" for role in roles if role in ROLE_ORDER}
     if not found and any(_ROUTED_EXPERT.search(path) for path in paths):
@@ -111,10 +111,10 @@ def block_role_of(roles: Iterable[str], paths: Iterable[str]) -> str | None:
 
 
 def check_role_names(role_names: Mapping[str, str]) -> None:
-    """Refuse `role_names` whose keys are no path suffixes or whose values are no role names.
+    """Check that the keys of `role_names` are path suffixes and its values are role names.
 
     Raises:
-        ModelError: With the entry that is wrong.
+        ModelError: An entry is wrong; the message shows it.
     """
     for suffix, role in role_names.items():
         if not isinstance(suffix, str) or not suffix.strip(".") or suffix != suffix.strip(". "):

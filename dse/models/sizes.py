@@ -1,4 +1,4 @@
-"""Sizes of a Hugging Face model that cost arithmetic needs beside its decomposable tensors."""
+"""Sizes of a Hugging Face model that cost arithmetic needs in addition to its decomposable tensors."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _ONCE_PER_SEQUENCE = re.compile(r"(^|\.)(pooler|seq_relationship|classifier|pre_
 
 
 def repeated_paths(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """What paths inside any repeated block begin with: the layers, and other stacks such as an image encoder's."""
+    """Path prefixes of all repeated blocks: the layers, and other stacks such as those of an image encoder."""
     return tuple(f"{path}." for path, module in modules.items() if isinstance(module, nn.ModuleList))
 
 
 @dataclass(frozen=True)
 class _Experts:
-    """Which share of the routed experts' entries multiplies one token."""
+    """The share of the routed experts' entries that multiplies one token."""
 
     share: float
 
@@ -54,7 +54,7 @@ class _Experts:
 
 
 def experts_per_token(model: PreTrainedModel, experts: int) -> int:
-    """How many of so many routed experts multiply one token, by the config; all where it does not say."""
+    """How many of the routed experts multiply one token, by the config; all if it does not say."""
     return round(experts * _Experts.of(model).share)
 
 
@@ -69,11 +69,11 @@ def other_in_layers(
 
 
 def matmul_entries(model: PreTrainedModel, prefix: str, part: nn.Module, mapped: set[str]) -> Iterator[tuple[str, int]]:
-    """Path and entries per token of each module in `part` (at `prefix`) that multiplies and is not among `mapped`."""
+    """Path and entries per token of each module in `part` (at `prefix`) that multiplies and is not in `mapped`."""
     experts = _Experts.of(model)
     counted: list[str] = []
     for path, module in part.named_modules(prefix=prefix):
-        if type(module).__name__ == "TuckerExperts":  # of an export of dse
+        if type(module).__name__ == "TuckerExperts":  # in an export of dse
             counted.append(f"{path}.")
             yield path, _entries_of_decomposed(module, experts.share)
         if path.startswith(tuple(counted)):
@@ -89,7 +89,7 @@ def matmul_entries(model: PreTrainedModel, prefix: str, part: nn.Module, mapped:
 
 
 def _entries_of_decomposed(module: nn.Module, share: float) -> int:
-    """What one token costs in Tucker-decomposed experts, of which it meets this share."""
+    """Entries per token of Tucker-decomposed experts, of which a token uses this share."""
     total = 0
     for name, is_input_shared in (("gate_up", True), ("down", False)):
         sizes = {key: tuple(p.shape) for key, p in module.get_submodule(name).named_parameters()}
@@ -103,7 +103,7 @@ def _entries_of_decomposed(module: nn.Module, share: float) -> int:
 
 
 def other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:
-    """Entries per token of matrices outside every repeated block: projections, transforms before the head."""
+    """Entries per token of matrices outside every repeated block: projections, and transforms before the head."""
     repeated = repeated_paths(modules)
     per_sequence = any(
         task in type(model).__name__ for task in ("SequenceClassification", "MultipleChoice", "NextSent")
@@ -120,7 +120,7 @@ def other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
-    """The module that turns hidden states into scores of tokens, or None where the model has none."""
+    """The module that maps hidden states to token logits; None if the model has none."""
     try:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     except NotImplementedError:
@@ -129,10 +129,10 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def attention_widths(model: PreTrainedModel, tensors: list[DecomposableTensor], layers: int) -> tuple[int, int]:
-    """Width of all query heads and of all key/value heads together, averaged over the layers.
+    """Total width of the query heads and of the key/value heads, averaged over the layers.
 
-    Read off the matrices, which hold where a config leaves the head size to a default: the attention output takes what
-    the query heads give, and a fused projection gives queries, keys and values side by side.
+    Read from the matrices, because a config may leave the head size to a default: the input of the attention output is
+    the width of the query heads, and a fused projection holds queries, keys and values together.
     """
     by_layer: dict[int | None, list[DecomposableTensor]] = {}
     for tensor in tensors:
@@ -174,7 +174,7 @@ def _config_attention_widths(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
-    """Whether a token sees only those before it: attention says so itself; without attention, generation does."""
+    """Whether a token attends only to earlier tokens: read from attention; without attention, from `can_generate`."""
     flags = [
         bool(module.is_causal) for module in block.modules() if isinstance(getattr(module, "is_causal", None), bool)
     ]
@@ -182,7 +182,7 @@ def is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
 
 
 def persistent_buffer_bytes(model: nn.Module) -> int:
-    """Bytes of the buffers that are saved with the weights, shared ones once."""
+    """Bytes of the buffers that are saved with the weights; shared ones count once."""
     buffers = {
         id(buffer): buffer.numel() * buffer.element_size()
         for module in model.modules()

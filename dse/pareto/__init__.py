@@ -1,13 +1,14 @@
-"""The Pareto front: dominance, hypervolume, knee, ties and recommendation."""
+"""Numerics of the Pareto front: dominance, hypervolume, knee, ties, choice of a point. Arrays in, arrays out."""
 
 from __future__ import annotations
 
+from dse.pareto.choice import Candidates, PointChoice, choose_point
 from dse.pareto.dominance import dominates, non_dominated, non_dominated_rank
-from dse.pareto.front import front_hypervolume, front_table, mark_front, objective_values
 from dse.pareto.hypervolume import hypervolume, normalised_hypervolume
 from dse.pareto.knee import knee_distances, knee_index
 from dse.pareto.objective import (
     OBJECTIVES,
+    REDUCTION,
     Objective,
     directions_of,
     objective_named,
@@ -15,30 +16,27 @@ from dse.pareto.objective import (
     reference_point,
     reference_value,
 )
-from dse.pareto.recommend import Recommendation, recommend
-from dse.pareto.ties import mark_ties, tied_table
+from dse.pareto.ties import advantage_within_noise, tied_rows
 
 __all__ = [
     "OBJECTIVES",
+    "REDUCTION",
+    "Candidates",
     "Objective",
-    "Recommendation",
+    "PointChoice",
+    "advantage_within_noise",
+    "choose_point",
     "directions_of",
     "dominates",
-    "front_hypervolume",
-    "front_table",
     "hypervolume",
     "knee_distances",
     "knee_index",
-    "mark_front",
-    "mark_ties",
     "non_dominated",
     "non_dominated_rank",
     "normalised_hypervolume",
     "objective_named",
-    "objective_values",
     "objectives_named",
-    "recommend",
     "reference_point",
     "reference_value",
-    "tied_table",
+    "tied_rows",
 ]

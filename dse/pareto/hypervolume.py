@@ -1,4 +1,4 @@
-"""Exact hypervolume: how much of the space between the reference and the ideal a set of points dominates."""
+"""Exact hypervolume: the volume that a set of points dominates, bounded by a reference point."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ import numpy as np
 import numpy.typing as npt
 
 from dse.errors import ConfigError
-from dse.pareto.dominance import minimised, non_dominated
+from dse.pareto.dominance import FloatArray, minimised, non_dominated
 from dse.pareto.objective import signs
 
 __all__ = ["hypervolume", "normalised_hypervolume"]
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, directions: Sequence[str]) -> float:
     """Volume dominated by `values` and bounded by `reference`, in the product of the columns' units.
 
     Args:
-        values: Shape (n, k), any k >= 1. Rows with a NaN, and rows not better than the reference in every column, add
-            nothing.
+        values: Shape (n, k), k >= 1. Rows with a NaN, and rows that do not improve on the reference in every column,
+            add nothing.
         reference: Shape (k,), finite.
         directions: "minimize" or "maximize" for each column.
 
     Returns:
-        The exact volume, 0.0 for no points.
+        The exact volume; 0.0 without points.
 
     Raises:
-        ConfigError: Shapes do not agree, the reference is not finite, or a point is infinitely good.
+        ConfigError: The shapes differ, the reference is not finite, or a point is infinitely good.
 
     Source: While, Bradstreet and Barone (2012), WFG; a sweep for k <= 2.
     """
@@ -37,17 +35,15 @@ def hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, directions: Seq
     corner = _vector(reference, len(directions), "reference") * signs(directions)
     gains = corner - costs
     if np.isposinf(gains).any():
-        raise ConfigError(
-            "a point must be finite to have a hypervolume, but one is infinitely better than the reference"
-        )
+        raise ConfigError("a hypervolume needs finite points, but one is infinitely better than the reference")
     return _volume(_inside(gains))
 
 
 def normalised_hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, ideal: npt.ArrayLike) -> float:
-    """Share of the box from `reference` to `ideal` that `values` dominate.
+    """Fraction of the box from `reference` to `ideal` that `values` dominate.
 
-    The direction of each column follows from which side of the reference the ideal lies on. Points outside the
-    reference add nothing; what lies beyond the ideal is clipped to it.
+    A column is maximised if its ideal exceeds its reference, and minimised otherwise. Points worse than the reference
+    add nothing; values beyond the ideal are clipped to it.
 
     Args:
         values: Shape (n, k); rows with a NaN add nothing.
@@ -58,7 +54,7 @@ def normalised_hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, idea
         A number in [0, 1].
 
     Raises:
-        ConfigError: Shapes do not agree, or reference and ideal are not finite or coincide in a column.
+        ConfigError: The shapes differ, or reference and ideal are not finite or are equal in a column.
     """
     points = np.asarray(values, dtype=np.float64)
     corner = np.asarray(reference, dtype=np.float64)
@@ -67,33 +63,35 @@ def normalised_hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, idea
     if np.any(best == corner):
         raise ConfigError(f"reference and ideal must differ in every objective, but got {corner} and {best}")
     if points.ndim != 2 or points.shape[1] != corner.size:
-        raise ConfigError(f"values must have shape (n, {corner.size}), one column an objective, but got {points.shape}")
-    gains = np.minimum((corner - points) / (corner - best), 1.0)  # minimum keeps a NaN a NaN
+        raise ConfigError(
+            f"values must have shape (n, {corner.size}), one column per objective, but got {points.shape}"
+        )
+    gains = np.minimum((corner - points) / (corner - best), 1.0)  # np.minimum propagates NaN
     return min(1.0, max(0.0, _volume(_inside(gains))))
 
 
 def _vector(values: npt.ArrayLike, length: int, what: str) -> FloatArray:
     vector = np.asarray(values, dtype=np.float64)
     if vector.shape != (length,) or not np.isfinite(vector).all():
-        raise ConfigError(f"the {what} must be {length} finite numbers, one an objective, but got {vector}")
+        raise ConfigError(f"the {what} must be {length} finite numbers, one per objective, but got {vector}")
     return vector
 
 
 def _inside(gains: FloatArray) -> FloatArray:
-    """Rows that gain something in every column; a NaN gains nothing."""
+    """The rows that improve on the reference in every column; NaN does not."""
     return gains[np.all(gains > 0, axis=1)]
 
 
 def _volume(gains: FloatArray) -> float:
-    """Union of the boxes [0, gain] over the rows of `gains`, shape (n, k), all positive."""
+    """Volume of the union of the boxes [0, gain] over the rows of `gains`, shape (n, k), all positive."""
     if len(gains) == 0:
         return 0.0
     if gains.shape[1] == 1:
         return float(gains.max())
     if gains.shape[1] == 2:
         return _area(gains)
-    # WFG: each point adds its own box less what the points after it cover of that box. In ascending order of the last
-    # gain the later points reach through the whole box along that column, so the rest is a problem of k - 1 columns.
+    # WFG: each point adds its own box minus the part that later points cover. In ascending order of the last gain,
+    # every later point spans the box along that column, which leaves a problem of k - 1 columns.
     front = np.unique(gains[non_dominated(gains, ["maximize"] * gains.shape[1])], axis=0)
     ordered = front[np.argsort(front[:, -1], kind="stable")]
     heights, bases = ordered[:, -1], ordered[:, :-1]
@@ -105,7 +103,7 @@ def _volume(gains: FloatArray) -> float:
 
 
 def _area(gains: FloatArray) -> float:
-    """Two columns: a staircase, as wide as the first gain and as high as the best second gain from there on."""
+    """Area below the staircase of a two-column front: the height at x is the best second gain at or beyond x."""
     ordered = gains[np.argsort(gains[:, 0])]
     heights = np.maximum.accumulate(ordered[::-1, 1])[::-1]
     return float(np.sum(np.diff(ordered[:, 0], prepend=0.0) * heights))

@@ -1,4 +1,4 @@
-"""The knee of a front: the point after which a little more of one objective costs much of another."""
+"""The knee of a front: the point beyond which a small gain in one objective costs much of another."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ __all__ = ["knee_distances", "knee_index"]
 
 
 def knee_distances(values: npt.ArrayLike, directions: Sequence[str]) -> FloatArray:
-    """How far each front point bulges towards the ideal from the hyperplane through the front's extremes.
+    """Distance of each front point towards the ideal from the hyperplane through the front's extremes.
 
-    Objectives are normalised to [0, 1] over the front (0 best), and the extreme of an objective is the front point
-    best in it. With two objectives the plane is the line x + y = 1. With more, extremes may coincide or span a plane
-    that does not face the ideal; then the plane through the unit points, sum(x) = 1, stands in, which ranks points as
-    equal trade-off weights do. With fewer than three different points there is no bulge, and the negative distance to
-    the ideal is given instead, so that the largest is still the best.
+    Objectives are normalised to [0, 1] over the front (0 is best). The extreme of an objective is the front point that
+    is best in it. With two objectives the hyperplane is the line x + y = 1. With more, extremes may coincide or span a
+    plane that does not face the ideal; the plane sum(x) = 1 is then used, which is a ranking by equal weights. With
+    fewer than three distinct points the result is the negative distance to the ideal, so that larger is still better.
 
     Args:
-        values: Shape (n, k), any units; NaN where not measured.
+        values: Shape (n, k), any units; NaN if not measured.
         directions: "minimize" or "maximize" for each column.
 
     Returns:
-        Shape (n,), in normalised units, larger is better; NaN for points that are not on the front.
+        Shape (n,), in normalised units, larger is better; NaN for rows off the front.
 
     Raises:
-        ConfigError: The shape does not fit the directions, or a direction is not one.
+        ConfigError: The shape does not match the directions, or a direction is unknown.
 
     Source: Das (1999), On characterizing the "knee" of the Pareto curve; Branke et al. (2004), Finding knees in
-    multi-objective optimization, for the equal-weights stand-in.
+    multi-objective optimization, for equal weights.
     """
     costs = minimised(values, directions)
     distances = np.full(len(costs), np.nan)
@@ -43,7 +42,7 @@ def knee_distances(values: npt.ArrayLike, directions: Sequence[str]) -> FloatArr
         return distances
     front = costs[on_front]
     best, span = front.min(axis=0), np.ptp(front, axis=0)
-    varying = span > 0  # an objective in which all points agree says nothing about the knee
+    varying = span > 0  # a constant objective carries no information about the knee
     position = (front[:, varying] - best[varying]) / span[varying]
     if len(np.unique(position, axis=0)) < 3:
         distances[on_front] = -np.linalg.norm(position, axis=1)
@@ -54,15 +53,15 @@ def knee_distances(values: npt.ArrayLike, directions: Sequence[str]) -> FloatArr
 
 
 def knee_index(values: npt.ArrayLike, directions: Sequence[str], among: npt.ArrayLike | None = None) -> int | None:
-    """Row of the knee: the largest of `knee_distances`; on equal distance the one better in the first objective.
+    """Row with the largest of `knee_distances`; of equal ones, the row that is best in the first objective.
 
     Args:
         values: Shape (n, k).
         directions: "minimize" or "maximize" for each column.
-        among: Mask, shape (n,): rows that may be the knee. The others still shape the front.
+        among: Mask, shape (n,), of the rows that may be the knee. All rows define the front.
 
     Returns:
-        The row's index, or None where no eligible row is on the front.
+        The row's index; None if no eligible row is on the front.
     """
     distances = knee_distances(values, directions)
     if among is not None:
@@ -74,9 +73,9 @@ def knee_index(values: npt.ArrayLike, directions: Sequence[str], among: npt.Arra
 
 
 def _plane_through_extremes(position: FloatArray) -> FloatArray:
-    """Normal w of the plane w . x = 1 through each objective's best point, or ones where that plane is of no use."""
+    """Normal w of the plane w . x = 1 through the extremes; ones if they span no plane that faces the ideal."""
     count = position.shape[1]
-    # Among points equally good in an objective the one best in the others is its extreme.
+    # Of points that are equally good in an objective, the best in the others is its extreme.
     extremes = np.array([position[np.lexsort((position.sum(axis=1), position[:, j]))[0]] for j in range(count)])
     if np.linalg.matrix_rank(extremes) < count:
         return np.ones(count)

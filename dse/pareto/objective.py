@@ -1,4 +1,4 @@
-"""What a study trades off: each objective's unit, direction, reference and ideal."""
+"""Objectives of a study: unit, direction, hypervolume reference and ideal value of each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from dse.defaults import RENAMED_OBJECTIVES
 from dse.errors import ConfigError, NonFiniteError, did_you_mean
 
 __all__ = [
@@ -30,19 +31,20 @@ Direction = Literal["minimize", "maximize"]
 
 @dataclass(frozen=True)
 class Objective:
-    """One axis of the trade-off, named after its column in the trials table.
+    """One objective, named after its column in the trials table.
 
     Attributes:
         name: Column of the trials table, such as `decode_latency_s`.
-        unit: Unit of that column: "s", "J", "B" (bytes), "fraction", "percent" (a fraction, but shown in percent),
-            "nats", "count", or "" for a pure number.
+        unit: Unit of that column: "s", "J", "B" (bytes), "fraction", "percent" (a fraction shown in percent), "nats",
+            "count", or "" for a dimensionless number.
         direction: Whether smaller or larger is better.
-        label: What people read on an axis or a table's head.
+        label: Axis label and column title.
         dense_reference_factor: The hypervolume reference is this factor times the dense model's value. A point worse
             than the reference adds nothing to the hypervolume.
-        fixed_reference: The hypervolume reference itself, where dense is at the ideal and a factor of it says nothing.
-        ideal: The best value that can be thought of; it normalises the hypervolume.
-        is_cost: Whether its ratio to dense counts as a saving (accuracy, perplexity and graded metrics do not).
+        ideal: The best possible value; it normalises the hypervolume.
+        is_cost: Whether a lower ratio to dense is a saving (not so for accuracy, perplexity and graded metrics).
+        fixed_reference: The hypervolume reference itself; for objectives whose dense value is the ideal, so that no
+            multiple of it can serve.
     """
 
     name: str
@@ -56,17 +58,17 @@ class Objective:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether a change is told in percentage points."""
+        """Whether a change is reported in percentage points."""
         return self.unit == "fraction"
 
     @property
     def is_difference(self) -> bool:
-        """Whether a change is a difference rather than a ratio; so it is for fractions and for log-likelihoods."""
+        """Whether a change is reported as a difference (fractions, log-likelihoods) instead of a ratio."""
         return self.unit in ("fraction", "nats")
 
     @property
     def sign(self) -> float:
-        """+1 where smaller is better and -1 where larger is, so that `sign * value` is always minimised."""
+        """+1 if smaller is better, -1 if larger is, so that `sign * value` is always minimised."""
         return 1.0 if self.direction == "minimize" else -1.0
 
 
@@ -74,15 +76,15 @@ def _table(*objectives: Objective) -> dict[str, Objective]:
     return {entry.name: entry for entry in objectives}
 
 
-# Parameters and weight bytes never exceed the dense model's, so 1.1 leaves a thin margin; timed and metered costs can
-# come out above dense (two thin products may run slower than one), and a perplexity of ten times dense is a wreck, as
-# is a log-likelihood of gold three times as far from zero.
+# Parameters and weight bytes never exceed those of the dense model, so 1.1 leaves a small margin. Latency and energy
+# can exceed dense: two thin products may be slower than one. At ten times the dense perplexity, or three times the
+# dense log-likelihood of the targets, a model is unusable.
 OBJECTIVES: Mapping[str, Objective] = _table(
     Objective("accuracy", "fraction", "maximize", "Accuracy", 0.0, ideal=1.0, is_cost=False),
     Objective("perplexity", "", "minimize", "Perplexity", 10.0, ideal=1.0, is_cost=False),
     Objective("choice_probability", "fraction", "maximize", "Choice probability", 0.0, ideal=1.0, is_cost=False),
-    Objective("target_log_likelihood", "nats", "maximize", "Gold log-likelihood", 3.0, ideal=0.0, is_cost=False),
-    # ln 10: what a perplexity of ten times dense comes to on text that the dense model itself would write.
+    Objective("target_log_likelihood", "nats", "maximize", "Target log-likelihood", 3.0, ideal=0.0, is_cost=False),
+    # ln 10: on text sampled from the dense model, a perplexity of ten times dense is a divergence of ln 10.
     Objective(
         "kl_divergence",
         "nats",
@@ -101,18 +103,18 @@ OBJECTIVES: Mapping[str, Objective] = _table(
     Objective("peak_memory_bytes", "B", "minimize", "Peak memory", 1.5),
 )
 
-# Never optimised (parameters are), but an axis that people ask for.
+# An axis of plots, not an objective: parameters are optimised instead.
 REDUCTION = Objective("reduction", "percent", "maximize", "Reduction", 0.0, ideal=1.0)
 
 
 def objective_named(name: str) -> Objective:
-    """The objective of this name.
+    """Look up an objective, also by its name in version 0.1.
 
     Raises:
-        ConfigError: There is none; the message names the nearest.
+        ConfigError: The name is unknown; the message suggests the nearest one.
     """
     try:
-        return OBJECTIVES[name]
+        return OBJECTIVES[RENAMED_OBJECTIVES.get(name, name)]
     except KeyError:
         raise ConfigError(
             f"an objective must be one of {', '.join(OBJECTIVES)}, but got {name!r}{did_you_mean(name, OBJECTIVES)}"
@@ -120,17 +122,17 @@ def objective_named(name: str) -> Objective:
 
 
 def objectives_named(names: Iterable[str]) -> tuple[Objective, ...]:
-    """The objectives of these names, in order.
+    """Look up objectives, in order.
 
     Raises:
-        ConfigError: A name is unknown or given twice, or there is none.
+        ConfigError: A name is unknown or repeated, or no name is given.
     """
     chosen = tuple(objective_named(name) for name in names)
     if not chosen:
         raise ConfigError("a study needs at least one objective, but got none; name some, such as accuracy, parameters")
     given = [entry.name for entry in chosen]
     if len(set(given)) != len(given):
-        raise ConfigError(f"an objective may be named once, but got {', '.join(given)}; drop the repeated one")
+        raise ConfigError(f"each objective may be given once, but got {', '.join(given)}; remove the repeated one")
     return chosen
 
 
@@ -140,10 +142,10 @@ def directions_of(objectives: Sequence[Objective]) -> tuple[Direction, ...]:
 
 
 def signs(directions: Sequence[str]) -> npt.NDArray[np.float64]:
-    """+1 for "minimize" and -1 for "maximize", shape (k,): values times signs are to be minimised.
+    """+1 for "minimize" and -1 for "maximize", shape (k,): `values * signs` is minimised.
 
     Raises:
-        ConfigError: A direction is neither.
+        ConfigError: A direction is neither of the two.
     """
     for direction in directions:
         if direction not in ("minimize", "maximize"):
@@ -154,17 +156,17 @@ def signs(directions: Sequence[str]) -> npt.NDArray[np.float64]:
 def reference_value(objective: Objective, dense_value: float) -> float:
     """Coordinate of the hypervolume reference point, from the dense model's value in the same unit.
 
-    Accuracy and choice probability: 0. Parameters and weight bytes: 1.1 x dense. Latency, energy and memory: 1.5 x
-    dense. Perplexity: 10 x. Gold log-likelihood: 3 x. KL divergence, of which
-    dense has none: ln 10.
+    0 for accuracy and choice probability; 1.1 x dense for parameters and weight bytes; 1.5 x dense for latency, energy
+    and memory; 10 x dense for perplexity; 3 x dense for the target log-likelihood; ln 10 for the KL divergence, which
+    is 0 for the dense model.
 
     Raises:
-        NonFiniteError: The dense value is NaN or infinite, so that nothing can be referred to it.
-        ConfigError: The dense value leaves no room between the reference and the ideal.
+        NonFiniteError: The dense value is NaN or infinite.
+        ConfigError: The resulting reference is no worse than the ideal.
     """
     if not math.isfinite(dense_value):
         raise NonFiniteError(
-            f"the dense model's {objective.name} must be finite to fix the hypervolume reference, but got {dense_value}"
+            f"the dense model's {objective.name} must be finite to set the hypervolume reference, but got {dense_value}"
         )
     reference = objective.dense_reference_factor * float(dense_value)
     if objective.fixed_reference is not None:
@@ -172,16 +174,16 @@ def reference_value(objective: Objective, dense_value: float) -> float:
     if (reference - objective.ideal) * objective.sign <= 0:
         raise ConfigError(
             f"the reference of {objective.name} must be worse than its ideal {objective.ideal:g}, but the dense value"
-            f" {dense_value:g} gives {reference:g}; check how the dense model was measured"
+            f" {dense_value:g} gives {reference:g}; check the measurement of the dense model"
         )
     return reference
 
 
 def reference_point(objectives: Sequence[Objective], dense: Mapping[str, float]) -> dict[str, float]:
-    """Reference value of every objective, from the dense model's values by name.
+    """Hypervolume reference of every objective, from the dense model's values by name.
 
     Raises:
         NonFiniteError: A dense value is missing, NaN or infinite.
-        ConfigError: A dense value leaves no room between the reference and the ideal.
+        ConfigError: A resulting reference is no worse than the ideal.
     """
     return {entry.name: reference_value(entry, dense.get(entry.name, math.nan)) for entry in objectives}

@@ -1,1 +1,4 @@
-"""Tables, plots and the page: how trials and fronts are shown."""
+"""How studies are shown: tables, recommendation, explanations, plots and the HTML page.
+
+Import from the defining modules: a re-export here would load plotly for every user of this package.
+"""

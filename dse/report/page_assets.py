@@ -1,4 +1,4 @@
-"""Style and behaviour of the report page, as text to be placed in it."""
+"""Style sheet and scripts of the report page."""
 
 from __future__ import annotations
 
@@ -39,11 +39,32 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 24px; margin: 0; font-size: 15px; }
 dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
-@media print { #plot, #plot.wide { min-width: 0; } th button::after { content: ""; } }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); gap: 28px 32px;
+  margin-top: 18px; }
+.maps.wide { grid-template-columns: 1fr; }
+figure { margin: 0; padding: 10px 12px; border: 1px solid var(--line); border-radius: 6px; scroll-margin-top: 12px;
+  min-width: 0; }
+figure:target, figure:focus { outline: 2px solid #2a788e; outline-offset: 1px; }
+figure h3 { font-size: 15.5px; margin: 0 0 6px; }
+figure svg { width: 100%; height: auto; display: block; }
+figure svg text { font-size: 10.5px; fill: var(--muted); }
+figcaption { font-size: 13.5px; color: var(--muted); margin-top: 6px; }
+figcaption p { margin: 0 0 2px; overflow-wrap: anywhere; }
+figcaption p:first-child { color: var(--text); }
+details { font-size: 13.5px; margin-top: 6px; }
+summary { cursor: pointer; }
+details pre { font-size: 11.5px; white-space: pre; overflow-x: auto; margin-top: 6px; }
+.swatches { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; margin: 0; }
+.swatches i { display: inline-block; width: 14px; height: 14px; margin-right: 6px; vertical-align: -2px;
+  font-style: normal; text-align: center; line-height: 14px; }
+.swatches .gone { color: #fff; }
+td a { color: inherit; }
+@media print { #plot, #plot.wide { min-width: 0; } th button::after { content: ""; }
+  figure { break-inside: avoid; } }
 """
 
-# Drawn from a JSON block, so that no figure of the study is ever part of a program. The buttons are named because
-# plotly's own set holds one that uploads the plot.
+# The figure is read from a JSON block, so that no data of the study is ever executed. The buttons are listed because
+# Plotly's default set includes one that uploads the plot.
 DRAW_SCRIPT = """
 "use strict";
 (function () {

@@ -1,4 +1,4 @@
-"""Time of factored matrices relative to dense, by rank: one small plot a matrix, with both break-evens."""
+"""Page of rank curves: time of factors relative to the dense matrix by rank, one small plot per matrix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dse.report.panels import Palette
+from dse.report.palette import Palette
 
 __all__ = ["RankCurve", "RankPanel", "rank_curves_html"]
 
@@ -15,7 +15,7 @@ _WIDTH, _HEIGHT = 400, 232  # pixels of a plot
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 36
 _COLOURS = (*Palette.RAMP[1:4:2], Palette.RAMP[0], Palette.DENSE, Palette.RAMP[2], Palette.MUTED)
 _LEAST_TOP = 1.2
-_HIGHEST = 8.0  # above it a curve is cut off: how much slower than eight times says nothing
+_HIGHEST = 8.0  # clips the curves of factors more than eight times slower than dense
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class RankCurve:
     Attributes:
         label: Such as `decode, batch 1`.
         ranks: Ascending, at least one.
-        ratios: Time of the factors / time of the dense matrix, one a rank.
-        dense: Time of the dense matrix, with its unit.
+        ratios: Time of the factors / time of the dense matrix, one per rank.
+        dense: Time of the dense matrix, as text with its unit.
     """
 
     label: str
@@ -35,10 +35,10 @@ class RankCurve:
     dense: str
 
     @property
-    def words(self) -> str:
-        """`faster than dense at ranks 64, 128` or that it is at none."""
+    def summary(self) -> str:
+        """`faster than dense at ranks 64, 128` or `faster than dense at no rank`."""
         faster = [str(rank) for rank, ratio in zip(self.ranks, self.ratios, strict=True) if ratio < 1]
-        return f"faster than dense at ranks {', '.join(faster)}" if faster else "at no rank faster than dense"
+        return f"faster than dense at {'ranks ' + ', '.join(faster) if faster else 'no rank'}"
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class RankPanel:
 
     Attributes:
         title: Its role and shape.
-        break_even: Rank at which its factors hold as many parameters as it does.
-        curves: One a phase and batch size.
+        break_even: Rank at which the factors have as many parameters as the matrix.
+        curves: One per phase and batch size.
     """
 
     title: str
@@ -57,7 +57,7 @@ class RankPanel:
 
 
 def rank_curves_html(panels: Sequence[RankPanel], *, title: str, notes: Sequence[str] = ()) -> str:
-    """A page that needs nothing but itself; all that comes from outside is escaped."""
+    """A self-contained HTML page; all text is escaped."""
     labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
     colours = {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate(labels)}
     key = "".join(f'<span><i style="background:{c}"></i>{html.escape(label)}</span>' for label, c in colours.items())
@@ -80,7 +80,7 @@ def _figure(panel: RankPanel, colours: dict[str, str]) -> str:
         + "</td></tr>"
         for curve in panel.curves
     )
-    words = "".join(f"<li>{html.escape(curve.label)}: {curve.words}</li>" for curve in panel.curves)
+    words = "".join(f"<li>{html.escape(curve.label)}: {curve.summary}</li>" for curve in panel.curves)
     return (
         f"<figure><h2>{html.escape(panel.title)}</h2>{_plot(panel, colours)}<figcaption><ul>{words}</ul></figcaption>"
         f"<details><summary>Figures</summary><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
@@ -111,7 +111,7 @@ def _plot(panel: RankPanel, colours: dict[str, str]) -> str:
     )
     for curve in panel.curves:
         parts.append(_curve(curve, frame, colours[curve.label]))
-    words = "; ".join(f"{curve.label}: {curve.words}" for curve in panel.curves)
+    words = "; ".join(f"{curve.label}: {curve.summary}" for curve in panel.curves)
     label = html.escape(f"{panel.title}, break-even rank {panel.break_even}. {words}.", quote=True)
     return f'<svg role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(parts)}</svg>'
 
@@ -129,7 +129,7 @@ def _curve(curve: RankCurve, frame: _Frame, colour: str) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where ranks and ratios stand in a plot: ranks from 0 to a little past the break-even, both linear."""
+    """Coordinates of a plot, both axes linear: ranks from 0 to just beyond the break-even rank, ratios from 0."""
 
     ranks: tuple[int, ...]
     last_rank: float
@@ -156,7 +156,7 @@ class _Frame:
 
     @property
     def shown_ranks(self) -> tuple[int, ...]:
-        """Ranks whose numbers do not run into each other, from the largest downwards."""
+        """Ranks whose labels do not overlap, chosen from the largest downwards."""
         shown: list[int] = []
         for rank in reversed(self.ranks):
             if not shown or self.x(shown[-1]) - self.x(rank) >= 9 + 7 * len(str(shown[-1])):
@@ -165,8 +165,9 @@ class _Frame:
 
 
 _HOW_TO_READ = (
-    "Each plot is a matrix with all that shares its input: time of its factors relative to dense, by rank. Below the"
-    " dashed line at 1 factors are faster. The dotted line is the break-even rank, where they hold as many parameters."
+    "Each plot shows one matrix together with the matrices that share its input: the time of the factors relative to"
+    " dense, by rank. Below the dashed line at 1 the factors are faster. The dotted line is the break-even rank, where"
+    " the factors have as many parameters as the dense matrix."
 )
 
 _STYLE = (

@@ -1,4 +1,4 @@
-"""What stands at each layer and role of a point, from its record and the shape that the study keeps of its model."""
+"""Rank map of a design point: the rank at each layer and role."""
 
 from __future__ import annotations
 
@@ -8,63 +8,74 @@ from dataclasses import dataclass
 from typing import Any
 
 from dse.cost import factor_parameters
-from dse.design_point import TensorChoice
+from dse.design_point import REMOVED, DesignPoint, TensorChoice
 from dse.expert_tensor import ExpertTensor
 from dse.topology import DecomposableTensor
-from dse.trial_record import TrialRecord
 
-__all__ = ["OTHER", "Placed", "layer_and_role", "placed_choices", "rank_map_of", "rank_map_text", "shape_of"]
+__all__ = [
+    "OUTSIDE_LAYERS",
+    "ModelShape",
+    "PlacedChoice",
+    "layer_and_role",
+    "placed_choices",
+    "rank_map_of",
+    "rank_map_text",
+    "shape_of",
+]
 
-OTHER = -1
-"""Stands for the layer of what lies outside the layers."""
+ModelShape = Mapping[str, Any]
+"""Layout of the model, as a study stores it: `layers` (count), `roles`, `blocks` (block role to the tensor roles
+inside), `stacks` (stack role to the roles inside) and `sizes` (role or tensor name to its shape)."""
+
+OUTSIDE_LAYERS = -1
+"""Layer number of tensors outside the layers."""
 
 _NAME = re.compile(r"layers\.(\d+)\.(.+)")
-_DENSE, _GONE = ".", "gone"
+_DENSE = "."
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A choice where it takes effect.
+class PlacedChoice:
+    """A choice of a point at one layer and role.
 
     Attributes:
-        name: What the point names: a tensor, a stack or a block.
-        choice: Its choice.
-        kept: Share of its parameters that are kept; None where its size is not known.
-        is_stack: Whether it is one of several roles that were decomposed as one.
+        name: The tensor, stack or block that the point names.
+        choice: Its method and rank.
+        parameter_ratio: Fraction of its parameters that remain; None if its size is unknown.
+        is_stack: Whether several roles were decomposed as one stacked matrix.
     """
 
     name: str
     choice: TensorChoice
-    kept: float | None
+    parameter_ratio: float | None
     is_stack: bool = False
 
 
 def layer_and_role(name: str) -> tuple[int, str]:
-    """Of a part's name; `OTHER` and the name itself outside the layers."""
+    """Layer and role of a tensor or block; `OUTSIDE_LAYERS` and the name itself outside the layers."""
     matched = _NAME.fullmatch(name)
-    return (int(matched[1]), matched[2]) if matched else (OTHER, name)
+    return (int(matched[1]), matched[2]) if matched else (OUTSIDE_LAYERS, name)
 
 
-def placed_choices(record: TrialRecord, shape: Mapping[str, Any]) -> dict[tuple[int, str], Placed]:
-    """Layer and role to what stands there; dense tensors are left out."""
-    found: dict[tuple[int, str], Placed] = {}
-    for name, entry in record.point.get("tensors", {}).items():
-        choice = TensorChoice.from_json(entry)
+def placed_choices(point: DesignPoint, shape: ModelShape) -> dict[tuple[int, str], PlacedChoice]:
+    """(layer, role) to the choice there; dense tensors are left out."""
+    found: dict[tuple[int, str], PlacedChoice] = {}
+    for name, choice in point:
         layer, role = layer_and_role(name)
         if choice.is_removal:
             members = shape["blocks"].get(role, [role])
-            placed = Placed(name, choice, 0.0)
+            placed = PlacedChoice(name, choice, 0.0)
         else:
             members = shape["stacks"].get(role, [role])
-            placed = Placed(name, choice, _kept(layer, members, choice, shape), len(members) > 1)
+            placed = PlacedChoice(name, choice, _parameter_ratio(layer, members, choice, shape), len(members) > 1)
         found |= {(layer, member): placed for member in members}
     return found
 
 
-def _kept(layer: int, roles: Sequence[str], choice: TensorChoice, shape: Mapping[str, Any]) -> float | None:
-    """Parameters of the factors over those of the rows that they stand for."""
+def _parameter_ratio(layer: int, roles: Sequence[str], choice: TensorChoice, shape: ModelShape) -> float | None:
+    """Parameters of the factors / parameters of the tensors that they replace."""
     sizes = shape.get("sizes", {})
-    names = [role if layer == OTHER else f"layers.{layer}.{role}" for role in roles]
+    names = [role if layer == OUTSIDE_LAYERS else f"layers.{layer}.{role}" for role in roles]
     found = [sizes.get(name) or sizes.get(role) for name, role in zip(names, roles, strict=True)]
     if any(size is None for size in found):
         return None
@@ -77,33 +88,33 @@ def _kept(layer: int, roles: Sequence[str], choice: TensorChoice, shape: Mapping
     return factor_parameters(tensor, choice) / tensor.parameters
 
 
-def rank_map_of(record: TrialRecord, shape: Mapping[str, Any]) -> dict[int, dict[str, str]]:
-    """Layer to role to what stands there: a rank, `gone` for a removed block, `.` for dense."""
+def rank_map_of(point: DesignPoint, shape: ModelShape) -> dict[int, dict[str, str]]:
+    """Layer to role to rank; `removed` in a removed block, `.` if dense."""
     columns = [*shape["roles"]]
     found: dict[int, dict[str, str]] = {layer: dict.fromkeys(columns, _DENSE) for layer in range(shape["layers"])}
-    for (layer, role), placed in placed_choices(record, shape).items():
+    for (layer, role), placed in placed_choices(point, shape).items():
         row = found.setdefault(layer, dict.fromkeys(columns, _DENSE))
-        row[role] = _GONE if placed.choice.is_removal else str(placed.choice.rank)
+        row[role] = REMOVED if placed.choice.is_removal else str(placed.choice.rank)
     return dict(sorted(found.items()))
 
 
 def rank_map_text(ranks: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """The map as lines of text, one a layer; `.` is dense, `gone` a removed block, a number the rank."""
+    """The rank map as aligned text, one line per layer."""
     columns = list(dict.fromkeys(role for row in ranks.values() for role in row))
-    width = max([6, *(len(role) for role in columns)])
+    width = max([len(REMOVED), *(len(role) for role in columns)])
     lines = ["layer " + " ".join(f"{role:>{width}}" for role in columns)]
     for layer, row in ranks.items():
-        named = "other" if layer == OTHER else str(layer)
-        lines.append(f"{named:>5} " + " ".join(f"{row.get(role, _DENSE):>{width}}" for role in columns))
+        label = "other" if layer == OUTSIDE_LAYERS else str(layer)
+        lines.append(f"{label:>5} " + " ".join(f"{row.get(role, _DENSE):>{width}}" for role in columns))
     return lines
 
 
-def shape_of(attributes: Mapping[str, Any], records: Sequence[TrialRecord]) -> Mapping[str, Any]:
-    """Layers and roles as the study keeps them, or as far as the points of an older study name them."""
-    kept: Mapping[str, Any] | None = attributes.get("facts", {}).get("shape")
-    if kept:
-        return kept
-    parts = [layer_and_role(name) for record in records for name in record.point.get("tensors", {})]
-    inside = [(layer, role) for layer, role in parts if layer != OTHER]
+def shape_of(facts: Mapping[str, Any], points: Sequence[DesignPoint]) -> ModelShape:
+    """The model's layout from the study's stored facts; for studies without it, as far as their points name it."""
+    stored: ModelShape | None = facts.get("shape")
+    if stored:
+        return stored
+    parts = [layer_and_role(name) for point in points for name, _ in point]
+    inside = [(layer, role) for layer, role in parts if layer != OUTSIDE_LAYERS]
     roles = list(dict.fromkeys(role for _, role in inside))
     return {"layers": 1 + max((layer for layer, _ in inside), default=-1), "roles": roles, "blocks": {}, "stacks": {}}

@@ -1,4 +1,4 @@
-"""SI values as people read them: one prefix and one number of decimals for a whole column."""
+"""Formatting of SI values: one unit prefix and one number of decimals per column."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from dse.pareto.objective import Objective
 
-__all__ = ["Scale", "change_text", "percent", "points", "scale_for"]
+__all__ = ["Scale", "change_text", "number_ranges", "percent", "points", "scale_for"]
 
-# From large to small; the last is the floor. Bytes are decimal (1 MB = 10^6 B), as disks and model cards count them.
+# From large to small; the last step also serves smaller values. Bytes are decimal (1 MB = 10^6 B), as on model cards.
 _STEPS: dict[str, tuple[tuple[float, str], ...]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "J": ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")),
@@ -22,12 +22,12 @@ _STEPS: dict[str, tuple[tuple[float, str], ...]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How one quantity is shown.
+    """Unit and precision in which a quantity is shown.
 
     Attributes:
-        symbol: Unit behind the number, "" for a pure number.
+        symbol: Unit symbol; "" for a dimensionless number.
         factor: Shown number = SI value x factor.
-        decimals: Digits after the point.
+        decimals: Digits after the decimal point.
     """
 
     symbol: str
@@ -35,35 +35,35 @@ class Scale:
     decimals: int
 
     def number(self, value: float | None) -> str:
-        """The number alone, `n/a` where there is none."""
+        """The number without its unit; `n/a` if unknown."""
         if value is None or not math.isfinite(value):
             return "n/a"
         return _fixed(value * self.factor, self.decimals)
 
     def text(self, value: float | None) -> str:
-        """Number and unit: `41.2 ms`."""
+        """The number with its unit: `41.2 ms`."""
         shown = self.number(value)
         return f"{shown} {self.symbol}" if self.symbol and shown != "n/a" else shown
 
     def uncertainty(self, value: float | None, ends: tuple[float, float] | None) -> str:
-        """The 95 % interval beside its value: `±1.1`, or `-0.4/+1.9` where the sides differ; "" where unknown."""
+        """The 95 % interval relative to its value: `±1.1`, or `-0.4/+1.9` if asymmetric; "" if unknown."""
         if value is None or ends is None or not math.isfinite(value):
             return ""
         below, above = (value - ends[0]) * self.factor, (ends[1] - value) * self.factor
         low, high = (self._spread(side) for side in (below, above))
-        # Sides that differ by less than a quarter are told as one, the larger: the ends are not surer than that.
+        # Sides that differ by less than a quarter are shown as one, the larger: the ends are no more precise than that.
         if low == high or (min(below, above) > 0 and max(below, above) < 1.25 * min(below, above)):
             return f"±{self._spread(max(below, above))}"
         return f"-{low}/+{high}"
 
     def _spread(self, width: float) -> str:
         shown = _fixed(width, self.decimals)
-        # A spread below the last digit shown is small, not zero.
+        # A spread below the last shown digit is small, not zero.
         return f"{width:.1g}" if width > 0 and float(shown) == 0 else shown
 
 
 def scale_for(objective: Objective, values: Iterable[float | None]) -> Scale:
-    """The scale that shows the middle of `values` (SI) with three figures or more; the unit itself without a value."""
+    """The scale that shows the median of `values` (SI) with at least three digits; the plain unit without values."""
     sizes = sorted(abs(value) for value in values if value is not None and math.isfinite(value) and value != 0)
     if objective.is_fraction:
         return Scale("", 1.0, 3)
@@ -72,7 +72,7 @@ def scale_for(objective: Objective, values: Iterable[float | None]) -> Scale:
         return Scale(symbol, 1.0 / size, 1)
     middle = sizes[len(sizes) // 2]
     steps = _STEPS.get(objective.unit, ((1.0, objective.unit),))
-    # A little early, so that 0.9996 s is told as 1.00 s and not as 999.6 ms.
+    # The margin shows 0.9996 s as 1.00 s instead of 999.6 ms.
     size, symbol = next((step for step in steps if middle >= step[0] * 0.9995), steps[-1])
     decimals = min(4, max(1, 2 - math.floor(math.log10(middle / size) + 1e-3)))
     return Scale(symbol, 1.0 / size, decimals)
@@ -84,17 +84,28 @@ def percent(fraction: float | None, decimals: int = 1) -> str:
 
 
 def points(difference: float | None, decimals: int = 1) -> str:
-    """A difference of fractions in percentage points: `-3.1 pts`, or `n/a`."""
+    """A difference of two fractions in percentage points: `-3.1 pts`, or `n/a`."""
     if difference is None or not math.isfinite(difference):
         return "n/a"
     shown = _fixed(100 * difference, decimals)
     return f"{'+' if float(shown) > 0 else ''}{shown} pts"
 
 
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Ascending integers as ranges: `0-3, 7` for 0, 1, 2, 3, 7."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
+
+
 def change_text(
     objective: Objective, change: tuple[float, tuple[float, float] | None] | None, with_interval: bool = False
 ) -> str:
-    """Change against dense: `-3.1 pts`, `-0.21 nats` or `x0.93`, with its 95 % interval on request; `n/a`."""
+    """Change from dense: `-3.1 pts`, `-0.21 nats` or `x0.93`, optionally with its 95 % interval; `n/a` if unknown."""
     if change is None:
         return "n/a"
     amount, ends = change

@@ -1,7 +1,8 @@
-"""Which origin earned what: evaluations, front points, and hypervolume gained."""
+"""Hypervolume gained by each origin of points, and a bandit over proposers that learns from these gains."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,21 +10,31 @@ import numpy as np
 
 from dse.errors import InvalidMeasurementError
 from dse.pareto import Objective, normalised_hypervolume
-from dse.study.objectives import objective_values
-from dse.trial_record import EVALUATED_STATES, TrialRecord
+from dse.trial_record import EVALUATED_STATES, TrialRecord, objective_values
 
-__all__ = ["Ledger", "OriginShare", "credited_origins", "origin_shares", "share_words"]
+__all__ = [
+    "Ledger",
+    "OriginShare",
+    "choose_proposer",
+    "credited_origins",
+    "origin_shares",
+    "selection_probabilities",
+]
+
+_DECAY = 0.93  # a gain counts half after ten evaluations, because gains shrink as the front grows
+_PRIOR_EVALUATIONS = 2.0  # each proposer starts with this many evaluations of average gain
+_MIN_PROBABILITY = 0.15
 
 
 @dataclass(frozen=True)
 class OriginShare:
-    """What one origin got and gave.
+    """The contribution of one origin.
 
     Attributes:
         origin: Its name.
-        evaluations: Trials evaluated (those that failed or were stopped included).
-        front_points: Of them on the front now.
-        hypervolume_gained: Sum of what each of them added to the normalised hypervolume when it came.
+        evaluations: Number of evaluated trials, including failed and stopped ones.
+        front_points: How many of them are on the current front.
+        hypervolume_gained: Sum of the normalised hypervolume that each trial added when it finished.
     """
 
     origin: str
@@ -31,15 +42,23 @@ class OriginShare:
     front_points: int
     hypervolume_gained: float
 
+    def describe(self) -> str:
+        """`refined: 6 evaluations, 3 on the front, +0.0123 hypervolume`."""
+        return (
+            f"{self.origin}: {self.evaluations} evaluations, {self.front_points} on the front,"
+            f" {self.hypervolume_gained:+.4f} hypervolume"
+        )
+
 
 @dataclass
 class Ledger:
-    """Adds up, trial by trial, what each evaluation gained; the same trials in the same order give the same sums.
+    """The hypervolume gained by each evaluation; the same trials in the same order yield the same gains.
 
     Attributes:
-        objectives: Of the study.
-        reference: Objective to its reference value; None before the dense model is known, until when nothing counts.
-        gains: Of each evaluated trial in order: the origin that is credited, and the hypervolume gained.
+        objectives: The study's objectives.
+        reference: Objective to its value at the reference point; None before the baseline is measured. Until then all
+            gains are 0.
+        gains: For each evaluated trial in order: the origin that is credited, and the hypervolume gained.
     """
 
     objectives: Sequence[Objective]
@@ -50,9 +69,10 @@ class Ledger:
     _interrupted: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: TrialRecord) -> str:
-        """Count a finished trial; returns the origin that is credited with it.
+        """Add a finished trial.
 
-        A trial that was interrupted and retried is its first proposer's.
+        Returns:
+            The credited origin: the trial's own, or the original one if the trial retries an interrupted one.
         """
         origin = record.origin
         if origin == "retried":
@@ -77,7 +97,7 @@ class Ledger:
 
 
 def credited_origins(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> dict[int, str]:
-    """Trial to the origin that is credited with it."""
+    """Trial number to the origin that is credited with the trial."""
     ledger = Ledger(objectives)
     return {record.trial: ledger.add(record) for record in records}
 
@@ -88,13 +108,13 @@ def origin_shares(
     reference: Mapping[str, float] | None,
     front: Collection[int],
 ) -> tuple[OriginShare, ...]:
-    """What each origin earned, in order of appearance; the dense model, which nobody proposed, is left out.
+    """The contribution of each origin in order of appearance, without the baseline.
 
     Args:
         records: All trials in order.
-        objectives: Of the study.
-        reference: Of the hypervolume; None while the dense model is not known.
-        front: Trials on the front.
+        objectives: The study's objectives.
+        reference: Reference point of the hypervolume; None before the baseline is measured.
+        front: Numbers of the trials on the front.
     """
     ledger = Ledger(objectives, reference)
     counts: dict[str, list[int]] = {}
@@ -108,9 +128,40 @@ def origin_shares(
     return tuple(OriginShare(origin, entry[0], entry[1], gained[origin]) for origin, entry in counts.items())
 
 
-def share_words(share: OriginShare) -> str:
-    """`refined 6, of them 3 on the front, +0.0123 hypervolume`."""
-    return (
-        f"{share.origin} {share.evaluations}, of them {share.front_points} on the front,"
-        f" {share.hypervolume_gained:+.4f} hypervolume"
-    )
+def selection_probabilities(gains: Sequence[tuple[str, float]], proposers: Sequence[str]) -> dict[str, float]:
+    """Probability of each proposer to be selected next: proportional to its mean gain per evaluation.
+
+    Gains are discounted exponentially, because early evaluations gain more whoever proposes them. A minimum probability
+    keeps every proposer in use, since some pay off late in a study only.
+
+    Args:
+        gains: Origin and hypervolume gained of each evaluation so far, in order.
+        proposers: The proposers to select from.
+
+    Returns:
+        Proposer to probability, summing to 1; uniform if nothing was gained.
+    """
+    weighted = {proposer: [0.0, 0.0] for proposer in proposers}
+    for age, (origin, gain) in enumerate(reversed(gains)):
+        if origin in weighted:
+            weighted[origin][0] += _DECAY**age * gain
+            weighted[origin][1] += _DECAY**age
+    total_gain = sum(gain for gain, _ in weighted.values())
+    total_weight = sum(weight for _, weight in weighted.values())
+    average = total_gain / total_weight if total_weight else 0.0
+    rates = {
+        proposer: (gain + _PRIOR_EVALUATIONS * average) / (weight + _PRIOR_EVALUATIONS)
+        for proposer, (gain, weight) in weighted.items()
+    }
+    total = sum(rates.values())
+    floor = min(_MIN_PROBABILITY, 1.0 / len(proposers))
+    free = 1.0 - floor * len(proposers)
+    return {
+        proposer: floor + free * (rate / total if total > 0 else 1 / len(proposers)) for proposer, rate in rates.items()
+    }
+
+
+def choose_proposer(gains: Sequence[tuple[str, float]], proposers: Sequence[str], generator: random.Random) -> str:
+    """Select a proposer at random by `selection_probabilities`; deterministic for given gains and generator state."""
+    found = selection_probabilities(gains, proposers)
+    return generator.choices(list(found), weights=list(found.values()))[0]

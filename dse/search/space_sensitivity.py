@@ -1,7 +1,8 @@
-"""The divergence table of a study's space, measured at set-up: what allocations, refinement and refitting start from."""
+"""The sensitivity table of a study's search space, measured when the study is set up."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,22 +13,24 @@ from dse.design_point import DesignPoint
 from dse.errors import ModelError, NonFiniteError
 from dse.files import cache_dir
 from dse.models import LoadedModel
+from dse.progress import ProgressCallback
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.depth_profile import DepthProfileSpace
 from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
-from dse.sensitivity import DivergenceMeter, ProfileSettings, measure_profile, profile_origin
-from dse.sensitivity.measurements import MeasurementCache
+from dse.sensitivity.divergence_meter import DivergenceMeter, OptionDivergence
+from dse.sensitivity.measure_profile import measure_profile, profile_origin
+from dse.sensitivity.measurement_cache import MeasurementCache
 from dse.sensitivity.option import Unit
+from dse.sensitivity.profile_settings import ProfileSettings
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.study.events import StudyListener
 
-__all__ = ["LEAST_TRIALS", "study_table"]
+__all__ = ["MIN_TRIALS", "study_table"]
 
-LEAST_TRIALS = 12
-"""Trials from which a profile is worth its time: it costs about as much as a few of them."""
+MIN_TRIALS = 12
+"""Smallest budget for which a sensitivity profile pays off: it takes about as long as a few trials."""
 
-_WRECKED = 20.0  # nats per token, for what turns into NaN: above ln of any vocabulary
+_NON_FINITE_DIVERGENCE = 20.0  # nats per token, for options with NaN outputs: above ln(vocabulary size) of any model
 
 
 def study_table(
@@ -36,21 +39,33 @@ def study_table(
     space: SearchSpace,
     bank: FactorBank,
     calibration: CalibrationWindows | None,
-    listener: StudyListener,
+    *,
+    progress: ProgressCallback,
+    notify: Callable[[str], None],
 ) -> SensitivityTable | None:
-    """The measured divergences of the space's options; None where the search does not ask for them or cannot have them.
+    """The measured sensitivity table of the space's options; None if the search does not use one or it is unavailable.
 
-    Measurements are cached by model, calibration and text; a killed profile goes on where it stood.
+    Measurements are cached by model, calibration and text; an interrupted profile resumes where it stopped.
+
+    Args:
+        config: The study.
+        loaded: Its model, dense.
+        space: Its search space.
+        bank: Factors up to the largest ranks of the space.
+        calibration: Calibration text of the factors, for methods that need it.
+        progress: Receives the progress of phase "sensitivity".
+        notify: Receives messages for the user.
 
     Raises:
         CalibrationError: There is too little text.
-        StorageFullError: The cache cannot be written.
+        StorageFullError: The cache is not writable.
     """
-    is_profiled = isinstance(space, (LevelSpace, DepthProfileSpace))
-    if not (config.search_parts.warm_starts and is_profiled and config.budget.trials >= LEAST_TRIALS):
+    if not config.search_parts.warm_starts or config.budget.trials < MIN_TRIALS:
+        return None
+    if not isinstance(space, (LevelSpace, DepthProfileSpace)):
         return None
     if config.head is not None:
-        listener.on_message("no sensitivity profile: it needs a language model's head; the search starts without one")
+        notify("no sensitivity profile: it needs a language-model head; the search starts without one")
         return None
     windows = held_out_windows(
         loaded.tokenizer, config.calibration, config.search.profile_tokens, longest_window=longest_window(loaded.model)
@@ -64,22 +79,21 @@ def study_table(
     )
     try:
         if isinstance(space, DepthProfileSpace):
-            return measure_profile(loaded, windows, calibration, settings, progress=listener.on_phase).table
-        assert isinstance(space, LevelSpace)  # noqa: S101 - the other kind of the two
-        return _levels(space, loaded, windows, bank, calibration, settings, listener)
+            return measure_profile(loaded, windows, calibration, settings, progress=progress).table
+        return _measured_level_table(space, loaded, windows, bank, calibration, settings, progress)
     except ModelError as error:
-        listener.on_message(f"no sensitivity profile: {error}; the search starts without one")
+        notify(f"no sensitivity profile: {error}; the search starts without one")
         return None
 
 
-def _levels(
+def _measured_level_table(
     space: LevelSpace,
     loaded: LoadedModel,
     windows: Tensor,
     bank: FactorBank,
     calibration: CalibrationWindows | None,
     settings: ProfileSettings,
-    listener: StudyListener,
+    progress: ProgressCallback,
 ) -> SensitivityTable:
     """Each group of the space at each of its levels, measured alone."""
     table = level_table(space, settings.methods[0])
@@ -88,12 +102,12 @@ def _levels(
     total, done = sum(len(unit.options) - 1 for unit in table.units), 0
     measured: dict[str, Unit] = {}
     meter: DivergenceMeter | None = None
-    # In the order of first layers, so that what lies before a group is computed once.
+    # In the order of first layers, so that the layers before a group are computed once.
     for unit in sorted(table.units, key=lambda unit: _first_layer(loaded, unit) or 0):
         options = [unit.dense]
         for option in unit.options[1:]:
             point = DesignPoint(option.choices)
-            known = cache.get(point)
+            known: OptionDivergence | None = cache.get(point)
             if known is None:
                 meter = meter or DivergenceMeter(loaded, windows, bank)
                 try:
@@ -101,15 +115,16 @@ def _levels(
                     cache.put(point, known)
                 except NonFiniteError:
                     known = None
-            divergence = _WRECKED if known is None else max(known.kl_divergence, 0.0)
+            divergence = _NON_FINITE_DIVERGENCE if known is None else max(known.kl_divergence, 0.0)
             options.append(replace(option, divergence=divergence, is_measured=known is not None))
             done += 1
-            listener.on_phase("sensitivity", done, total)
+            progress("sensitivity", done, total)
         cache.save()
         measured[unit.name] = replace(unit, options=tuple(options))
     return replace(table, units=tuple(measured[unit.name] for unit in table.units), origin=origin)
 
 
 def _first_layer(loaded: LoadedModel, unit: Unit) -> int | None:
+    """The first layer that a unit changes; None if it changes something outside the layers."""
     layers = [loaded.topology.part(name).layer for name in unit.names]
     return None if None in layers else min(layer for layer in layers if layer is not None)

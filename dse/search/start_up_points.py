@@ -1,4 +1,4 @@
-"""Which points are proposed beside the sampler's own: the user's, a ladder, a spread, repairs."""
+"""Start-up points of a study without a sensitivity profile, and random points that no trial has had."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from collections.abc import Iterator, Sequence
 from dse.design_point import DesignPoint
 from dse.search.spaces.base import SearchSpace
 
-__all__ = ["first_points", "unseen_feasible_levels"]
+__all__ = ["MAX_START_REDUCTION", "first_points", "unseen_feasible_levels"]
 
-_START_UP = 10  # plain points, and as many random ones, at the most
-_SPREAD_CEILING = 0.6  # a spread reaches no further: what keeps less than two fifths of a model is a wreck, not a start
+_MAX_OF_A_KIND = 10  # uniform points, and as many random ones
+MAX_START_REDUCTION = 0.6
+"""Reduction beyond which models are too degraded to start from."""
+
 _DRAWS = 200
 
 
 def first_points(
     space: SearchSpace, enqueued: Sequence[DesignPoint], *, seed: int, trials: int
 ) -> list[tuple[dict[str, int], str]]:
-    """What is evaluated after the dense model: the study's own points, a ladder of plain ones, a spread of random ones.
+    """The points to evaluate after the baseline: enqueued ones, uniform ones, and random ones spread over reductions.
 
-    Independent levels drawn at random crowd around one reduction; a model-based sampler would start from there. So a
-    third of the budget starts it better: plain points (one role group at one level everywhere), as many as spread
-    drawn one from each slice of the feasible reductions.
+    Independently drawn levels concentrate around one reduction, and a model-based sampler would start from there. The
+    start-up points therefore use a third of the budget for two kinds of points: uniform points (one role group at one
+    level in all layers), and random points, one from each interval of the feasible reductions.
 
     Args:
-        space: Of the study.
-        enqueued: The study's own points.
-        seed: Of the spread.
-        trials: Budget of the study; 0 for the study's own points alone.
+        space: The search space.
+        enqueued: The user's points.
+        seed: Seed of the random points.
+        trials: Budget of the study; 0 for the enqueued points only.
 
     Returns:
-        Levels and origin (`enqueued`, `ladder` or `spread`), in order; no point twice, and never the dense one.
+        Levels and origin (`enqueued`, `ladder` for uniform points, `spread` for random ones), in order, without repeats
+        and without the dense point.
     """
     proposals = [(space.levels_of(point), "enqueued") for point in enqueued]
-    start_up = max(0, min(2 * _START_UP, trials // 3) - len(enqueued))
+    start_up = max(0, min(2 * _MAX_OF_A_KIND, trials // 3) - len(enqueued))
     if start_up:
-        ladder = [levels for levels in space.ladder() if space.is_feasible(space.point(levels))]
-        ladder = ladder[: (start_up + 1) // 2]
-        proposals += [(levels, "ladder") for levels in ladder]
-        proposals += [(levels, "spread") for levels in _spread(space, min(_START_UP, start_up - len(ladder)), seed)]
+        uniform = [levels for levels in space.uniform_points() if space.is_feasible(space.point(levels))]
+        uniform = uniform[: (start_up + 1) // 2]
+        proposals += [(levels, "ladder") for levels in uniform]
+        spread = min(_MAX_OF_A_KIND, start_up - len(uniform))
+        proposals += [(levels, "spread") for levels in _spread(space, spread, seed)]
     seen, kept = {DesignPoint.dense().id}, []
     for levels, origin in proposals:
         identity = space.point(levels).id
@@ -52,9 +56,9 @@ def first_points(
 
 def _spread(space: SearchSpace, count: int, seed: int) -> Iterator[dict[str, int]]:
     smallest, largest = space.reduction_range()
-    low, high = max(space.limits[0], smallest), min(space.limits[1], largest, _SPREAD_CEILING)
+    low, high = max(space.limits[0], smallest), min(space.limits[1], largest, MAX_START_REDUCTION)
     generator = random.Random(seed)
-    # Slices grow with the square: most of what people want lies where little is removed and little is lost.
+    # Intervals widen quadratically: the most useful trade-offs lie at small reductions.
     edges = [low + (high - low) * (index / count) ** 2 for index in range(count + 1)] if count > 0 else []
     for below, above in itertools.pairwise(edges):
         levels = space.draw_feasible(generator, below, above)
@@ -63,9 +67,14 @@ def _spread(space: SearchSpace, count: int, seed: int) -> Iterator[dict[str, int
 
 
 def unseen_feasible_levels(space: SearchSpace, seen: set[str], generator: random.Random) -> dict[str, int] | None:
-    """Levels of a random feasible point that no trial has had; None where there is none.
+    """Levels of a random feasible point that no trial has had; None if there is none.
 
-    A space too large to list counts as exhausted when random draws find nothing new.
+    A space that is too large to list counts as exhausted if random draws find nothing new.
+
+    Args:
+        space: The search space.
+        seen: Ids of the points that had a trial.
+        generator: Source of randomness.
     """
     for _ in range(_DRAWS):
         levels = space.draw_feasible(generator)

@@ -1,26 +1,27 @@
-"""The user's own points: evaluated first, whether or not the space has levels for them."""
+"""The user's own points: evaluated first, whether or not they lie in the search space."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from dse.config import StudyConfig
-from dse.cost import check_point, cost
+from dse.cost import check_point, point_cost
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
 from dse.search.spaces.base import SearchSpace
 from dse.topology import Topology
 
-__all__ = ["own_points"]
+__all__ = ["checked_user_points"]
 
 
-def own_points(config: StudyConfig, space: SearchSpace) -> tuple[DesignPoint, ...]:
-    """The points of `enqueue`, checked against the model, the space's tensors and its constraints.
+def checked_user_points(config: StudyConfig, space: SearchSpace) -> tuple[DesignPoint, ...]:
+    """The points of `enqueue`, checked against the model, the space's tensors and its limits.
 
-    Its levels, its methods and `removal` say what a search proposes; a point of the user's own need not keep to them.
+    The levels and methods of the space, and its `removal`, restrict what a search proposes; the user's points need not
+    follow them.
 
     Raises:
-        ConfigError: A point cannot be applied, touches what the space leaves alone, or breaks a limit.
+        ConfigError: A point is not applicable, changes a tensor that the space keeps dense, or violates a limit.
     """
     points = []
     for index, entry in enumerate(config.enqueue):
@@ -41,18 +42,20 @@ def _check_tensors(point: DesignPoint, space: SearchSpace) -> None:
     for name, _ in point:
         for tensor in map(topology.decomposable, topology.tensors_of(name)):
             if tensor.layer in config.keep_layers:
-                why = f"`keep_layers` {config.keep_layers} keeps layer {tensor.layer} dense"
+                reason = f"`keep_layers` {config.keep_layers} keeps layer {tensor.layer} dense"
             elif tensor.role in config.keep_roles:
-                why = f"`keep_roles` {config.keep_roles} keeps {tensor.role} dense"
-            elif tensor.name not in held and tensor.name not in _experts_beside(topology, name):
-                why = f"search space '{config.name}' does not hold {tensor.name}"
+                reason = f"`keep_roles` {config.keep_roles} keeps {tensor.role} dense"
+            elif tensor.name not in held and tensor.name not in _experts_of_block(topology, name):
+                reason = f"search space '{config.name}' does not contain {tensor.name}"
             else:
                 continue
-            raise PointError(f"point {point.id} must leave alone what the study does, but names '{name}', and {why}")
+            raise PointError(
+                f"point {point.id} must leave dense what the study keeps dense, but it changes '{name}', and {reason}"
+            )
 
 
-def _experts_beside(topology: Topology, name: str) -> tuple[str, ...]:
-    """Routed experts that go with a removed block, though no space need hold them."""
+def _experts_of_block(topology: Topology, name: str) -> tuple[str, ...]:
+    """Routed experts that are removed with a block; the space need not contain them."""
     return topology.blocks_by_name[name].experts if name in topology.blocks_by_name else ()
 
 
@@ -61,11 +64,11 @@ def _tensors(space: SearchSpace, names: Iterable[str]) -> Iterable[str]:
 
 
 def _check_limits(point: DesignPoint, space: SearchSpace) -> None:
-    broken = {name: value for name, value in space.violations(point).items() if value > 0}
-    if broken and not point.is_dense:
-        found = cost(space.topology, point)
+    violations = {name: value for name, value in space.violations(point).items() if value > 0}
+    if violations and not point.is_dense:
+        found = point_cost(space.topology, point)
         raise PointError(
-            f"point {point.id} must keep the space's limits, but breaks "
-            + ", ".join(f"{name} by {value:.4g}" for name, value in broken.items())
+            f"point {point.id} must satisfy the space's limits, but violates "
+            + ", ".join(f"{name} by {value:.4g}" for name, value in violations.items())
             + f" (reduction {found.reduction:.4g}, {found.weight_bytes:.4g} weight bytes); change the point or `limits`"
         )

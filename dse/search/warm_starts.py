@@ -1,17 +1,17 @@
-"""Warm starts: a ladder of allocations over the divergence table, uniform points, removals."""
+"""Warm starts from a sensitivity table: allocations over a range of reductions, uniform points, and removals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import AllocationError, PointError
-from dse.report.units import percent
-from dse.search.candidate import Candidate
+from dse.search.proposal import Proposal
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.table_space import constraints_of
+from dse.search.start_up_points import MAX_START_REDUCTION
 from dse.sensitivity.allocation import allocate
 from dse.sensitivity.sensitivity_table import SensitivityTable
 
@@ -19,128 +19,137 @@ __all__ = [
     "ALLOCATION",
     "REMOVAL",
     "UNIFORM",
-    "allocated",
-    "allocated_in_time",
-    "candidate_of",
+    "allocated_for_latency",
+    "allocated_point",
+    "proposal_of",
     "warm_starts",
 ]
 
 ALLOCATION, UNIFORM, REMOVAL = "allocation", "uniform", "removal"
-_MOST = 12
-_CEILING = 0.6  # a start reaches no further: what keeps less than two fifths of a model is a wreck
+_MAX_WARM_STARTS = 12
 
 
 def warm_starts(
-    space: SearchSpace, table: SensitivityTable, trials: int, latency_s: float | None = None
-) -> list[Candidate]:
-    """About half the budget, a dozen at the most: seven in twelve are allocations, three uniform, two removals.
+    space: SearchSpace, table: SensitivityTable, trials: int, max_latency_s: float | None = None
+) -> list[Proposal]:
+    """Warm starts for half the budget, at most twelve: 7/12 allocations, 3/12 uniform points, 2/12 removals.
 
-    Where the table predicts a latency, every other allocation is the one that saves a share of the time instead of a
-    share of the parameters: a parameter that no time is saved by is not worth its divergence there.
+    If the table predicts a latency, every other allocation saves a share of the latency instead of the parameters,
+    because removing parameters that save no time is not worth their divergence.
 
     Args:
-        space: Every candidate keeps its limits.
-        table: Divergences of its options.
+        space: The search space; every warm start satisfies its limits.
+        table: Sensitivity table of the space's options.
         trials: Budget of the study.
-        latency_s: Most predicted latency of the allocations, where the table predicts it.
+        max_latency_s: Limit on the predicted latency of the allocations; None for no limit.
     """
-    count = max(0, min(_MOST, trials // 2))
+    count = max(0, min(_MAX_WARM_STARTS, trials // 2))
     smallest, largest = space.reduction_range()
-    low, high = max(space.limits[0], smallest), min(space.limits[1], largest, _CEILING)
-    found: list[Candidate] = []
+    low, high = max(space.limits[0], smallest), min(space.limits[1], largest, MAX_START_REDUCTION)
+    found: list[Proposal] = []
     allocations, uniform, removals = -(-count * 7 // 12), count * 3 // 12, count * 2 // 12
     for origin, points, share in (
-        (ALLOCATION, _ladder(space, table, _budgets(low, high, allocations), latency_s), allocations),
-        (UNIFORM, _uniform(space, table, _budgets(low, high, uniform)), uniform),
-        (REMOVAL, _removals(space, table, _budgets(low, high, removals)), removals),
+        (ALLOCATION, _allocations(space, table, _reductions(low, high, allocations), max_latency_s), allocations),
+        (UNIFORM, _uniform(space, table, _reductions(low, high, uniform)), uniform),
+        (REMOVAL, _removals(space, table, _reductions(low, high, removals)), removals),
     ):
-        for point, words in list(points)[:share]:
-            if not point.is_dense and _keeps(space, point) and all(_point(space, c) != point for c in found):
-                found.append(candidate_of(space, point, origin, words))
+        for point, why in list(points)[:share]:
+            if not point.is_dense and _is_feasible(space, point) and all(_point(space, p) != point for p in found):
+                found.append(proposal_of(space, point, origin, why))
     return found
 
 
-def allocated(
-    space: SearchSpace, table: SensitivityTable, reduction: float, latency_s: float | None = None
+def allocated_point(
+    space: SearchSpace, table: SensitivityTable, reduction: float, max_latency_s: float | None = None
 ) -> DesignPoint | None:
-    """The allocation at a reduction that keeps the space's limits, and a predicted latency; None where none does."""
+    """The allocation at a reduction, within the space's limits and a predicted latency; None if there is none."""
+    # An allocation may overshoot the reduction, and with it the upper limit of the space.
     for target in (reduction, reduction - 0.002, reduction - 0.005):
         try:
-            found = allocate(table, reduction=max(target, 0.0), latency_s=latency_s, constraints=constraints_of(space))
-            point = found.point
+            found = allocate(
+                table, reduction=max(target, 0.0), latency_s=max_latency_s, constraints=constraints_of(space)
+            )
         except AllocationError:
             continue
-        if not point.is_dense and _keeps(space, point):
-            return point
+        if not found.point.is_dense and _is_feasible(space, found.point):
+            return found.point
     return None
 
 
-def allocated_in_time(
-    space: SearchSpace, table: SensitivityTable, share: float, latency_s: float | None = None
+def allocated_for_latency(
+    space: SearchSpace, table: SensitivityTable, share: float, max_latency_s: float | None = None
 ) -> tuple[DesignPoint, str] | None:
-    """The allocation that saves as much time as this share of the parameters would if time followed parameters.
+    """The allocation whose latency reduction corresponds to a reduction of parameters.
 
-    What counts is what can be saved at all: where every parameter that may go saves a tenth of the time, half of them
-    stand for a twentieth.
+    The two are converted by what the space can save: if removing all that it may remove saves a tenth of the latency,
+    half of these parameters correspond to a twentieth of the latency.
+
+    Args:
+        space: The search space.
+        table: Sensitivity table of its options.
+        share: The reduction of parameters to convert.
+        max_latency_s: Limit on the predicted latency; None for no limit.
 
     Returns:
-        The point, and the time aimed at in words; None where no allocation saves it within the space's limits, or the
+        The point, and its latency budget in words; None if no allocation within the space's limits meets it, or if the
         table predicts no latency.
     """
-    if table.latency_dense_s is None:
+    dense_s = table.latency_dense_s
+    if dense_s is None:
         return None
-    kept = 1 - share * _time_for_parameters(space, table)
-    budget_s = kept * table.latency_dense_s
-    least = max(space.limits[0], 0.0)
-    point = allocated(space, table, least, budget_s if latency_s is None else min(budget_s, latency_s))
-    words = f"at {kept:.3f} of the dense model's time, {1e3 * budget_s:.3g} ms as predicted"
-    return None if point is None else (point, words)
+    ratio = 1 - share * _latency_per_parameters(space, table, dense_s)
+    budget_s = ratio * dense_s
+    min_reduction = max(space.limits[0], 0.0)
+    limit_s = budget_s if max_latency_s is None else min(budget_s, max_latency_s)
+    point = allocated_point(space, table, min_reduction, limit_s)
+    budget = f"at {ratio:.3f} of the dense model's latency (predicted {1e3 * budget_s:.3g} ms)"
+    return None if point is None else (point, budget)
 
 
-def _time_for_parameters(space: SearchSpace, table: SensitivityTable) -> float:
-    """Share of the time that can be saved over the share of the parameters that can."""
-    assert table.latency_dense_s is not None  # noqa: S101 - the caller's business
+def _latency_per_parameters(space: SearchSpace, table: SensitivityTable, dense_s: float) -> float:
+    """Largest latency reduction divided by largest reduction of parameters, over the allowed options."""
     saved_s, saved = 0.0, 0
     for options in constraints_of(space).allowed_options(table):
         latencies_s = [option.latency_s for option in options if option.latency_s is not None]
         dense = options[0]
         saved += dense.parameters - min(option.parameters for option in options)
         saved_s += 0.0 if dense.latency_s is None else dense.latency_s - min(latencies_s)
-    return (saved_s / table.latency_dense_s) / (saved / table.parameters_dense) if saved else 0.0
+    return (saved_s / dense_s) / (saved / table.parameters_dense) if saved else 0.0
 
 
-def candidate_of(space: SearchSpace, point: DesignPoint, origin: str, why: str) -> Candidate:
-    """A point as a candidate: by its levels where they say it, else beside the nearest ones."""
+def proposal_of(space: SearchSpace, point: DesignPoint, origin: str, why: str) -> Proposal:
+    """A point as a proposal: by its levels if they determine it, else by the nearest levels and the point itself."""
     levels = space.nearest_levels(point)
-    return Candidate(levels, origin, why, None if space.point(levels) == point else point)
+    return Proposal(levels, origin, why, None if space.point(levels) == point else point)
 
 
-def _budgets(low: float, high: float, count: int) -> list[float]:
-    """Reductions from near the mildest to near the strongest, closer together where little is removed."""
+def _reductions(low: float, high: float, count: int) -> list[float]:
+    """Reductions from near `low` to near `high`, closer together at the lower end."""
     return [low + (high - low) * ((index + 0.75) / count) ** 1.5 * 0.98 for index in range(count)]
 
 
-def _ladder(
-    space: SearchSpace, table: SensitivityTable, budgets: Iterable[float], latency_s: float | None
+def _allocations(
+    space: SearchSpace, table: SensitivityTable, reductions: Iterable[float], max_latency_s: float | None
 ) -> Iterator[tuple[DesignPoint, str]]:
-    within = "" if latency_s is None else ", within the latency limit as predicted"
-    for index, budget in enumerate(budgets):
-        if index % 2 and (timed := allocated_in_time(space, table, budget, latency_s)) is not None:
-            yield timed[0], f"the least divergence in sum {timed[1]}, by the sensitivity profile{within}"
-        elif (point := allocated(space, table, budget, latency_s)) is not None:
-            yield point, f"the least divergence in sum {_at(space, point)}, by the sensitivity profile{within}"
+    """Points of least predicted divergence, with the reason for each."""
+    limit = "" if max_latency_s is None else ", within the limit on predicted latency"
+    for index, reduction in enumerate(reductions):
+        if index % 2 and (timed := allocated_for_latency(space, table, reduction, max_latency_s)) is not None:
+            yield timed[0], f"least divergence by the sensitivity profile {timed[1]}{limit}"
+        elif (point := allocated_point(space, table, reduction, max_latency_s)) is not None:
+            yield point, f"least divergence by the sensitivity profile {_at_reduction(space, point)}{limit}"
 
 
-def _at(space: SearchSpace, point: DesignPoint) -> str:
-    return f"at a reduction of {percent(cost(space.topology, point).reduction)}"
+def _at_reduction(space: SearchSpace, point: DesignPoint) -> str:
+    return f"at a reduction of {100 * point_cost(space.topology, point).reduction:.1f} %"
 
 
 def _uniform(
-    space: SearchSpace, table: SensitivityTable, budgets: Iterable[float]
+    space: SearchSpace, table: SensitivityTable, reductions: Iterable[float]
 ) -> Iterator[tuple[DesignPoint, str]]:
-    """Every unit at the same share of its parameters, as near to each budget as shares of the table come."""
+    """Points with every unit at the same kept fraction, for each reduction the nearest one that the table offers."""
     allowed = constraints_of(space).allowed_options(table)
-    shares = sorted(
+    kept_fractions = sorted(
         {
             round(o.parameters / options[0].parameters, 2)
             for options in allowed
@@ -149,46 +158,38 @@ def _uniform(
         }
     )
     points = []
-    for share in shares:
+    for kept in kept_fractions:
         choices: list[tuple[str, TensorChoice]] = []
         for options in allowed:
             decomposed = [o for o in options if not o.removes_block and not o.is_dense]
             if decomposed:
-                nearest = min(decomposed, key=lambda o: abs(o.parameters / options[0].parameters - share))
-                choices += nearest.choices
+                choices += min(decomposed, key=lambda o: abs(o.parameters / options[0].parameters - kept)).choices
         points.append(DesignPoint(tuple(choices)))
-    for budget in budgets:
+    for reduction in reductions:
         if points:
-            point = min(points, key=lambda point: abs(cost(space.topology, point).reduction - budget))
-            yield point, f"every block at the same share of its parameters, {_at(space, point)}"
+            point = min(points, key=lambda point: abs(point_cost(space.topology, point).reduction - reduction))
+            yield point, f"every block at the same kept fraction, {_at_reduction(space, point)}"
 
 
 def _removals(
-    space: SearchSpace, table: SensitivityTable, budgets: Iterable[float]
+    space: SearchSpace, table: SensitivityTable, reductions: Iterable[float]
 ) -> Iterator[tuple[DesignPoint, str]]:
-    """Nothing but whole blocks, those whose absence costs least."""
-    own = constraints_of(space)
-    constraints = replace(
-        own,
-        forbidden=lambda unit, option: (
-            (not option.is_dense and not option.removes_block)
-            or (own.forbidden is not None and own.forbidden(unit, option))
-        ),
-    )
-    for budget in budgets:
+    """Points that only remove blocks, those of least divergence."""
+    constraints = replace(constraints_of(space), removals_only=True)
+    for reduction in reductions:
         try:
-            point = allocate(table, reduction=budget, constraints=constraints).point
+            point = allocate(table, reduction=reduction, constraints=constraints).point
         except AllocationError:
             return
-        yield point, f"whole blocks whose absence costs least, {_at(space, point)}"
+        yield point, f"removal of the blocks with the least divergence, {_at_reduction(space, point)}"
 
 
-def _keeps(space: SearchSpace, point: DesignPoint) -> bool:
+def _is_feasible(space: SearchSpace, point: DesignPoint) -> bool:
     try:
         return space.is_feasible(point)
-    except PointError:  # no model can run it
+    except PointError:  # not applicable to the model
         return False
 
 
-def _point(space: SearchSpace, candidate: Candidate) -> DesignPoint:
-    return space.point(candidate.levels) if candidate.point is None else candidate.point
+def _point(space: SearchSpace, proposal: Proposal) -> DesignPoint:
+    return space.point(proposal.levels) if proposal.point is None else proposal.point

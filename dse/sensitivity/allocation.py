@@ -1,13 +1,13 @@
-"""The exact allocation: a multiple-choice knapsack as an integer programme, solved by HiGHS.
+"""Exact allocation: a multiple-choice knapsack as an integer program, solved by HiGHS.
 
     minimise    sum_u sum_o divergence[u, o] x[u, o]
     subject to  sum_o x[u, o] = 1                            for every unit u
                 sum_u sum_o parameters[u, o] x[u, o] <= budget     (and the same for latency and energy)
                 x[u, o] in {0, 1}
 
-Rank multiples and break-even are properties of the options. A table of a small model is solved in milliseconds.
+Rank multiples and break-even ranks are properties of the options. The table of a small model is solved in milliseconds.
 
-Source: Sinha and Zoltners (1979) for the problem; HiGHS (Huangfu and Hall 2018) through scipy for the solver.
+Source: Sinha and Zoltners (1979) for the problem; HiGHS (Huangfu and Hall 2018), through scipy, for the solver.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from numpy.typing import NDArray
 from dse.design_point import DesignPoint
 from dse.errors import AllocationError
 from dse.sensitivity.allocation_bound import possible_options
-from dse.sensitivity.allocation_constraints import Constraints
+from dse.sensitivity.allocation_constraints import AllocationConstraints
 from dse.sensitivity.option import Option
 from dse.sensitivity.sensitivity_table import SensitivityTable
 
-__all__ = ["Allocation", "allocate", "budget_ladder"]
+__all__ = ["Allocation", "allocate", "allocate_reductions"]
 
 _OBJECTIVE_SCALE = 1e4
-"""Largest divergence as the solver sees it: its own absolute tolerances (1e-6) are then far below any difference."""
+"""Largest divergence passed to the solver, so that its absolute tolerances (1e-6) are far below any difference."""
 _RELATIVE_GAP = 1e-5
-"""Between the divergence found and the least possible: far below what any divergence is known to."""
+"""Between the divergence found and the optimum: far below the precision of any measured divergence."""
 _LARGEST_COEFFICIENT = 100.0
 _TIGHTENINGS = 8
 _OF_DENSE = {"parameters": "parameters_dense", "latency_s": "latency_dense_s", "energy_j": "energy_dense_j"}
-"""What may be budgeted, as options name it and as the table names the dense model's."""
+"""Quantities with a budget: attribute of an option to the attribute of the table with the dense model's value."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Allocation:
 
     Attributes:
         point: All choices as one design point.
-        divergence: Sum of the options' divergences, nats per token: what an additive model predicts.
-        parameters: Of the whole model.
+        divergence: Sum of the options' divergences, nats per token; the prediction of an additive model.
+        parameters: Parameters of the whole model.
         reduction: 1 - parameters / dense parameters.
-        latency_s: Predicted for the whole model; None where the table predicts none.
-        energy_j: Predicted for the whole model; None where the table predicts none.
-        options: (unit name, option) in order of the table's units.
+        latency_s: Predicted latency of the whole model; None if the table predicts none.
+        energy_j: Predicted energy of the whole model; None if the table predicts none.
+        options: (unit name, option) in the order of the table's units.
     """
 
     point: DesignPoint
@@ -73,20 +73,20 @@ def allocate(
     reduction: float | None = None,
     latency_s: float | None = None,
     energy_j: float | None = None,
-    constraints: Constraints | None = None,
+    constraints: AllocationConstraints | None = None,
 ) -> Allocation:
-    """The combination of least divergence that keeps every budget given.
+    """The combination of options with the least divergence within all budgets.
 
     Args:
         table: Units and options.
-        parameters: Most parameters of the whole model.
-        reduction: Least reduction, 0 <= reduction < 1; the same budget in other words.
-        latency_s: Most predicted latency of the whole model.
-        energy_j: Most predicted energy of the whole model.
-        constraints: What else must hold.
+        parameters: Largest number of parameters of the whole model.
+        reduction: Smallest reduction, 0 <= reduction < 1; an alternative to `parameters`.
+        latency_s: Largest predicted latency of the whole model.
+        energy_j: Largest predicted energy of the whole model.
+        constraints: Further constraints.
 
     Raises:
-        AllocationError: No budget was given, no allocation reaches it, or the constraints exclude each other.
+        AllocationError: There is no budget, no allocation meets the budgets, or the constraints contradict each other.
     """
     if parameters is not None and reduction is not None:
         raise AllocationError("give a budget as `parameters` or as `reduction`, not both")
@@ -100,37 +100,37 @@ def allocate(
             budgets[name] = value
     if not budgets:
         raise AllocationError("an allocation needs a budget: give parameters, reduction, latency_s or energy_j")
-    return _Programme(table, constraints or Constraints()).solve(budgets)
+    return _IntegerProgram(table, constraints or AllocationConstraints()).solve(budgets)
 
 
-def budget_ladder(
-    table: SensitivityTable, reductions: Iterable[float], *, constraints: Constraints | None = None
+def allocate_reductions(
+    table: SensitivityTable, reductions: Iterable[float], *, constraints: AllocationConstraints | None = None
 ) -> tuple[Allocation, ...]:
-    """One allocation for each reduction, in their order.
+    """One allocation for each reduction, in the same order.
 
     Raises:
         AllocationError: As `allocate`.
     """
-    programme = _Programme(table, constraints or Constraints())
-    return tuple(programme.solve({"parameters": parameters_of_reduction(table, r)}) for r in reductions)
+    program = _IntegerProgram(table, constraints or AllocationConstraints())
+    return tuple(program.solve({"parameters": parameters_of_reduction(table, r)}) for r in reductions)
 
 
 def parameters_of_reduction(table: SensitivityTable, reduction: float) -> int:
-    """Most parameters that a reduction of at least this leaves.
+    """Largest number of parameters at which the reduction is reached.
 
     Raises:
-        AllocationError: It is no share.
+        AllocationError: The reduction is outside [0, 1).
     """
     if not 0 <= reduction < 1:
         raise AllocationError(f"`0 <= reduction < 1` must hold, but got reduction={reduction}")
-    # Rounding must not turn 0.2 of 100 into 79 parameters.
+    # Rounding must not turn a reduction of 0.2 of 100 parameters into 79.
     return math.floor(table.parameters_dense * (1 - reduction) + 1e-6)
 
 
-class _Programme:
+class _IntegerProgram:
     """The arrays of one table under constraints, for any number of budgets."""
 
-    def __init__(self, table: SensitivityTable, constraints: Constraints) -> None:
+    def __init__(self, table: SensitivityTable, constraints: AllocationConstraints) -> None:
         self._table = table
         self._constraints = constraints
         self._options = constraints.allowed_options(table)
@@ -156,33 +156,31 @@ class _Programme:
             broken = [row for row in rows if row.excess(chosen) > 0]
             if not broken:
                 return self._allocation(chosen)
-            # The solver keeps a limit within its tolerance, which is more than a parameter of a large model.
+            # The solver satisfies a limit up to its tolerance, which is several parameters of a large model.
             rows = [row.tightened(row.excess(chosen)) for row in rows]
         raise self._unreachable(budgets)
 
     def _possible(self, rows: Sequence[_Row]) -> NDArray[np.int64]:
-        """Options that a best allocation may take, found by relaxing the first budget."""
+        """Options that an optimal allocation may contain, found by relaxing the first budget."""
         if not self._flat or rows[0].limit < 0:
             return np.arange(len(self._flat))
-        return possible_options(
-            self._divergence,
-            rows[0].use,
-            rows[0].limit,
-            self._unit_of,
-            lambda chosen: all(row.excess(chosen) <= 0 for row in rows),
-        )
+
+        def is_feasible(chosen: NDArray[np.int64]) -> bool:
+            return all(row.excess(chosen) <= 0 for row in rows)
+
+        return possible_options(self._divergence, rows[0].use, rows[0].limit, self._unit_of, is_feasible)
 
     def _milp(
         self, objective: NDArray[np.float64], rows: Sequence[_Row], among: NDArray[np.int64]
     ) -> NDArray[np.int64] | None:
-        """Indices of the chosen options, one a unit, or None where nothing fits.
+        """Indices of the chosen options, one per unit; None if the limits cannot be met.
 
         Args:
-            objective: Of every option.
-            rows: Limits.
-            among: Indices of the options that may be taken, ascending, one a unit at least.
+            objective: Objective coefficient of every option.
+            rows: The limits.
+            among: Indices of the options to choose from, ascending, at least one per unit.
         """
-        # Imported here: scipy.optimize takes a third of a second, and `dse --help` needs none of it.
+        # Importing scipy.optimize takes a third of a second, which `dse --help` should not pay for.
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
@@ -192,7 +190,7 @@ class _Programme:
         one_each = csr_array((np.ones(count), (unit_of, np.arange(count))))
         limits: list[Any] = [LinearConstraint(one_each, 1.0, 1.0)]
         limits += [LinearConstraint(row.use[None, among] / row.divisor, -np.inf, row.bound) for row in rows]
-        with _solver_silenced():
+        with _solver_output_discarded():
             found = milp(
                 objective[among],
                 integrality=np.ones(count),
@@ -208,8 +206,8 @@ class _Programme:
         return among[np.array(best, dtype=np.int64)]
 
     def _removal_rows(self) -> list[_Row]:
-        """Limits on removals: how many in all, and that one of each group remains."""
-        limits = [] if (most := self._constraints.most_removed_blocks) is None else [(self._removes, most)]
+        """Limits on removals: their number, and that one unit of each `one_remains` group stays."""
+        limits = [] if (most := self._constraints.max_removed_blocks) is None else [(self._removes, most)]
         for group in self._table.one_remains:
             inside = np.array([unit.name in group for unit in self._table.units])
             limits.append((self._removes * inside[self._unit_of], len(group) - 1))
@@ -219,18 +217,18 @@ class _Programme:
         values = [getattr(option, name) for option in self._flat]
         if any(value is None for value in values):
             raise AllocationError(
-                f"a budget of {name} needs a profile that predicts it for every option, but this one does not; give"
+                f"a budget of {name} needs a profile that predicts it for every option, but this one does not; use"
                 " a budget of parameters"
             )
         return np.array(values, dtype=np.float64)
 
     def _base(self, name: str) -> float:
-        """What the model uses beside the units."""
+        """The part of a budgeted quantity outside the units."""
         whole = getattr(self._table, _OF_DENSE[name])
         if whole is None:
             raise AllocationError(
-                f"a budget of {name} needs a profile that knows the dense model's, but this one does not; give a"
-                " budget of parameters"
+                f"a budget of {name} needs a profile with the dense model's value, but this one has none; use a budget"
+                " of parameters"
             )
         dense = [getattr(unit.dense, name) for unit in self._table.units]
         return float(whole) - float(sum(value for value in dense if value is not None))
@@ -255,7 +253,7 @@ class _Programme:
         return self._base(name) + float(sum(values))
 
     def _unreachable(self, budgets: dict[str, float]) -> AllocationError:
-        """Which budget is out of reach, or that none is on its own."""
+        """The error that names a budget that is out of reach alone, or all of them if only the combination is."""
         everything = np.arange(len(self._flat))
         for name, budget in budgets.items():
             use = self._use(name)
@@ -264,30 +262,30 @@ class _Programme:
             )
             if chosen is None:
                 return AllocationError(
-                    "constraints must leave an allocation, but the options that are fixed remove more blocks than"
-                    f" may be removed (at most {self._constraints.most_removed_blocks}; one attention block must remain"
-                    " in any case); drop one of them"
+                    "constraints must allow an allocation, but the fixed options remove more blocks than may be"
+                    f" removed (at most {self._constraints.max_removed_blocks}; one attention block must always"
+                    " remain); drop one of them"
                 )
             least = self._base(name) + float(use[chosen].sum())
             if least > budget:
                 return AllocationError(_unreachable_text(self._table, name, budget, least))
         listed = " and ".join(f"{name}={value:.6g}" for name, value in budgets.items())
         return AllocationError(
-            f"budgets must be reachable together, but no allocation keeps {listed}, though each can be kept alone;"
+            f"budgets must be reachable together, but no allocation meets {listed}, although each can be met alone;"
             " loosen one of them"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One limit: the sum of `use` over the chosen options, each unit's least use taken off, is at most `limit`.
+    """One limit: the sum of `use` over the chosen options is at most `limit`.
 
     Attributes:
-        use: Shape (options,), at least 0.
-        limit: In the same unit; below 0 where even the least is too much.
-        divisor: What `use` is divided by for the solver.
-        unit: What divides all of `use`, where all are whole numbers; 0 where they are not.
-        slack: What rounding of sums may add; 0 for whole numbers.
+        use: Use of each option minus the smallest use of its unit, shape (options,), at least 0.
+        limit: In the same unit; below 0 if even the smallest uses exceed it.
+        divisor: Scale for the solver: it sees `use / divisor`.
+        unit: Greatest common divisor of `use` if all entries are integers, else 0.
+        slack: Allowance for rounding of sums; 0 for integers.
     """
 
     use: NDArray[np.float64]
@@ -298,9 +296,13 @@ class _Row:
 
     @classmethod
     def of(cls, use: NDArray[np.float64], unit_of: NDArray[np.int64], limit: float, *, whole: float = 0.0) -> _Row:
-        """Coefficients reach up to a hundred, so that the solver's tolerance (1e-6) is below a single unit.
+        """Scale the coefficients to at most 100, so that the solver's tolerance (1e-6) is below a single unit.
 
-        `whole` is what `limit` is a difference of, whose rounding it has: microseconds left of ten seconds.
+        Args:
+            use: Use of each option, shape (options,).
+            unit_of: Unit of each option, ascending from 0, shape (options,).
+            limit: Largest sum of uses.
+            whole: The number that `limit` was subtracted from; the rounding error of the limit is relative to it.
         """
         least = np.full(int(unit_of.max(initial=-1)) + 1, np.inf)
         np.minimum.at(least, unit_of, use)
@@ -313,15 +315,15 @@ class _Row:
 
     @property
     def bound(self) -> float:
-        """The limit as the solver gets it."""
+        """The limit as passed to the solver."""
         if self.limit < -self.slack:
             return -1.0
-        if self.unit:  # half a unit more admits nothing else, and the solver's tolerance excludes nothing
+        if self.unit:  # half a unit of room admits no further sum, and keeps the solver's tolerance from excluding one
             return (math.floor(self.limit / self.unit) + 0.5) * self.unit / self.divisor
         return (self.limit + self.slack) / self.divisor
 
     def excess(self, chosen: NDArray[np.int64]) -> float:
-        """How far the chosen options break the limit."""
+        """By how much the chosen options exceed the limit."""
         return max(0.0, float(self.use[chosen].sum()) - self.limit - self.slack)
 
     def tightened(self, by: float) -> _Row:
@@ -330,13 +332,13 @@ class _Row:
 
 
 @contextlib.contextmanager
-def _solver_silenced() -> Iterator[None]:
-    """HiGHS prints a line of its own to the process's standard output now and then, where results go.
+def _solver_output_discarded() -> Iterator[None]:
+    """Discard what HiGHS prints to the standard output of the process, which is reserved for results.
 
-    It does so through C's buffers, so they are emptied before the descriptor is given back: what is left in them would
-    come out at the end of the process.
+    HiGHS prints through the buffers of the C library. They are flushed before the descriptor is restored; otherwise the
+    rest would be printed at the end of the process.
     """
-    if sys.platform == "win32":  # its C library is not reached by this name
+    if sys.platform == "win32":  # `CDLL(None)` does not load the C library there
         yield
         return
     sys.stdout.flush()

@@ -1,12 +1,13 @@
-"""Which options an optimal allocation may take: the others are ruled out by a Lagrangian bound before the programme.
+"""Options that an optimal allocation may contain; a Lagrangian bound rules out the others before the integer program.
 
-Relaxing one budget with a multiplier r >= 0 leaves a choice in each unit alone, so
+Relaxing one budget with a multiplier r >= 0 makes the units independent, so
 
     bound(r) = sum_u min_o (divergence[u, o] + r use[u, o]) - r limit
 
-lies below every allocation's divergence, and taking option o in unit u raises it by how far o is from u's best. Where that
-exceeds the divergence of an allocation that is known to be feasible, o is in no better one. On a profile of a real model a
-few options a unit are left, and the programme is solved in milliseconds; it stays exact.
+is a lower bound of the divergence of every allocation. Forcing option o into unit u raises the bound by the difference
+between o and the best option of u. If the raised bound exceeds the divergence of a known feasible allocation, no better
+allocation contains o. On the profile of a real model a few options per unit remain, so that the integer program is
+solved in milliseconds; the result stays exact.
 
 Source: Sinha and Zoltners (1979); the pegging test of Pisinger (1995) for the multiple-choice knapsack.
 """
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 __all__ = ["possible_options"]
 
 _MULTIPLIERS = 60
-_MARGIN = 1e-9  # of the divergences: rounding must not rule out the best
+_MARGIN = 1e-9  # relative to the divergences: rounding must not rule out the optimum
 
 
 def possible_options(
@@ -31,14 +32,14 @@ def possible_options(
     unit_of: NDArray[np.int64],
     is_feasible: Callable[[NDArray[np.int64]], bool],
 ) -> NDArray[np.int64]:
-    """Indices of the options that a best allocation may take; all of them where no feasible one is found.
+    """Indices of the options that an optimal allocation may contain; all indices if no feasible allocation is found.
 
     Args:
-        divergence: Of each option, shape (options,).
-        use: Of the relaxed budget, shape (options,), at least 0.
-        limit: Most that may be used.
+        divergence: Divergence of each option, shape (options,).
+        use: How much of the relaxed budget each option uses, shape (options,), at least 0.
+        limit: The relaxed budget.
         unit_of: Unit of each option, ascending from 0, shape (options,).
-        is_feasible: Whether the options of these indices, one a unit, keep every limit.
+        is_feasible: Whether an allocation, given as one option index per unit, satisfies all limits.
     """
     starts = np.flatnonzero(np.diff(unit_of, prepend=-1))
     best_bound, best_rate, least = -np.inf, 0.0, np.inf
@@ -69,7 +70,7 @@ def _filled(
     limit: float,
     unit_of: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """The same allocation with what room is left spent greedily, one unit's better option at a time."""
+    """The allocation improved greedily, one unit at a time, until the budget is used up."""
     filled, room = chosen.copy(), limit - float(use[chosen].sum())
     while True:
         gain = divergence[filled][unit_of] - divergence
@@ -82,13 +83,13 @@ def _filled(
 
 
 def _argmin(values: NDArray[np.float64], unit_of: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index of the least value of each unit."""
+    """Index of the smallest value of each unit."""
     least = np.minimum.reduceat(values, starts)
     index = np.where(values == least[unit_of], np.arange(len(values)), len(values))
     return np.minimum.reduceat(index, starts)
 
 
 def _steepest(divergence: NDArray[np.float64], use: NDArray[np.float64]) -> float:
-    """A multiplier above which only use counts."""
+    """A multiplier at which only the use decides."""
     steps = np.diff(np.unique(use))
     return float(np.ptp(divergence)) / float(steps.min()) + 1e-300 if steps.size else 1.0

@@ -1,56 +1,57 @@
-"""What an allocation must leave alone, whatever the budget."""
+"""Constraints of an allocation: parts that stay dense, fixed units, and the number of removed blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dse.design_point import TensorChoice
 from dse.errors import AllocationError, did_you_mean
-from dse.sensitivity.option import Option, Unit
+from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
 
-__all__ = ["STACK_ROLES", "Constraints"]
+__all__ = ["STACK_ROLES", "AllocationConstraints"]
 
 STACK_ROLES: Mapping[str, tuple[str, ...]] = {
     "query_key_value": ("query", "key", "value"),
     "gate_up": ("gate", "up"),
 }
-"""A stack, or the fused projection of the same name, to the roles it holds."""
-
-Choices = tuple[tuple[str, TensorChoice], ...]
+"""Name of a stack, or of a fused projection, to the roles that it contains."""
 
 
 @dataclass(frozen=True)
-class Constraints:
-    """Limits that hold beside the budget.
+class AllocationConstraints:
+    """Limits that hold in addition to the budget.
 
     Attributes:
-        untouched_layers: Layers of which nothing is decomposed.
-        dense_roles: Roles that stay dense in every layer, such as value or down; a stack that holds the role, and
-            the removal of a block that has it, are excluded too.
-        fixed: Unit name to the choices that it must take (none: dense).
-        forbidden: Whether an option may not be taken.
-        most_removed_blocks: Upper limit of blocks that are removed; None for no limit.
+        untouched_layers: Layers that stay dense.
+        dense_roles: Roles that stay dense in every layer, for example value or down. Stacks that contain such a role,
+            and the removal of blocks that contain it, are excluded too.
+        dense_parts: Names of tensors, stacks and blocks that stay dense.
+        fixed: Unit name to the choices that the unit must take; empty choices mean dense.
+        removals_only: Whether removing blocks is the only change allowed.
+        max_removed_blocks: Largest number of removed blocks; None for no limit.
     """
 
     untouched_layers: frozenset[int] = frozenset()
     dense_roles: frozenset[str] = frozenset()
+    dense_parts: frozenset[str] = frozenset()
     fixed: Mapping[str, Choices] = field(default_factory=dict)
-    forbidden: Callable[[Unit, Option], bool] | None = None
-    most_removed_blocks: int | None = None
+    removals_only: bool = False
+    max_removed_blocks: int | None = None
 
     def allowed_options(self, table: SensitivityTable) -> list[tuple[Option, ...]]:
-        """The options of each unit that the constraints leave, in order of the table's units; never none.
+        """The options that each unit may take, in the order of the table's units; at least one per unit.
 
         Raises:
-            AllocationError: A constraint names what the table does not have, or they exclude each other.
+            AllocationError: A constraint names something that is not in the table, or the constraints contradict
+                each other.
         """
         self._check_names(table)
         return [self._allowed(unit) for unit in table.units]
 
     def _allowed(self, unit: Unit) -> tuple[Option, ...]:
-        kept = tuple(option for option in unit.options if self._admits(unit, option))
+        kept = tuple(option for option in unit.options if option.is_dense or self._allows(unit, option))
+        fixed_text = ""
         if unit.name in self.fixed:
             wanted = tuple(sorted(self.fixed[unit.name]))
             if wanted not in unit.by_choices:
@@ -60,35 +61,36 @@ class Constraints:
                     f" {' | '.join(option.describe() for option in unit.options[:6])}"
                 )
             kept = tuple(option for option in kept if option.choices == wanted)
+            fixed_text = f" and fixing it to {unit.by_choices[wanted].describe()}"
         if not kept:
-            fixed = f" and fixing it to {unit.by_choices[wanted].describe()}" if unit.name in self.fixed else ""
             raise AllocationError(
-                f"constraints must leave every unit an option, but those on '{unit.name}' exclude each other: nothing"
-                f" is left after{self._on(unit)}{fixed}; drop one of them"
+                f"constraints must leave every unit an option, but those on '{unit.name}' contradict each other: no"
+                f" option remains after{self._causes(unit)}{fixed_text}; drop one of them"
             )
         return kept
 
-    def _admits(self, unit: Unit, option: Option) -> bool:
-        if self.forbidden is not None and self.forbidden(unit, option):
+    def _allows(self, unit: Unit, option: Option) -> bool:
+        """Whether the constraints allow an option that is not dense."""
+        if self.removals_only and not option.removes_block:
             return False
-        if option.is_dense:
-            return True
-        if unit.layer in self.untouched_layers:
+        if unit.layer in self.untouched_layers or any(name in self.dense_parts for name, _ in option.choices):
             return False
         if option.removes_block:
-            touched = set().union(*(roles_of(name) for name in unit.names)) | {unit.kind}
+            changed = set().union(*(roles_of(name) for name in unit.names)) | {unit.kind}
         else:
-            touched = set().union(*(roles_of(name) for name, _ in option.choices))
-        return not touched & self.dense_roles
+            changed = set().union(*(roles_of(name) for name, _ in option.choices))
+        return not changed & self.dense_roles
 
-    def _on(self, unit: Unit) -> str:
+    def _causes(self, unit: Unit) -> str:
         causes = []
         if unit.layer in self.untouched_layers:
             causes.append(f" leaving layer {unit.layer} untouched")
         if self.dense_roles:
             causes.append(f" keeping {', '.join(sorted(self.dense_roles))} dense")
-        if self.forbidden is not None:
-            causes.append(" leaving out forbidden options")
+        if parts := sorted(self.dense_parts & unit.names):
+            causes.append(f" keeping {', '.join(parts)} dense")
+        if self.removals_only:
+            causes.append(" allowing removals only")
         return ",".join(causes)
 
     def _check_names(self, table: SensitivityTable) -> None:
@@ -109,12 +111,12 @@ class Constraints:
                 raise AllocationError(
                     f"`fixed` must name a unit of the profile, but got '{name}'{did_you_mean(name, table.by_name)}"
                 )
-        if self.most_removed_blocks is not None and self.most_removed_blocks < 0:
-            raise AllocationError(f"`most_removed_blocks >= 0` must hold, but got {self.most_removed_blocks}")
+        if self.max_removed_blocks is not None and self.max_removed_blocks < 0:
+            raise AllocationError(f"`max_removed_blocks >= 0` must hold, but got {self.max_removed_blocks}")
 
 
 def roles_of(name: str) -> frozenset[str]:
-    """The role of a tensor by its name, and the roles of its members where it is a stack."""
+    """The role in a part's name, and the roles of the members if the part is a stack."""
     role = name.rpartition(".")[2]
     return frozenset((role, *STACK_ROLES.get(role, ())))
 

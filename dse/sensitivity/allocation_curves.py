@@ -1,7 +1,8 @@
-"""Ranks for a budget from curves of divergence: every tensor has its own rank, and the cheapest loss goes first.
+"""Ranks for a budget from divergence curves: an allocation over every rank of every tensor.
 
-Where the divergence of each tensor is known at every rank, and divergences add up, the best ranks share one exchange rate:
-each tensor minimises divergence + rate x parameters by itself, and the rate is raised until the budget is met.
+If the divergence of each tensor is known at every rank, and divergences add up, the optimal ranks share one Lagrange
+multiplier: each tensor minimises divergence + rate * parameters on its own, and the rate is raised until the budget is
+met.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from dse.topology import Matrix, Topology
 
 __all__ = ["CurveAllocation", "allocate_curves"]
 
-_HALVINGS = 60
+_HALVINGS = 60  # of the interval of rates
 
 
 @dataclass(frozen=True)
 class CurveAllocation:
-    """A point of least expected divergence.
+    """A point of minimal expected divergence.
 
     Attributes:
         point: The ranks.
-        divergence: Expected, in the unit of the curves.
+        divergence: Expected divergence, in the unit of the curves.
         reduction: 1 - parameters / dense parameters.
     """
 
@@ -38,7 +39,7 @@ class CurveAllocation:
 
 @dataclass(frozen=True)
 class _Curve:
-    """What one matrix may be: dense, or one of these ranks, in ascending order."""
+    """The choices of one matrix: dense, or one of these ranks, in ascending order."""
 
     name: str
     ranks: NDArray[np.int64]
@@ -47,15 +48,17 @@ class _Curve:
     dense_parameters: int
 
     def best(self, rate: float) -> int:
-        """Index of the rank of least divergence + rate x parameters; -1 for dense."""
+        """Index of the rank with the smallest divergence + rate * parameters; -1 for dense."""
         price = self.divergence + rate * self.parameters
         index = int(price.argmin())
         return index if price[index] < rate * self.dense_parameters else -1
 
     def saved(self, index: int) -> int:
+        """Parameters removed at this index."""
         return 0 if index < 0 else self.dense_parameters - int(self.parameters[index])
 
-    def lost(self, index: int) -> float:
+    def divergence_at(self, index: int) -> float:
+        """Divergence at this index; 0 for dense."""
         return 0.0 if index < 0 else float(self.divergence[index])
 
 
@@ -67,22 +70,22 @@ def allocate_curves(
     method: str = "fisher_svd",
     multiple: int = 1,
 ) -> CurveAllocation:
-    """Ranks of least total divergence that remove at least this share of the model.
+    """Ranks of minimal total divergence for a reduction.
 
     Args:
-        topology: Of the model.
-        curves: Name of each tensor or stack that may be decomposed (no tensor twice) to its divergence at ranks 0, 1, ...
-            up to full rank, never growing.
-        reduction: Of all parameters of the model, above 0.
+        topology: The model's topology.
+        curves: Name of each tensor or stack that may be decomposed (no tensor twice) to its divergence at ranks 0, 1,
+            ... up to full rank, non-increasing.
+        reduction: Smallest reduction, as a share of all parameters of the model; above 0.
         method: The decomposition method of the point.
         multiple: Ranks are multiples of this; a tensor whose break-even rank is smaller stays dense.
 
     Returns:
-        The allocation; by duality no other one of at most its parameters has less divergence, up to ranks given back at the
-        end to use up the budget.
+        The allocation. By duality no allocation with as few parameters has less divergence, except for the ranks that
+        are raised at the end to use up the budget.
 
     Raises:
-        AllocationError: Not even the smallest ranks remove so much.
+        AllocationError: The smallest ranks do not reach the reduction.
 
     Source: Lagrangian relaxation of the multiple-choice knapsack (Everett 1963).
     """
@@ -95,11 +98,12 @@ def allocate_curves(
             f" ranks in multiples of {multiple}, but got {reduction}; allow more tensors or ask for less"
         )
     chosen = _meet(rows, wanted)
-    _give_back(rows, chosen, sum(row.saved(i) for row, i in zip(rows, chosen, strict=True)) - wanted)
+    _raise_ranks(rows, chosen, sum(row.saved(i) for row, i in zip(rows, chosen, strict=True)) - wanted)
     pairs = [(row, index) for row, index in zip(rows, chosen, strict=True) if index >= 0]
     point = DesignPoint.of({row.name: TensorChoice(method, int(row.ranks[index])) for row, index in pairs})
     saved = sum(row.saved(index) for row, index in pairs)
-    return CurveAllocation(point, sum(row.lost(index) for row, index in pairs), saved / topology.parameters_dense)
+    divergence = sum(row.divergence_at(index) for row, index in pairs)
+    return CurveAllocation(point, divergence, saved / topology.parameters_dense)
 
 
 def _curve(matrix: Matrix, divergence: NDArray[np.float64], multiple: int) -> _Curve | None:
@@ -113,13 +117,13 @@ def _curve(matrix: Matrix, divergence: NDArray[np.float64], multiple: int) -> _C
 
 
 def _meet(rows: list[_Curve], wanted: float) -> list[int]:
-    """The choices at the smallest exchange rate that saves enough."""
+    """The choices at the smallest rate that saves enough, found by bisection."""
 
     def at(rate: float) -> tuple[list[int], int]:
         chosen = [row.best(rate) for row in rows]
         return chosen, sum(row.saved(index) for row, index in zip(rows, chosen, strict=True))
 
-    # At the high end even the largest divergence is worth the smallest saving; ranks go down to the smallest there.
+    # At the upper end any saving outweighs any divergence, so that every tensor takes its smallest rank.
     low, high = 0.0, 1.0 + max(float(row.divergence[0]) for row in rows)
     for _ in range(_HALVINGS):
         middle = high / 2 if low == 0 else (low * high) ** 0.5
@@ -130,15 +134,15 @@ def _meet(rows: list[_Curve], wanted: float) -> list[int]:
     return at(high)[0]
 
 
-def _give_back(rows: list[_Curve], chosen: list[int], slack: float) -> None:
-    """Use up what was saved beyond the budget: raise ranks where that lowers divergence most for its parameters."""
+def _raise_ranks(rows: list[_Curve], chosen: list[int], slack: float) -> None:
+    """Spend what was saved beyond the budget: raise the ranks that lower divergence most per parameter."""
     while True:
         best, best_gain = -1, 0.0
         for i, (row, index) in enumerate(zip(rows, chosen, strict=True)):
             if index < 0 or index + 1 >= len(row.ranks):
                 continue
             cost = int(row.parameters[index + 1] - row.parameters[index])
-            gain = (row.lost(index) - row.lost(index + 1)) / cost
+            gain = (row.divergence_at(index) - row.divergence_at(index + 1)) / cost
             if cost <= slack and gain > best_gain:
                 best, best_gain = i, gain
         if best < 0:

@@ -1,4 +1,4 @@
-"""Damage of points on a text: surgery on the resident model, and passes from the changed layer on."""
+"""Divergence of points on a text: the loaded model is decomposed and run from the first changed layer on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dse.decomposition.surgery import FactorSource
 from dse.design_point import DesignPoint
 from dse.errors import NonFiniteError
 from dse.models import LoadedModel
-from dse.sensitivity.head_divergence import WindowDamage, head_divergence
-from dse.sensitivity.stored_states import StoredStates, blocks_of, full_pass
+from dse.sensitivity.head_divergence import WindowDivergence, head_divergences
+from dse.sensitivity.stored_states import StoredStates, full_pass, layer_modules
 
 __all__ = ["DivergenceMeter", "OptionDivergence"]
 
@@ -25,16 +25,16 @@ logger = logging.getLogger("dse")
 
 _BATCH_TOKENS = 1024
 _PROBE_TOKENS = 16
-"""On which passes from stored states are verified, in front of every layer."""
+"""Length of the text on which passes from stored states are verified, before every layer."""
 
 
 @dataclass(frozen=True)
 class OptionDivergence:
-    """What a point does to the model on the meter's text.
+    """Divergence of a point from the dense model on the meter's text.
 
     Attributes:
         kl_divergence: KL(dense || point), nats per token.
-        kl_standard_error: Of that mean, over windows; 0 with a single window.
+        kl_standard_error: Standard error of that mean over windows; 0 with a single window.
         log_likelihood_drop: Mean log-likelihood of the text's tokens, dense minus point, nats per token.
     """
 
@@ -44,34 +44,34 @@ class OptionDivergence:
 
 
 class DivergenceMeter:
-    """Measures points against the dense model on windows of text, each from the first layer it changes.
+    """Measures the divergence of points on windows of text, starting each pass at the first changed layer.
 
     Attributes:
         batches: Token ids of the text, each of shape (windows, tokens).
-        tokens: Positions compared.
-        uses_stored_states: Whether layers in front of a change are left out; False where the architecture refuses.
+        tokens: Number of positions compared.
+        uses_stored_states: Whether passes skip the layers before a change; False if the architecture does not allow it.
     """
 
     def __init__(self, loaded: LoadedModel, windows: Tensor, source: FactorSource) -> None:
         """Run the dense model over the text.
 
         Args:
-            loaded: Dense now.
+            loaded: The dense model.
             windows: Token ids, shape (windows, tokens).
-            source: Where factors come from.
+            source: Provides the factors.
 
         Raises:
-            ModelError: The model has no output head of its own.
+            ModelError: The model has no output head, or its logits differ from those of its head.
         """
         self._loaded = loaded
         self._source = source
         self.batches = torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
         dense = [full_pass(loaded.model, batch).clone() for batch in self.batches]
-        self._heads = head_divergence(loaded.model, dense, self.batches)
+        self._heads = head_divergences(loaded.model, dense, self.batches)
         probe = windows[:1, :_PROBE_TOKENS]
         self._probe = full_pass(loaded.model, probe).clone()
-        blocks = blocks_of(loaded.model, loaded.topology)
-        self._states = StoredStates(loaded.model, blocks, (*self.batches, probe))
+        layers = layer_modules(loaded.model, loaded.topology)
+        self._states = StoredStates(loaded.model, layers, (*self.batches, probe))
         self.tokens = windows.numel()
         self.uses_stored_states = True
 
@@ -79,12 +79,11 @@ class DivergenceMeter:
         """The divergence of a point.
 
         Args:
-            point: What is changed.
-            layer: The first layer it changes; measurements in the order of layers are the cheap ones. None for a pass
-                of the whole model.
+            point: The point.
+            layer: The first layer it changes; measuring in the order of layers is fastest. None for a full pass.
 
         Raises:
-            NonFiniteError: An activation of the point is NaN or infinite.
+            NonFiniteError: An activation is NaN or infinite.
         """
         from_layer = layer is not None and self._prepare(layer)
         with decompose(self._loaded, point, self._source):
@@ -95,14 +94,14 @@ class DivergenceMeter:
         return _divergence_of(parts, point)
 
     def _prepare(self, layer: int) -> bool:
-        """Whether the stored states stand in front of `layer` and serve."""
+        """Move the stored states to `layer`; returns whether they can be used."""
         if not self.uses_stored_states or layer < self._states.layer:
             return False
         if layer > self._states.layer:
             self._states.advance_to(layer)
             if not self._states.agrees(len(self.batches), self._probe):
                 logger.warning(
-                    "the layers of %s hand on more than their output: every option is measured by a pass of the whole"
+                    "the layers of %s pass on more than their output: every option is measured by a full pass of the"
                     " model, which takes about twice as long",
                     type(self._loaded.model).__name__,
                 )
@@ -110,11 +109,11 @@ class DivergenceMeter:
         return self.uses_stored_states
 
 
-def _divergence_of(parts: Sequence[WindowDamage], point: DesignPoint) -> OptionDivergence:
+def _divergence_of(parts: Sequence[WindowDivergence], point: DesignPoint) -> OptionDivergence:
     divergences = np.concatenate([part.kl_divergence for part in parts])
     drops = np.concatenate([part.log_likelihood_drop for part in parts])
     if not (np.isfinite(divergences).all() and np.isfinite(drops).all()):
-        raise NonFiniteError(f"the divergence of a point must be finite, but that of {point.id} is not")
+        raise NonFiniteError(f"a point's divergence must be finite, but that of {point.id} is not; use higher ranks")
     count = divergences.size
     error = float(divergences.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
     return OptionDivergence(float(divergences.mean()), error, float(drops.mean()))

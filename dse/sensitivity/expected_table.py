@@ -1,4 +1,4 @@
-"""A divergence table without a measurement: every option's divergence expected from gradients and activations."""
+"""A sensitivity table without measurements: divergences estimated from gradients and activations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import AllocationError
 from dse.sensitivity.allocation_curves import allocate_curves
-from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
+from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
 from dse.sensitivity.option import Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 from dse.topology import Topology
 
 __all__ = ["expected_table"]
 
-_KEPT = tuple(round(0.05 * step, 2) for step in range(19, 1, -1))
+_KEPT_FRACTIONS = tuple(round(0.05 * step, 2) for step in range(19, 1, -1))
 
 
 def expected_table(
@@ -30,15 +30,17 @@ def expected_table(
     removal: bool = False,
     origin: TableOrigin | None = None,
 ) -> SensitivityTable:
-    """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, divergences as expected.
+    """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, and the expected divergences.
 
     Args:
-        topology: Of the model.
-        curves: From `dse.decomposition.expected_divergence`; tensors without one stay dense.
-        method: That the options name; the curves are those of `fisher_svd`.
+        topology: The model's topology.
+        curves: Tensor name to expected divergence at each rank, from `dse.decomposition.expected_divergence`; tensors
+            without a curve stay dense.
+        method: Method of the options; the curves are those of `fisher_svd`.
         multiple: Ranks are multiples of this.
-        removal: Whether blocks may also be removed. That is no small change, so its expected divergence is rough.
-        origin: What the curves were made on.
+        removal: Whether to add the removal of each block. Its divergence is a rough estimate, because the estimates
+            assume small changes.
+        origin: What the curves were computed from.
 
     Returns:
         A table whose options are all marked as not measured.
@@ -47,14 +49,14 @@ def expected_table(
     for block in blocks_of_topology(topology, names=frozenset(curves)):
         dense = Option((), block.parameters, 0.0, is_measured=False)
         options = {dense.choices: dense}
-        for kept in _KEPT:
+        for kept in _KEPT_FRACTIONS:
             option = _option(topology, block, curves, kept, method, multiple)
             if option is not None:
                 options.setdefault(option.choices, option)
         if removal and block.name in topology.blocks_by_name:
-            gone = float(curves[block.tensors[-1].name][0])  # zero outputs of the tensor that ends the block
+            divergence = float(curves[block.tensors[-1].name][0])  # the block's last tensor with an output of zero
             choices = ((block.name, TensorChoice.removal()),)
-            options[choices] = Option(choices, 0, gone, is_measured=False)
+            options[choices] = Option(choices, 0, divergence, is_measured=False)
         units.append(Unit(block.name, block.layer, block.kind, tuple(options.values())))
     return SensitivityTable(
         tuple(units),
@@ -72,12 +74,12 @@ def _option(
     method: str,
     multiple: int,
 ) -> Option | None:
-    """The least divergence at a kept fraction of the block; None where no ranks go so low."""
-    share = (1 - kept) * block.parameters / topology.parameters_dense
+    """The option of least divergence at a kept fraction of the block; None if no ranks are small enough."""
+    reduction = (1 - kept) * block.parameters / topology.parameters_dense
     own = {tensor.name: curves[tensor.name] for tensor in block.tensors}
     try:
-        found = allocate_curves(topology, own, share, method=method, multiple=multiple)
+        found = allocate_curves(topology, own, reduction, method=method, multiple=multiple)
     except AllocationError:
         return None
-    left = block.parameters - parameters_saved(topology, DesignPoint(found.point.choices))
-    return Option(found.point.choices, left, found.divergence, is_measured=False)
+    parameters = block.parameters - parameters_saved(topology, DesignPoint(found.point.choices))
+    return Option(found.point.choices, parameters, found.divergence, is_measured=False)

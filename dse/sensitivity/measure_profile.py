@@ -1,4 +1,4 @@
-"""Measure a sensitivity profile: tensors one by one, then blocks as one, layer by layer."""
+"""Measure a sensitivity profile, layer by layer: first single tensors, then whole blocks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from dse.errors import CalibrationError, NonFiniteError, ProfileError
 from dse.files import cache_dir
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
-from dse.sensitivity.block_curve import BlockCurve
-from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
 from dse.sensitivity.divergence_meter import DivergenceMeter, OptionDivergence
-from dse.sensitivity.measurements import MeasurementCache
-from dse.sensitivity.option import Option, Unit
-from dse.sensitivity.profile import MeasuredPart, SensitivityProfile
+from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
+from dse.sensitivity.measurement_cache import MeasurementCache
+from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.profile_settings import ProfileSettings
+from dse.sensitivity.sensitivity_curves import (
+    BlockCurve,
+    TensorCurve,
+    best_split,
+    rank_of_kept_fraction,
+    split_table,
+)
+from dse.sensitivity.sensitivity_profile import MeasuredPart, SensitivityProfile
 from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
-from dse.sensitivity.tensor_curve import TensorCurve, best_split, rank_of_kept_fraction, split_table
 from dse.sensitivity.truncation import truncation_errors
 from dse.topology import Matrix
 
@@ -35,19 +40,19 @@ __all__ = ["measure_profile", "profile_origin"]
 
 logger = logging.getLogger("dse")
 
-Choices = tuple[tuple[str, TensorChoice], ...]
+_BLOCK_KINDS = ("attention", "mlp")
 
 
 def profile_origin(
     loaded: LoadedModel, windows: Tensor, calibration: CalibrationWindows | None, settings: ProfileSettings
 ) -> TableOrigin:
-    """What a profile of this model, text and calibration is keyed by.
+    """The origin of a profile of this model, text and calibration; it identifies the profile in the cache.
 
     Raises:
-        CalibrationError: A calibrated method is asked for without calibration text.
+        CalibrationError: A method needs calibration text and there is none.
     """
     if settings.is_calibrated and calibration is None:
-        raise CalibrationError(f"methods {', '.join(settings.methods)} need calibration text, but none was given")
+        raise CalibrationError(f"methods {', '.join(settings.methods)} need calibration text, but there is none")
     digest = hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes())
     return TableOrigin(
         model=loaded.fingerprint,
@@ -69,21 +74,21 @@ def measure_profile(
     folder: Path | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> SensitivityProfile:
-    """The sensitivity profile of a model; what the cache holds is not measured again.
+    """The sensitivity profile of a model; cached measurements are not repeated.
 
     Args:
         loaded: The dense model.
-        windows: Text to measure divergence on, shape (windows, tokens).
-        calibration: For methods that need it.
+        windows: Token ids of the text to measure the divergence on, shape (windows, tokens).
+        calibration: Calibration text, for methods that need it.
         settings: What to measure.
-        text: Of the windows, in words, for the record.
-        folder: Where profiles live; the user's cache by default.
+        text: Description of the text, stored in the profile.
+        folder: Folder of all profiles; default: the user's cache.
         progress: Called as ("calibrate", ...), ("decompose", ...) and ("sensitivity", done, measurements).
 
     Raises:
-        CalibrationError: A calibrated method is asked for without calibration text.
-        ModelError: The model has no output head whose logits are its own.
-        ProfileError: The model has no layers with decomposable tensors among those asked for.
+        CalibrationError: A method needs calibration text and there is none.
+        ModelError: The model has no output head, or its logits differ from those of its head.
+        ProfileError: None of the selected tensors is a decomposable tensor inside the layers.
         StorageFullError: The disk is full.
     """
     settings = settings or ProfileSettings()
@@ -94,7 +99,7 @@ def measure_profile(
         try:
             return SensitivityProfile.read(path, origin)
         except ProfileError as error:
-            logger.warning("%s; it is made again from its measurements", error)
+            logger.warning("%s; the profile is rebuilt from its measurements", error)
     bank = FactorBank.build(loaded, settings.rank_requests(loaded.topology), calibration, progress=progress)
     cache = MeasurementCache(home / "measurements.json", origin)
     profiler = _Profiler(loaded, windows, bank, cache, settings, progress)
@@ -105,7 +110,7 @@ def measure_profile(
 
 
 class _Profiler:
-    """One run: what it measures with, what it found so far."""
+    """One run of `measure_profile`: its instruments and its results so far."""
 
     def __init__(
         self,
@@ -121,13 +126,13 @@ class _Profiler:
         if not self._blocks:
             raise ProfileError(
                 f"a profile needs decomposable tensors inside the layers, but none of {loaded.topology.architecture}'s"
-                " was asked for; name layers or roles that it has"
+                " is selected; name layers or roles that the model has"
             )
         self._progress = progress
         self._done, self._total = 0, self._planned()
         progress("sensitivity", 0, self._total)
         self._meter = DivergenceMeter(loaded, windows, bank)
-        names = list(dict.fromkeys(m.name for block in self._blocks for way in block.ways for m in way))
+        names = list(dict.fromkeys(m.name for block in self._blocks for part in block.partitions for m in part))
         self._errors: Mapping[str, Mapping[str, NDArray[np.float64]]] = {
             method: truncation_errors(loaded, names, method, bank, self._meter.batches) for method in settings.methods
         }
@@ -135,31 +140,32 @@ class _Profiler:
         self._curves: dict[str, dict[str, TensorCurve]] = {}
 
     def run(self, origin: TableOrigin) -> tuple[tuple[MeasuredPart, ...], SensitivityTable]:
-        """Measure everything, layer by layer; each layer is kept on disk before the next."""
+        """Measure all layers; each layer is saved before the next one starts."""
         units = []
         for _, blocks in itertools.groupby(self._blocks, lambda block: block.layer):
             units += [self._unit(block) for block in blocks]
             self._cache.save()
-        tensors = [part for part in self._parts if part.role not in ("attention", "mlp")]
-        whole = [part for part in self._parts if part.role in ("attention", "mlp")]
+        tensors = [part for part in self._parts if part.role not in _BLOCK_KINDS]
+        whole_blocks = [part for part in self._parts if part.role in _BLOCK_KINDS]
         topology = self._loaded.topology
         table = SensitivityTable(
             tuple(units), topology.parameters_dense, origin, one_remains=groups_that_remain(topology)
         )
-        return (*tensors, *whole), table
+        return (*tensors, *whole_blocks), table
 
     def _planned(self) -> int:
-        ways = [way for block in self._blocks for way in block.ways]
-        per_way = len(self._settings.block_kept_fractions)
+        """Number of measurements."""
+        partitions = [partition for block in self._blocks for partition in block.partitions]
+        splits = len(self._settings.block_kept_fractions)
         removable = sum(self._is_removable(block) for block in self._blocks)
-        return len(self._settings.methods) * sum(len(way) + per_way for way in ways) + removable
+        return len(self._settings.methods) * sum(len(matrices) + splits for matrices in partitions) + removable
 
     def _unit(self, block: Block) -> Unit:
         dense = self._dense_parameters(block)
         options = [Option((), dense, 0.0)]
         for method in self._settings.methods:
-            for way in block.ways:
-                options += self._decompositions(block, way, method, dense)
+            for matrices in block.partitions:
+                options += self._decompositions(block, matrices, method, dense)
         if self._is_removable(block):
             choices = ((block.name, TensorChoice.removal()),)
             if (divergence := self._measure(choices, block.layer)) is not None:
@@ -168,11 +174,11 @@ class _Profiler:
         distinct = {option.choices: option for option in reversed(options)}
         return Unit(block.name, block.layer, block.kind, tuple(o for o in options if distinct[o.choices] is o))
 
-    def _decompositions(self, block: Block, way: Sequence[Matrix], method: str, dense: int) -> list[Option]:
-        """Splits of the block at every kept fraction, measured or interpolated."""
-        curves = [curve for matrix in way if (curve := self._curve(matrix, method)) is not None]
+    def _decompositions(self, block: Block, matrices: Sequence[Matrix], method: str, dense: int) -> list[Option]:
+        """One option per kept fraction of the block, measured or interpolated."""
+        curves = [c for matrix in matrices if (c := self._curve(matrix, method, block.layer)) is not None]
         if not curves:
-            self._skip(len(self._settings.block_kept_fractions))
+            self._advance(len(self._settings.block_kept_fractions))
             return []
         table = split_table(curves, self._settings.multiple)
         predicted: dict[Choices, float] = {}
@@ -185,7 +191,7 @@ class _Profiler:
             if fraction not in self._settings.block_kept_fractions:
                 continue
             if not choices:
-                self._skip(1)
+                self._advance(1)
             elif (divergence := self._measure(choices, block.layer)) is not None:
                 measured[choices] = divergence
                 kept = table.parameters_dense - self._saved(choices)
@@ -194,19 +200,18 @@ class _Profiler:
         found, least = [], 0.0
         for choices, divergence_sum in sorted(predicted.items(), key=lambda entry: self._saved(entry[0])):
             known = measured.get(choices)
-            # What removes more does not cost less: noise of a measurement must not say so.
+            # The divergence must not decrease with the parameters removed; a decrease would be measurement noise.
             least = max(least, correction.at(divergence_sum) if known is None else known.kl_divergence)
             found.append(self._option(choices, dense, least, known))
         return found
 
-    def _curve(self, matrix: Matrix, method: str) -> TensorCurve | None:
-        if matrix.name in self._curves.get(method, {}):  # of the block's other way
-            self._skip(1)
+    def _curve(self, matrix: Matrix, method: str, layer: int) -> TensorCurve | None:
+        if matrix.name in self._curves.get(method, {}):  # measured for another partition of the block
+            self._advance(1)
             return self._curves[method][matrix.name]
-        settings, layer = self._settings, matrix.layer
+        settings = self._settings
         rank = rank_of_kept_fraction(matrix, method, settings.tensor_kept_fraction, settings.multiple)
         choices = ((matrix.name, TensorChoice(method, rank)),)
-        assert layer is not None  # noqa: S101 - blocks hold tensors of layers alone
         divergence = self._measure(choices, layer)
         if divergence is None:
             return None
@@ -216,20 +221,21 @@ class _Profiler:
         return curve
 
     def _measure(self, choices: Choices, layer: int) -> OptionDivergence | None:
-        """From the cache or by surgery; None where the model breaks down."""
+        """The divergence from the cache or the meter; None if the outputs are not finite."""
         point = DesignPoint(choices)
         divergence = self._cache.get(point)
         if divergence is None:
             try:
                 divergence = self._meter.measure(point, layer)
             except NonFiniteError as error:
-                logger.warning("%s; it is left out of the profile", error)
+                logger.warning("%s; the profile leaves it out", error)
             else:
                 self._cache.put(point, divergence)
-        self._skip(1)
+        self._advance(1)
         return divergence
 
-    def _skip(self, measurements: int) -> None:
+    def _advance(self, measurements: int) -> None:
+        """Report measurements as done, including ones that are not needed."""
         self._done += measurements
         self._progress("sensitivity", self._done, self._total)
 
@@ -255,12 +261,12 @@ class _Profiler:
         return parameters_saved(self._loaded.topology, DesignPoint(tuple(choices)))
 
     def _dense_parameters(self, block: Block) -> int:
-        """Of the block's matrices, and of the norms that would go with it."""
+        """Parameters of the block's matrices, and of the norms that are removed with the block."""
         if not self._is_removable(block):
             return block.parameters
         return max(block.parameters, self._saved(((block.name, TensorChoice.removal()),)))
 
     def _is_removable(self, block: Block) -> bool:
-        """Some blocks are never removable, others only beside another of their kind."""
+        """Whether the block alone may be removed from the model, and removals are measured."""
         topology, point = self._loaded.topology, DesignPoint.of({block.name: TensorChoice.removal()})
         return self._settings.with_removals and not point_problems(topology, point)

@@ -1,4 +1,4 @@
-"""What a sensitivity profile measures."""
+"""Settings of a sensitivity profile: methods, tensors and ranks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from dataclasses import dataclass
 from dse.cost import break_even_rank, has_core
 from dse.decomposition import METHODS, RankRequests
 from dse.errors import ConfigError
-from dse.sensitivity.blocks import blocks_of_topology
+from dse.sensitivity.layer_blocks import blocks_of_topology
 from dse.topology import Topology
 
 __all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
 
 DEFAULT_PROFILE_TOKENS = 512
 PROFILE_WINDOW = 128
-"""Tokens of a window: the shorter, the more of them, and the better is known how much they differ."""
+"""Tokens per window. Shorter windows mean more of them, hence a better estimate of the standard error."""
 
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Which tensors, methods and ranks.
+    """Which tensors, methods and ranks to measure.
+
+    A kept fraction is factor parameters / dense parameters.
 
     Attributes:
-        methods: Decomposition methods; each is measured, and an allocation may mix them.
-        names: Tensors; None for all inside the layers.
+        methods: Decomposition methods; all are measured, and an allocation may mix them.
+        names: Names of tensors; None for all inside the layers.
         multiple: Ranks are multiples of this.
-        tensor_kept_fraction: Share of a tensor's parameters kept where it is measured alone.
-        block_kept_fractions: Shares of a block's parameters kept where it is measured as one.
-        table_kept_fractions: Shares at which the table has options, measured or interpolated.
-        with_stacks: Whether tensors that read the same input are measured as one matrix too, which takes about twice as
-            long.
-        with_removals: Whether blocks that can be removed are measured without.
+        tensor_kept_fraction: Kept fraction at which single tensors are measured.
+        block_kept_fractions: Kept fractions at which whole blocks are measured.
+        table_kept_fractions: Kept fractions of the table's options, measured or interpolated.
+        with_stacks: Whether stacks of tensors with the same input are measured too; this takes about twice as long.
+        with_removals: Whether the removal of blocks is measured.
     """
 
     methods: tuple[str, ...] = ("fisher_svd",)
@@ -49,14 +50,14 @@ class ProfileSettings:
 
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"a profile needs one method or more, each named once, but got {list(self.methods)}")
+            raise ConfigError(f"a profile needs at least one method, each named once, but got {list(self.methods)}")
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"a method must be one of {', '.join(METHODS)}, but got '{method}'")
             if base := METHODS[method].refit_of:
                 raise ConfigError(
                     f"a profile needs methods whose factors do not depend on the rest of the point, but got '{method}';"
-                    f" measure '{base}', and let `dse allocate --refit` name '{method}' in the points"
+                    f" measure '{base}', and use `dse allocate --refit` for points with '{method}'"
                 )
         fractions = (self.tensor_kept_fraction, *self.block_kept_fractions, *self.table_kept_fractions)
         if not all(0 < fraction < 1 for fraction in fractions):
@@ -64,18 +65,18 @@ class ProfileSettings:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of all attributes."""
+        """Hash of all attributes, sixteen hexadecimal digits."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether some method needs calibration text."""
+        """Whether a method needs calibration text."""
         return any(METHODS[method].is_calibrated for method in self.methods)
 
     def rank_requests(self, topology: Topology) -> RankRequests:
-        """What the factor bank must hold: every tensor up to break-even."""
+        """Requests to the factor bank: every matrix up to its break-even rank."""
         blocks = blocks_of_topology(topology, self.names, with_stacks=self.with_stacks)
-        matrices = {matrix.name: matrix for block in blocks for way in block.ways for matrix in way}
+        matrices = {matrix.name: matrix for block in blocks for partition in block.partitions for matrix in partition}
         return {
             method: {name: break_even_rank(*matrix.shape, core=has_core(method)) for name, matrix in matrices.items()}
             for method in self.methods

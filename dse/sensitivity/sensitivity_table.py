@@ -1,4 +1,4 @@
-"""The divergence table: units, their options, and what it was measured on; JSON in and out."""
+"""The sensitivity table: units, their options with the divergence of each, and the origin of the measurements."""
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from dse.design_point import DesignPoint
-from dse.errors import PointError, ProfileError
+from dse.errors import DseError, PointError, ProfileError
 from dse.files import write_json
 from dse.sensitivity.option import Option, Unit
-from dse.sensitivity.profile_file import MALFORMED, not_a_profile, read_profile_file
 
-__all__ = ["SCHEMA_VERSION", "SensitivityTable", "TableOrigin"]
+__all__ = [
+    "MALFORMED",
+    "SCHEMA_VERSION",
+    "SensitivityTable",
+    "TableOrigin",
+    "malformed_profile",
+    "read_profile_json",
+]
 
 SCHEMA_VERSION = 1
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, DseError)
+"""Errors raised while a malformed document is parsed."""
 
 Factors = Mapping[str, float] | Callable[[Unit, Option], float]
 
 
 @dataclass(frozen=True)
 class TableOrigin:
-    """What a table was measured on; a table of another origin says nothing about this one.
+    """What a table was measured on. Tables of different origins are not comparable.
 
     Attributes:
         model: Fingerprint of the dense model.
-        calibration: Fingerprint of the calibration text that factors were made with; "" where no method needs any.
+        calibration: Fingerprint of the calibration text of the factors; "" if no method needs calibration.
         methods: Decomposition methods, sorted.
-        text: Fingerprint of the text on which divergence was measured.
-        tokens: Of that text.
-        dtype: In which the model was held.
+        text: Fingerprint of the text on which the divergence was measured.
+        tokens: Number of tokens of that text.
+        dtype: Data type of the model's weights.
     """
 
     model: str = ""
@@ -46,22 +55,22 @@ class TableOrigin:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of all attributes."""
+        """Hash of all attributes, sixteen hexadecimal digits."""
         content = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def check(self, wanted: TableOrigin, where: str) -> None:
-        """Refuse a table that was measured on something else than `wanted`.
+        """Check that this origin equals `wanted`.
 
         Raises:
-            ProfileError: With the first attribute that differs.
+            ProfileError: An attribute differs; the message names the first one.
         """
         for attribute in dataclasses.fields(self):
             have, want = getattr(self, attribute.name), getattr(wanted, attribute.name)
             if have != want:
                 raise ProfileError(
-                    f"a sensitivity profile must be of the same {_WHAT[attribute.name]}, but {where} has"
-                    f" {_shown(have)} where {_shown(want)} is needed; measure it anew with `dse sensitivity`, or name"
+                    f"a sensitivity profile must be of the same {_DESCRIPTIONS[attribute.name]}, but {where} has"
+                    f" {_shown(have)} where {_shown(want)} is needed; measure it again with `dse sensitivity`, or name"
                     " the model, texts and methods that it was measured with"
                 )
 
@@ -70,7 +79,7 @@ def _shown(value: Any) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value) or "none"
 
 
-_WHAT = {
+_DESCRIPTIONS = {
     "model": "model (fingerprint)",
     "calibration": "calibration text (fingerprint)",
     "methods": "methods",
@@ -84,15 +93,15 @@ _WHAT = {
 class SensitivityTable:
     """Units with their options, and the totals of the dense model.
 
-    Divergences of different units are taken to add up; `scaled` is the place to correct that from measured points.
+    The divergences of different units are assumed to add up; `scaled` corrects them, for example from measured points.
 
     Attributes:
-        units: In order of layers.
-        parameters_dense: All parameters of the dense model, tied ones once.
-        origin: What it was measured on.
-        latency_dense_s: Latency of the dense model, of which the options' `latency_s` are shares.
-        energy_dense_j: Energy of the dense model, of which the options' `energy_j` are shares.
-        one_remains: Groups of units of which one at least may not be removed, such as all attention blocks.
+        units: In the order of the layers.
+        parameters_dense: All parameters of the dense model, tied ones counted once.
+        origin: What the table was measured on.
+        latency_dense_s: Latency of the dense model; the options' `latency_s` are shares of it. None if not predicted.
+        energy_dense_j: Energy of the dense model; the options' `energy_j` are shares of it. None if not predicted.
+        one_remains: Groups of units that must not all be removed, for example all attention blocks.
     """
 
     units: tuple[Unit, ...]
@@ -103,14 +112,14 @@ class SensitivityTable:
     one_remains: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        names = [unit.name for unit in self.units]
-        decided = [name for unit in self.units for name in unit.names]
-        if len(set(names)) < len(names) or len(set(decided)) < len(decided):
-            raise ProfileError("each unit must stand in a profile once, and each tensor belong to one unit")
+        unit_names = [unit.name for unit in self.units]
+        part_names = [name for unit in self.units for name in unit.names]
+        if len(set(unit_names)) < len(unit_names) or len(set(part_names)) < len(part_names):
+            raise ProfileError("each unit must appear in a profile once, and each tensor must belong to one unit")
         if sum(unit.dense.parameters for unit in self.units) > self.parameters_dense:
             raise ProfileError(
-                f"the units of a profile hold at most the model's {self.parameters_dense:,} parameters, but more are"
-                " listed; measure the profile anew"
+                f"the units of a profile must hold at most the model's {self.parameters_dense:,} parameters, but they"
+                " hold more; measure the profile again"
             )
 
     @cached_property
@@ -123,17 +132,17 @@ class SensitivityTable:
         return 1 - parameters / self.parameters_dense
 
     def options_of(self, point: DesignPoint) -> dict[str, Option]:
-        """Unit name to the option that this point takes, dense ones included.
+        """Unit name to the option that the point takes, including dense ones.
 
         Raises:
-            PointError: The point holds something that is no option of this table.
+            PointError: The point is not a combination of this table's options.
         """
         unit_of = {name: unit for unit in self.units for name in unit.names}
         chosen: dict[str, list[Any]] = {}
         for name, choice in point:
             if name not in unit_of:
                 raise PointError(
-                    f"a point must be made of the profile's options, but none of its {len(self.units)} units treats"
+                    f"a point must consist of the profile's options, but none of its {len(self.units)} units changes"
                     f" '{name}'; measure a profile that does"
                 )
             chosen.setdefault(unit_of[name].name, []).append((name, choice))
@@ -144,7 +153,8 @@ class SensitivityTable:
             if option is None:
                 listed = Option(choices, 0, 0.0).describe()
                 raise PointError(
-                    f"a point must be made of the profile's options, but '{unit.name}' has none that is {listed}"
+                    f"a point must consist of the profile's options, but '{unit.name}' has no option {listed}; use one"
+                    " of the profile's ranks"
                 )
             found[unit.name] = option
         return found
@@ -153,22 +163,22 @@ class SensitivityTable:
         """Sum of the divergences of the point's options, nats per token.
 
         Raises:
-            PointError: The point holds something that is no option of this table.
+            PointError: The point is not a combination of this table's options.
         """
         return sum(option.divergence for option in self.options_of(point).values())
 
     def scaled(self, factors: Factors) -> SensitivityTable:
-        """The same table with divergences multiplied.
+        """The same table with each divergence multiplied by a factor.
 
         Args:
-            factors: Unit name to factor (1 where a unit is not named), or a function of unit and option.
+            factors: Unit name to factor (default 1), or a function of unit and option.
         """
 
         def factor(unit: Unit, option: Option) -> float:
             return factors(unit, option) if callable(factors) else factors.get(unit.name, 1.0)
 
         def scaled_option(unit: Unit, option: Option) -> Option:
-            if option.is_dense:  # at 0 whatever the factor
+            if option.is_dense:  # always 0
                 return option
             return dataclasses.replace(option, divergence=option.divergence * factor(unit, option))
 
@@ -179,7 +189,7 @@ class SensitivityTable:
         return dataclasses.replace(self, units=units)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for a file."""
+        """The whole table as JSON values."""
         return {
             "schema": SCHEMA_VERSION,
             "fingerprint": self.origin.fingerprint,
@@ -201,10 +211,10 @@ class SensitivityTable:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str = "the profile") -> SensitivityTable:
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            ProfileError: It was not written by it, or by another version.
+            ProfileError: The document is not the output of `to_json`, or has another schema version.
         """
         try:
             if document["schema"] != SCHEMA_VERSION:
@@ -229,24 +239,47 @@ class SensitivityTable:
                 tuple(tuple(map(str, group)) for group in document["one_remains"]),
             )
         except MALFORMED as error:
-            raise not_a_profile(where, error) from error
+            raise malformed_profile(where, error) from error
 
     def write(self, path: Path) -> None:
         """Write the table as JSON, atomically.
 
         Raises:
-            StorageFullError: The disk is full or the folder cannot be written.
+            StorageFullError: The disk is full or the folder is not writable.
         """
         write_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path, origin: TableOrigin | None = None) -> SensitivityTable:
-        """Read a table, and refuse one of another origin where one is asked for.
+        """Read a table, and check its origin if one is given.
 
         Raises:
-            ProfileError: The file cannot be read, is damaged, or was measured on something else.
+            ProfileError: The file is not readable, is malformed, or has another origin.
         """
-        table = cls.from_json(read_profile_file(path), str(path))
+        table = cls.from_json(read_profile_json(path), str(path))
         if origin is not None:
             table.origin.check(origin, str(path))
         return table
+
+
+def malformed_profile(where: str, error: Exception) -> ProfileError:
+    """The error for a document that `dse sensitivity` did not write."""
+    return ProfileError(
+        f"a sensitivity profile must be a file written by `dse sensitivity`, but {where} is not"
+        f" ({type(error).__name__}: {error}); measure the profile again"
+    )
+
+
+def read_profile_json(path: Path) -> Any:
+    """The JSON document in a profile file.
+
+    Raises:
+        ProfileError: The file is not readable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ProfileError(
+            f"a sensitivity profile must be a readable JSON file, but {path} is not"
+            f" ({getattr(error, 'strerror', None) or error}); measure it with `dse sensitivity`"
+        ) from error

@@ -1,4 +1,4 @@
-"""The error of a tensor's outputs on a text when its factors are truncated, for every rank at once."""
+"""Error of a tensor's outputs on a text for every truncation rank, in one pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dse.cost import break_even_rank, has_core
-from dse.decomposition.low_rank import as_matrix
+from dse.decomposition.factors import as_matrix
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import TensorChoice
 from dse.models import LoadedModel
@@ -20,7 +20,7 @@ from dse.sensitivity.stored_states import full_pass
 
 __all__ = ["truncation_errors"]
 
-_LEAST = 1e-7  # of the output's power: rounding of float32 products
+_MIN_ERROR = 1e-7  # relative to the output's power: rounding of float32 products
 
 
 def truncation_errors(
@@ -28,24 +28,24 @@ def truncation_errors(
 ) -> Mapping[str, NDArray[np.float64]]:
     """||W x - L_r R_r x||^2 / ||W x||^2 over a text, for every rank r up to break-even.
 
-    With activations a = R x of all columns, sum over a text
+    With the activations a = R x of all columns, summed over a text,
 
-        ||W x - L_r a_r||^2 = ||W x||^2 - 2 sum_{i<=r} (L^T W x)_i a_i + sum_{i,j<=r} (L^T L)_ij a_i a_j,
+        ||W x - L_r a_r||^2 = ||W x||^2 - 2 sum_{i<=r} (L^T W x)_i a_i + sum_{i,j<=r} (L^T L)_ij a_i a_j.
 
-    so one pass gives the sums of all ranks, whatever the method, as long as smaller ranks are leading columns.
+    One pass yields these sums for all ranks, for any method whose factors at lower ranks are the leading columns.
 
     Args:
-        loaded: Dense now.
+        loaded: The dense model.
         names: Tensors or stacks.
-        method: Of their factors.
-        source: Holds factors up to break-even.
+        method: Decomposition method of the factors.
+        source: Provides factors up to break-even.
         batches: Token ids, each of shape (windows, tokens).
 
     Returns:
-        Tensor name to errors of ranks 0 to break-even, in (0, 1], not rising; shape (break-even + 1,).
+        Tensor name to errors at ranks 0 to break-even, in (0, 1], non-increasing; shape (break-even + 1,).
     """
     sums = {name: _Sums(_modules(loaded, name), *_factors(loaded, name, method, source)) for name in names}
-    # The members of a stack read the same input, so the first stands for all.
+    # The members of a stack read the same input, so a hook on the first suffices.
     handles = [
         _modules(loaded, name)[0].register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()
     ]
@@ -59,7 +59,7 @@ def truncation_errors(
 
 
 class _Sums:
-    """What is summed over a text for one tensor or stack."""
+    """Sums over a text for one tensor or stack."""
 
     def __init__(self, modules: Sequence[nn.Module], left: Tensor, right: Tensor) -> None:
         self._weight = torch.cat([as_matrix(module).float() for module in modules])
@@ -69,7 +69,7 @@ class _Sums:
         self._activations = torch.zeros(right.shape[0], right.shape[0], dtype=torch.float64, device=right.device)
 
     def add(self, inputs: Tensor) -> None:
-        """Take in the inputs of a batch, shape (..., in_features)."""
+        """Add the inputs of a batch, shape (..., in_features)."""
         x = inputs.detach().flatten(0, -2).float()
         outputs, activations = x @ self._weight.T, x @ self._right.T
         self._power += float(outputs.square().sum())
@@ -77,13 +77,13 @@ class _Sums:
         self._activations += (activations.T @ activations).double()
 
     def errors(self) -> NDArray[np.float64]:
-        """Shape (ranks + 1,)."""
+        """Relative squared errors at ranks 0 to break-even, shape (break-even + 1,)."""
         overlaps = ((self._left.T @ self._left).double() * self._activations).cpu().numpy()
-        # Entry by entry, what a row and a column add to the square of leading columns.
+        # Entry r: what row and column r add to the quadratic form of the leading r columns.
         squares = np.cumsum(2 * np.tril(overlaps, -1).sum(axis=1) + np.diag(overlaps))
         gained = 2 * np.cumsum(self._inner.cpu().numpy()) - squares
-        left = 1.0 - np.concatenate([[0.0], gained]) / max(self._power, 1e-300)
-        return np.minimum.accumulate(np.clip(left, _LEAST, 1.0))
+        errors = 1.0 - np.concatenate([[0.0], gained]) / max(self._power, 1e-300)
+        return np.minimum.accumulate(np.clip(errors, _MIN_ERROR, 1.0))
 
 
 def _see(add: Callable[[Tensor], None], _module: nn.Module, inputs: Any) -> None:

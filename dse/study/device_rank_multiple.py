@@ -1,4 +1,4 @@
-"""`ranks.multiple: device`: the multiple of ranks that the study's device is timed to like, settled once a study."""
+"""`ranks.multiple: device`: find the rank multiple at which this device is fastest, once per study."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Iterable
 
 from dse.config import SearchSpaceConfig, StudyConfig
 from dse.measurement import device_lock
-from dse.measurement.device_profile import rank_multiple
-from dse.measurement.device_profile.model_profile import Phase
-from dse.measurement.device_profile.product_timings import ProductTimings
-from dse.measurement.device_profile.rank_multiple import rank_multiple_shapes
+from dse.measurement.device_profile import (
+    Phase,
+    ProductTimings,
+    find_rank_multiple,
+    rank_multiple_shapes,
+    timings_for,
+)
 from dse.models import LoadedModel
-from dse.runtime import timings_for
 from dse.search.spaces.base import SearchSpace
-from dse.study.events import StudyListener
+from dse.study.listener import StudyListener
 from dse.study.measurement_plan import MeasurementPlan
 
 __all__ = ["settled_space", "settled_study"]
@@ -22,11 +24,13 @@ __all__ = ["settled_space", "settled_study"]
 def settled_study(
     config: StudyConfig, loaded: LoadedModel, plan: MeasurementPlan, listener: StudyListener
 ) -> StudyConfig:
-    """The study with a number for a multiple; products are timed in the phases of its latencies, or in all it has.
+    """The study with `device` replaced by a number, from products timed in the phases of its latency objectives.
+
+    A study without latency objectives uses all phases of its model.
 
     Raises:
         ConfigError: The space does not fit the model.
-        StorageFullError: A timing cannot be kept.
+        StorageFullError: A timing cannot be stored.
     """
     if config.space.ranks.multiple != "device":
         return config
@@ -43,11 +47,11 @@ def settled_space(
     timings: ProductTimings,
     listener: StudyListener,
 ) -> SearchSpaceConfig:
-    """The space with a number for a multiple, timed now where this device has not timed it yet.
+    """The space with `device` replaced by a number; products without a timing on this device are timed now.
 
     Raises:
         ConfigError: The space does not fit the model.
-        StorageFullError: A timing cannot be kept.
+        StorageFullError: A timing cannot be stored.
     """
     if space.ranks.multiple != "device":
         return space
@@ -59,9 +63,9 @@ def settled_space(
     with device_lock(loaded.device):
         for done, shape in enumerate(shapes):
             listener.on_phase("rank multiple", done, len(shapes))
-            timings.best_seconds(shape)
+            timings.seconds(shape)
     listener.on_phase("rank multiple", len(shapes), len(shapes))
-    multiple = rank_multiple(sizes, phases, timings)
-    reason = "a smaller step would save no time" if multiple > 1 else "no multiple is faster than the ranks below it"
+    multiple = find_rank_multiple(sizes, phases, timings)
+    reason = "smaller steps save no time" if multiple > 1 else "no multiple is faster than the ranks below it"
     listener.on_message(f"ranks are multiples of {multiple}: {reason} on this device")
     return space.at_multiple(multiple)

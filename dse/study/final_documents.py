@@ -1,9 +1,8 @@
-"""The end of a study: the whole front is evaluated again, on documents that the search never saw.
+"""Evaluate the front on final documents, which the search never saw.
 
-Every front point has been evaluated on all documents of the search; asking the same documents again would say the same.
-But a front is picked by what it scored there, so some of it sits there by luck. Fresh documents have no such bias. What
-they say replaces the accuracy of a front point; who then leaves the front makes room for others, which are evaluated in
-their turn, until the front holds only points that fresh documents have confirmed.
+The best of many noisy evaluations is biased upwards (winner's curse), and evaluating the same documents again would
+repeat the bias. So the final documents are new ones. Their results replace those of the search; a point that leaves the
+front makes room for others, which are evaluated in turn, until every point on the front is confirmed.
 """
 
 from __future__ import annotations
@@ -13,23 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dse.decomposition import FactorBank, decompose
-from dse.design_point import DesignPoint
 from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator
 from dse.models import LoadedModel
-from dse.study.evaluation_quantities import with_evaluation
+from dse.study.rungs import with_evaluation
 from dse.trial_record import TrialRecord
 
 __all__ = ["FinalEvaluator", "final_pending", "reevaluate_front", "with_final_values"]
 
-_SAID = ("quantities", "ratios", "accuracy_drop", "graded_drops")
-"""Fields of a record that documents fill."""
-
-Front = Callable[[], Sequence[TrialRecord]]
+_FROM_DOCUMENTS = ("quantities", "ratios", "accuracy_drop", "graded_drops")
+"""Fields of a record that are measured on documents."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FinalEvaluator:
-    """Evaluates a trial's point on the fresh documents."""
+    """Evaluates points on the final documents."""
 
     loaded: LoadedModel
     bank: FactorBank
@@ -37,15 +33,14 @@ class FinalEvaluator:
     cache: EvaluationCache | None
 
     def evaluate(self, record: TrialRecord, progress: Callable[[int, int], None]) -> EvaluationResult:
-        """The point of a record, from the cache where it is there.
+        """Evaluate the point of a record; answers in the cache are reused.
 
         Raises:
             TrialError: The point cannot be applied or scored.
         """
-        point = DesignPoint.from_json(record.point, self.loaded.topology)
-        identity = self.evaluator.identity(point.id, self.bank.identity(point))
+        identity = self.evaluator.identity(record.point_id, self.bank.identity(record.point))
         answers = Answers() if self.cache is None else self.cache.read(identity)
-        with decompose(self.loaded, point, self.bank):
+        with decompose(self.loaded, record.point, self.bank):
             result = self.evaluator.evaluate(progress, answers=answers)
         if self.cache is not None:
             self.cache.write(identity, answers)
@@ -54,42 +49,43 @@ class FinalEvaluator:
 
 def reevaluate_front(
     final: FinalEvaluator,
-    dense: TrialRecord,
-    front: Front,
+    baseline: TrialRecord,
+    front: Callable[[], Sequence[TrialRecord]],
     found: Mapping[str, Any],
     keep: Callable[[dict[str, Any]], None],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Evaluate the front on fresh documents until all of it has been.
+    """Evaluate the front on the final documents until every point on it has been evaluated.
 
     Args:
-        final: Evaluates a point.
-        dense: The dense model's record.
-        front: The trials on the front as it stands, final values counted.
-        found: What is known from an earlier run, by trial number.
-        keep: Stores what is known after every trial; a kill loses the one in progress.
+        final: The evaluator.
+        baseline: The dense model's record.
+        front: Returns the trials on the front, with the final values so far.
+        found: Results of an earlier run, by trial number.
+        keep: Stores the results after every trial; a kill loses at most the trial in progress.
         progress: Called as requests finish.
     """
     known = dict(found)
-    reference = final.evaluate(dense, progress)
+    reference = final.evaluate(baseline, progress)
     while True:
-        waiting = [dense] if str(dense.trial) not in known else []
-        waiting += [record for record in front() if str(record.trial) not in known and record.trial != dense.trial]
+        waiting = [baseline] if str(baseline.trial) not in known else []
+        waiting += [record for record in front() if str(record.trial) not in known and record.trial != baseline.trial]
         if not waiting:
             return
         record = waiting[0]
-        result = reference if record.trial == dense.trial else final.evaluate(record, progress)
-        known[str(record.trial)] = _entry(record, result, None if record.trial == dense.trial else reference)
+        is_baseline = record.trial == baseline.trial
+        result = reference if is_baseline else final.evaluate(record, progress)
+        known[str(record.trial)] = _entry(record, result, None if is_baseline else reference)
         keep(known)
 
 
 def final_pending(front: Sequence[TrialRecord], found: Mapping[str, Any]) -> bool:
-    """Whether a front point still waits for the fresh documents."""
+    """Whether a point on the front has not been evaluated on the final documents yet."""
     return any(str(record.trial) not in found for record in front)
 
 
 def with_final_values(record: TrialRecord, found: Mapping[str, Any]) -> TrialRecord:
-    """The record with what the fresh documents said in the place of what the search's said, which it keeps beside."""
+    """The record with its results on the final documents, if any; `search_quantities` keeps those of the search."""
     entry = found.get(str(record.trial))
     if entry is None:
         return record
@@ -103,9 +99,9 @@ def with_final_values(record: TrialRecord, found: Mapping[str, Any]) -> TrialRec
     )
 
 
-def _entry(record: TrialRecord, result: EvaluationResult, dense: EvaluationResult | None) -> dict[str, Any]:
-    """What the fresh documents say, as the record's JSON has it."""
+def _entry(record: TrialRecord, result: EvaluationResult, baseline: EvaluationResult | None) -> dict[str, Any]:
+    """The results on the final documents, as JSON of a record's fields."""
     bare = dataclasses.replace(record, quantities={}, ratios={}, graded_drops={}, accuracy_drop=None)
-    said = with_evaluation(bare, result, dense).to_json()
+    found = with_evaluation(bare, result, baseline).to_json()
     documents = sum(task.documents for task in result.tasks)
-    return {**{name: said[name] for name in _SAID}, "final_documents": documents}
+    return {**{name: found[name] for name in _FROM_DOCUMENTS}, "final_documents": documents}

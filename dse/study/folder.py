@@ -1,4 +1,4 @@
-"""A study's folder: what lies where, whose it is, and one process at a time."""
+"""The folder of a study: its files, which study it belongs to, and a lock against a second process."""
 
 from __future__ import annotations
 
@@ -38,37 +38,36 @@ class StudyFolder:
         self.answers = path / "answers"
 
     def outcomes(self, trial: int) -> Path:
-        """Per-document outcomes of one trial."""
+        """The file of one trial's per-document outcomes."""
         return self.path / "outcomes" / f"trial-{trial:05d}.npz"
 
     def drop_answers(self) -> None:
-        """Remove the answers that were kept for resuming alone."""
+        """Remove answers that were kept for resuming only."""
         shutil.rmtree(self.answers, ignore_errors=True)
 
     def check_usable(self) -> None:
-        """Refuse a folder that is neither free nor a study's. Nothing is written.
+        """Refuse a folder that is neither empty nor a study's; nothing is written.
 
         Raises:
-            StudyError: The folder holds something that is no study.
+            StudyError: The folder holds something other than a study.
         """
         try:
             has_study = self.study_yaml.exists()
-            # A kill at the very start leaves a lock, and perhaps a half-written file.
-            is_free = not self.path.exists() or (self.path.is_dir() and all(map(_is_ours, self.path.iterdir())))
+            # A kill at the very start leaves a lock, and possibly a half-written file.
+            is_empty = not self.path.exists() or (self.path.is_dir() and all(map(_is_ours, self.path.iterdir())))
         except OSError as error:
             raise StudyError(
-                f"a study needs a folder it may use, but {self.path}: {error.strerror}; choose another `--out`"
+                f"a study needs a folder it can use, but {self.path}: {error.strerror}; choose another `--out`"
             ) from error
-        if not (has_study or is_free):
+        if not (has_study or is_empty):
             raise StudyError(
-                f"a study needs a folder of its own, but {self.path} exists and is no study; choose another `--out`"
+                f"a study needs a folder of its own, but {self.path} exists and is not a study; choose another `--out`"
             )
 
     def check_same(self, config: StudyConfig, evaluated_trials: int) -> None:
-        """Refuse to mix two studies; one of which nothing was evaluated makes way, since it may have been mistaken.
+        """Refuse to mix two studies; a study without evaluated trials is replaced.
 
-        The number of trials may change between runs, and own points may be added: a study is made longer by asking for
-        more.
+        Between runs the number of trials may change, and points may be added to `enqueue`.
 
         Raises:
             StudyError: The folder holds trials of another study.
@@ -90,9 +89,9 @@ class StudyFolder:
                 self.storage.unlink(missing_ok=True)
 
     def with_settled_multiple(self, config: StudyConfig) -> StudyConfig:
-        """The study at the rank multiple that was settled when it began, where it leaves that to the device.
+        """The study with the rank multiple found when it started, if it leaves the multiple to the device.
 
-        Timings may have changed since; a study's space may not.
+        Timings may have changed since then, but the space of a study must not.
 
         Raises:
             StudyError: The folder's study is damaged.
@@ -111,15 +110,15 @@ class StudyFolder:
         write_text(self.study_yaml, config.to_yaml())
 
     def write_evaluation(self, trial: int, evaluation: EvaluationResult) -> None:
-        """Keep an evaluation with its per-document outcomes."""
+        """Store an evaluation with its per-document outcomes."""
         evaluation.write_outcomes(self.outcomes(trial))
         write_json(self.outcomes(trial).with_suffix(".json"), evaluation.to_json())
 
     def read_evaluation(self, trial: int) -> EvaluationResult:
-        """An evaluation of this study.
+        """Read the evaluation of a trial.
 
         Raises:
-            StudyError: It is missing or damaged.
+            StudyError: The evaluation is missing or damaged.
         """
         path = self.outcomes(trial).with_suffix(".json")
         try:
@@ -131,7 +130,7 @@ class StudyFolder:
 
     @contextlib.contextmanager
     def logging_to_file(self) -> Iterator[None]:
-        """Have what `dse` logs written to `run.log`, too."""
+        """Write the log of `dse` to `run.log`, too."""
         logger = logging.getLogger("dse")
         with disk_errors(self.log):
             handler = _LogFile(self.log, encoding="utf-8")
@@ -148,26 +147,27 @@ class StudyFolder:
                 handler.close()
 
     def read_config(self) -> StudyConfig:
-        """The resolved study of this folder.
+        """Read the resolved study of this folder.
 
         Raises:
-            StudyError: There is none.
+            StudyError: The folder holds no study.
         """
         if not self.study_yaml.is_file():
             raise StudyError(
-                f"{self.path} must be the folder of a study, but has no study.yaml; give the one that `dse run` printed"
+                f"{self.path} must be the folder of a study, but has no study.yaml; give the folder that `dse run`"
+                " printed"
             )
         return parse_study(read_yaml(self.study_yaml), base=self.path, origin=str(self.study_yaml))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be, against a second process; it is free again when this one dies.
+        """Lock the folder, which is created if necessary; the lock ends with the process.
 
-        A new folder into which nothing was written is taken away again.
+        A new folder to which nothing was written is removed again.
 
         Raises:
             StudyError: Another process runs this study.
-            StorageFullError: The folder cannot be made or written.
+            StorageFullError: The folder cannot be created or written.
         """
         lock = filelock.FileLock(self.path / _LOCK, blocking=False)
         with disk_errors(self.path):
@@ -190,10 +190,10 @@ class StudyFolder:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written, on a full disk, must not keep what is worth more from being said."""
+    """A log file whose write errors, as on a full disk, do not hide the error that matters."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Let it go."""
+        """Ignore the error."""
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,21 +1,27 @@
-"""What each objective needs to be measured, and how its value is read from a record."""
+"""Which measurements the objectives of a study require, and the objective values and violations of a trial."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dse.config import StudyConfig
-from dse.errors import ConfigError, MeterUnavailableError
+from dse.config import LimitsConfig, StudyConfig
+from dse.errors import ConfigError, InvalidMeasurementError, MeterUnavailableError
 from dse.evaluation.result import PERPLEXITY_METRICS
+from dse.models import LoadedModel
 from dse.pareto import Objective, objective_named
+from dse.search.spaces.limits import measured_violations
+from dse.trial_record import TrialRecord, objective_values
 
 __all__ = [
     "RequiredMeasurements",
-    "check_tasks_serve",
-    "objective_values",
+    "check_phases",
+    "check_tasks",
+    "measured_limit_violations",
     "required_measurements",
     "resolve_objectives",
+    "with_objective_values",
 ]
 
 _DIVERGENCE = {"kl_divergence"}
@@ -24,23 +30,24 @@ _GRADED: Mapping[str, str] = {
     "choice_probability": "a multiple-choice task",
     "target_log_likelihood": "a multiple-choice or cloze task",
 }
-"""Graded metric to the tasks that have it."""
+"""Graded metric to the tasks that report it."""
 _LATENCY = {"prefill_latency_s", "decode_latency_s"}
 _ENERGY = {"prefill_energy_j", "energy_per_token_j"}
 _MEMORY = {"peak_memory_bytes"}
+_DECODE = {"decode_latency_s", "energy_per_token_j"}
 
 
 @dataclass(frozen=True)
 class RequiredMeasurements:
-    """Which measurements a study takes.
+    """The measurements that a study takes in every trial.
 
     Attributes:
-        evaluation: Accuracy.
-        divergence: KL divergence to dense.
-        latency: Prefill and decode.
-        energy: Of both.
-        memory: Peaks.
-        valid_energy: Whether a trial fails where its energy is invalid, because an objective is read from it.
+        evaluation: Accuracy on the tasks.
+        divergence: KL divergence from the baseline.
+        latency: Prefill and decode latency.
+        energy: Prefill and decode energy.
+        memory: Peak memory.
+        valid_energy: Whether a trial with invalid energy fails, because energy is an objective.
     """
 
     evaluation: bool
@@ -54,11 +61,15 @@ class RequiredMeasurements:
 def required_measurements(
     objectives: Sequence[Objective], has_tasks: bool, *, has_grid: bool = False, has_meter: bool = False
 ) -> RequiredMeasurements:
-    """Measurements that these objectives need.
+    """The measurements that these objectives require, and those that the study file asks for explicitly.
 
-    What the study names beside them is taken in any case: tasks, a grid of more than one cell, a meter.
+    Args:
+        objectives: The study's objectives.
+        has_tasks: Whether the study has tasks.
+        has_grid: Whether the measurement grid has more than one cell.
+        has_meter: Whether the study names an energy meter.
     """
-    names = {entry.name for entry in objectives}
+    names = {objective.name for objective in objectives}
     return RequiredMeasurements(
         evaluation=has_tasks or bool(names & (_ACCURACY | _GRADED.keys())),
         divergence=bool(names & _DIVERGENCE),
@@ -70,32 +81,32 @@ def required_measurements(
 
 
 def resolve_objectives(
-    config: StudyConfig, meter_problem: str | None, begun_with: Sequence[str] | None = None
+    config: StudyConfig, meter_problem: str | None, started_with: Sequence[str] | None = None
 ) -> tuple[tuple[Objective, ...], dict[str, str]]:
-    """The study's objectives, optional ones that cannot be measured left out.
+    """The study's objectives, without optional ones that cannot be measured here.
 
     Args:
         config: The study.
-        meter_problem: Why energy cannot be measured here; None where it can.
-        begun_with: Objectives of the trials that are there already; a study keeps them.
+        meter_problem: Why energy cannot be measured; None if it can.
+        started_with: Objectives of the existing trials, which a resumed study keeps; None for a new study.
 
     Returns:
-        Objectives, and the names that were dropped with the reason.
+        The objectives, and the names of dropped ones with the reason.
 
     Raises:
         ConfigError: An objective is unknown, or none is left.
-        MeterUnavailableError: Energy is asked for (and not optional) where no meter exists.
+        MeterUnavailableError: Energy is an objective, not optional, and there is no meter.
     """
     kept: list[Objective] = []
     dropped: dict[str, str] = {}
     for entry in config.objectives:
-        chosen = objective_named(entry.name)
-        if begun_with is not None and entry.name not in begun_with:
-            dropped[entry.name] = "this study was begun without it"
+        objective = objective_named(entry.name)
+        if started_with is not None and entry.name not in started_with:
+            dropped[entry.name] = "this study started without it"
         elif entry.name in _ENERGY and meter_problem is not None:
-            if begun_with is not None:
+            if started_with is not None:
                 raise MeterUnavailableError(
-                    f"this study was begun with objective '{entry.name}' and needs its energy meter, but"
+                    f"this study started with objective '{entry.name}' and needs its energy meter, but"
                     f" {meter_problem}; or choose another `--out`"
                 )
             if not entry.optional:
@@ -105,35 +116,66 @@ def resolve_objectives(
                 )
             dropped[entry.name] = meter_problem
         else:
-            kept.append(chosen)
+            kept.append(objective)
     if not kept:
         raise ConfigError("a study needs an objective that can be measured here, but all of them were left out")
     return tuple(kept), dropped
 
 
-def check_tasks_serve(
+def check_tasks(
     objectives: Sequence[Objective], metrics: Mapping[str, str], graded: Mapping[str, Sequence[str]]
 ) -> None:
-    """Refuse an accuracy, perplexity or graded metric that none of the tasks measures, as far as names tell.
+    """Refuse an accuracy, perplexity or graded objective that no task can report, as far as metric names tell.
 
     Args:
-        objectives: Of the study.
-        metrics: Task to the metric that stands for it.
-        graded: Task to the graded metrics that it has.
+        objectives: The study's objectives.
+        metrics: Task to its main metric.
+        graded: Task to its graded metrics.
 
     Raises:
-        ConfigError: No task serves the objective.
+        ConfigError: No task reports the objective.
     """
     listed = ", ".join(f"{task} by {metric}" for task, metric in metrics.items())
     kinds = {metric.partition(",")[0] in PERPLEXITY_METRICS for metric in metrics.values()}
-    for entry in objectives:
-        if entry.name in _ACCURACY and (entry.name == "perplexity") not in kinds:
+    for objective in objectives:
+        if objective.name in _ACCURACY and (objective.name == "perplexity") not in kinds:
             raise ConfigError(
-                f"objective '{entry.name}' needs a task whose metric is of that kind, but the tasks are measured"
-                f" otherwise ({listed}); name another task, or give it a `metric`"
+                f"objective '{objective.name}' needs a task whose metric is of that kind, but the tasks report other"
+                f" metrics ({listed}); name another task, or give it a `metric`"
             )
-        if entry.name in _GRADED and not any(entry.name in names for names in graded.values()):
+        if objective.name in _GRADED and not any(objective.name in names for names in graded.values()):
             raise ConfigError(
-                f"objective '{entry.name}' needs {_GRADED[entry.name]} that says which answer is right, but none of the"
-                f" tasks is one ({', '.join(graded)}); name another task"
+                f"objective '{objective.name}' needs {_GRADED[objective.name]} with a known right answer, but none of"
+                f" the tasks is one ({', '.join(graded)}); name another task"
             )
+
+
+def check_phases(objectives: Sequence[Objective], loaded: LoadedModel) -> None:
+    """Refuse a decode objective for a model that does not generate.
+
+    Raises:
+        ConfigError: The model is not a decoder.
+    """
+    decode = [objective.name for objective in objectives if objective.name in _DECODE]
+    if decode and not loaded.topology.is_decoder:
+        raise ConfigError(
+            f"objective '{decode[0]}' needs a model that generates, but {loaded.topology.architecture} does not;"
+            " use prefill_latency_s or prefill_energy_j"
+        )
+
+
+def measured_limit_violations(limits: LimitsConfig, record: TrialRecord) -> dict[str, float]:
+    """Limit to how far a measured quantity of the trial exceeds it; <= 0 is within the limit."""
+    return measured_violations(limits, {name: interval.value for name, interval in record.quantities.items()})
+
+
+def with_objective_values(
+    objectives: Sequence[Objective], record: TrialRecord
+) -> tuple[TrialRecord, list[float] | None]:
+    """The record and its objective values in the study's order; a trial that lacks a value has failed."""
+    if record.state != "complete":
+        return record, None
+    try:
+        return record, objective_values(objectives, record)
+    except InvalidMeasurementError as error:
+        return dataclasses.replace(record, state="failed", reason=str(error)), None

@@ -1,4 +1,4 @@
-"""From a study file to everything that evaluating a point needs; whatever the user got wrong is found here."""
+"""Prepare a study: from its file to the model, the search space, the factor bank and the trial evaluator."""
 
 from __future__ import annotations
 
@@ -26,57 +26,78 @@ from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
 from dse.search.space_sensitivity import study_table
 from dse.search.spaces.base import SearchSpace
-from dse.search.user_points import own_points
+from dse.search.user_points import checked_user_points
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.study.device_rank_multiple import settled_study
-from dse.study.evaluate_point import PointEvaluator
-from dse.study.events import StudyListener
 from dse.study.final_documents import FinalEvaluator
+from dse.study.float32_comparison import half_precision_notice
+from dse.study.listener import StudyListener
 from dse.study.measurement_plan import MeasurementPlan, open_study_meter
-from dse.study.objectives import RequiredMeasurements, check_tasks_serve, required_measurements, resolve_objectives
-from dse.study.precision import half_precision_notice
+from dse.study.measurements import TrialMeasurer
+from dse.study.objectives import (
+    RequiredMeasurements,
+    check_phases,
+    check_tasks,
+    required_measurements,
+    resolve_objectives,
+)
 from dse.study.rungs import MultiFidelityEvaluator
+from dse.study.trial import TrialEvaluator
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedStudy:
-    """A study that is ready to run; nothing in its configuration is left for the device to settle."""
+    """A study that is ready to run.
+
+    Attributes:
+        config: The study file, with everything that depends on the device resolved.
+        loaded: The model.
+        space: The search space.
+        objectives: The objectives that can be measured here.
+        plan: How trials are measured.
+        evaluator: Evaluates a point.
+        enqueued: The user's own points.
+        calibration: The calibration text; None if no method needs one.
+        final: Evaluates the front on final documents; None without them.
+        table: The sensitivity table of the space; None without a sensitivity profile.
+    """
 
     config: StudyConfig
     loaded: LoadedModel
     space: SearchSpace
     objectives: tuple[Objective, ...]
-    evaluator: PointEvaluator
+    plan: MeasurementPlan
+    evaluator: TrialEvaluator
     enqueued: tuple[DesignPoint, ...]
     calibration: CalibrationWindows | None
     final: FinalEvaluator | None = None
-    divergences: SensitivityTable | None = None
+    table: SensitivityTable | None = None
 
 
 def prepare_study(
     config: StudyConfig,
     listener: StudyListener,
-    begun_with: Sequence[str] | None = None,
+    started_with: Sequence[str] | None = None,
     cache: EvaluationCache | None = None,
 ) -> PreparedStudy:
-    """Load the model, check the whole study against it, and build or open the factor bank.
+    """Check the whole study, load the model, and build or open the factor bank.
 
     Cheap checks come first: a misspelt objective must not cost a download.
 
     Args:
         config: The study.
-        listener: Told of progress.
-        begun_with: Objectives of the trials that are there already; None for a new study.
-        cache: Where answers of evaluations are kept and looked for; None keeps none.
+        listener: Receives progress.
+        started_with: Objectives of the existing trials; None for a new study.
+        cache: Keeps the answers of evaluations; None keeps none.
 
     Raises:
-        UserError: Anything in the study that cannot be: model, space, task, objective, meter, calibration text.
+        UserError: A part of the study is not possible: model, space, task, objective, meter or calibration text.
     """
     device = resolve_device(config.model.device)
     meter, meter_problem = open_study_meter(config, device)
-    objectives, dropped = resolve_objectives(config, meter_problem, begun_with)
+    objectives, dropped = resolve_objectives(config, meter_problem, started_with)
     for name, reason in dropped.items():
         listener.on_message(f"objective {name} is left out: {reason}")
     plan = MeasurementPlan.of(config, meter)
@@ -84,42 +105,56 @@ def prepare_study(
     loaded = load_study_model(config)
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
-    _check_phases(objectives, loaded)
+    check_phases(objectives, loaded)
     config = settled_study(config, loaded, plan, listener)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
-    enqueued = own_points(config, space)
-    has_grid, has_meter = len(plan.cells) > 1, meter is not None and config.measurement.meter is not None
-    needs = required_measurements(objectives, bool(config.tasks), has_grid=has_grid, has_meter=has_meter)
+    enqueued = checked_user_points(config, space)
+    required = required_measurements(
+        objectives,
+        bool(config.tasks),
+        has_grid=len(plan.cells) > 1,
+        has_meter=meter is not None and config.measurement.meter is not None,
+    )
     if required.latency or required.energy or required.memory:
         for cell in plan.cells:
-            check_workload(loaded.model, cell)  # a prompt that does not fit the model, a mode that is not here
-        plan.use_runtime(loaded, [entry.name for entry in objectives], listener.on_phase)
-    plan.use_profile(loaded, space, config)  # what is left of a point matters whatever is measured of it
-    evaluator = _evaluator(config, loaded) if config.tasks else None
+            check_workload(loaded.model, cell)  # a prompt that exceeds the model's context, an unavailable mode
+    plan = plan.with_profile(loaded, space, config)
+    evaluator = evaluator_for(loaded, config.tasks, config.evaluation) if config.tasks else None
     if evaluator is not None:
-        check_tasks_serve(objectives, evaluator.metrics, evaluator.graded)
-    fidelity = config.fidelity
-    fresh = _evaluator(config, loaded, fidelity.final_documents) if fidelity and fidelity.final_documents else None
+        check_tasks(objectives, evaluator.metrics, evaluator.graded)
+    final_evaluator = _final_evaluator(config, loaded)
     bank, calibration = study_bank(config, loaded, space, listener, enqueued)
-    climber = MultiFidelityEvaluator(
+    fidelity = MultiFidelityEvaluator(
         loaded,
         evaluator,
-        _divergence(config, loaded, needs, listener),
+        _divergence(config, loaded, required, listener),
         cache,
-        tuple(fidelity.shares) if fidelity else (),
-        fidelity is not None,
+        shares=tuple(config.fidelity.shares) if config.fidelity else (),
+        has_rungs=config.fidelity is not None,
     )
-    point_evaluator = PointEvaluator(loaded, bank, needs, climber, plan, listener.on_phase)
-    final = None if fresh is None else FinalEvaluator(loaded, bank, fresh, cache)
-    divergences = study_table(config, loaded, space, bank, calibration, listener)
-    return PreparedStudy(config, loaded, space, objectives, point_evaluator, enqueued, calibration, final, divergences)
+    measurer = TrialMeasurer(loaded, required, plan, listener.on_phase)
+    table = study_table(
+        config, loaded, space, bank, calibration, progress=listener.on_phase, notify=listener.on_message
+    )
+    return PreparedStudy(
+        config=config,
+        loaded=loaded,
+        space=space,
+        objectives=objectives,
+        plan=plan,
+        evaluator=TrialEvaluator(loaded, bank, fidelity, measurer, listener.on_phase),
+        enqueued=enqueued,
+        calibration=calibration,
+        final=None if final_evaluator is None else FinalEvaluator(loaded, bank, final_evaluator, cache),
+        table=table,
+    )
 
 
 def load_study_model(config: StudyConfig) -> LoadedModel:
-    """The study's model, dense, on its device.
+    """Load the study's model, dense, on its device.
 
     Raises:
-        ModelError: It cannot be loaded.
+        ModelError: The model cannot be loaded.
     """
     return load_model(
         config.model.ref,
@@ -139,18 +174,18 @@ def study_bank(
     listener: StudyListener,
     points: Iterable[DesignPoint] = (),
 ) -> tuple[FactorBank, CalibrationWindows | None]:
-    """The factor bank up to the largest ranks of the space, and the calibration text it was made with.
+    """Build or open the factor bank for a study, and read its calibration text.
 
     Args:
         config: The study.
         loaded: Its model.
-        space: Its space.
-        listener: Told of progress.
-        points: To be held beside the space's.
+        space: Its search space; the bank holds its largest ranks.
+        listener: Receives progress.
+        points: Further points that the bank must hold.
 
     Raises:
         CalibrationError: The calibration text is missing or too short.
-        StorageFullError: The disk has no room for it.
+        StorageFullError: The disk has too little room.
     """
     requests = space.largest_ranks()
     for method, ranks in requests_of_points(points).items():
@@ -167,10 +202,10 @@ def study_bank(
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of a study file's `device`; `auto` is CUDA where there is one, else the CPU.
+    """The torch device of a study file's `device`; `auto` is CUDA if available, else the CPU.
 
     Raises:
-        ConfigError: It is not a device.
+        ConfigError: The name is not a device.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -180,10 +215,16 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
 
 
+def _final_evaluator(config: StudyConfig, loaded: LoadedModel) -> ModelEvaluator | None:
+    if config.fidelity is None or not config.fidelity.final_documents:
+        return None
+    return evaluator_for(loaded, config.tasks, config.evaluation, fresh=config.fidelity.final_documents)
+
+
 def _divergence(
-    config: StudyConfig, loaded: LoadedModel, needs: RequiredMeasurements, listener: StudyListener
+    config: StudyConfig, loaded: LoadedModel, required: RequiredMeasurements, listener: StudyListener
 ) -> DenseDivergence | None:
-    """The dense model's side of the KL divergence, where an objective or the ladder's proxy asks for one."""
+    """The baseline's side of the KL divergence, if an objective or the proxy rung needs it."""
     tokens = config.evaluation.divergence_tokens if required.divergence else 0
     if not tokens and config.fidelity is not None:
         tokens = config.fidelity.proxy_tokens
@@ -193,16 +234,3 @@ def _divergence(
         loaded.tokenizer, config.calibration, tokens, longest_window=longest_window(loaded.model)
     )
     return DenseDivergence(loaded.model, windows, progress=listener.on_phase)
-
-
-def _evaluator(config: StudyConfig, loaded: LoadedModel, fresh: int = 0) -> ModelEvaluator:
-    return evaluator_for(loaded, config.tasks, config.evaluation, fresh=fresh)
-
-
-def _check_phases(objectives: tuple[Objective, ...], loaded: LoadedModel) -> None:
-    decode = [entry.name for entry in objectives if entry.name in ("decode_latency_s", "energy_per_token_j")]
-    if decode and not loaded.topology.is_decoder:
-        raise ConfigError(
-            f"objective '{decode[0]}' needs a model that generates, but {loaded.topology.architecture} does not;"
-            " use prefill_latency_s or prefill_energy_j"
-        )

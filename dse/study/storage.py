@@ -1,228 +1,238 @@
-"""The study's trials in an Optuna storage: what is asked, told, and found again after a kill."""
+"""The trials of a study in an Optuna storage.
+
+Optuna's storages commit every parameter and attribute on their own, so a kill can fall between any two writes. Every
+operation here is therefore safe to repeat: a trial is finished by one last write, and whatever a kill leaves unfinished
+is evaluated again under its own number when the study resumes.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
-from optuna.trial import TrialState as OptunaState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dse.errors import StorageFullError, StudyError
-from dse.study.sampler import make_sampler
-from dse.study.sqlite import SqliteStorage
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import PointError, StorageFullError, StudyError
+from dse.search.proposal import Proposal
+from dse.study.samplers import make_sampler
 from dse.trial_record import TrialRecord
 
-__all__ = ["Proposal", "StudyStorage"]
+__all__ = ["StudyStorage"]
 
-_NAME, _RECORD, _ORIGIN, _QUEUE, _WHY, _POINT = "dse", "record", "origin", "queue", "why", "point"
+_RECORD, _ORIGIN, _WHY, _POINT = "record", "origin", "why", "point"
 _REVISED = "revised"
+_DASHBOARD_CONSTRAINTS = "constraints"
+"""System attribute from which Optuna's samplers and optuna-dashboard read a trial's constraint values, as a list.
+
+`Trial.set_constraint` writes one attribute per name, which optuna-dashboard 0.21 does not show; writing both would
+count every violation twice. The names are kept as a user attribute.
+"""
+
+_BUSY_TIMEOUT_S = 30.0
 _NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A point that was asked for and has not been told yet.
-
-    Attributes:
-        trial: Number of the trial.
-        levels: Its levels; where `point` is given, the nearest ones, which is what the sampler learns from.
-        origin: Who proposed it.
-        why: Why, in words.
-        point: The design point, expanded JSON, where the levels alone do not say it.
-    """
-
-    trial: int
-    levels: Mapping[str, int]
-    origin: str
-    why: str = ""
-    point: Mapping[str, Any] | None = None
-
-
 class StudyStorage:
-    """One Optuna study in one SQLite file; the only place that talks to Optuna.
+    """One Optuna study in one SQLite file; the only class that talks to Optuna.
 
-    Optuna's own states are used as its samplers read them: COMPLETE with values, PRUNED with a violated constraint
-    (infeasible: learnt from, never evaluated), FAIL. What each trial really was stands in its record.
+    Optuna's trial states are set as its samplers read them: COMPLETE with values, PRUNED with a violated constraint
+    (infeasible: the sampler learns from it), FAIL. The actual state of a trial is in its record.
     """
 
-    def __init__(self, study: optuna.Study, file: SqliteStorage, path: Path) -> None:
+    def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage, path: Path) -> None:
         self._study = study
-        self._file = file
+        self._storage = storage
         self._path = path
         self._sampler_name, self._seed, self._trials = "tpe", 0, 1
 
     @classmethod
     def open(
-        cls, path: Path, directions: Sequence[str], *, sampler: str = "tpe", seed: int = 0, trials: int = 40
+        cls,
+        path: Path,
+        name: str,
+        metrics: Mapping[str, str],
+        *,
+        sampler: str = "tpe",
+        seed: int = 0,
+        trials: int = 40,
     ) -> StudyStorage:
-        """Create or open the storage.
+        """Create the storage, or open an existing one.
 
         Args:
             path: The SQLite file.
-            directions: "minimize" or "maximize" for each objective.
+            name: Name of the study in Optuna; an existing study keeps its own.
+            metrics: Objective name to "minimize" or "maximize", in order.
             sampler: A key of `dse.study.SAMPLERS`.
-            seed: Of the sampler.
-            trials: Budget of the study.
+            seed: The sampler's seed.
+            trials: The study's budget.
 
         Raises:
             StorageFullError: The file cannot be written.
-            StudyError: The file is damaged, not an Optuna storage, or has other objectives.
+            StudyError: The file is damaged, not an Optuna storage, or holds a study with other objectives.
         """
-        directed = [optuna.study.StudyDirection[direction.upper()] for direction in directions]
-        with _opened(path) as file:
-            if _NAME not in optuna.get_all_study_names(file.optuna):
-                optuna.create_study(storage=file.optuna, study_name=_NAME, directions=directed)
-            study = optuna.load_study(storage=file.optuna, study_name=_NAME)
-            if study.directions != directed and not study.user_attrs:  # killed before it began, with other objectives
-                optuna.delete_study(storage=file.optuna, study_name=_NAME)
-                study = optuna.create_study(storage=file.optuna, study_name=_NAME, directions=directed)
-            if study.directions != directed:
-                raise StudyError(f"{path} must be of the study's {len(directed)} objectives, but is of others")
-        opened = cls(study, file, path)
+        directions = [optuna.study.StudyDirection[direction.upper()] for direction in metrics.values()]
+        with _connected(path) as storage:
+            study = _existing_study(storage)
+            if study is not None and study.directions != directions:
+                if study.user_attrs:
+                    raise StudyError(
+                        f"{path} must hold a study with these {len(directions)} objectives, but its objectives differ"
+                    )
+                optuna.delete_study(storage=storage, study_name=study.study_name)  # killed before its first trial
+                study = None
+            if study is None:
+                study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+            with _without_experimental_warnings():
+                study.set_metric_names(list(metrics))
+        opened = cls(study, storage, path)
         opened._sampler_name, opened._seed, opened._trials = sampler, seed, trials
+        opened._adopt_old_queue()
         return opened
+
+    def _adopt_old_queue(self) -> None:
+        """Move the queue of a study of version 0.1, an attribute of the study, into Optuna's."""
+        for levels, origin, why, point in ([*entry, "", None][:4] for entry in self.attributes.get("queue", [])):
+            self.enqueue(Proposal(levels, origin, why, None if point is None else _point_of(point)))
+        if self.attributes.get("queue"):
+            self.set_attribute("queue", [])
 
     @classmethod
     def open_existing(cls, path: Path) -> StudyStorage:
         """Open a storage for reading.
 
         Raises:
-            StudyError: There is none, or it is damaged.
+            StudyError: The file is missing or damaged, or holds no study.
         """
         if not path.is_file():
             raise StudyError(f"a study folder must hold {path.name}, but {path.parent} does not; run `dse run` first")
-        with _opened(path) as file:
-            if _NAME not in optuna.get_all_study_names(file.optuna):
+        with _connected(path) as storage:
+            study = _existing_study(storage)
+            if study is None:
                 raise StudyError(f"{path.parent} holds a study that never started; run `dse run` again")
-            study = optuna.load_study(storage=file.optuna, study_name=_NAME)
-        return cls(study, file, path)
+        return cls(study, storage, path)
 
     @staticmethod
-    def is_begun(path: Path) -> bool:
-        """Whether the file holds a study that has got as far as its objectives; a kill may come before.
+    def has_started(path: Path) -> bool:
+        """Whether the file holds a study whose objectives are known; a kill can come before that.
 
         Raises:
             StudyError: The file is damaged.
         """
-        with _opened(path) as file:
-            has_study = _NAME in optuna.get_all_study_names(file.optuna)
-            begun = has_study and "objectives" in optuna.load_study(storage=file.optuna, study_name=_NAME).user_attrs
-        file.close()
-        return begun
+        with _connected(path) as storage:
+            study = _existing_study(storage)
+            started = study is not None and "objectives" in study.user_attrs
+        _close(storage)
+        return started
 
     def close(self) -> None:
-        """Close the file; nothing can be asked of this storage after."""
-        self._file.close()
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Keep all that is written under this block, or, if it raises or the process dies, nothing of it."""
-        with _storage_errors(self._path), self._file.at_once():
-            yield
+        """Close the file; the storage cannot be used afterwards."""
+        _close(self._storage)
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Facts about the study as a whole: objectives, environment, reference point."""
+        """Attributes of the whole study: objectives, environment, reference point."""
         with _storage_errors(self._path):
             return dict(self._study.user_attrs)
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Keep a JSON-safe fact about the study."""
+        """Store a JSON-safe attribute of the whole study."""
         with _storage_errors(self._path):
             self._study.set_user_attr(name, value)
 
-    def enqueue(
-        self,
-        levels: Mapping[str, int],
-        origin: str,
-        *,
-        first: bool = False,
-        why: str = "",
-        point: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Have these levels (or this point beside them) proposed after all that are queued already, or before them.
-
-        The queue is an attribute of the study. Optuna's own would give a repeated trial its turn only after all others,
-        and samplers that heed the order of trials would propose other points than without the interruption.
-        """
-        entry = [dict(levels), origin, why, None if point is None else dict(point)]
-        with self.at_once():
-            self.set_attribute(_QUEUE, [entry, *self._queue] if first else [*self._queue, entry])
+    def enqueue(self, proposal: Proposal) -> None:
+        """Append a proposal to Optuna's queue."""
+        attributes: dict[str, Any] = {_ORIGIN: proposal.origin, **({_WHY: proposal.why} if proposal.why else {})}
+        if proposal.point is not None:
+            attributes[_POINT] = proposal.point.to_json()
+        with _storage_errors(self._path):
+            self._study.enqueue_trial(dict(proposal.levels), user_attrs=attributes)
 
     @property
     def enqueued(self) -> int:
-        """Proposals waiting in the queue."""
-        return len(self._queue)
+        """Number of proposals waiting in the queue."""
+        return len(self._in_state(TrialState.WAITING))
 
-    def is_enqueued(self, levels: Mapping[str, int], point: Mapping[str, Any] | None = None) -> bool:
-        """Whether these levels, or this point beside them, wait in the queue."""
-        return any(entry[0] == dict(levels) and [*entry, None][3] == point for entry in self._queue)
-
-    @property
-    def _queue(self) -> list[Any]:
-        return list(self.attributes.get(_QUEUE, []))
+    def is_enqueued(self, proposal: Proposal) -> bool:
+        """Whether the same levels and point are waiting in the queue."""
+        waiting = (self._proposal(trial) for trial in self._in_state(TrialState.WAITING))
+        return any(other.levels == proposal.levels and other.point == proposal.point for other in waiting)
 
     def ask(self, dimensions: Mapping[str, int]) -> Proposal:
-        """The next proposal: from the queue, else from the sampler.
+        """The next proposal, from the queue or, if it is empty, from the sampler.
 
         Args:
             dimensions: Dimension name to its number of levels.
         """
-        with self.at_once(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Only the sampler's own proposals count: one that was interrupted and queued again must not shift the rest.
-            asked = sum(_ORIGIN not in trial.user_attrs for trial in self._in_state())
+        with _storage_errors(self._path), _without_experimental_warnings():
+            # Only the sampler's own proposals count, so that queued points do not shift its seeds.
+            asked = sum(_ORIGIN not in trial.user_attrs and not _is_abandoned(trial) for trial in self._in_state())
             self._study.sampler = make_sampler(self._sampler_name, self._seed, self._trials, asked)
-            if queue := self._queue:
-                levels, origin, why, point = [*queue.pop(0), "", None][:4]  # two of an older version
-                extra = ({_WHY: why} if why else {}) | ({_POINT: point} if point is not None else {})
-                self._study.enqueue_trial(levels, user_attrs={_ORIGIN: origin, **extra})
-                self.set_attribute(_QUEUE, queue)
             trial = self._study.ask()
             if self._sampler_name.startswith("nsga"):
-                # Counts a queued point into the generation, too; Optuna leaves those out, and with them every repaired
-                # point, so that in a space with limits no generation would ever fill.
+                # Assigns queued points to a generation, too. Optuna leaves them out, and with them every repaired
+                # point, so that in a space with limits no generation would ever be complete.
                 _ = trial.relative_params
-            levels = {name: trial.suggest_int(name, 0, size - 1) for name, size in dimensions.items()}
-        return _proposal(trial.number, levels, trial.user_attrs)
+            return self._suggested(trial, dimensions)
 
-    def decide(self, proposal: Proposal, point: Mapping[str, Any]) -> Proposal:
-        """Keep which point a proposal's levels stand for, where that may be another one later."""
-        with self.at_once():
-            optuna.trial.Trial(self._study, self._trial_id(proposal.trial)).set_user_attr(_POINT, dict(point))
-        return dataclasses.replace(proposal, point=point)
+    def unfinished(self, dimensions: Mapping[str, int]) -> list[Proposal]:
+        """Proposals whose trials a stopped process left running; call only while holding the study's lock.
 
-    def tell(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
-        """Keep the record of a trial and finish it; a kill leaves it unfinished, to be tried again.
+        A sampler's proposal of which some parameters were not stored yet is abandoned: drawing the rest now would give
+        another point than the undisturbed study's.
+        """
+        found = []
+        with _storage_errors(self._path), _without_experimental_warnings():
+            for frozen in self._in_state(TrialState.RUNNING):
+                if _ORIGIN not in frozen.user_attrs and len(frozen.params) < len(dimensions):
+                    self._study.tell(frozen.number, state=TrialState.FAIL)
+                else:
+                    found.append(self._suggested(self._trial(frozen.number), dimensions))
+        return found
+
+    def _suggested(self, trial: Trial, dimensions: Mapping[str, int]) -> Proposal:
+        for name, size in dimensions.items():
+            trial.suggest_int(name, 0, size - 1)
+        return self._proposal(self._storage.get_trial(self._trial_id(trial.number)))
+
+    def set_point(self, proposal: Proposal) -> None:
+        """Store the design point of a proposed trial whose levels may later stand for another point."""
+        if proposal.trial is None or proposal.point is None:
+            raise ValueError("a proposal must have its trial and its point before they are stored")
+        with _storage_errors(self._path):
+            self._trial(proposal.trial).set_user_attr(_POINT, proposal.point.to_json())
+
+    def finish(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
+        """Store the record of a trial and finish the trial.
 
         Args:
-            record: All about the trial.
-            values: Objective values in the study's order; None where it has none.
-            violations: Constraint name to value, <= 0 feasible.
+            record: The trial's record.
+            values: Objective values in the study's order; None for a trial without values.
+            violations: Constraint name to its value; <= 0 is feasible.
         """
-        state = OptunaState.COMPLETE if values is not None else OptunaState.FAIL
+        state = TrialState.COMPLETE if values is not None else TrialState.FAIL
         if record.state == "infeasible" or (values is None and any(value > 0 for value in violations.values())):
-            state = OptunaState.PRUNED
-        with self.at_once():
-            trial = optuna.trial.Trial(self._study, self._trial_id(record.trial))
-            for name, value in violations.items():
-                trial.set_constraint(name, value)
+            state = TrialState.PRUNED
+        with _storage_errors(self._path):
+            trial = self._trial(record.trial)
+            if violations:
+                self._storage.set_trial_system_attr(
+                    self._trial_id(record.trial), _DASHBOARD_CONSTRAINTS, list(violations.values())
+                )
+                trial.set_user_attr(_DASHBOARD_CONSTRAINTS, dict(violations))
             trial.set_user_attr(_RECORD, json.dumps(record.to_json(), allow_nan=False))
-            self._study.tell(record.trial, list(values) if values is not None else None, state=state)
+            self._study.tell(record.trial, None if values is None else list(values), state=state)
 
     def revise(self, record: TrialRecord) -> None:
-        """Keep another record of a trial that is finished; Optuna, which lets no trial be changed, keeps its values."""
-        with self.at_once():
-            self.set_attribute(_REVISED, {**self.attributes.get(_REVISED, {}), str(record.trial): record.to_json()})
+        """Replace the record of a finished trial; Optuna, which cannot change a finished trial, keeps its values."""
+        self.set_attribute(_REVISED, {**self.attributes.get(_REVISED, {}), str(record.trial): record.to_json()})
 
     def records(self) -> list[TrialRecord]:
         """Records of all finished trials, by number.
@@ -230,60 +240,98 @@ class StudyStorage:
         Raises:
             StudyError: A record cannot be read.
         """
-        finished = [trial for trial in self._in_state() if trial.state.is_finished()]
+        finished = [trial for trial in self._in_state() if trial.state.is_finished() and not _is_abandoned(trial)]
         revised = self.attributes.get(_REVISED, {})
         try:
             return [
                 TrialRecord.from_json(revised.get(str(trial.number)) or json.loads(trial.user_attrs[_RECORD]))
                 for trial in finished
             ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, PointError) as error:
             raise StudyError(f"{self._path} must hold a record of every trial, but one is damaged: {error}") from error
 
-    def unfinished(self) -> list[Proposal]:
-        """Trials that a killed process left running; call only while holding the study's lock."""
-        running = self._in_state(OptunaState.RUNNING)
-        return [_proposal(t.number, t.params, t.user_attrs) for t in running]
-
-    def _in_state(self, *states: OptunaState) -> list[optuna.trial.FrozenTrial]:
+    def _in_state(self, *states: TrialState) -> list[FrozenTrial]:
         with _storage_errors(self._path):
             return self._study.get_trials(deepcopy=False, states=states or None)
 
+    def _proposal(self, trial: FrozenTrial) -> Proposal:
+        """The proposal behind a waiting or running trial."""
+        attributes = trial.user_attrs
+        point, levels = attributes.get(_POINT), trial.params or trial.system_attrs.get("fixed_params", {})
+        return Proposal(
+            levels=dict(levels),
+            origin=str(attributes.get(_ORIGIN, "sampler")),
+            why=str(attributes.get(_WHY, "")),
+            point=None if point is None else _point_of(point),
+            trial=trial.number,
+        )
+
+    def _trial(self, number: int) -> Trial:
+        return Trial(self._study, self._trial_id(number))
+
     def _trial_id(self, number: int) -> int:
-        return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
 
-def _proposal(trial: int, levels: Mapping[str, int], attributes: Mapping[str, Any]) -> Proposal:
-    origin = str(attributes.get(_ORIGIN, "sampler"))
-    return Proposal(trial, dict(levels), origin, str(attributes.get(_WHY, "")), attributes.get(_POINT))
+def _point_of(entry: Mapping[str, Any]) -> DesignPoint:
+    return DesignPoint.of({name: TensorChoice.from_json(choice) for name, choice in entry["tensors"].items()})
+
+
+def _is_abandoned(trial: FrozenTrial) -> bool:
+    """Whether a kill cut the proposal of this trial short."""
+    return trial.state == TrialState.FAIL and _RECORD not in trial.user_attrs
+
+
+def _existing_study(storage: optuna.storages.RDBStorage) -> optuna.Study | None:
+    names = optuna.get_all_study_names(storage)
+    return optuna.load_study(storage=storage, study_name=names[0]) if names else None
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[SqliteStorage]:
-    """The file, closed again if the block raises."""
+def _without_experimental_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _connected(path: Path) -> Iterator[optuna.storages.RDBStorage]:
+    """The storage of this file, closed again if the block raises."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def connect() -> sqlite3.Connection:
+        # A creator instead of a URL, in which `?`, `#` and braces of a path would have a meaning.
+        return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+
     with _storage_errors(path):
-        file = SqliteStorage(path)
+        connect().close()  # a folder that cannot be written fails here
+        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect})
         try:
-            yield file
+            yield storage
         except (KeyError, RuntimeError) as error:  # tables or a version that this Optuna does not know
-            file.close()
+            _close(storage)
             raise StudyError(f"{path} must be a study storage of dse, but: {error}") from error
         except BaseException:
-            file.close()
+            _close(storage)
             raise
+
+
+def _close(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 @contextlib.contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite, SQLAlchemy and Optuna raise on a bad file or disk into one clear line."""
+    """Turn the errors of SQLite, SQLAlchemy and Optuna on a bad file or disk into one clear line."""
     try:
         yield
     except (
         optuna.exceptions.StorageInternalError,
         sqlalchemy.exc.SQLAlchemyError,
         sqlite3.Error,
-        json.JSONDecodeError,  # an attribute that is no JSON any more
+        json.JSONDecodeError,  # a damaged attribute
     ) as error:
         reason = " ".join(str(error.__cause__ or error).split()).split(" [SQL")[0]
         if any(word in reason for word in _NO_ROOM):

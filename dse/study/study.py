@@ -1,4 +1,4 @@
-"""A study that lies on the disk, finished or not: its trials, its front, and what it recommends."""
+"""A persisted study, finished or not: its trials, its front, and its recommendation."""
 
 from __future__ import annotations
 
@@ -12,34 +12,26 @@ import pandas as pd
 from dse.config import StudyConfig
 from dse.errors import StudyError
 from dse.files import write_bytes, write_text
-from dse.pareto import (
-    Objective,
-    Recommendation,
-    front_hypervolume,
-    front_table,
-    mark_front,
-    mark_ties,
-    objectives_named,
-    recommend,
-    tied_table,
-)
-from dse.report.explain import Explanation, explain_trial
+from dse.pareto import Objective, objectives_named
+from dse.report.explanation import Explanation, TrialContext, explain_trial
+from dse.report.front_figure import plot_front
+from dse.report.front_page import front_html
 from dse.report.front_png import front_png
-from dse.report.page import front_html
-from dse.report.plots import plot_front
-from dse.report.point_maps import point_maps
-from dse.search.origins import OriginShare, origin_shares, share_words
-from dse.study.compare import TrialComparison, compare_records
+from dse.report.point_maps import PointMap, point_map_of
+from dse.report.recommendation import Recommendation, recommend
+from dse.report.tied_trials import mark_ties, tied_table
+from dse.report.trials_table import front_hypervolume, front_table, mark_front
+from dse.search.origins import OriginShare, origin_shares
+from dse.study.compare_trials import PairedOutcomes, TrialComparison, compare_records
 from dse.study.final_documents import with_final_values
 from dse.study.folder import StudyFolder
-from dse.study.paired_outcomes import PairedOutcomes
 from dse.study.storage import StudyStorage
-from dse.trial_record import EVALUATED_STATES, TrialRecord, to_row
+from dse.trial_record import EVALUATED_STATES, TrialRecord, trial_row
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["DEFAULT_MAX_ACCURACY_DROP", "Study", "begun_study", "open_study", "write_reports"]
+__all__ = ["DEFAULT_MAX_ACCURACY_DROP", "Study", "open_study", "started_study"]
 
 DEFAULT_MAX_ACCURACY_DROP = 0.02
 
@@ -48,23 +40,23 @@ def open_study(directory: str | Path) -> Study:
     """Open the folder of a study.
 
     Raises:
-        StudyError: It holds none.
+        StudyError: The folder holds no study, or a damaged one.
     """
     return Study(Path(directory))
 
 
-def begun_study(directory: Path) -> Study | None:
-    """The study in this folder; None where a run ended before its storage was begun.
+def started_study(directory: Path) -> Study | None:
+    """The study in this folder; None if it was stopped before its storage was set up.
 
     Raises:
         StudyError: The folder's storage is damaged.
     """
     folder = StudyFolder(directory)
-    return Study(directory) if folder.storage.exists() and StudyStorage.is_begun(folder.storage) else None
+    return Study(directory) if folder.storage.exists() and StudyStorage.has_started(folder.storage) else None
 
 
 class Study:
-    """A study as it stands on the disk now; open it again to see trials that were added since.
+    """A snapshot of a persisted study; open it again to see later trials.
 
     Raises:
         StudyError: The folder holds no study, or a damaged one.
@@ -76,7 +68,7 @@ class Study:
         storage = StudyStorage.open_existing(self.folder.storage)
         try:
             self.attributes: dict[str, Any] = storage.attributes
-            self.records: list[TrialRecord] = _final(self.attributes, storage.records())
+            self.records: list[TrialRecord] = _with_final_values(self.attributes, storage.records())
         finally:
             storage.close()
         if "objectives" not in self.attributes:
@@ -86,38 +78,38 @@ class Study:
     def running(
         cls, folder: StudyFolder, config: StudyConfig, attributes: dict[str, Any], records: list[TrialRecord]
     ) -> Study:
-        """The study as the process that runs it knows it, without reading it all back after every trial."""
+        """The study as the running process knows it, without reading the storage again after every trial."""
         study = cls.__new__(cls)
         study.folder, study.config, study.attributes, study.records = (
             folder,
             config,
             attributes,
-            _final(attributes, records),
+            _with_final_values(attributes, records),
         )
         return study
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
-        """What was traded off."""
+        """The objectives of the study."""
         return objectives_named(self.attributes["objectives"])
 
     @property
     def evaluated_trials(self) -> int:
-        """Trials that count against the budget: complete, failed or stopped."""
+        """Number of trials that count against the budget: complete, failed or stopped."""
         return sum(record.state in EVALUATED_STATES for record in self.records)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the space had no further point within its limits."""
+        """Whether the search space has no further point within the limits."""
         return bool(self.attributes.get("exhausted", False))
 
     def trials(self) -> pd.DataFrame:
-        """One row a trial, flat; see docs/trials.md for the columns."""
+        """One flat row per trial; the reference in the documentation lists the columns."""
         return self._table.copy()
 
     @cached_property
     def _table(self) -> pd.DataFrame:
-        rows = [to_row(record) for record in self.records]
+        rows = [trial_row(record) for record in self.records]
         table = pd.DataFrame(rows) if rows else pd.DataFrame({"trial": [], "state": [], "feasible": []})
         for entry in self.objectives:
             if entry.name not in table.columns:
@@ -134,28 +126,28 @@ class Study:
         """The Pareto front, sorted by reduction, with the dense model as its reference.
 
         Raises:
-            StudyError: No trial is finished yet.
+            StudyError: No trial is complete yet.
         """
         return front_table(self._some_trials(), self.objectives)
 
     def tied(self) -> pd.DataFrame:
-        """Trials that the front beats within noise only; `tied_with` says which front trial.
+        """Trials that the front dominates within noise only; `tied_with` is the trial on the front.
 
         Raises:
-            StudyError: No trial is finished yet.
+            StudyError: No trial is complete yet.
         """
         return tied_table(self._some_trials())
 
     def compare(self, first: int, second: int) -> TrialComparison:
-        """Two trials side by side: every change is `second` against `first`, paired over the same documents.
+        """Compare two trials, paired over the same documents; every change is `second` relative to `first`.
 
         Args:
-            first: Trial; a duplicate stands for the trial whose values it repeats.
+            first: A trial; a duplicate stands for the trial whose values it repeats.
             second: Another trial.
 
         Raises:
-            StudyError: A trial is not there or not complete, both are the same, or outcomes are missing.
-            TaskError: The two were evaluated on other documents.
+            StudyError: A trial does not exist or is not complete, both are the same, or outcomes are missing.
+            TaskError: The two were evaluated on different documents.
         """
         before, after = (self._evaluated_record(trial) for trial in (first, second))
         return compare_records(self.folder, before, after)
@@ -165,21 +157,21 @@ class Study:
         return found if found.duplicate_of is None else self.record(found.duplicate_of)
 
     def plot_front(self, x: str | None = None, y: str | None = None) -> Figure:
-        """The front as a Plotly figure; `x` and `y` are objectives (or reduction), all costs by default.
+        """The front as a Plotly figure; `x` and `y` are objectives or `reduction`, by default all costs.
 
         Raises:
-            StudyError: No trial is finished yet.
+            StudyError: No trial is complete yet.
         """
         return plot_front(self._some_trials(), self.objectives, x=x, y=y)
 
     def recommend(
         self, max_accuracy_drop: float = DEFAULT_MAX_ACCURACY_DROP, min_reduction: float | None = None
     ) -> Recommendation:
-        """The cheapest point whose accuracy drop against dense is within tolerance.
+        """The cheapest point whose accuracy drop from the baseline is within tolerance.
 
         Raises:
-            ConfigError: A limit lies outside its interval, or accuracy was not measured.
-            StudyError: The dense model has not been measured.
+            ConfigError: A limit is out of range, or accuracy was not measured.
+            StudyError: The baseline has not been measured.
         """
         return recommend(
             self._some_trials(), self.objectives, max_accuracy_drop=max_accuracy_drop, min_reduction=min_reduction
@@ -194,21 +186,21 @@ class Study:
         """The record of a complete trial.
 
         Raises:
-            StudyError: There is no such trial, or it is not complete.
+            StudyError: The trial does not exist or is not complete.
         """
         found = next((record for record in self.records if record.trial == trial), None)
         if found is None:
             numbers = ", ".join(str(r.trial) for r in self.records if r.state == "complete")
             raise StudyError(f"a trial must be one of this study's ({numbers}), but got {trial}")
         if found.state == "duplicate" and found.duplicate_of is not None:
-            self.record(found.duplicate_of)  # refuses the repetition of a trial that failed
+            self.record(found.duplicate_of)  # refuses the duplicate of a failed trial
         elif found.state != "complete":
             raise StudyError(f"trial {trial} must be complete, but is {found.state}: {found.reason}")
         return found
 
     @property
     def hypervolume(self) -> float | None:
-        """Normalised hypervolume against the reference fixed at the start; None before the dense model is measured."""
+        """Normalised hypervolume; None before the baseline is measured, which fixes the reference point."""
         reference = self.attributes.get("reference")
         return None if reference is None else front_hypervolume(self.trials(), self.objectives, reference)
 
@@ -221,30 +213,58 @@ class Study:
 
     @property
     def front_size(self) -> int:
-        """Trials on the front."""
+        """Number of trials on the front."""
         return int(self.trials()["on_front"].sum())
 
     @property
     def origin_shares(self) -> tuple[OriginShare, ...]:
-        """What each origin of points got of the evaluations and gave to the front."""
+        """Evaluations and contribution to the front of each proposer."""
         front = {record.trial for record in self.front_records}
         return origin_shares(self.records, self.objectives, self.attributes.get("reference"), front)
 
     def explain(self, trial: int) -> Explanation:
-        """What a trial's point does and why it was proposed, in words and as a map of ranks.
+        """Explain a trial: what its point changes, why it was proposed, and its map of ranks.
 
         Raises:
-            StudyError: There is no such trial, or it is not complete.
+            StudyError: The trial does not exist or is not complete.
         """
-        return explain_trial(self, trial)
+        return explain_trial(self.record(trial), self._explanation_context)
+
+    @property
+    def point_maps(self) -> tuple[PointMap, ...]:
+        """Maps of the front points that decompose something, in the order of the front's table."""
+        records, context = {record.trial: record for record in self.records}, self._explanation_context
+        front = [records[trial] for trial in context.front]
+        return tuple(point_map_of(record, context) for record in front if not record.is_dense)
+
+    @cached_property
+    def _explanation_context(self) -> TrialContext:
+        front = self.front()
+        trials = [int(trial) for trial in front.loc[front["on_front"].to_numpy(dtype=bool), "trial"]]
+        return TrialContext.of(self.records, self.objectives, self.attributes.get("facts", {}), trials)
 
     def write_tables(self) -> None:
         """Write `trials.csv` and `front.csv`."""
         write_text(self.folder.trials_csv, self.trials().to_csv(index=False))
         write_text(self.folder.front_csv, self.front().to_csv(index=False))
 
+    def write_reports(self) -> None:
+        """Write the tables, the page and the picture of the front."""
+        self.write_tables()
+        trials, title = self.trials(), f"dse study {self.config.name}"
+        page = front_html(
+            trials,
+            self.objectives,
+            title=title,
+            study_facts=self.facts(),
+            next_commands=self.next_commands(),
+            point_maps=self.point_maps,
+        )
+        write_text(self.folder.front_html, page)
+        write_bytes(self.folder.front_png, front_png(trials, self.objectives, title=title))
+
     def next_commands(self) -> list[str]:
-        """What to type next."""
+        """Commands to run next."""
         named = shlex.quote(str(self.folder.path))
         commands = [f"dse front {named}"]
         if self.has_accuracy:
@@ -256,7 +276,7 @@ class Study:
 
     @property
     def has_accuracy(self) -> bool:
-        """Whether the dense model's accuracy is known, so that a drop can be told."""
+        """Whether any accuracy is known, as drops need."""
         table = self.trials()
         return "accuracy" in table.columns and bool(table["accuracy"].notna().any())
 
@@ -269,7 +289,7 @@ class Study:
         return None if candidates.empty else int(candidates["trial"].iloc[0])
 
     def _float32_words(self) -> str:
-        """What the dense model scores in float32, where it was compared."""
+        """The baseline's metrics in float32, if they were compared."""
         found = self.attributes.get("float32", {})
         return ", ".join(
             f"{task} {entry['metric']} {entry['float32']:.4f} (here {entry['value']:.4f})"
@@ -277,7 +297,7 @@ class Study:
         )
 
     def facts(self) -> dict[str, str]:
-        """What the report says about the study."""
+        """Facts about the study for its report."""
         facts = self.attributes.get("facts", {})
         environment = facts.get("environment", {})
         hypervolume, reference = self.hypervolume, self.attributes.get("reference") or {}
@@ -290,7 +310,7 @@ class Study:
             "Calibration text": facts.get("calibration"),
             "Energy meter": facts.get("energy_meter") or "none",
             "Hypervolume": None if hypervolume is None else f"{hypervolume:.4f} (share of the box to the ideal point)",
-            "Origins of the points": "; ".join(share_words(share) for share in self.origin_shares),
+            "Proposers": "; ".join(share.describe() for share in self.origin_shares),
             "Reference point": ", ".join(f"{name} = {value:.6g}" for name, value in reference.items()),
             "Processor": environment.get("cpu", {}).get("model"),
             "Platform": environment.get("platform"),
@@ -299,23 +319,6 @@ class Study:
         return {key: str(value) for key, value in shown.items() if value}
 
 
-def _final(attributes: dict[str, Any], records: list[TrialRecord]) -> list[TrialRecord]:
-    """Records with what fresh documents said at the end, where there were any."""
+def _with_final_values(attributes: dict[str, Any], records: list[TrialRecord]) -> list[TrialRecord]:
+    """The records with the results on final documents, if there are any."""
     return [with_final_values(record, attributes.get("final", {})) for record in records]
-
-
-def write_reports(study: Study) -> None:
-    """Write the tables, the page and the picture of the front."""
-    study.write_tables()
-    trials = study.trials()
-    title = f"dse study {study.config.name}"
-    page = front_html(
-        trials,
-        study.objectives,
-        title=title,
-        study_facts=study.facts(),
-        next_commands=study.next_commands(),
-        point_maps=point_maps(study),
-    )
-    write_text(study.folder.front_html, page)
-    write_bytes(study.folder.front_png, front_png(trials, study.objectives, title=title))

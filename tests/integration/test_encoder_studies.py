@@ -1,4 +1,4 @@
-"""Whole studies of BERT, RoBERTa and DistilBERT with each head: search, front, export, and the export evaluated."""
+"""Studies of BERT, RoBERTa and DistilBERT with each head: search, front, export, and evaluation of the export."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_encoders import FAMILIES, WORDS, save_encoder
+from tiny_models import ENCODER_FAMILIES, ENCODER_WORDS, save_encoder
 from tiny_study import save_choice_task
 
 from dse.config import HEAD_COLUMNS, DatasetTaskConfig, EvaluationConfig, load_study, parse_study
-from dse.design_point import DesignPoint
 from dse.errors import ConfigError, ModelError
 from dse.evaluation import evaluator_for
 from dse.export import ExportRequest, export_points
 from dse.models import head_of, load_model, load_topology
-from dse.models.quiet import quiet_transformers
+from dse.models.transformers_patches import quiet_transformers
 from dse.search.spaces.base import SearchSpace
 from dse.study import Study, StudyListener, load_study_model, run_study, study_bank
 from dse.study.objectives import check_tasks_serve, resolve_objectives
@@ -33,7 +32,7 @@ AUTO_CLASSES = {
 
 
 def words(seed: int, length: int) -> str:
-    return " ".join(WORDS[(seed * 5 + i * (seed % 3 + 1)) % len(WORDS)] for i in range(length))
+    return " ".join(ENCODER_WORDS[(seed * 5 + i * (seed % 3 + 1)) % len(ENCODER_WORDS)] for i in range(length))
 
 
 def rows_for(head: str) -> list[dict[str, Any]]:
@@ -71,22 +70,21 @@ def study_of(model: Path, tasks: list[Any], **changes: Any) -> dict[str, Any]:
     }
 
 
-def exported(study: Study, folder: Path) -> tuple[int, Path]:
-    """The last complete trial, written without the fresh process that verifies; that one has tests of its own."""
+def export_last_trial(study: Study, folder: Path) -> tuple[int, Path]:
+    """Export the last complete trial, without verification in a fresh process, which has its own tests."""
     trial = int(study.trials().query("state == 'complete'")["trial"].iloc[-1])
     loaded = load_study_model(study.config)
     bank, _ = study_bank(
         study.config, loaded, SearchSpace.from_config(study.config.space, loaded.topology), StudyListener()
     )
-    point = DesignPoint.from_json(study.record(trial).point, loaded.topology)
-    export_points(loaded, [ExportRequest(point, folder)], bank, verify=False)
+    export_points(loaded, [ExportRequest(study.record(trial).point, folder)], bank, verify=False)
     return trial, folder
 
 
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_study_its_front_and_its_export(tmp_path: Path, family: str, head: str) -> None:
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
+def test_study_front_and_export(tmp_path: Path, family: str, head: str) -> None:
     model = save_encoder(tmp_path / "model", family, head)
     config = parse_study(study_of(model, tasks_for(head, tmp_path)))
     study = run_study(config, out=tmp_path / "run")
@@ -96,14 +94,14 @@ def test_a_study_its_front_and_its_export(tmp_path: Path, family: str, head: str
         assert table[column].notna().all()
     assert len(study.front()) >= 1
     assert study.recommend(max_accuracy_drop=1.0).trial is not None
-    trial, folder = exported(study, tmp_path / "export")
+    trial, folder = export_last_trial(study, tmp_path / "export")
     with quiet_transformers():
         reloaded = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(folder, trust_remote_code=True)
     row = table.set_index("trial").loc[trial]
     assert sum(parameter.numel() for parameter in reloaded.parameters()) == row["parameters"]
     loaded = load_model(str(folder), trust_remote_code=True, head=config.head)
     assert head_of(type(loaded.model)) == head
-    if head == "embedding":  # its accuracy is agreement with the model as loaded: here the export itself
+    if head == "embedding":  # accuracy is agreement with the loaded model, here the export itself
         assert evaluator_for(loaded, config.tasks, EvaluationConfig()).evaluate().accuracy == pytest.approx(1.0)
     else:
         found = evaluator_for(loaded, config.tasks, EvaluationConfig()).evaluate().accuracy
@@ -111,7 +109,7 @@ def test_a_study_its_front_and_its_export(tmp_path: Path, family: str, head: str
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_sentence_files_travel_with_the_export(tmp_path: Path) -> None:
+def test_export_includes_the_sentence_transformers_files(tmp_path: Path) -> None:
     model = save_encoder(tmp_path / "model", "bert", "embedding")
     pooling = json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
     (model / "1_Pooling").mkdir()
@@ -119,26 +117,26 @@ def test_sentence_files_travel_with_the_export(tmp_path: Path) -> None:
     study = run_study(
         parse_study(study_of(model, tasks_for("embedding", tmp_path), budget={"trials": 2})), out=tmp_path / "run"
     )
-    _, folder = exported(study, tmp_path / "export")
+    _, folder = export_last_trial(study, tmp_path / "export")
     assert (folder / "1_Pooling" / "config.json").read_text() == pooling
     assert load_model(str(folder), trust_remote_code=True).sentence_files == {"1_Pooling/config.json": pooling}
 
 
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_body_from_under_another_head_can_be_exported(tmp_path: Path, family: str) -> None:
-    """A masked language model has no pooler, which the plain body of BERT and RoBERTa would make up."""
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
+def test_the_body_of_a_model_with_another_head_can_be_exported(tmp_path: Path, family: str) -> None:
+    """A masked language model has no pooler; the plain body of BERT and RoBERTa would initialise one at random."""
     model = save_encoder(tmp_path / "model", family, "masked_lm")
     config = parse_study(study_of(model, tasks_for("embedding", tmp_path), budget={"trials": 2}))
     study = run_study(config, out=tmp_path / "run")
-    trial, folder = exported(study, tmp_path / "export")
+    trial, folder = export_last_trial(study, tmp_path / "export")
     with quiet_transformers():
         reloaded = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
     parameters = study.trials().set_index("trial").loc[trial, "parameters"]
     assert sum(parameter.numel() for parameter in reloaded.parameters()) == parameters
 
 
-def test_a_checkpoint_without_the_head_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_required_head_is_refused(tmp_path: Path) -> None:
     body = save_encoder(tmp_path / "model", "bert", "masked_lm")
     for head, shown in (("classification", "classification"), ("question_answering", "question-answering")):
         with pytest.raises(
@@ -151,9 +149,9 @@ def test_a_checkpoint_without_the_head_is_refused(tmp_path: Path) -> None:
         load_model(str(headless), head="classification")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
 @pytest.mark.parametrize("head", HEADS)
-def test_any_checkpoint_gives_hidden_states(tmp_path: Path, family: str, head: str) -> None:
+def test_every_checkpoint_loads_as_an_embedding_model(tmp_path: Path, family: str, head: str) -> None:
     saved = save_encoder(tmp_path / "model", family, head)
     as_saved, body = load_model(str(saved)), load_model(str(saved), head="embedding")
     assert head_of(type(as_saved.model)) == head
@@ -163,14 +161,14 @@ def test_any_checkpoint_gives_hidden_states(tmp_path: Path, family: str, head: s
     assert all(bool((state[name] == whole[name]).all()) for name in state)
 
 
-def test_a_head_that_the_tasks_disagree_on_is_refused(tmp_path: Path) -> None:
+def test_tasks_with_different_heads_are_refused(tmp_path: Path) -> None:
     tasks = [*tasks_for("classification", tmp_path), "arc_easy"]
     with pytest.raises(ConfigError, match="a model has one head, but the tasks ask for"):
         parse_study(study_of(tmp_path, tasks))
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_what_an_encoder_cannot_be_asked_is_refused(tmp_path: Path) -> None:
+def test_objectives_and_settings_that_encoders_cannot_serve_are_refused(tmp_path: Path) -> None:
     model = save_encoder(tmp_path / "model", "distilbert", "classification")
     tasks = tasks_for("classification", tmp_path)
     chat = {"apply_chat_template": True}
@@ -186,7 +184,7 @@ def test_what_an_encoder_cannot_be_asked_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_task_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_task_in_its_own_file(tmp_path: Path) -> None:
     tasks_for("classification", tmp_path)
     (tmp_path / "mine.yaml").write_text("{dataset: rows.jsonl, head: classification, limit: 5}")
     study = parse_study(study_of(tmp_path / "model", ["mine.yaml"]), base=tmp_path)
@@ -203,8 +201,8 @@ def test_a_task_in_a_file_of_its_own(tmp_path: Path) -> None:
         ("bert_base_squad", "BertForQuestionAnswering", {"question", "context", "answers"}),
     ],
 )
-def test_shipped_studies_of_bert_fit_its_config(tmp_path: Path, name: str, model_class: str, columns: set[str]) -> None:
-    """Without the hub: the study's space and points on a folder that holds BERT base's config alone."""
+def test_shipped_bert_studies_match_its_config(tmp_path: Path, name: str, model_class: str, columns: set[str]) -> None:
+    """Offline: the study's space on a folder that holds only the config of BERT base."""
     study = load_study(ROOT / "studies" / f"{name}.yaml")
     transformers.BertConfig(architectures=[model_class]).save_pretrained(tmp_path / "bert")
     topology = load_topology(str(tmp_path / "bert"))
@@ -221,7 +219,7 @@ def test_shipped_studies_of_bert_fit_its_config(tmp_path: Path, name: str, model
     assert {entry.name for entry in objectives} == {"accuracy", "prefill_latency_s", "parameters"}
     assert set(dropped) == {"prefill_energy_j"}
     check_tasks_serve(objectives, {task.task_name: task.chosen_metric}, {task.task_name: ()})
-    # The data set's own columns, in a local file, on a small model of the same class.
+    # The columns of the dataset, in a local file, on a tiny model of the same class.
     rows = rows_for(task.head)
     data = tmp_path / "rows.jsonl"
     named = [{task.column(role): value for role, value in row.items()} for row in rows]
@@ -234,7 +232,7 @@ def test_shipped_studies_of_bert_fit_its_config(tmp_path: Path, name: str, model
 
 
 @pytest.mark.usefixtures("own_cache", "own_process")
-def test_the_command_evaluates_a_task_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dse_evaluate_accepts_a_task_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dse.cli.main import main
 
     model = save_encoder(tmp_path / "model", "roberta", "classification")

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 from the package index: a real sentence encoder, decomposed, searched, exported and read back."""
+"""A real sentence encoder, all-MiniLM-L6-v2 from the package index: decomposed, searched, exported and reloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def minilm() -> LoadedModel:
 
 
 @torch.inference_mode()
-def embedded(loaded: LoadedModel, *sentences: str) -> torch.Tensor:
+def embeddings(loaded: LoadedModel, *sentences: str) -> torch.Tensor:
     vectors = []
     for sentence in sentences:
         inputs = loaded.tokenizer(sentence, return_tensors="pt")
@@ -37,19 +37,19 @@ def embedded(loaded: LoadedModel, *sentences: str) -> torch.Tensor:
     return torch.stack(vectors)
 
 
-def test_it_is_the_model_it_claims_to_be(minilm: LoadedModel) -> None:
+def test_the_model_is_all_minilm_l6_v2(minilm: LoadedModel) -> None:
     assert minilm.topology.parameters_dense == 22_713_216
     assert (minilm.topology.architecture, minilm.topology.layer_count) == ("BertModel", 6)
     assert len(minilm.topology.tensors) == 36
     assert "pooling_mode_mean_tokens" in minilm.sentence_files["1_Pooling/config.json"]
-    rain, wet, bank = embedded(
+    rain, wet, bank = embeddings(
         minilm, "It is raining heavily outside.", "There is a downpour.", "The bank raised its interest rates."
     )
     assert cosine_similarity(rain, wet, dim=0) > 0.5
     assert cosine_similarity(rain, bank, dim=0) < 0.2
 
 
-def test_fidelity_falls_with_the_rank(minilm: LoadedModel, tmp_path: Path) -> None:
+def test_fidelity_decreases_with_the_rank(minilm: LoadedModel, tmp_path: Path) -> None:
     tasks = load_study(STUDY).tasks
     evaluator = evaluator_for(minilm, tasks, EvaluationConfig(limit=120))
     assert evaluator.evaluate().accuracy == pytest.approx(1.0, abs=1e-9)
@@ -73,7 +73,7 @@ def test_the_example_study_and_its_export(tmp_path: Path) -> None:
     assert table.loc[0, "accuracy"] == pytest.approx(1.0, abs=1e-9)
     assert (table["prefill_latency_s"].dropna() > 0).all()
     trial = int(table[(table["state"] == "complete") & (table["decomposed_tensors"] > 0)]["trial"].iloc[0])
-    result = dse.export(study, trials=[trial], out=exported)[0]
+    result = dse.export_trials(study, trials=[trial], out=exported)[0]
     assert result.max_logit_difference is not None
     assert result.max_logit_difference <= 1e-4
     assert {"1_Pooling", "modules.json", "sentence_bert_config.json"} <= set(result.files)

@@ -1,4 +1,4 @@
-"""The walk of a new user on the real model, and the facts about it that the documentation states."""
+"""The first steps of a new user on the real model, and figures about it that the documentation states."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_topology_and_parameters(smollm2: LoadedModel) -> None:
     assert smollm2.topology.parameters_dense == 134_515_008
     assert len(smollm2.topology.tensors) == 30 * 7
     point = dse.DesignPoint.uniform(smollm2.topology, "tucker", 1, [2, 15, 28])
-    assert dse.cost(smollm2.topology, point).reduction == pytest.approx(0.0787, abs=1e-4)
+    assert dse.point_cost(smollm2.topology, point).reduction == pytest.approx(0.0787, abs=1e-4)
 
 
-def test_whitening_beats_plain_svd_by_far(smollm2: LoadedModel, tmp_path: Path) -> None:
-    """Rank 1 on layers 2, 15 and 28: the point of the paper's kind that ruins the model without whitening."""
+def test_whitened_svd_is_far_better_than_plain_svd(smollm2: LoadedModel, tmp_path: Path) -> None:
+    """Rank 1 on layers 2, 15 and 28, a point as in the paper, badly degrades the model without whitening."""
     config = CalibrationConfig(sources=[CalibrationSource(builtin="general")], tokens=4096, window=256)
     windows = calibration_windows(smollm2.tokenizer, config)
     plain, whitened = (
@@ -76,20 +76,20 @@ def test_whitening_beats_plain_svd_by_far(smollm2: LoadedModel, tmp_path: Path) 
     assert found["whitened"] < 6 * dense
 
 
-def test_offline_tasks_tell_the_model_from_a_wreck(smollm2: LoadedModel, tmp_path: Path) -> None:
+def test_offline_tasks_separate_the_dense_model_from_a_degraded_one(smollm2: LoadedModel, tmp_path: Path) -> None:
     evaluator = Evaluator(smollm2, [TaskSpec("dse_grammar"), TaskSpec("dse_facts")], limit=100, batch_size=32)
     dense = {task.task: task.value for task in evaluator.evaluate().tasks}
-    wreck = dse.DesignPoint.uniform(smollm2.topology, "svd", 1)
-    with dse.decompose(smollm2, wreck, dse.FactorBank.build(smollm2, [wreck], folder=tmp_path)):
-        wrecked = {task.task: task.value for task in evaluator.evaluate().tasks}
+    degraded_point = dse.DesignPoint.uniform(smollm2.topology, "svd", 1)
+    with dse.decompose(smollm2, degraded_point, dse.FactorBank.build(smollm2, [degraded_point], folder=tmp_path)):
+        degraded = {task.task: task.value for task in evaluator.evaluate().tasks}
     assert dense["dse_grammar"] > 0.8
     assert dense["dse_facts"] > 0.6
     # Three standard errors of 100 documents around chance.
-    assert abs(wrecked["dse_grammar"] - 0.5) < 0.15
-    assert abs(wrecked["dse_facts"] - 0.25) < 0.13
+    assert abs(degraded["dse_grammar"] - 0.5) < 0.15
+    assert abs(degraded["dse_facts"] - 0.25) < 0.13
 
 
-def test_the_walk(tmp_path: Path) -> None:
+def test_run_front_export_evaluate(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     study = json.loads(run("run", "studies/quickstart.yaml", "--trials", "3", "--out", str(out), "--json").stdout)
     assert study["is_complete"]

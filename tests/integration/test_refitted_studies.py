@@ -1,4 +1,4 @@
-"""A study of points that are refitted as a whole: what was evaluated is what is exported."""
+"""A study with a method that refits the whole point: the export is the evaluated model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from tiny_study import tiny_study
 
 import dse
 from dse.config import EvaluationConfig, parse_study
-from dse.design_point import DesignPoint
 from dse.evaluation import evaluator_for
 from dse.models import load_model
 from dse.search.spaces.base import SearchSpace
@@ -19,7 +18,7 @@ CALIBRATION = {"sources": [{"builtin": "grammar"}], "tokens": 2048, "window": 32
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_the_export_of_a_refitted_trial_scores_as_the_trial_did(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_export_of_a_refitted_trial_scores_like_the_trial(tiny_folder: Path, tmp_path: Path) -> None:
     space = {
         "name": "refitted",
         "methods": ["fisher_svd_refit"],
@@ -35,19 +34,18 @@ def test_the_export_of_a_refitted_trial_scores_as_the_trial_did(tiny_folder: Pat
     table = study.trials().query("state == 'complete'")
     assert len(table) == 3
     trial = int(table["trial"].iloc[-1])
-    point = study.record(trial).point
-    dse.export(study, trial, tmp_path / "export")
+    refitted = study.record(trial).point
+    dse.export_trials(study, trial, tmp_path / "export")
     exported = load_model(str(tmp_path / "export"), trust_remote_code=True)
     found = evaluator_for(exported, config.tasks, EvaluationConfig()).evaluate()
     row = table.set_index("trial").loc[trial]
     interval = found.graded_interval("choice_probability")
     assert interval is not None
-    assert interval.estimate == pytest.approx(row["choice_probability"], abs=1e-5)
+    assert interval.value == pytest.approx(row["choice_probability"], abs=1e-5)
 
-    # The same ranks without the refit give another model, and other names for what is cached of it.
+    # The same ranks without the refit give another model, with other keys in the cache.
     loaded = load_study_model(config)
     bank, _ = study_bank(config, loaded, SearchSpace.from_config(config.space, loaded.topology), StudyListener())
-    refitted = DesignPoint.from_json(point, loaded.topology)
-    name = "layers.1.down"  # behind other decomposed tensors: it receives their errors
+    name = "layers.1.down"  # after other decomposed tensors, whose errors it receives
     choice = refitted.by_name[name]
     assert bank.of_point(refitted).factors(name, choice).left.sub(bank.factors(name, choice).left).abs().max() > 1e-4

@@ -8,58 +8,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import tiny_models
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from dse.models import LoadedModel, topology_of
+from dse.models import LoadedModel
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "dog", "ran", "fast", "over", "hill", "moon", "is", "red", "blue")
 END = "<|end|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and one that ends a text."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary[END] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    """One token per byte, and one that ends a text."""
+    return tiny_models.byte_tokenizer((), (END,), eos_token=END)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    vocabulary = {word: index for index, word in enumerate((END, "<unk>", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token="<unk>")
+    """One token per word."""
+    return tiny_models.word_tokenizer(WORDS, (END, "<unk>"), eos_token=END)
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, context: int = 64, tied: bool = False) -> LoadedModel:
-    """A random two-layer Llama; its weights are large enough that its answers are far from uniform."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
+    """A random two-layer Llama whose answers are far from uniform."""
+    return tiny_models.loaded_tiny_model(
+        tokenizer=tokenizer,
+        seed=5,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=context,
         initializer_range=0.3,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return LoadedModel("tiny", None, model, tokenizer, topology_of(model), torch.device("cpu"), torch.float32)
 
 
 @contextmanager
 def watched_inputs(loaded: LoadedModel, shapes: list[tuple[int, int]]) -> Iterator[None]:
-    """Notes (rows, tokens) of every forward pass."""
+    """Record (rows, tokens) of every forward pass within the block."""
 
     def note(_: object, __: object, keywords: dict[str, Any]) -> None:
         shapes.append(tuple(keywords["input_ids"].shape))
@@ -77,7 +63,7 @@ TaskWriter = Callable[..., Path]
 
 
 def task_writer(folder: Path) -> TaskWriter:
-    """A function that writes a task file and its data: `(kind, rows=..., name=..., **overrides)` to the YAML's path."""
+    """Return `write(kind, rows=..., name=..., **overrides)`: it writes a task file with data and returns its path."""
 
     def write(kind: str, rows: int = 12, name: str | None = None, **overrides: Any) -> Path:
         name = name or f"local_{kind}"

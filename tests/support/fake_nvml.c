@@ -1,21 +1,21 @@
-/* A library with the NVML symbols that pynvml calls, whose devices follow a script in environment variables.
+/* A library with the NVML symbols that pynvml calls; environment variables script its devices.
  *
- * Time runs on CLOCK_MONOTONIC from FAKE_NVML_EPOCH_NS. All variables are read at every call, so one process can play
- * several scripts.
- *   FAKE_NVML_POWER      steps of power of device 0: "0:100,0.8:250" is 100 W from 0 s, 250 W from 0.8 s; device k
- *                        draws (k + 1) times as much
+ * Time is CLOCK_MONOTONIC since FAKE_NVML_EPOCH_NS. All variables are read at every call, so one process can run several
+ * scripts.
+ *   FAKE_NVML_POWER      power steps of device 0: "0:100,0.8:250" is 100 W from 0 s, 250 W from 0.8 s; device k draws
+ *                        (k + 1) times as much
  *   FAKE_NVML_PERIOD_MS  period at which counter and power refresh (20)
  *   FAKE_NVML_DEVICES    number of devices (1)
- *   FAKE_NVML_NO_COUNTER, FAKE_NVML_NO_POWER, FAKE_NVML_MIG   set: that is so
+ *   FAKE_NVML_NO_COUNTER, FAKE_NVML_NO_POWER, FAKE_NVML_MIG   if set: no counter, no power reading, MIG enabled
  *   FAKE_NVML_INIT_ERROR code that nvmlInit returns
- *   FAKE_NVML_LOST_AT_S  from then on every reading says that the GPU is lost
- *   FAKE_NVML_RESTART_AT_S from then on every reading says "uninitialized", until the process connects anew
+ *   FAKE_NVML_LOST_AT_S  time from which every reading returns "GPU is lost"
+ *   FAKE_NVML_RESTART_AT_S time from which every reading returns "uninitialized", until the process reconnects
  *   FAKE_NVML_FAIL       errors at chosen calls: "nvmlDeviceGetPowerUsage@7:15" fails its seventh call with code 15
- *   FAKE_NVML_INSTANT    set: instantaneous power is told as a field value, and the plain call averages over a second
+ *   FAKE_NVML_INSTANT    if set: instantaneous power is a field value, and the plain call averages over a second
  *   FAKE_NVML_THROTTLE   clock event reasons, a bit mask
- *   FAKE_NVML_THROTTLE_CALL  set: they are told in this one call only, counted from 1
- *   FAKE_NVML_PROCESSES  ids of computing processes, "17,18"; SELF stands for this one
- *   FAKE_NVML_RESET_AT_S from then on the counter starts again at zero
+ *   FAKE_NVML_THROTTLE_CALL  if set: they are reported in this one call only, counted from 1
+ *   FAKE_NVML_PROCESSES  ids of computing processes, "17,18"; SELF is this one
+ *   FAKE_NVML_RESET_AT_S time from which the counter starts again at zero
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,7 +43,7 @@ static int scripted_error(const char *name) {
     static char script[128];
     const char *text = is_set("FAKE_NVML_FAIL") ? getenv("FAKE_NVML_FAIL") : "";
     int index = 0, call, code;
-    if (strcmp(text, script) != 0) memset(seen, 0, sizeof seen); /* another script: counting begins anew */
+    if (strcmp(text, script) != 0) memset(seen, 0, sizeof seen); /* another script: restart counting */
     snprintf(script, sizeof script, "%s", text);
     while (index < 31 && seen[index].name[0] && strcmp(seen[index].name, name) != 0) index++;
     snprintf(seen[index].name, sizeof seen[index].name, "%s", name);
@@ -213,7 +213,7 @@ int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy
     return OK;
 }
 
-/* What the plain call tells: power now, or over the last second on devices that tell instantaneous power apart. */
+/* The plain call: current power, or its average over the last second on devices with a separate instantaneous value. */
 int nvmlDeviceGetPowerUsage(void *device, unsigned *power_mw) {
     double power_w, energy_j, before_j = 0, time_s = refreshed_s();
     int scripted = scripted_error("nvmlDeviceGetPowerUsage");

@@ -1,4 +1,4 @@
-"""Run by test_hub.py in a process of its own, since the hub's address is read when its client is imported."""
+"""Runs in its own process, started by test_hub.py, because the hub client reads the hub's address on import."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def attempt(ref: str, **keywords: str | bool) -> dict[str, object]:
     start = time.monotonic()
     try:
         loaded = load_model(ref, **keywords)  # type: ignore[arg-type]
-        outcome: dict[str, object] = {"fingerprint": loaded.fingerprint, "revision": loaded.revision}
-        outcome |= {"architecture": loaded.topology.architecture, "roles": loaded.topology.roles}
+        result: dict[str, object] = {"fingerprint": loaded.fingerprint, "revision": loaded.revision}
+        result |= {"architecture": loaded.topology.architecture, "roles": loaded.topology.roles}
     except ModelError as error:
-        outcome = {"error": str(error)}
-    return {**outcome, "seconds": time.monotonic() - start}
+        result = {"error": str(error)}
+    return {**result, "seconds": time.monotonic() - start}
 
 
 endpoint = sys.argv[1]

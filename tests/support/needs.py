@@ -1,4 +1,4 @@
-"""Marks of tests that need what a machine may lack."""
+"""Marks for tests that need something a machine may lack."""
 
 from __future__ import annotations
 

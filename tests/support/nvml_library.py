@@ -1,4 +1,4 @@
-"""The scripted NVML library: how it is built, and the environment of a process that finds it instead of a driver's."""
+"""The scripted NVML library: build it, and make the environment of a process that loads it in place of a driver's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 def build_library(folder: Path) -> Path:
-    """Compile fake_nvml.c as `libnvidia-ml.so.1` in `folder`; skips where it cannot stand in for a driver."""
+    """Compile fake_nvml.c as `libnvidia-ml.so.1` in `folder`; skips the test if it cannot replace a driver."""
     if COMPILER is None or sys.platform != "linux":
         pytest.skip("needs a C compiler on Linux to build the scripted NVML library")
     if torch.cuda.is_available():
-        pytest.skip("the scripted library would stand in for the driver of this machine's GPUs under torch too")
+        pytest.skip("the scripted library would also replace the driver that torch uses on this machine")
     target = folder / "libnvidia-ml.so.1"
     build = [COMPILER, "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(HERE / "fake_nvml.c")]
     subprocess.run(build, check=True)
@@ -28,7 +28,7 @@ def build_library(folder: Path) -> Path:
 
 
 def with_library(folder: Path, **script: str) -> dict[str, str]:
-    """An environment in which the dynamic linker finds the library; `script` are its variables, FAKE_NVML_<name>."""
+    """An environment in which the dynamic linker finds the library; `script` sets its variables FAKE_NVML_<name>."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     paths = [str(folder), environment.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)

@@ -1,6 +1,6 @@
-"""Plays scripts through the real `pynvml` against fake_nvml.c; run by test_nvml.py in a process of its own.
+"""Runs scenarios with the real `pynvml` on fake_nvml.c; test_nvml.py starts it as a separate process.
 
-Prints one JSON object: scenario -> what was seen. Arguments choose scenarios; without any all are played.
+Prints one JSON object with the observations of each scenario. Arguments select scenarios; the default is all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
 from dse.errors import InvalidMeasurementError, MeterUnavailableError
 from dse.measurement import (
@@ -37,7 +38,7 @@ GPU = torch.device("cuda", 0)
 
 @contextmanager
 def script(**variables: str) -> Iterator[float]:
-    """Set FAKE_NVML_* (and CUDA_VISIBLE_DEVICES) with the epoch now; gives the epoch on `time.perf_counter`."""
+    """Set FAKE_NVML_* (and CUDA_VISIBLE_DEVICES) with the epoch now; yields the epoch on `time.perf_counter`."""
     named = {k if k.startswith("CUDA") else f"FAKE_NVML_{k}": value for k, value in variables.items()}
     epoch_ns = time.monotonic_ns()
     os.environ.update({"FAKE_NVML_EPOCH_NS": str(epoch_ns), "FAKE_NVML_POWER": STEPS, **named})
@@ -74,7 +75,7 @@ def seen(meter: EnergyMeter, window: EnergyWindow, epoch_s: float) -> dict[str, 
 
 def play(seconds: float, devices: tuple[int | str, ...] = (0,), **variables: str) -> dict[str, Any]:
     with script(**{**variables, "POWER": "0:70,0.3:75"}):
-        meter = NvmlMeter(devices)  # a meter without a counter watches its sensor for a second
+        meter = NvmlMeter(devices)  # a meter without a counter probes its sensor for a second
     with script(**variables) as epoch_s:
         return seen(meter, window_of(meter, seconds), epoch_s)
 
@@ -99,12 +100,8 @@ def name_of(**variables: str) -> str:
         return ",".join(name for key, name in open_meter(GPU).details.items() if key.startswith("gpu "))
 
 
-def tiny() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+def tiny() -> PreTrainedModel:
+    return tiny_model(num_hidden_layers=2)
 
 
 SPEC = LatencySpec(prompt_tokens=8, new_tokens=4, batch_size=2)
@@ -136,10 +133,8 @@ def generation() -> dict[str, Any]:
 
 
 def lost_at_once() -> dict[str, Any]:
-    """The device goes while a whole measurement runs: it ends soon, and its figures cannot be read."""
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    ).eval()
+    """The device is lost during a measurement, which ends soon; its energy cannot be read."""
+    model = tiny_model(num_hidden_layers=1)
     with script(LOST_AT_S="0.3"):
         meter = open_meter(GPU)
         result = measure_energy(model, LatencySpec(prompt_tokens=4, new_tokens=2), meter, min_window_s=20.0)
@@ -159,15 +154,15 @@ def conditions(**variables: str) -> dict[str, Any]:
 
 
 def restarted() -> dict[str, Any]:
-    """A window that a restart spoils, and the next one of the same meter, which looks the device up anew."""
+    """A window that a driver restart invalidates, and the next window of the same meter."""
     with script(RESTART_AT_S="0.3", POWER="0:100") as epoch_s:
         meter = open_meter(GPU)
-        spoilt = seen(meter, window_of(meter, 0.5), epoch_s)
-        return {"spoilt": spoilt, "after": seen(meter, window_of(meter, 0.6), epoch_s)}
+        invalid = seen(meter, window_of(meter, 0.5), epoch_s)
+        return {"invalid": invalid, "after": seen(meter, window_of(meter, 0.6), epoch_s)}
 
 
 def named() -> list[Any]:
-    """Meters by name: CUDA index, UUID, its beginning, two at once, and what is in no list or ambiguous."""
+    """Meters by name: CUDA index, UUID, start of a UUID, two devices, an unknown device and an ambiguous one."""
     found: list[Any] = []
     with script(DEVICES="2"):
         for name in (
@@ -188,7 +183,7 @@ def named() -> list[Any]:
 
 
 def both() -> dict[str, Any]:
-    """Counter and integrated power of one device side by side, as gpu_check.py compares them."""
+    """Counter and integrated power of one device at the same time, as gpu_check.py compares them."""
     with script(POWER="0:100,2:250"):
         counter, power = NvmlMeter([0]), NvmlMeter([0], force_power=True)
     with script(POWER="0:100,0.7:250"), counter.window() as one, power.window() as other:

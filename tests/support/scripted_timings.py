@@ -1,15 +1,15 @@
-"""Timings of products by a formula, so that no clock decides."""
+"""Product timings from a formula, so that no test depends on a clock."""
 
 from __future__ import annotations
 
-from dse.measurement.device_profile.product_timings import ProductTimings
+from dse.measurement.device_profile import ProductShape, ProductTimings
 
 START_S = 1000.0
-"""What every product costs beside its multiplications, which cost a second each."""
+"""Fixed time of every product, besides one second per multiplication."""
 
 
 class ScriptedTimings(ProductTimings):
-    """Column-major products take a second more."""
+    """A product takes `START_S`, and one second per multiplication."""
 
-    def seconds(self, shape, layout):
-        return START_S + shape.flops / 2 + (0.0 if layout == "row_major" else 1.0)
+    def seconds(self, shape: ProductShape) -> float:
+        return START_S + shape.flops / 2

@@ -1,4 +1,4 @@
-"""What the tests of studies share: a listener that notes and stops, small spaces, and views of a study."""
+"""Shared by tests of studies: a listener that records and interrupts, small spaces, and views of a study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dse.trial_record import EVALUATED_STATES, TrialRecord
 
 @dataclass
 class Watcher(StudyListener):
-    """Notes what happens; does `before[n]` or `during[n]` in the trial that n evaluated ones have gone before."""
+    """Records events; runs `before[n]` or `during[n]` in the trial that starts after n evaluated ones."""
 
     messages: list[str] = field(default_factory=list)
     started: list[int] = field(default_factory=list)
@@ -38,12 +38,17 @@ class Watcher(StudyListener):
         self.ended.append((record.trial, progress))
 
 
-def stop() -> None:
+def interrupt() -> None:
     raise KeyboardInterrupt
 
 
 def evaluated(study: Study) -> list[TrialRecord]:
     return [record for record in study.records if record.state in EVALUATED_STATES]
+
+
+def points_and_accuracies(study: Study) -> list[tuple[str, float | None]]:
+    """Point ids and accuracies of the evaluated trials, in order."""
+    return [(record.point_id, record.value("accuracy")) for record in evaluated(study)]
 
 
 SMALL_SPACE: dict[str, Any] = {
@@ -52,7 +57,8 @@ SMALL_SPACE: dict[str, Any] = {
     "layers": [0],
     "groups": {"roles": {"attention": ["query", "key"], "mlp": ["up"]}},
     "ranks": {"absolute": [2, 6]},
-}  # 3 x 3 points, the dense one among them
+}
+"""3 x 3 points, the dense one included."""
 MILD_SPACE: dict[str, Any] = {
     "name": "mild",
     "methods": ["svd"],
@@ -61,9 +67,4 @@ MILD_SPACE: dict[str, Any] = {
     "limits": {"reduction": {"max": 0.1}},
 }
 MILD_POINT: dict[str, Any] = {"method": "svd", "rank": 2, "roles": ["up"]}
-"""In `MILD_SPACE`, but over its limit."""
-
-
-def outcome(study: Study) -> list[tuple[str, float | None]]:
-    """Points and accuracies of the evaluated trials, in order."""
-    return [(record.point_id, record.quantities["accuracy"].value) for record in evaluated(study)]
+"""Expressible in `MILD_SPACE`, but beyond its limit."""

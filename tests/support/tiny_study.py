@@ -1,4 +1,4 @@
-"""A random Llama of three layers in a folder, a task of its own and study files: a whole study in seconds, offline."""
+"""A whole study in seconds, offline: a tiny model, a small multiple-choice task and a study file."""
 
 from __future__ import annotations
 
@@ -10,41 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import WORDS
 
-WORDS = ("the", "a", "cat", "dog", "sun", "moon", "sees", "runs", "likes", "finds", "red", "blue", "old", "new", "on")
 DOCUMENTS = 24
 
 
-def save_tiny_model(folder: Path, *, layers: int = 3, seed: int = 5) -> Path:
-    """Config, safetensors and tokenizer; the weights are large enough that its answers are far from uniform."""
-    tokens = ["<unk>", "<s>", "</s>", *WORDS]
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")  # type: ignore[no-untyped-call]
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def save_choice_task(folder: Path, *, documents: int = DOCUMENTS, name: str = "tiny_choice") -> Path:
-    """A multiple-choice task as lm-eval's YAML, its data beside it."""
+    """Write a multiple-choice task as a YAML file of lm-eval, with its data in the same folder."""
     generator = random.Random(name)
     rows = [
         {
@@ -73,7 +46,7 @@ def save_choice_task(folder: Path, *, documents: int = DOCUMENTS, name: str = "t
 
 
 def tiny_study(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A valid study of the model and the task in `folder`; nothing in it depends on the clock."""
+    """A valid study of `folder/model` and `folder/tiny_choice.yaml`; its results do not depend on timing."""
     study: dict[str, Any] = {
         "name": "tiny",
         "model": {"ref": str(folder / "model"), "device": "cpu"},
@@ -105,7 +78,7 @@ def tiny_study(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`; mappings of the sections sampler, budget, evaluation and measurement are merged."""
+    """`base` with `changes`; the sections sampler, budget, evaluation and measurement are merged key by key."""
     result = dict(base)
     for key, value in changes.items():
         is_section = key in ("sampler", "budget", "evaluation", "measurement") and isinstance(value, dict)
@@ -119,6 +92,6 @@ def write_study(path: Path, study: Mapping[str, Any]) -> Path:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """For a subprocess: no hub, caches of its own, one thread."""
+    """Environment of a subprocess: offline, its own caches, one thread."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf"), "DSE_CACHE": str(cache / "dse")}
     return {**os.environ, **offline, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

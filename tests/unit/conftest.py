@@ -13,7 +13,7 @@ MakeTrials = Callable[[Sequence[Mapping[str, Any]]], pd.DataFrame]
 
 
 def _make_trials(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """A trials table from the columns that matter to a test; the first row is the dense model."""
+    """A trials table from the columns that a test needs; the first row is the dense model."""
     full = []
     for index, row in enumerate(rows):
         base: dict[str, Any] = {
@@ -42,7 +42,7 @@ def three() -> tuple[Objective, ...]:
 
 @pytest.fixture(scope="session")
 def study_trials() -> pd.DataFrame:
-    """24 trials like a real study's: intervals, ratios, a failed, an infeasible and a duplicate one."""
+    """24 realistic trials with intervals and ratios, among them a failed, an infeasible and a duplicate one."""
     random = np.random.default_rng(3)
     rows: list[dict[str, Any]] = []
     for trial in range(24):

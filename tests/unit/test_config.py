@@ -1,8 +1,9 @@
-"""Study and search-space files: what is accepted, what is refused and how, and that nothing else is ever raised."""
+"""Study and search-space files: accepted and rejected content, and that only `UserError` is ever raised."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dse.config import LayerRange, load_search_space, load_study, parse_search_space, parse_study
+from dse.config import DeprecatedNameWarning, LayerRange, load_search_space, load_study, parse_search_space, parse_study
 from dse.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ FULL: dict[str, Any] = {
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """FULL with one key, `a.b.c`, set."""
+    """FULL with the key at `path`, such as `a.b.c`, set to `value`."""
     data = copy.deepcopy(FULL)
     *parents, last = path.split(".")
     section = data
@@ -61,7 +62,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return data
 
 
-def refusal(data: Any) -> str:
+def error_of(data: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_study(data)
     message = str(caught.value)
@@ -81,7 +82,7 @@ def test_shipped_studies_load(path: Path) -> None:
     assert parse_study(yaml.safe_load(study.to_yaml())) == study
 
 
-def test_there_are_files_to_check() -> None:
+def test_all_shipped_files_are_checked() -> None:
     assert {path.stem for path in SPACES} == {
         "depth_profile",
         "layer_rank",
@@ -106,7 +107,7 @@ def test_every_key_is_read() -> None:
     assert study.enqueue == FULL["enqueue"]
 
 
-def test_short_forms() -> None:
+def test_short_forms_are_expanded() -> None:
     study = parse_study({"name": "s", "model": "org/model", "space": SPACE, "objectives": ["parameters"]})
     assert study.model.ref == "org/model"
     assert study.tasks == []
@@ -123,7 +124,7 @@ def test_short_forms() -> None:
         ("space", "method", "methods"),
         ("space.layers", "skip_frist", "skip_first"),
         ("space.groups", "layer", "layers"),
-        ("space.ranks", "parameter_ratio", "kept_fractions"),
+        ("space.ranks", "kept_fraction", "kept_fractions"),
         ("space.limits", "reductions", "reduction"),
         ("space.limits.reduction", "maximum", "max"),
         ("evaluation", "batchsize", "batch_size"),
@@ -132,20 +133,20 @@ def test_short_forms() -> None:
         ("budget", "trial", "trials"),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest(path: str, misspelt: str, nearest: str) -> None:
+def test_an_unknown_key_is_an_error_that_names_the_closest_key(path: str, misspelt: str, nearest: str) -> None:
     where = f"{path}.{misspelt}" if path else misspelt
-    message = refusal(changed(where, 1))
+    message = error_of(changed(where, 1))
     assert misspelt in message
     assert f"did you mean '{nearest}'?" in message or f"known keys: {nearest}" in message
 
 
-def test_unknown_key_far_from_all_lists_the_known_ones() -> None:
-    assert "known keys: trials" in refusal(changed("budget.xyzzy", 1))
+def test_an_unknown_key_without_a_close_match_lists_the_known_keys() -> None:
+    assert "known keys: trials" in error_of(changed("budget.xyzzy", 1))
 
 
 def test_unknown_keys_in_lists() -> None:
-    assert "did you mean 'metric'?" in refusal(changed("tasks", [{"task": "a", "metrik": "acc"}]))
-    assert "did you mean 'builtin'?" in refusal(changed("calibration.sources", [{"buildin": "general"}]))
+    assert "did you mean 'metric'?" in error_of(changed("tasks", [{"task": "a", "metrik": "acc"}]))
+    assert "did you mean 'builtin'?" in error_of(changed("calibration.sources", [{"buildin": "general"}]))
 
 
 @pytest.mark.parametrize(
@@ -187,40 +188,83 @@ def test_unknown_keys_in_lists() -> None:
         ("enqueue", [{"rank": {1, 2}}], "JSON values"),
     ],
 )
-def test_bad_values_are_refused(path: str, value: Any, words: str) -> None:
-    assert words in refusal(changed(path, value))
+def test_invalid_values_are_rejected(path: str, value: Any, words: str) -> None:
+    assert words in error_of(changed(path, value))
 
 
-def test_groups_have_no_meaning_for_a_subset() -> None:
+def test_a_subset_space_takes_no_groups() -> None:
     with pytest.raises(ConfigError, match="`groups` is for `kind: levels`"):
         parse_search_space({**SPACE, "kind": "subset", "groups": {"layers": 2}})
 
 
-def test_many_problems_are_told_together_but_not_without_end() -> None:
-    message = refusal({**FULL, **{f"key{i}": i for i in range(9)}})
+def test_at_most_five_problems_are_listed() -> None:
+    message = error_of({**FULL, **{f"key{i}": i for i in range(9)}})
     assert message.count("unknown key") == 5
     assert "and 4 more" in message
 
 
-def test_a_value_of_several_forms_is_refused_by_the_one_that_was_meant() -> None:
-    assert refusal(changed("space.layers", {"skip_first": -1})).startswith("study: `space.layers.skip_first`: ")
-    assert refusal(changed("space.layers", ["x"])).startswith("study: `space.layers.0`: ")
-    assert refusal(changed("space.layers", "most")) == (
+def test_the_error_of_a_union_is_that_of_the_best_matching_form() -> None:
+    assert error_of(changed("space.layers", {"skip_first": -1})).startswith("study: `space.layers.skip_first`: ")
+    assert error_of(changed("space.layers", ["x"])).startswith("study: `space.layers.0`: ")
+    assert error_of(changed("space.layers", "most")) == (
         "study: `space.layers`: must be all, a list of layer indices, or {skip_first: 1, skip_last: 1}"
     )
-    assert "must be all, or a list of roles" in refusal(changed("space.roles", "query"))
-    assert "must be together, separate, or named groups" in refusal(changed("space.groups.roles", "apart"))
-    assert refusal(changed("space.groups.roles", {"a": "query"})).startswith("study: `space.groups.roles.a`: ")
+    assert "must be all, or a list of roles" in error_of(changed("space.roles", "query"))
+    assert "must be together, separate, or named groups" in error_of(changed("space.groups.roles", "apart"))
+    assert error_of(changed("space.groups.roles", {"a": "query"})).startswith("study: `space.groups.roles.a`: ")
 
 
-def test_keys_that_look_like_names_of_forms() -> None:
+def test_unknown_keys_that_look_like_type_names() -> None:
     for key in ("Model", "list[int]"):
-        assert f"unknown key '{key}'" in refusal({**FULL, key: 3})
+        assert f"unknown key '{key}'" in error_of({**FULL, key: 3})
+
+
+def test_shipped_files_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_study(Path("quickstart")) == load_study(ROOT / "studies" / "quickstart.yaml")
+    assert load_search_space(Path("layer_rank")) == load_search_space(ROOT / "search_spaces" / "layer_rank.yaml")
+    assert parse_study({**FULL, "space": "layer_rank"}, base=tmp_path).space.name == "layer_rank"
+    (tmp_path / "layer_rank").write_text(yaml.safe_dump(SPACE))  # an existing file takes precedence
+    assert parse_study({**FULL, "space": "layer_rank"}, base=tmp_path).space.name == SPACE["name"]
+    with pytest.raises(ConfigError, match=r"one of the shipped studies \(bert.*did you mean 'quickstart'"):
+        load_study(Path("quickstrat"))
+
+
+def test_old_names_are_accepted_with_a_warning() -> None:
+    rungs = {"shares": [0.5], "min_gain": 0.01, "resume_stopped": None}
+    old = {"shares": [0.5], "least_gain": 0.01, "second_look": None, "tell": "estimate"}
+    expected = parse_study({**FULL, "objectives": ["target_log_likelihood"], "fidelity": rungs})
+    with pytest.warns(DeprecatedNameWarning) as caught:
+        found = parse_study({**FULL, "objectives": ["gold_log_likelihood"], "fidelity": old})
+    assert found == expected
+    assert found.to_yaml() == expected.to_yaml()
+    messages = " ".join(sorted({str(warning.message) for warning in caught}))
+    for words in (
+        "`fidelity.least_gain` is now `fidelity.min_gain`",
+        "`fidelity.second_look` is now `fidelity.resume_stopped`",
+        "`fidelity.tell` was removed",
+        "objective `gold_log_likelihood` is now `target_log_likelihood`",
+    ):
+        assert words in messages
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse_study(yaml.safe_load(found.to_yaml()))
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "words"),
+    [
+        ({"tell": "bound"}, "`tell` was removed: the sampler always gets a stopped trial's estimates; remove it"),
+        ({"least_gain": 0.1, "min_gain": 0.1}, "`least_gain` is the old name of `min_gain`; remove `least_gain`"),
+    ],
+)
+def test_old_names_that_have_no_new_meaning_are_rejected(fidelity: dict[str, Any], words: str) -> None:
+    assert words in error_of({**FULL, "fidelity": fidelity})
 
 
 @pytest.mark.parametrize("data", [None, [], "text", 3, [FULL]])
 def test_a_study_must_be_a_mapping(data: Any) -> None:
-    assert "must be a mapping" in refusal(data)
+    assert "must be a mapping" in error_of(data)
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,14 +280,14 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         "~/model": home / "model",
         "/models/x": Path("/models/x"),
         "model.gguf": folder / "model.gguf",
-        "models/mine": folder / "models" / "mine",  # a folder beside the study
-        "here": elsewhere / "here",  # a folder of the current directory
+        "models/mine": folder / "models" / "mine",  # a folder next to the study file
+        "here": elsewhere / "here",  # a folder in the current directory
     }
     for ref, path in expected.items():
         (folder / "study.yaml").write_text(yaml.safe_dump({**study, "model": ref}))
         loaded = load_study(Path("../studies/study.yaml"))
         assert loaded.model.ref == str(path), ref
-        # The resolved study means the same when it is read from its own folder.
+        # The resolved study does not depend on the folder from which it is read.
         assert parse_study(yaml.safe_load(loaded.to_yaml()), base=home) == loaded
     assert loaded.space.name == SPACE["name"]
     assert [task.task for task in loaded.tasks] == [
@@ -260,8 +304,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     "changes",
     [{"model": "~no-such-user-here/x"}, {"tasks": ["~no-such-user-here/t.yaml"]}, {"space": "~no-such-user-here"}],
 )
-def test_home_of_nobody(changes: dict[str, Any]) -> None:
-    assert "no-such-user-here" in refusal({**FULL, **changes})
+def test_the_home_folder_of_an_unknown_user(changes: dict[str, Any]) -> None:
+    assert "no-such-user-here" in error_of({**FULL, **changes})
 
 
 @pytest.mark.parametrize(
@@ -296,7 +340,7 @@ def test_home_of_nobody(changes: dict[str, Any]) -> None:
     ],
     ids=lambda content: repr(content[:24]),
 )
-def test_malformed_files(tmp_path: Path, content: bytes) -> None:
+def test_malformed_files_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     for load in (load_study, load_search_space):
@@ -308,7 +352,7 @@ def test_malformed_files(tmp_path: Path, content: bytes) -> None:
         assert len(message) < len(str(path)) + 2000
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_rejected(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path, tmp_path / ("x" * 300 + ".yaml"), Path("a\0b")):
         with pytest.raises(ConfigError, match="must be a readable YAML file"):
             load_study(path)
@@ -318,7 +362,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-# PyYAML does not read back the three odd line ends that it writes.
+# PyYAML writes these three line separators, but does not read them back.
 TEXTS = st.text(st.characters(codec=None, exclude_categories=[], exclude_characters="\x85\u2028\u2029"), max_size=12)
 SCALARS = st.one_of(
     st.none(),
@@ -348,7 +392,7 @@ PLACES = list(places(FULL))
 
 
 def mutated(data: Any, path: tuple[Any, ...], value: Any, key: Any, action: str) -> Any:
-    """Replace or remove what is at `path`, or add a key to it; a path that is no more is passed over."""
+    """Replace or remove the value at `path`, or add a key to it. A path that does not exist changes nothing."""
     data = copy.deepcopy(data)
     section, parent = data, None
     for step in path:
@@ -376,7 +420,7 @@ MUTATIONS = st.lists(
 
 @given(MUTATIONS)
 @settings(max_examples=400, deadline=None)
-def test_a_mutated_study_is_read_or_refused(mutations: list[tuple[Any, Any, Any, str]]) -> None:
+def test_a_mutated_study_is_read_or_rejected(mutations: list[tuple[Any, Any, Any, str]]) -> None:
     data: Any = FULL
     for path, value, key, action in mutations:
         data = mutated(data, path, value, key, action)
@@ -390,7 +434,7 @@ def test_a_mutated_study_is_read_or_refused(mutations: list[tuple[Any, Any, Any,
         assert parse_study(yaml.safe_load(study.to_yaml())) == study
 
 
-# What YAML is made of, one token a line, and words of the schema.
+# YAML tokens, one per line, and pieces of the schema.
 YAML_TOKENS = """\
 -
 {
@@ -430,7 +474,7 @@ YAML_PIECES = st.sampled_from(
 
 @given(st.one_of(st.lists(st.one_of(YAML_PIECES, TEXTS), max_size=25).map("".join), st.binary(max_size=60)))
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_is_read_or_refused(tmp_path: Path, content: str | bytes) -> None:
+def test_any_text_is_read_or_rejected(tmp_path: Path, content: str | bytes) -> None:
     path = tmp_path / "fuzz.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     messages = []

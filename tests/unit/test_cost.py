@@ -6,18 +6,20 @@ import csv
 import json
 import os
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from topologies import LLAMA2_7B, save_published_config, topology_of_shapes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dse.cost import Cost, break_even_rank, check_point, cost, factor_parameters, has_core, point_problems
+from dse.cost import Cost, break_even_rank, check_point, factor_parameters, has_core, point_cost, point_problems
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import load_topology, topology_of
@@ -29,23 +31,7 @@ sizes = st.integers(1, 400)
 
 @pytest.fixture(scope="module")
 def llama2_7b(tmp_path_factory: pytest.TempPathFactory) -> Topology:
-    folder = tmp_path_factory.mktemp("llama-2-7b")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float16",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return load_topology(str(folder))
+    return load_topology(str(save_published_config(tmp_path_factory.mktemp("llama-2-7b"), LLAMA2_7B)))
 
 
 def one_tensor(out_features: int, in_features: int) -> Topology:
@@ -85,7 +71,7 @@ def test_factors_are_counted_by_shape(m: int, n: int, rank: int) -> None:
 
 
 def test_dense_costs_what_llama_2_7b_holds(llama2_7b: Topology) -> None:
-    dense = cost(llama2_7b, DesignPoint.dense(), prompt_tokens=128)
+    dense = point_cost(llama2_7b, DesignPoint.dense(), prompt_tokens=128)
     assert dense.parameters == dense.parameters_dense == 6_738_415_616
     assert dense.reduction == 0
     assert dense.weight_bytes == 2 * 6_738_415_616
@@ -112,34 +98,14 @@ def test_the_papers_layer_sets_give_the_papers_reductions(llama2_7b: Topology) -
     assert len(rows) == 10
     for row in rows:
         layers = [int(layer) for layer in row["layers"].split()]
-        found = cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, layers))
+        found = point_cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, layers))
         # A layer holds 4 x 4096^2 + 3 x 4096 x 11008 entries; rank 1 leaves 4 x 8192 + 3 x 15104 + 7 of them.
         saved = len(layers) * (4 * 4096**2 + 3 * 4096 * 11008 - (4 * 8192 + 3 * 15104 + 7))
         assert Fraction(found.parameters_dense - found.parameters, 1) == saved
         assert 100 * found.reduction == pytest.approx(float(row["nominal_reduction_percent"]), abs=0.75)
 
 
-def tiny(**keywords: object) -> hf.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attn_implementation": "eager",
-    }
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**config, **keywords})).eval()
-
-
-def tiny_gpt2() -> hf.GPT2LMHeadModel:
-    config = hf.GPT2Config(
-        vocab_size=128, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    return hf.GPT2LMHeadModel(config).eval()
+tiny = partial(tiny_model, attn_implementation="eager")  # its matrix products are counted
 
 
 def really_decompose(model: nn.Module, topology: Topology, point: DesignPoint) -> None:
@@ -170,13 +136,16 @@ def points_of(topology: Topology) -> list[DesignPoint]:
     ]
 
 
-@pytest.mark.parametrize("make", [tiny, lambda: tiny(tie_word_embeddings=True), lambda: tiny(mlp_bias=True), tiny_gpt2])
+@pytest.mark.parametrize(
+    "make",
+    [tiny, partial(tiny, tie_word_embeddings=True), partial(tiny, mlp_bias=True), partial(tiny_model, "gpt2")],
+)
 @pytest.mark.parametrize("which", range(4))
 def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which: int, tmp_path: Path) -> None:
-    model = make()  # type: ignore[operator]
+    model = make().requires_grad_()  # type: ignore[operator]  # torch may count products of frozen weights as bmm
     topology = topology_of(model)
     point, tokens = points_of(topology)[which], 16
-    found = cost(topology, point, prompt_tokens=tokens)
+    found = point_cost(topology, point, prompt_tokens=tokens)
     really_decompose(model, topology, point)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.reduction == pytest.approx(1 - found.parameters / found.parameters_dense)
@@ -193,7 +162,7 @@ def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which:
     assert abs(tokens * found.flops_prefill_per_token - (matrices + causal)) <= tokens / 2  # rounded per token
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, 1, dtype=torch.long))
-    one_token = cost(topology, point, prompt_tokens=1).flops_decode_per_token - 4 * 3 * 32 * 2
+    one_token = point_cost(topology, point, prompt_tokens=1).flops_decode_per_token - 4 * 3 * 32 * 2
     seen = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     assert one_token == seen.get("aten.mm", 0) + seen.get("aten.addmm", 0)
 
@@ -203,7 +172,8 @@ def test_removed_blocks_save_what_they_hold_compute_and_cache() -> None:
     topology = topology_of(model)
     removed = ("layers.0.attention", "layers.1.attention", "layers.1.mlp", "layers.2.mlp")
     point = DesignPoint.of(dict.fromkeys(removed, TensorChoice.removal()) | {"layers.2.query": TensorChoice("svd", 3)})
-    found, dense = cost(topology, point, prompt_tokens=16), cost(topology, DesignPoint.dense(), prompt_tokens=16)
+    found = point_cost(topology, point, prompt_tokens=16)
+    dense = point_cost(topology, DesignPoint.dense(), prompt_tokens=16)
     really_decompose(model, topology, DesignPoint.of({"layers.2.query": TensorChoice("svd", 3)}))
     layers = model.model.layers
     gone = [layers[0].self_attn, layers[0].input_layernorm, *layers[1].children()]
@@ -222,8 +192,8 @@ def test_a_decomposed_head_saves_where_the_head_works() -> None:
     model = tiny(tie_word_embeddings=False)
     topology = topology_of(model, {"lm_head": "head"})
     point = DesignPoint.of({"head": TensorChoice("svd", 8)})
-    dense, found = cost(topology, DesignPoint.dense()), cost(topology, point)
-    saved = 128 * 32 - 8 * (128 + 32)
+    dense, found = point_cost(topology, DesignPoint.dense()), point_cost(topology, point)
+    saved = 320 * 32 - 8 * (320 + 32)
     assert dense.parameters - found.parameters == saved
     assert dense.flops_decode_per_token - found.flops_decode_per_token == 2 * saved
     assert dense.flops_prefill_per_token - found.flops_prefill_per_token == 2 * saved / 512
@@ -232,24 +202,21 @@ def test_a_decomposed_head_saves_where_the_head_works() -> None:
 
 
 def test_encoders_see_both_ways_and_decode_nothing_else() -> None:
-    config = hf.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    topology = topology_of(hf.BertForMaskedLM(config))
-    found = cost(topology, DesignPoint.dense(), prompt_tokens=10)
-    matrices = 2 * (4 * 32 * 32 + 2 * 32 * 48) + 32 * 32 + 64 * 32  # layers, transform, head on every token
+    topology = topology_of(tiny_model("bert", num_hidden_layers=2))
+    found = point_cost(topology, DesignPoint.dense(), prompt_tokens=10)
+    matrices = 2 * (4 * 32 * 32 + 2 * 32 * 48) + 32 * 32 + 320 * 32  # layers, transform, head on every token
     assert found.flops_prefill_per_token == 2 * matrices + 4 * 2 * 32 * 10
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=6, max_size=6))
 def test_more_rank_never_costs_less(ranks: list[int]) -> None:
-    tensors = tuple(DecomposableTensor(f"layers.{i}.up", f"l.{i}", i, "up", 96, 80) for i in range(6))
-    topology = Topology("Tiny", "tiny", 6, tensors, parameters_dense=6 * 96 * 80 + 11, head_parameters=64)
+    topology = topology_of_shapes([{"up": (96, 80)}] * 6, other=11, head_parameters=64)
+    names = topology.by_name
     smaller, larger = (
-        cost(
+        point_cost(
             topology,
-            DesignPoint.of({t.name: TensorChoice("svd", r + more) for t, r in zip(tensors, ranks, strict=True)}),
+            DesignPoint.of({n: TensorChoice("svd", r + more) for n, r in zip(names, ranks, strict=True)}),
         )
         for more in (0, 1)
     )
@@ -262,7 +229,7 @@ def test_all_problems_come_in_one_error(llama2_7b: Topology) -> None:
     over = TensorChoice("svd", 2049)
     one = DesignPoint.of({"layers.3.query": over})
     with pytest.raises(RankError) as caught:
-        cost(llama2_7b, one)
+        point_cost(llama2_7b, one)
     assert str(caught.value) == (
         "`rank <= 2048` must hold for 'layers.3.query' (break-even of 4096 x 4096), but got rank=2049;"
         " lower it or leave the tensor dense."
@@ -279,7 +246,7 @@ def test_all_problems_come_in_one_error(llama2_7b: Topology) -> None:
 
 
 def test_a_cost_is_a_value(llama2_7b: Topology) -> None:
-    found = cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [2, 29]))
+    found = point_cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [2, 29]))
     assert isinstance(found, Cost)
     assert json.loads(json.dumps(found.to_json())) == found.to_json()
-    assert found == cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [29, 2]))
+    assert found == point_cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [29, 2]))

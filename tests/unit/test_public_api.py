@@ -53,7 +53,7 @@ def test_all_of_dse_is_what_it_exports() -> None:
 
 
 def test_the_names_that_the_commands_stand_for_are_there() -> None:
-    for name in ("load_model", "FactorBank", "decompose", "cost", "run_study", "open_study", "export"):
+    for name in ("load_model", "FactorBank", "decompose", "point_cost", "run_study", "open_study", "export_trials"):
         assert callable(getattr(dse, name))
     assert callable(dse.DesignPoint.uniform)
     assert callable(dse.SearchSpace.from_file)

@@ -1,4 +1,4 @@
-"""The rows of a data set that a task reads: from a local file, from the hub, or from those shipped with the package."""
+"""Read the rows of a dataset: from a local file, from the hub, or from the package."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from dse.files import disk_errors
 
 __all__ = ["DatasetRows", "read_rows", "shipped_datasets"]
 
-_SHIPPED = Path(__file__).resolve().parent.parent / "data" / "tasks"
+_SHIPPED = Path(__file__).resolve().parents[2] / "data" / "tasks"
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetRows:
-    """Rows drawn from a data set.
+    """Rows drawn from a dataset.
 
     Attributes:
-        documents: Indices in the data set, ascending.
-        places: For each, its place in the order of drawing: the first n drawn are those with the lowest places.
-        rows: For each, the columns that the head reads, by the head's own names for them.
-        label_names: Names of the integer labels, where the data set has them.
+        documents: Indices of the rows in the dataset, ascending.
+        places: Place of each row in the order of drawing; the first n drawn have the places below n.
+        rows: The columns that the head reads, by the head's names for them.
+        label_names: Names of the integer labels, if the dataset has them.
     """
 
     documents: tuple[int, ...]
@@ -40,20 +40,20 @@ class DatasetRows:
 
 
 def shipped_datasets() -> Mapping[str, Path]:
-    """Names and files of the data sets shipped with the package that are not lm-eval tasks."""
+    """Names and files of the datasets in the package that are not lm-eval tasks."""
     return {path.stem: path for path in sorted(_SHIPPED.glob("*.jsonl")) if not path.with_suffix(".yaml").exists()}
 
 
 def read_rows(task: DatasetTaskConfig, *, limit: int | None, seed: int) -> DatasetRows:
-    """Read a task's data set and draw its documents by seed.
+    """Read a task's dataset and draw its documents by seed.
 
     Args:
-        task: Which data set, and which of its columns.
-        limit: Most documents; None means all. A smaller limit draws a part of what a larger one draws.
-        seed: Of the draw.
+        task: The dataset and its columns.
+        limit: Maximum number of documents; None means all. A smaller limit draws a subset of a larger one.
+        seed: Seed of the draw.
 
     Raises:
-        TaskError: The data set cannot be had or read, lacks a column, or has no row.
+        TaskError: The dataset is unavailable or unreadable, lacks a column, or has no row.
         StorageFullError: The cache of `datasets` cannot be written.
     """
     try:
@@ -71,25 +71,27 @@ def read_rows(task: DatasetTaskConfig, *, limit: int | None, seed: int) -> Datas
             feature = table.features.get(columns.get("label", ""))
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # parsers of a user's files raise anything
+    except Exception as error:  # parsers of users' files can raise anything
         reason = " ".join(str(error.__cause__ or error).split())
-        if isinstance(error, StopIteration) or "corresponds to no data" in reason:  # how `datasets` meets an empty file
+        # What `datasets` raises for an empty file.
+        if isinstance(error, StopIteration) or "corresponds to no data" in reason:
             raise TaskError(f"a task must have at least one document, but '{task.task_name}' has none") from error
         raise TaskError(
-            f"the data set of task '{task.task_name}' must be one that can be read, but: {type(error).__name__}:"
-            f" {reason:.200}"
+            f"the dataset of task '{task.task_name}' must be readable, but: {type(error).__name__}: {reason:.200}"
         ) from error
     for document, row in zip(documents, rows, strict=True):
         empty = next((role for role, value in row.items() if value is None), None)
         if empty is not None:
-            raise TaskError(f"every column must be filled, but row {document} of '{task.task_name}' has no {empty}")
+            raise TaskError(
+                f"no column may have missing values, but row {document} of '{task.task_name}' has no {empty}"
+            )
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return DatasetRows(documents, tuple(place for _, place in drawn), rows, names)
 
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Without logs and bars; those of a download stay off as well, since `datasets` knows but one switch."""
+    """Without logs and progress bars, including those of downloads: `datasets` has a single switch for both."""
     level, has_bars = datasets.utils.logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.utils.disable_progress_bars()
@@ -109,10 +111,10 @@ def _load(task: DatasetTaskConfig) -> Any:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     if Path(task.dataset).exists():
         raise TaskError(
-            f"a data set must be one file ({', '.join(LOCAL_SUFFIXES)}) or one of the hub, but '{task.dataset}' is a"
-            f" local folder; name the file"
+            f"a dataset must be a file ({', '.join(LOCAL_SUFFIXES)}) or a hub dataset, but '{task.dataset}' is a local"
+            f" folder; name the file"
         )
-    with hub_dataset(task.task_name, f"the data set '{task.dataset}'"):
+    with hub_dataset(task.task_name, f"the dataset '{task.dataset}'"):
         return datasets.load_dataset(task.dataset, task.config, split=task.split, revision=task.revision)
 
 
@@ -120,21 +122,19 @@ def _local_path(task: DatasetTaskConfig) -> Path:
     if task.is_file:
         path = Path(task.dataset).expanduser()
         if not path.is_file():
-            raise TaskError(
-                f"a data set must exist, but '{PurePath(task.dataset)}' does not; name a file that is there"
-            )
+            raise TaskError(f"a dataset must exist, but '{PurePath(task.dataset)}' does not; name an existing file")
         return path
     shipped = shipped_datasets()
     if task.dataset not in shipped:
         raise TaskError(
-            f"a shipped data set must be one of {', '.join(shipped)}, but got '{task.dataset}'"
+            f"a dataset of the package must be one of {', '.join(shipped)}, but got '{task.dataset}'"
             f"{did_you_mean(task.dataset, shipped)}"
         )
     return shipped[task.dataset]
 
 
 def _columns(task: DatasetTaskConfig, available: list[str]) -> dict[str, str]:
-    """The head's name of each column that is there to the data set's own."""
+    """The head's name of each available column to the dataset's name for it."""
     found = {}
     for role, is_required in HEAD_COLUMNS[task.head].items():
         column = task.column(role)

@@ -1,4 +1,4 @@
-"""How well a sentence encoder's cosines agree with gold scores, or with those of the dense model."""
+"""Embedding task: agreement of a sentence encoder's cosines with reference scores or the dense model's cosines."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from dse.models import LoadedModel
 
 __all__ = ["EmbeddingTask"]
 
-_LEAST_PAIRS = 3
+_FEWEST_PAIRS = 3
 
 Vectors = NDArray[np.float64]
 
 
 class EmbeddingTask(HeadTask):
-    """Pairs of sentences, with or without gold scores; the answer of a pair is two cosines.
+    """Pairs of sentences, with or without reference scores; the answer to a pair is two cosines.
 
-    The first is that of the pair's two embeddings. The second is the mean, over the two sentences, of the cosine of
-    the embedding now and the dense model's, which are computed when the task is made.
+    The first is the cosine between the two embeddings of the pair. The second is the mean, over the two sentences, of
+    the cosine between the present embedding and the dense model's, which the constructor computes.
     """
 
     def __init__(
         self, config: DatasetTaskConfig, drawn: DatasetRows, loaded: LoadedModel, max_length: int, rows: int
     ) -> None:
         super().__init__(config, drawn)
-        if len(drawn.rows) < _LEAST_PAIRS:
+        if len(drawn.rows) < _FEWEST_PAIRS:
             raise TaskError(
-                f"an embedding task needs at least {_LEAST_PAIRS} pairs to correlate, but '{self.name}' has"
+                f"an embedding task needs at least {_FEWEST_PAIRS} pairs to correlate, but '{self.name}' has"
                 f" {len(drawn.rows)}"
             )
         self._loaded = loaded
         self._pooling = config.pooling or pooling_of(loaded)
-        self._scores = self._gold_scores(drawn)
+        self._scores = self._reference_scores(drawn)
         lowered = bool(_sentence_settings(loaded).get("do_lower_case"))
         sentences = [str(row[column]) for row in drawn.rows for column in ("sentence1", "sentence2")]
         texts = [text.lower() for text in sentences] if lowered else sentences
@@ -72,7 +72,7 @@ class EmbeddingTask(HeadTask):
     def outcomes(
         self, positions: Sequence[int], answers: Sequence[DocumentAnswers]
     ) -> Mapping[str, NDArray[np.float64]]:
-        """Rank correlation with the dense model's cosines, mean cosine to it, and correlation with gold if there is."""
+        """Rank correlation with the dense model's cosines, mean cosine to it, and correlation with reference scores."""
         cosines, fidelity = (np.array([float(answer[k][0]) for answer in answers]) for k in (0, 1))  # type: ignore[arg-type]
         chosen = list(positions)
         found = {
@@ -84,31 +84,31 @@ class EmbeddingTask(HeadTask):
         return found
 
     def _correlated(self, cosines: Vectors, reference: Vectors) -> Vectors:
-        if len(cosines) < _LEAST_PAIRS or math.isnan(spearman(cosines, reference)):
+        if len(cosines) < _FEWEST_PAIRS or math.isnan(spearman(cosines, reference)):
             raise NonFiniteError(
-                f"a rank correlation needs at least {_LEAST_PAIRS} pairs that are not all equally similar, but the"
-                f" {len(cosines)} of task '{self.name}' are; the trial is void"
+                f"a rank correlation needs at least {_FEWEST_PAIRS} pairs that differ in similarity, but the"
+                f" {len(cosines)} pairs of task '{self.name}' do not; the trial is invalid"
             )
         return spearman_outcomes(cosines, reference)
 
-    def _gold_scores(self, drawn: DatasetRows) -> Vectors | None:
+    def _reference_scores(self, drawn: DatasetRows) -> Vectors | None:
         if "score" not in drawn.rows[0]:
             if self.config.chosen_metric == "spearman":
                 raise TaskError(
-                    f"the metric spearman needs a column of gold scores, but '{self.name}' has none; name it in"
-                    f" `columns` (`score: ...`), or take fidelity_spearman"
+                    f"the metric spearman needs a column of reference scores, but '{self.name}' has none; name it in"
+                    f" `columns` (`score: ...`), or use fidelity_spearman"
                 )
             return None
         try:
             scores = np.array([float(row["score"]) for row in drawn.rows])
         except (TypeError, ValueError) as error:
-            raise TaskError(f"gold scores must be numbers, but those of '{self.name}' are not: {error}") from error
+            raise TaskError(f"reference scores must be numbers, but those of '{self.name}' are not: {error}") from error
         if not np.isfinite(scores).all() or (scores == scores[0]).all():
-            raise TaskError(f"gold scores must be finite and differ, but those of '{self.name}' do not")
+            raise TaskError(f"reference scores must be finite and differ, but those of '{self.name}' do not")
         return scores
 
     def _embed(self, positions: Sequence[int], rows: int, tick: Tick) -> Vectors:
-        """Embeddings as they are now, shape (positions, 2, width)."""
+        """Present embeddings, shape (positions, 2, width)."""
         places = [2 * position + part for position in positions for part in (0, 1)]
         vectors: dict[int, Vectors] = {}
         finished = 0
@@ -136,6 +136,6 @@ def _sentence_settings(loaded: LoadedModel) -> Mapping[str, object]:
 
 
 def _longest(loaded: LoadedModel, most: int) -> int:
-    """Tokens that the encoder was trained to read, where sentence-transformers' files say."""
+    """The encoder's maximum length from sentence-transformers' files, else `most`."""
     longest = _sentence_settings(loaded).get("max_seq_length")
     return longest if isinstance(longest, int) and longest > 0 else most

@@ -1,4 +1,4 @@
-"""Run encoded texts through a model in batches by tokens, the longest first, each padded to its longest."""
+"""Run encoded texts through a model in batches filled by tokens, longest first, padded to the longest text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dse.evaluation.evaluator_settings import TOKENS_PER_ROW
 from dse.models import LoadedModel
 
 __all__ = ["EncodedText", "batch_outputs", "encoded_texts"]
 
 EncodedText = Mapping[str, Sequence[int]]
-"""What a tokenizer gives for one text: `input_ids`, `attention_mask`, and `token_type_ids` where the model has them."""
-
-TOKENS_PER_ROW = 128
+"""Tokenizer output for one text: `input_ids`, `attention_mask`, and `token_type_ids` if the model takes them."""
 
 
 def encoded_texts(loaded: LoadedModel, encoding: Mapping[str, Any], count: int) -> list[EncodedText]:
-    """Take a tokenizer's answer for `count` texts apart, keeping what the model's forward pass reads."""
+    """Split the tokenizer output for `count` texts, keeping the inputs that the model's forward pass accepts."""
     accepted = inspect.signature(loaded.model.forward).parameters
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoding and key in accepted]
     return [{key: encoding[key][index] for key in keys} for index in range(count)]
@@ -29,12 +28,12 @@ def encoded_texts(loaded: LoadedModel, encoding: Mapping[str, Any], count: int) 
 def batch_outputs(
     loaded: LoadedModel, texts: Sequence[EncodedText], rows: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
-    """Run texts through the model as it is now.
+    """Run texts through the model in its present state.
 
     Args:
         loaded: The model and its tokenizer.
-        texts: Encoded, without padding.
-        rows: A batch holds at most this many times 128 tokens, and at least one text.
+        texts: Encoded texts without padding.
+        rows: A batch has at most this many times 128 tokens, and at least one text.
 
     Yields:
         Indices of the texts in the batch, the padded inputs (batch, tokens), and the model's output.

@@ -1,7 +1,8 @@
-"""Evaluate a model with a classification, question-answering or embedding head on data sets."""
+"""Evaluate a model with a classification, question-answering or embedding head on datasets."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -12,30 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dse.config import HEAD_METRICS, DatasetTaskConfig, Head
-from dse.errors import ConfigError, ModelError, NonFiniteError, OutOfMemoryError, TaskError
+from dse.errors import ModelError, NonFiniteError, TaskError
 from dse.evaluation.answers import Answers, DocumentAnswers
+from dse.evaluation.evaluator_settings import BatchSize, check_positive, last_place
 from dse.evaluation.heads.classification import ClassificationTask
 from dse.evaluation.heads.dataset_rows import read_rows
 from dse.evaluation.heads.embedding import EmbeddingTask
 from dse.evaluation.heads.head_task import HeadTask, Tick
 from dse.evaluation.heads.question_answering import QuestionAnsweringTask
-from dse.evaluation.out_of_memory import out_of_memory_named
 from dse.evaluation.result import EvaluationResult, TaskResult
 from dse.evaluation.task_spec import check_unique
 from dse.models import LoadedModel, context_tokens, head_of
 
 __all__ = ["HeadEvaluator"]
 
-_AUTO_ROWS = {"cuda": 64}
-_AUTO_ROWS_ELSEWHERE = 16
 _LONGEST: Mapping[Head, int] = {"classification": 512, "question_answering": 384, "embedding": 512}
 
 
 class HeadEvaluator:
-    """Tasks on data sets over a fixed set of documents, for a model that changes between calls.
+    """Dataset tasks on a fixed set of documents, for a model that changes between calls.
 
-    It takes the place of `Evaluator`, which runs lm-eval's tasks: data are read, documents drawn and encoded when it is
-    made, so every call asks the same. Nothing of a call is kept for the next, unless the caller keeps `Answers`.
+    The counterpart of `Evaluator`, which runs lm-eval tasks. The constructor reads the data and draws and encodes the
+    documents, so every call evaluates the same inputs. Results are not reused between calls unless the caller passes
+    `Answers`.
+
+    Attributes:
+        fingerprint: Sixteen hexadecimal digits of everything that scores depend on besides the model.
     """
 
     def __init__(
@@ -48,57 +51,54 @@ class HeadEvaluator:
         batch_size: int | str = 16,
         max_length: int | None = None,
     ) -> None:
-        """Read the data and find every defect they have.
+        """Read and check the data.
 
         Args:
-            loaded: The model; make the evaluator while it is dense, then evaluate it in any state.
-            tasks: What to evaluate, by different names, all for the head that the model has.
-            limit: Documents for each task without a limit of its own, drawn by `seed`; None means all.
-            seed: Draws documents.
-            batch_size: A batch holds at most this many times 128 tokens; "auto" starts at 64 on a GPU (16 elsewhere)
-                and halves where memory is full.
-            max_length: Tokens of a text, None for 512 (384 for question answering) or the model's own limit.
+            loaded: The model. It must be dense now and may be in any state when it is evaluated.
+            tasks: Tasks with distinct names, all for the head of the model.
+            limit: Documents for each task without its own limit, drawn by `seed`; None means all.
+            seed: Seed of the documents.
+            batch_size: A batch has at most this many times 128 tokens. "auto" starts with 64 on a GPU (16 elsewhere)
+                and halves after out-of-memory errors.
+            max_length: Tokens per text, None for 512 (384 for question answering) or the model's own limit.
 
         Raises:
-            TaskError: Data cannot be had or read, or lack what the task needs.
+            TaskError: Data is unavailable, unreadable, or lacks what the task needs.
             ConfigError: `limit`, `batch_size` or `max_length` is below 1.
             ModelError: The model does not have the head.
         """
-        self._is_auto = batch_size == "auto"
-        rows = _AUTO_ROWS.get(loaded.device.type, _AUTO_ROWS_ELSEWHERE) if self._is_auto else batch_size
-        for name, value in (("limit", limit), ("batch_size", rows), ("max_length", max_length)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"`{name} >= 1` must hold for an evaluation, but got {name}={value!r}")
+        check_positive(limit=limit, max_length=max_length)
+        self._batch_size = BatchSize(batch_size, loaded.device.type)
         if not tasks:
             raise TaskError("an evaluation must have at least one task, but got none")
         check_unique(task.task_name for task in tasks)
-        self._loaded, self._rows = loaded, int(rows)
+        self._loaded, rows = loaded, self._batch_size.rows
         self._tasks = [
-            _prepared(loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, rows=self._rows)
+            _prepared(loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, rows=rows)
             for task in tasks
         ]
         self.fingerprint = self._fingerprint()
 
     @property
     def documents(self) -> dict[str, list[int]]:
-        """Indices of the documents evaluated, ascending, by task."""
+        """Task to the indices of its documents, ascending."""
         return {task.name: list(task.documents) for task in self._tasks}
 
     @property
     def metrics(self) -> dict[str, str]:
-        """The metric that stands for each task."""
+        """Task to its main metric."""
         return {task.name: task.config.chosen_metric for task in self._tasks}
 
     @property
     def graded(self) -> dict[str, tuple[str, ...]]:
-        """The graded metrics of each task (see `dse.evaluation.graded_metrics`)."""
+        """Task to its graded metrics (see `dse.evaluation.graded_metrics`)."""
         return {task.name: task.graded_names for task in self._tasks}
 
     def identity(self, point_id: str, factors: str) -> dict[str, str]:
-        """What an answer depends on beside the document: see `EvaluationCache`.
+        """Everything that an answer depends on besides the document; the key of `EvaluationCache`.
 
         Args:
-            point_id: The design point in the model.
+            point_id: Id of the design point in the model.
             factors: Identity of the factors it is made of; "" for the dense model.
         """
         return {
@@ -114,13 +114,13 @@ class HeadEvaluator:
     def evaluate(
         self, progress: Callable[[int, int], None] | None = None, *, share: float = 1.0, answers: Answers | None = None
     ) -> EvaluationResult:
-        """Evaluate the model as it is now.
+        """Evaluate the model in its present state.
 
         Args:
-            progress: Called as documents finish, and once more at the end.
-            share: Of each task's documents, the first drawn: a smaller share is a part of every larger one.
-            answers: What this very state of the model has answered before; those documents are not asked again, and
-                the answers of the others are added.
+            progress: Called as documents finish.
+            share: Share of each task's documents. A smaller share is a subset of every larger one.
+            answers: Known answers of this state of the model. Their documents are not evaluated again, and new answers
+                are added.
 
         Raises:
             ConfigError: `0 < share <= 1` does not hold.
@@ -139,28 +139,18 @@ class HeadEvaluator:
         tick = _ticker(progress, known.scored)
         for task, positions in zip(self._tasks, asked, strict=True):
             if positions:
-                found = self._answered(task, positions, tick)
+                found = self._batch_size.run(functools.partial(_answers, task, positions, tick))
                 known.by_document.update({task.digests[position]: answer for position, answer in found.items()})
         results = tuple(_result(task, positions, known) for task, positions in zip(self._tasks, chosen, strict=True))
         return EvaluationResult(results, time.perf_counter() - start)
 
     def within_share(self, share: float) -> dict[str, NDArray[np.bool_]]:
-        """Which of each task's outcomes, in their order, belong to the documents of a share; shape (documents,)."""
+        """Task to a mask of its outcomes: whether the document is part of the share; shape (documents,)."""
         return {task.name: np.isin(np.arange(len(task.documents)), _positions(task, share)) for task in self._tasks}
 
     def digests(self, share: float = 1.0) -> list[str]:
-        """Of the documents of a share, as `Answers` know them."""
+        """Digests of the documents of a share: the keys of `Answers`."""
         return [task.digests[position] for task in self._tasks for position in _positions(task, share)]
-
-    def _answered(self, task: HeadTask, positions: Sequence[int], tick: Tick) -> Mapping[int, DocumentAnswers]:
-        while True:
-            try:
-                with out_of_memory_named(self._rows):
-                    return task.answer(positions, self._rows, tick)
-            except OutOfMemoryError:
-                if not self._is_auto or self._rows == 1:
-                    raise
-                self._rows //= 2
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -171,20 +161,21 @@ class HeadEvaluator:
         return digest.hexdigest()[:16]
 
 
+def _answers(task: HeadTask, positions: Sequence[int], tick: Tick, rows: int) -> Mapping[int, DocumentAnswers]:
+    return task.answer(positions, rows, tick)
+
+
 def _prepared(
     loaded: LoadedModel, task: DatasetTaskConfig, *, limit: int | None, seed: int, max_length: int | None, rows: int
 ) -> HeadTask:
     head = head_of(type(loaded.model))
     if head != task.head:
-        has = "no head" if head == "embedding" else f"a {str(head).replace('_', '-')} head"
         raise ModelError(
-            f"task '{task.task_name}' needs a model with {_named(task.head)}, but '{loaded.ref}' is loaded as"
-            f" {type(loaded.model).__name__} with {has}; name a checkpoint that was trained for the task"
+            f"task '{task.task_name}' needs a model with {_head_name(task.head)}, but '{loaded.ref}' is loaded as"
+            f" {type(loaded.model).__name__} with {_head_name(str(head))}; use a checkpoint trained for the task"
         )
     if loaded.tokenizer.pad_token_id is None:
-        raise ModelError(
-            f"tasks on data sets need a tokenizer with a padding token, but that of '{loaded.ref}' has none"
-        )
+        raise ModelError(f"dataset tasks need a tokenizer with a padding token, but that of '{loaded.ref}' has none")
     wanted = task.max_length or max_length or _LONGEST[task.head]
     longest = min(wanted, context_tokens(loaded.model) or wanted)
     drawn = read_rows(task, limit=limit, seed=seed)
@@ -195,17 +186,14 @@ def _prepared(
     return EmbeddingTask(task, drawn, loaded, longest, rows)
 
 
-def _named(head: Head) -> str:
+def _head_name(head: str) -> str:
     return "no head" if head == "embedding" else f"a {head.replace('_', '-')} head"
 
 
 def _positions(task: HeadTask, share: float) -> list[int]:
-    """Positions of the first documents drawn, in order."""
-    if not 0 < share <= 1:
-        raise ConfigError(f"`0 < share <= 1` must hold for a share of the documents, but got {share!r}")
-    count = min(len(task.places), max(1, math.ceil(share * len(task.places) - 1e-9)))
-    limit = sorted(task.places)[count - 1]
-    return [position for position, place in enumerate(task.places) if place <= limit]
+    """Positions of the documents of a share, ascending."""
+    last = last_place(task.places, share)
+    return [position for position, place in enumerate(task.places) if place <= last]
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Tick:
@@ -218,7 +206,7 @@ def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Tick:
             progress(done, total)
 
     if progress is not None and not total:
-        progress(1, 1)  # all of it was known: say that it is done
+        progress(1, 1)  # everything was known: report completion
     return tick
 
 
@@ -229,7 +217,9 @@ def _result(task: HeadTask, positions: Sequence[int], known: Answers) -> TaskRes
     values = {name: float(outcomes[name].mean()) for name in HEAD_METRICS[task.config.head] if name in outcomes}
     errors = {name: _standard_error(outcomes[name]) for name in values}
     if not math.isfinite(values[metric]):
-        raise NonFiniteError(f"'{metric}' of task '{task.name}' must be a finite number, but it is not")
+        raise NonFiniteError(
+            f"'{metric}' of task '{task.name}' must be a finite number, but is not; the trial is invalid"
+        )
     return TaskResult(
         task=task.name,
         metric=metric,

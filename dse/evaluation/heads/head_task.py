@@ -1,4 +1,4 @@
-"""What tasks on a data set have in common, whatever the head."""
+"""Base class of dataset tasks, independent of the head."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Tick = Callable[[int], None]
 
 
 class HeadTask(ABC):
-    """One task: its documents are encoded when it is made, and answered by the model as it is at each call.
+    """One dataset task: the constructor encodes its documents, and each call uses the present state of the model.
 
     Attributes:
-        config: As the user asked for it.
-        documents: Indices in the data set, ascending.
-        places: For each, its place in the order of drawing.
-        digests: For each, of all that its answer depends on beside the model.
+        config: The task's configuration.
+        documents: Indices of the documents in the dataset, ascending.
+        places: Place of each document in the order of drawing.
+        digests: Digest of each document: everything that its answer depends on besides the model.
     """
 
     def __init__(self, config: DatasetTaskConfig, drawn: DatasetRows) -> None:
@@ -41,20 +41,20 @@ class HeadTask(ABC):
 
     @property
     def name(self) -> str:
-        """In tables and records."""
+        """Name of the task in tables and records."""
         return self.config.task_name
 
     @abstractmethod
     def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
-        """Ask the model as it is now.
+        """Answers of the model in its present state.
 
         Args:
-            positions: Of the documents, in `documents`.
-            rows: A batch holds at most this many times 128 tokens.
+            positions: Positions of the documents in `documents`.
+            rows: A batch has at most this many times 128 tokens.
             tick: Called as documents are finished.
 
         Returns:
-            Position to what the model answers.
+            Position to the model's answers.
 
         Raises:
             NonFiniteError: An output is NaN or infinite.
@@ -67,8 +67,8 @@ class HeadTask(ABC):
         """Metric to one outcome per document, whose mean is the metric.
 
         Args:
-            positions: Of the documents, in `documents`.
-            answers: Theirs, in this order.
+            positions: Positions of the documents in `documents`.
+            answers: Their answers, in this order.
 
         Raises:
             NonFiniteError: A metric cannot be computed from these answers.
@@ -76,30 +76,30 @@ class HeadTask(ABC):
 
     @property
     def graded_names(self) -> tuple[GradedMetric, ...]:
-        """Graded metrics that the task has beside its metrics."""
+        """The task's graded metrics."""
         return ()
 
     def graded(self, answers: Sequence[DocumentAnswers]) -> Mapping[str, NDArray[np.float64]]:
-        """Graded metric to one outcome per document, from their answers in this order."""
+        """Graded metric to one outcome per document, from the documents' answers."""
         return {}
 
-    def place_of(self, position: int) -> str:
-        """How to name a document in a message."""
+    def document_name(self, position: int) -> str:
+        """The document at a position, for messages."""
         return f"document {self.documents[position]} of task '{self.name}'"
 
     def check_finite(self, position: int, is_finite: bool) -> None:
-        """Void the trial where an output is not a number.
+        """Mark the trial as invalid if an output is not finite.
 
         Raises:
             NonFiniteError: `is_finite` is false.
         """
         if not is_finite:
             raise NonFiniteError(
-                f"the model's outputs must be finite, but {self.place_of(position)} got others; the point's weights or"
-                f" activations overflow, so the trial is void"
+                f"the model's outputs must be finite, but those of {self.document_name(position)} are not; the point's"
+                f" weights or activations overflow, so the trial is invalid"
             )
 
 
 def digest_of(value: Any) -> str:
-    """Thirty-two hexadecimal digits of a value made of JSON's kinds."""
+    """Thirty-two hexadecimal digits of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]

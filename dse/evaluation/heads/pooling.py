@@ -1,4 +1,4 @@
-"""From the hidden states of a text's tokens to one vector."""
+"""Pooling: from the hidden states of a text's tokens to one vector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dse.errors import ModelError
 from dse.models import LoadedModel
-from dse.models.sentence_files import POOLING_FILE
+from dse.models.model_source import POOLING_FILE
 
 __all__ = ["POOLINGS", "pooling_of"]
 
@@ -39,7 +39,7 @@ POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": _max,
     "last_token": _last_token,
 }
-"""Name to a function of hidden states (batch, tokens, width) and attention mask (batch, tokens), padding on the right,
+"""Name to a function from hidden states (batch, tokens, width) and attention mask (batch, tokens), padded on the right,
 to vectors (batch, width)."""
 
 _SENTENCE_TRANSFORMERS = {
@@ -48,28 +48,27 @@ _SENTENCE_TRANSFORMERS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "last_token",
 }
-_IGNORED_MODULES = ("Transformer", "Pooling", "Normalize")  # a length does not change a cosine
+_IGNORED_MODULES = ("Transformer", "Pooling", "Normalize")  # normalisation does not change a cosine
 
 
 def pooling_of(loaded: LoadedModel) -> str:
-    """The pooling that the model was trained with, as sentence-transformers' files say; mean where there are none.
+    """The pooling that the model was trained with, from sentence-transformers' files; mean without such files.
 
     Raises:
-        ModelError: The files ask for something that is not done here: another pooling, several at once, or a layer
-            after it.
+        ModelError: The files require something unsupported: another pooling, several at once, or a layer after it.
     """
     modules = _read(loaded, "modules.json")
     for module in modules if isinstance(modules, list) else []:
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind not in _IGNORED_MODULES:
             raise ModelError(
-                f"an embedding must be pooled hidden states, but '{loaded.ref}' puts a layer of type {kind} after them"
-                f" (modules.json); such models are not supported"
+                f"an embedding must be pooled hidden states, but '{loaded.ref}' adds a layer of type {kind}"
+                f" (modules.json); choose a model without it"
             )
     pooling = _read(loaded, POOLING_FILE)
     if not isinstance(pooling, dict):
         return "mean"
-    if isinstance(pooling.get("pooling_mode"), str):  # as newer versions write it
+    if isinstance(pooling.get("pooling_mode"), str):  # the format of newer versions
         mode = str(pooling["pooling_mode"])
         chosen = ["last_token" if mode == "lasttoken" else mode]
     else:
@@ -80,8 +79,8 @@ def pooling_of(loaded: LoadedModel) -> str:
         ]
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
         raise ModelError(
-            f"the pooling must be one of {', '.join(POOLINGS)}, but {POOLING_FILE} of '{loaded.ref}' says"
-            f" {', '.join(chosen) or 'none'}; name one in the task (`pooling: mean`)"
+            f"the pooling must be one of {', '.join(POOLINGS)}, but {POOLING_FILE} of '{loaded.ref}' has"
+            f" {', '.join(chosen) or 'none'}; set one in the task (`pooling: mean`)"
         )
     return chosen[0]
 
@@ -93,4 +92,4 @@ def _read(loaded: LoadedModel, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ModelError(f"{name} of '{loaded.ref}' must be JSON, but is not; restore it or remove it") from error
+        raise ModelError(f"{name} of '{loaded.ref}' must be JSON, but is not; restore or remove it") from error

@@ -1,7 +1,10 @@
-"""Exact match and F1 of a model with an extractive question-answering head."""
+"""Question-answering task: exact match and F1 of a model with an extractive question-answering head."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +20,14 @@ from dse.evaluation.answers import DocumentAnswers
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import EncodedText, batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
-from dse.evaluation.heads.squad_scores import exact_match, token_f1
 from dse.models import LoadedModel
 
-__all__ = ["LONGEST_ANSWER_TOKENS", "QuestionAnsweringTask", "best_span"]
+__all__ = ["LONGEST_ANSWER_TOKENS", "QuestionAnsweringTask", "best_span", "exact_match", "token_f1"]
 
 LONGEST_ANSWER_TOKENS = 30
 _DEFAULT_STRIDE = 128
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +36,8 @@ class _Window:
 
     Attributes:
         document: Position of the document.
-        encoded: For the model.
-        spans: For each token the characters of the context that it stands for; None outside the context.
+        encoded: Inputs of the model.
+        spans: Character range of each token in the context; None for tokens outside the context.
     """
 
     document: int
@@ -42,17 +46,17 @@ class _Window:
 
 
 class QuestionAnsweringTask(HeadTask):
-    """A question, a context and its accepted answers; the answer is the likeliest span of the context, as text.
+    """A question, a context and its accepted answers; the model answers with the best span of the context.
 
-    Long contexts are read in windows that overlap, and the best span of all windows is taken: the one whose first and
-    last token have the highest sum of logits, at most 30 tokens long. Where the data set has questions without an
-    answer, "" is answered when the first token ([CLS]) scores higher than every span.
+    Long contexts are split into overlapping windows. The best span over all windows has the highest sum of the logits
+    of its first and last token and is at most 30 tokens long. If the dataset has questions without an answer, the
+    answer is "" if the first token ([CLS]) scores higher than every span.
     """
 
     def __init__(self, config: DatasetTaskConfig, drawn: DatasetRows, loaded: LoadedModel, max_length: int) -> None:
         super().__init__(config, drawn)
         if not loaded.tokenizer.is_fast:
-            raise ModelError(f"question answering needs a fast tokenizer, but that of '{loaded.ref}' is a slow one")
+            raise ModelError(f"question answering needs a fast tokenizer, but that of '{loaded.ref}' is slow")
         self._loaded = loaded
         self._contexts = [str(row["context"]) for row in drawn.rows]
         self._accepted = [self._answers(position, row["answers"]) for position, row in enumerate(drawn.rows)]
@@ -66,7 +70,7 @@ class QuestionAnsweringTask(HeadTask):
         )
 
     def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
-        """Text of the best span of each context."""
+        """The text of the best span of each context."""
         windows = [window for position in positions for window in self._windows[position]]
         waiting = {position: len(self._windows[position]) for position in positions}
         best: dict[int, tuple[float, str]] = {}
@@ -104,19 +108,19 @@ class QuestionAnsweringTask(HeadTask):
         score, first, last = best_span(start, end, inside)
         begin, finish = window.spans[first], window.spans[last]
         if begin is None or finish is None:
-            raise TaskError(f"a context must not be empty, but that of {self.place_of(window.document)} is")
+            raise TaskError(f"a context must not be empty, but that of {self.document_name(window.document)} is")
         return score, self._contexts[window.document][begin[0] : finish[1]].strip()
 
     def _answers(self, position: int, value: Any) -> tuple[str, ...]:
-        """Accepted answers: SQuAD's `{text: [...]}` or list of `{text: ...}`, a list of texts, or one text."""
+        """Accepted answers from SQuAD's `{text: [...]}`, a list of `{text: ...}`, a list of strings, or one string."""
         texts = value.get("text") if isinstance(value, Mapping) else value
         texts = [texts] if isinstance(texts, str) else texts
         if isinstance(texts, list):
             texts = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in texts]
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise TaskError(
-                f"`answers` must be a text, a list of texts, or a mapping with a list `text`, but"
-                f" {self.place_of(position)} has {value!r:.80}"
+                f"`answers` must be a string, a list of strings, or a mapping with a list `text`, but"
+                f" {self.document_name(position)} has {value!r:.80}"
             )
         return tuple(text for text in texts if text)
 
@@ -128,7 +132,7 @@ class QuestionAnsweringTask(HeadTask):
         if room < 1 or (self.config.stride is not None and stride >= room):
             raise TaskError(
                 f"question and stride must leave room for a context within {max_length} tokens, but the question of"
-                f" {self.place_of(position)} takes {frame} and the stride {stride}; raise `max_length`, or lower"
+                f" {self.document_name(position)} takes {frame} and the stride {stride}; raise `max_length` or lower"
                 f" `stride`"
             )
         encoding = tokenizer(
@@ -148,18 +152,18 @@ class QuestionAnsweringTask(HeadTask):
                 for span, part in zip(encoding["offset_mapping"][index], encoding.sequence_ids(index), strict=True)
             )
             if not any(span is not None for span in spans):
-                raise TaskError(f"a context must not be empty, but that of {self.place_of(position)} is")
+                raise TaskError(f"a context must not be empty, but that of {self.document_name(position)} is")
             windows.append(_Window(position, encoded, spans))
         return windows
 
 
 def best_span(start: Tensor, end: Tensor, inside: Tensor) -> tuple[float, int, int]:
-    """The span with the highest start[i] + end[j], i <= j < i + 30, both inside the context: (score, i, j).
+    """The span with the highest start[i] + end[j], i <= j < i + 30, both in the context: (score, i, j).
 
     Args:
-        start: Shape (tokens,), logits of the first token.
-        end: Shape (tokens,), logits of the last token.
-        inside: Shape (tokens,), bool: tokens of the context.
+        start: Logits of the first token, shape (tokens,).
+        end: Logits of the last token, shape (tokens,).
+        inside: Whether a token belongs to the context, shape (tokens,), bool.
     """
     scores = start[:, None] + end[None, :]
     allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_ANSWER_TOKENS - 1)
@@ -167,3 +171,28 @@ def best_span(start: Tensor, end: Tensor, inside: Tensor) -> tuple[float, int, i
     flat = int(scores.masked_fill(~allowed, -torch.inf).argmax())
     first, last = divmod(flat, len(end))
     return float(scores[first, last]), first, last
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """1 if the normalised answer equals an accepted one, else 0; "" means no answer."""
+    return float(_normalised(answer) in {_normalised(text) for text in accepted or ("",)})
+
+
+def token_f1(answer: str, accepted: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over words, for the best-matching accepted answer.
+
+    Source: Rajpurkar et al. (2016), arXiv 1606.05250; questions without an answer as in Rajpurkar et al. (2018).
+    """
+    return max(_f1(_normalised(answer).split(), _normalised(text).split()) for text in accepted or ("",))
+
+
+def _normalised(answer: str) -> str:
+    """SQuAD's normalisation: lower case, without punctuation and articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def _f1(found: list[str], target: list[str]) -> float:
+    if not found or not target:
+        return float(found == target)
+    common = sum((Counter(found) & Counter(target)).values())
+    return 2 * common / (len(found) + len(target))

@@ -1,1 +1,10 @@
-"""EleutherAI lm-eval on the resident model; the only package that imports lm_eval."""
+"""lm-eval tasks on the loaded model; the only package that imports EleutherAI's lm_eval."""
+
+from __future__ import annotations
+
+from dse.evaluation.lm_eval.evaluator import Evaluator
+from dse.evaluation.lm_eval.language_model import ScoringLM
+from dse.evaluation.lm_eval.masked_language_model import MaskedScoringLM
+from dse.evaluation.lm_eval.shared_prefix import SharedPrefixLM
+
+__all__ = ["Evaluator", "MaskedScoringLM", "ScoringLM", "SharedPrefixLM"]

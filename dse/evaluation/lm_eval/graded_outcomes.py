@@ -1,4 +1,4 @@
-"""Graded metrics from the answers in lm-eval's requests, whatever metric stands for the task."""
+"""Graded metrics of lm-eval tasks, computed from the answers in their requests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scipy import special
 
 from dse.evaluation.graded_metrics import (
     CHOICE_PROBABILITY,
-    GOLD_LOG_LIKELIHOOD,
     GRADED_METRICS,
+    TARGET_LOG_LIKELIHOOD,
     GradedMetric,
     choice_probability,
 )
@@ -24,18 +24,18 @@ __all__ = ["graded_names", "graded_outcomes"]
 
 
 def graded_names(leaves: Sequence[LeafTask]) -> tuple[GradedMetric, ...]:
-    """The graded metrics that a task (or every member of a group) has.
+    """The graded metrics that a task, or every member of a group, has.
 
-    Multiple choice has both, also where the contexts differ and the continuation is shared (WinoGrande's form); a
-    cloze (one continuation, as in LAMBADA) has its gold log-likelihood; perplexities over whole texts and generated
-    answers have neither, nor has multiple choice that does not say which choice is right.
+    Multiple choice has both, including the form with several contexts and one continuation (WinoGrande). A cloze task
+    has the log-likelihood of its target. Whole-text perplexities, generation, and multiple choice without a known
+    right answer have neither.
     """
     served = [_served(leaf) for leaf in leaves]
     return tuple(name for name in GRADED_METRICS if all(name in names for names in served))
 
 
 def graded_outcomes(leaves: Sequence[LeafTask]) -> dict[str, NDArray[np.float64]]:
-    """Per-document outcomes of the graded metrics, shape (documents,), NaN where a document names no right answer."""
+    """Per-document outcomes of the graded metrics, shape (documents,); NaN for a document without a right answer."""
     names = graded_names(leaves)
     if not names:
         return {}
@@ -47,7 +47,7 @@ def _served(leaf: LeafTask) -> tuple[GradedMetric, ...]:
     if not isinstance(leaf.task, ConfigurableTask):
         return ()
     if leaf.task.OUTPUT_TYPE == "loglikelihood":
-        return (GOLD_LOG_LIKELIHOOD,)
+        return (TARGET_LOG_LIKELIHOOD,)
     if leaf.task.OUTPUT_TYPE == "multiple_choice" and any(_right_choices(leaf.task, row) for row in leaf.rows):
         return GRADED_METRICS
     return ()
@@ -60,7 +60,7 @@ def _leaf_outcomes(leaf: LeafTask) -> list[dict[str, float]]:
     found = []
     for document, row in zip(leaf.documents, leaf.rows, strict=True):
         instances = sorted(by_document[document], key=lambda instance: instance.idx)
-        # Repeated requests have the same answer; filters are about texts.
+        # Repetitions have the same answer, and filters apply to generated text only.
         likelihoods = [float(instance.resps[0][0]) for instance in instances]
         found.append(_document_outcomes(leaf.task, row, likelihoods))
     return found
@@ -68,24 +68,24 @@ def _leaf_outcomes(leaf: LeafTask) -> list[dict[str, float]]:
 
 def _document_outcomes(task: Any, row: Any, likelihoods: list[float]) -> dict[str, float]:
     if task.OUTPUT_TYPE == "loglikelihood":
-        return {GOLD_LOG_LIKELIHOOD: likelihoods[0]}
+        return {TARGET_LOG_LIKELIHOOD: likelihoods[0]}
     right = _right_choices(task, row)
     if not right:
         return {}
-    # Behind the choices' own requests come, for `acc_mutual_info`, those of each choice without its context.
+    # With `acc_mutual_info`, the requests of the choices without context follow those of the choices.
     choices = np.asarray(likelihoods[: len(task.doc_to_choice(row))])
     return {
         CHOICE_PROBABILITY: choice_probability(likelihoods[: choices.size], right),
-        GOLD_LOG_LIKELIHOOD: float(special.logsumexp(choices[right])),
+        TARGET_LOG_LIKELIHOOD: float(special.logsumexp(choices[right])),
     }
 
 
 def _right_choices(task: Any, row: Any) -> list[int]:
-    """Indices of the right choices; empty where the task does not say, or names one that is not there."""
-    gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    """Indices of the right choices; empty if the task names none, or one that does not exist."""
+    target = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
     choices = task.doc_to_choice(row)
     found = []
-    for entry in gold if isinstance(gold, list) else [gold]:
+    for entry in target if isinstance(target, list) else [target]:
         index = choices.index(entry) if isinstance(entry, str) and entry in choices else entry
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
             return []

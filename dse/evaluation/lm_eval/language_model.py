@@ -1,4 +1,4 @@
-"""The resident model as an lm-eval model: scored in place, with every score checked."""
+"""The loaded causal model as an lm-eval model: scored in place, with a check of every score."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dse.errors import ModelError, NonFiniteError, TaskError
+from dse.evaluation.evaluator_settings import TOKENS_PER_ROW
 from dse.evaluation.lm_eval.shared_prefix import Request, SharedPrefixLM
 from dse.evaluation.scoring import Score
 from dse.models import LoadedModel
 
-__all__ = ["TOKENS_PER_ROW", "ScoringLM"]
-
-TOKENS_PER_ROW = 128
-"""A study's `batch_size` counts rows of this length: batches are filled by tokens."""
+__all__ = ["ScoringLM", "check_finite", "document_of"]
 
 
 class ScoringLM(SharedPrefixLM):
     """`SharedPrefixLM` around a model that surgery changes between calls.
 
-    It keeps only what cannot go stale: the tokens of a request, and how this architecture may share work.
+    Between calls it keeps only the tokens of the requests and how this architecture can share work; surgery changes
+    neither.
 
-    Attributes:
-        rows: A batch holds at most so many times 128 tokens, and on a CPU no more than serve it; may be lowered between
-            calls.
-        tick: Called with the number of requests just finished.
+    Args:
+        loaded: The model.
+        batch_size: A batch has at most this many times 128 tokens, or fewer if the device is fastest with fewer.
+        max_length: Tokens of context; None for the model's own limit.
+
+    Raises:
+        ModelError: The tokenizer has neither a beginning- nor an end-of-text token.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int, max_length: int | None) -> None:
@@ -39,28 +41,28 @@ class ScoringLM(SharedPrefixLM):
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise ModelError(
                 f"the tokenizer of '{loaded.ref}' must have a beginning- or end-of-text token to score a text without "
-                f"context, but it has neither"
+                f"a context, but it has neither"
             )
         with _ties_untouched(loaded.model):
-            # HFLM gives the tokenizer a padding token; a copy keeps the model's own as it is for export.
+            # HFLM adds a padding token to the tokenizer; a copy leaves the original unchanged for export.
             super().__init__(
                 loaded.model,
                 tokenizer=copy.deepcopy(tokenizer),
                 max_length=max_length,
                 softmax_dtype="float32",
             )
-        self.rows = batch_size
-        self.tick: Callable[[int], None] = lambda _: None
+        self._rows = batch_size
+        self._tick: Callable[[int], None] = lambda _: None
         self._asked: list[Any] = []
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies now."""
+        """Present device of the model."""
         return self.model.device  # type: ignore[no-any-return]
 
     def prepare(self, requests: Sequence[Any]) -> int:
-        """Tokenise log-likelihood requests once for all calls; return how many are cut to `max_length`.
+        """Tokenise log-likelihood requests for all later calls; return how many are cut to `max_length`.
 
         Raises:
             TaskError: A continuation is empty or longer than the model's context.
@@ -71,14 +73,34 @@ class ScoringLM(SharedPrefixLM):
                 continue
             context, continuation = request.args
             if not isinstance(context, str) or not isinstance(continuation, str) or not continuation:
-                raise TaskError(f"a continuation must be a text of at least one token, but {_place(request)} has none")
+                raise TaskError(f"a continuation must be a non-empty string, but {document_of(request)} has none")
             before, scored = self._encode_pair(context, continuation) if context else ([0], [0])
             if not 0 < len(scored) <= self.max_length:
                 raise TaskError(
-                    f"a continuation must have 1 to {self.max_length} tokens, but {_place(request)} has {len(scored)}"
+                    f"a continuation must have 1 to {self.max_length} tokens, but {document_of(request)} has"
+                    f" {len(scored)}"
                 )
             cut += len(before) + len(scored) > self.max_length + 1
         return cut
+
+    def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
+        """Answer requests of one type, such as "loglikelihood".
+
+        Args:
+            kind: Type of the requests, the name of a method of lm-eval's `LM`.
+            requests: The requests.
+            rows: A batch has at most this many times 128 tokens.
+            tick: Called with the number of requests just finished.
+
+        Returns:
+            One answer per request, in order.
+
+        Raises:
+            NonFiniteError: A score is NaN or infinite.
+        """
+        self._rows, self._tick = rows, tick
+        answers: list[Any] = getattr(self, kind)(requests)
+        return answers
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         key = (context, continuation)
@@ -93,46 +115,46 @@ class ScoringLM(SharedPrefixLM):
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of every whole text; documents go in slices, so that progress shows."""
+        """Log-likelihood of every whole text, scored in slices so that progress is reported."""
         self._asked = []
         scores: list[float] = []
-        for start in range(0, len(requests), self.rows):
-            part = requests[start : start + self.rows]
+        for start in range(0, len(requests), self._rows):
+            part = requests[start : start + self._rows]
             found = super().loglikelihood_rolling(part, disable_tqdm=True)
             for request, score in zip(part, found, strict=True):
-                _check_finite(score, request)
+                check_finite(score, request)
             scores.extend(found)
-            self.tick(len(part))
+            self._tick(len(part))
         return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Greedy (or as the task says) continuation of every context."""
+        """Continuation of every context, greedy unless the task says otherwise."""
         if not requests:
             return []
-        # Generation turns NaN logits into tokens without a word; one forward pass tells.
+        # Generation silently turns NaN logits into tokens; one forward pass detects them.
         probe = torch.tensor([self.tok_encode(requests[0].args[0])[: self.max_length]], device=self.device)
         if probe.numel():
-            _check_finite(float(self._model_call(probe).sum()), requests[0])
-        self.cache_hook = _Ticker(self.tick)
+            check_finite(float(self._model_call(probe).sum()), requests[0])
+        self.cache_hook = _Ticker(self._tick)
         return super().generate_until(requests, disable_tqdm=True)
 
     def _finished(self, found: Sequence[tuple[int, Score]], bar: tqdm[Any]) -> None:
-        """Refuse what is not finite as soon as it is known: a trial that is void need not be scored to its end."""
-        if not self._asked:  # windows of whole texts
+        """Refuse non-finite scores at once: an invalid trial need not be scored to its end."""
+        if not self._asked:  # the windows of whole texts are checked by the caller
             return
         for index, (score, _) in found:
-            _check_finite(score, self._asked[index])
-        self.tick(len(found))
+            check_finite(score, self._asked[index])
+        self._tick(len(found))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Score]:
-        self.batch_tokens = self.rows * TOKENS_PER_ROW
+        self.batch_tokens = self._rows * TOKENS_PER_ROW
         return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
 
 class _Ticker:
-    """Stands where lm-eval keeps its cache: hears of every generated text and keeps none."""
+    """Takes the place of lm-eval's cache hook to count generated texts."""
 
     def __init__(self, tick: Callable[[int], None]) -> None:
         self._tick = tick
@@ -144,7 +166,7 @@ class _Ticker:
 
 @contextlib.contextmanager
 def _ties_untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Keep `HFLM` from calling `tie_weights()`, which would tie what a checkpoint deliberately holds apart."""
+    """Keep `HFLM` from calling `tie_weights()`, which would tie weights that a checkpoint stores separately."""
     model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
@@ -152,13 +174,19 @@ def _ties_untouched(model: PreTrainedModel) -> Iterator[None]:
         del model.tie_weights
 
 
-def _place(request: Any) -> str:
+def document_of(request: Any) -> str:
+    """The document of a request, for messages."""
     return f"document {request.doc_id} of task '{request.task_name}'"
 
 
-def _check_finite(score: float, request: Any) -> None:
+def check_finite(score: float, request: Any) -> None:
+    """Check the score of a request.
+
+    Raises:
+        NonFiniteError: It is NaN or infinite.
+    """
     if not math.isfinite(score):
         raise NonFiniteError(
-            f"log-likelihoods must be finite, but {_place(request)} got {score}; the point's weights or activations "
-            f"overflow, so the trial is void"
+            f"log-likelihoods must be finite, but {document_of(request)} got {score}; the point's weights or "
+            f"activations overflow, so the trial is invalid"
         )

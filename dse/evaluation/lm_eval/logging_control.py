@@ -1,4 +1,4 @@
-"""Run lm-eval without its logs, bars and warnings, and without letting a task's templates run code."""
+"""Run lm-eval without logs, progress bars and warnings, and with task templates in a sandbox."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lm_eval.utils
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
-from dse.models.quiet import quiet_transformers
+from dse.models.transformers_patches import quiet_transformers
 
 __all__ = ["quiet_lm_eval", "swallowed_output"]
 
@@ -20,7 +20,7 @@ _LOUD_LOGGERS = ("lm_eval", "datasets", "evaluate", "fsspec", "httpx", "filelock
 
 
 class _Sandbox(SandboxedEnvironment):
-    """Jinja's sandbox that compiles a template once; lm-eval asks for it anew for every document."""
+    """Jinja's sandbox with a cache of compiled templates, since lm-eval compiles them again for every document."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -34,10 +34,10 @@ class _Sandbox(SandboxedEnvironment):
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval and what it calls for the length of a block, and render task templates in a sandbox.
+    """Silence lm-eval and its libraries within the block, and render task templates in a sandbox.
 
     lm-eval renders templates in an ordinary Jinja environment, in which `{{ ''.__class__ }}` reaches every class of
-    the process; a task file is data, so its templates get Jinja's sandbox.
+    the process. Task files are data, so their templates run in Jinja's sandbox.
     """
     levels = {name: logging.getLogger(name).level for name in _LOUD_LOGGERS}
     environment = lm_eval.utils.env
@@ -57,6 +57,6 @@ def quiet_lm_eval() -> Iterator[None]:
 
 @contextlib.contextmanager
 def swallowed_output() -> Iterator[None]:
-    """Swallow what is printed under this block; only for work that reports no progress of its own."""
+    """Discard everything that the block prints; only for work that reports no progress of its own."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

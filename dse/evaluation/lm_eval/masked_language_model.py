@@ -1,4 +1,4 @@
-"""A masked language model as an lm-eval model: texts are scored by their pseudo-log-likelihood."""
+"""A masked language model as an lm-eval model: texts are scored by pseudo-log-likelihood."""
 
 from __future__ import annotations
 
@@ -12,44 +12,41 @@ import torch
 from lm_eval.api.model import LM
 from torch import Tensor
 
-from dse.errors import ModelError, NonFiniteError, TaskError
+from dse.errors import ModelError, TaskError
+from dse.evaluation.evaluator_settings import TOKENS_PER_ROW
+from dse.evaluation.lm_eval.language_model import check_finite, document_of
 from dse.evaluation.scoring.masked_text import MaskedScoring, MaskedText, encode_masked, masked_positions, windows_of
 from dse.models import LoadedModel, context_tokens
 
 __all__ = ["MaskedScoringLM"]
 
-_TOKENS_PER_ROW = 128
 _LONGEST_WITHOUT_LIMIT = 512
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One forward pass of one text: some tokens hidden, one of them scored."""
+    """One forward pass of one text: some tokens masked, one of them scored."""
 
     text: int
     target: int
 
 
 class MaskedScoringLM(LM):  # type: ignore[misc]
-    """Pseudo-log-likelihoods of a resident model that surgery changes between calls.
+    """Pseudo-log-likelihoods of a loaded model that surgery changes between calls.
 
     The score of a continuation is the sum over its tokens of log p(token | all other tokens of context and
-    continuation), where the token is hidden by the mask token, and with it whatever `scoring` hides beside it. Context
-    and continuation are tokenised as one text with the model's special tokens around it; those and the context are
-    seen, never hidden, never scored. A continuation is greedy if each of its tokens is the likeliest at its place.
+    continuation). The scored token is masked, together with the tokens that `scoring` masks with it. Context and
+    continuation are tokenised as one text with the model's special tokens around it. Special tokens and context are
+    never masked or scored. A continuation is greedy if each of its tokens is the most likely at its position.
 
-    Every scored token is a forward pass of its own. Passes are sorted by length and batched by tokens, and the head is
-    applied at the scored position alone.
+    Every scored token needs its own forward pass. Passes are sorted by length and batched by tokens, and the head is
+    applied only at the scored position.
 
     Args:
         loaded: The model; it must have a masked-language-model head.
-        batch_size: A batch holds at most this many times 128 tokens.
-        max_length: Tokens of a text, special ones included; longer ones lose their beginning.
-        scoring: Which tokens are hidden together.
-
-    Attributes:
-        rows: As `batch_size`; may be lowered between calls.
-        tick: Called with the number of requests just finished.
+        batch_size: A batch has at most this many times 128 tokens.
+        max_length: Tokens per text, including special ones; longer texts lose their beginning.
+        scoring: Which tokens are masked together.
 
     Source: Salazar et al. (2020), arXiv 1910.14659; Kauf and Ivanova (2023), arXiv 2305.10588.
     """
@@ -71,22 +68,22 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
         self._scoring: MaskedScoring = scoring
         longest = context_tokens(loaded.model) or _LONGEST_WITHOUT_LIMIT
         self.max_length = min(longest, max_length or longest)
-        self.rows = batch_size
-        self.tick: Callable[[int], None] = lambda _: None
+        self._rows = batch_size
+        self._tick: Callable[[int], None] = lambda _: None
         self._texts: dict[tuple[str, str], MaskedText] = {}
 
     def prepare(self, requests: Sequence[Any]) -> int:
-        """Tokenise requests once for all calls; return how many are cut to `max_length`.
+        """Tokenise requests for all later calls; return how many are cut to `max_length`.
 
         Raises:
-            TaskError: A request asks for generated text, or has nothing to score, or more than the context holds.
+            TaskError: A request asks for generated text, has nothing to score, or exceeds the context.
         """
         cut = 0
         for request in requests:
             if request.request_type == "generate_until":
                 raise TaskError(
                     f"task '{request.task_name}' asks for generated text, but '{self._ref}' is a masked language model,"
-                    f" which generates none; name a task that compares texts"
+                    f" which cannot generate; choose a task that compares texts"
                 )
             if request.request_type != "loglikelihood":
                 continue
@@ -94,10 +91,29 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
             room = self.max_length - text.framing_tokens
             if not 0 < len(text.targets) <= room:
                 raise TaskError(
-                    f"a continuation must have 1 to {room} tokens, but {_place(request)} has {len(text.targets)}"
+                    f"a continuation must have 1 to {room} tokens, but {document_of(request)} has {len(text.targets)}"
                 )
             cut += len(text) > self.max_length
         return cut
+
+    def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
+        """Answer requests of one type, such as "loglikelihood".
+
+        Args:
+            kind: Type of the requests, the name of a method of lm-eval's `LM`.
+            requests: The requests.
+            rows: A batch has at most this many times 128 tokens.
+            tick: Called with the number of requests just finished.
+
+        Returns:
+            One answer per request, in order.
+
+        Raises:
+            NonFiniteError: A score is NaN or infinite.
+        """
+        self._rows, self._tick = rows, tick
+        answers: list[Any] = getattr(self, kind)(requests)
+        return answers
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(pseudo-log-likelihood of the continuation given the context, is greedy) of every request."""
@@ -105,23 +121,23 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
         return self._score(texts, requests)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Pseudo-log-likelihood of every whole text, in windows of `max_length` that do not overlap."""
+        """Pseudo-log-likelihood of every whole text, in non-overlapping windows of `max_length` tokens."""
         scores = []
         for request in requests:
             windows = list(windows_of(encode_masked(self._tokenizer, "", request.args[0]), self.max_length))
             scores.append(math.fsum(score for score, _ in self._score(windows, [request] * len(windows), ticks=False)))
-            self.tick(1)
+            self._tick(1)
         return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Refused: a masked language model generates no text."""
+        """Refused, since a masked language model generates no text."""
         self.prepare(requests)
         return []
 
     def _encode(self, request: Any) -> MaskedText:
         context, continuation = request.args
         if not isinstance(context, str) or not isinstance(continuation, str):
-            raise TaskError(f"a continuation must be a text of at least one token, but {_place(request)} has none")
+            raise TaskError(f"a continuation must be a string, but {document_of(request)} has none")
         key = (context, continuation)
         if key not in self._texts:
             self._texts[key] = encode_masked(self._tokenizer, context, continuation)
@@ -130,29 +146,25 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
     def _score(
         self, texts: Sequence[MaskedText], requests: Sequence[Any], *, ticks: bool = True
     ) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities of the targets, whether all are the likeliest) of each text."""
+        """(sum of the log-probabilities of the targets, whether all are the most likely tokens) of each text."""
         parts: list[list[float]] = [[] for _ in texts]
         greedy = [True] * len(texts)
         for batch in self._batches(texts):
             scores, likeliest = self._score_batch(texts, batch)
             finished = 0
             for row, score, is_likeliest in zip(batch, scores, likeliest, strict=True):
-                if not math.isfinite(score):
-                    raise NonFiniteError(
-                        f"log-likelihoods must be finite, but {_place(requests[row.text])} got {score}; the point's"
-                        f" weights or activations overflow, so the trial is void"
-                    )
+                check_finite(score, requests[row.text])
                 parts[row.text].append(score)
                 greedy[row.text] &= is_likeliest
                 finished += len(parts[row.text]) == len(texts[row.text].targets)
             if ticks and finished:
-                self.tick(finished)
+                self._tick(finished)
         return [(math.fsum(part), is_greedy) for part, is_greedy in zip(parts, greedy, strict=True)]
 
     def _batches(self, texts: Sequence[MaskedText]) -> Iterator[list[_Row]]:
-        """Rows in batches of at most `rows` x 128 tokens, the longest first, so that a full memory shows at once."""
+        """Rows in batches of at most `rows` x 128 tokens, longest first, so that out-of-memory errors occur early."""
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-        most_tokens = self.rows * _TOKENS_PER_ROW
+        most_tokens = self._rows * TOKENS_PER_ROW
         batch: list[_Row] = []
         longest = 0
         for index in order:
@@ -188,8 +200,8 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
 def _logits_at(model: Any, token_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
     """Logits at one position of each row, shape (rows, vocabulary).
 
-    The body's hidden states are thinned out to those positions on their way to the head, which works on each position
-    by itself; a vocabulary of 30,000 words makes the head dearer than several layers.
+    A hook reduces the body's hidden states to those positions before they reach the head, which treats each position
+    separately. With a vocabulary of 30,000 words the head costs more than several layers.
     """
     rows = torch.arange(len(positions), device=positions.device)
 
@@ -201,7 +213,7 @@ def _logits_at(model: Any, token_ids: Tensor, attention_mask: Tensor, positions:
         return output
 
     body = model.base_model
-    if body is model:  # no body of its own: the head has run everywhere
+    if body is model:  # no separate body: the head runs at every position
         logits: Tensor = model(input_ids=token_ids, attention_mask=attention_mask).logits
         return logits[rows, positions]
     handle = body.register_forward_hook(keep_positions)
@@ -210,7 +222,3 @@ def _logits_at(model: Any, token_ids: Tensor, attention_mask: Tensor, positions:
     finally:
         handle.remove()
     return logits.squeeze(1)
-
-
-def _place(request: Any) -> str:
-    return f"document {request.doc_id} of task '{request.task_name}'"

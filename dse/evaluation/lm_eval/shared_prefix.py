@@ -1,4 +1,4 @@
-"""`HFLM` that computes what requests share only once: the same answers, several times faster on multiple choice."""
+"""`HFLM` that computes shared prefixes once: the same answers, several times faster on multiple choice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SharedPrefixLM"]
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """(texts or None, context tokens, continuation tokens), as `HFLM._loglikelihood_tokens` takes it."""
 
-# Room for the key-value cache of a generating batch. More rows make better use of the weights that every step reads.
+# Room for the key-value cache of a generation batch. Every step reads all weights, so more rows amortise them better.
 _CPU_CACHE_BYTES = 2**29
 _GPU_CACHE_SHARE = 0.25
 
@@ -29,17 +29,17 @@ _GPU_CACHE_SHARE = 0.25
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """A drop-in for `lm_eval.models.huggingface.HFLM` for causal models.
 
-    It differs in how log-likelihoods are computed, not in what they are: sequences that begin alike are packed as
-    prefix trees, the output head is applied where a token is scored, and batches are filled by tokens. See
-    `dse.evaluation.scoring`. lm-eval knows it as the model `dse` once this module is imported, which
-    `python -m dse.evaluation.lm_eval.command` does before it starts lm-eval.
+    It returns the same log-likelihoods but computes them differently: sequences with a common prefix are packed as
+    prefix trees, the output head is applied only where a token is scored, and batches are filled by tokens. See
+    `dse.evaluation.scoring`. Importing this module registers it with lm-eval as the model type `dse`;
+    `python -m dse.evaluation.lm_eval` is lm-eval's command line with that type registered.
 
     Args:
         pretrained: As in `HFLM`: a hub id, a folder or a model.
-        batch_tokens: Most tokens in a scoring batch, padding included; None chooses by device. Generation batches are
-            filled by the room that their key-value cache takes.
-        keywords: Everything else that `HFLM` takes. `batch_size`, `max_batch_size` and `logits_cache` have no effect,
-            and `backend` must not be "seq2seq".
+        batch_tokens: Maximum number of tokens in a scoring batch, including padding; None chooses by device. Generation
+            batches are limited by the size of their key-value cache.
+        keywords: All other arguments of `HFLM`. `batch_size`, `max_batch_size` and `logits_cache` have no effect, and
+            `backend` must not be "seq2seq".
 
     Raises:
         ModelError: The model is an encoder-decoder.
@@ -55,7 +55,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     @property
     def batch_tokens(self) -> int | None:
-        """Most tokens in a scoring batch, None for the device's own; may be changed between calls."""
+        """Maximum number of tokens in a scoring batch; None for the default of the device."""
         return self._scorer.batch_tokens
 
     @batch_tokens.setter
@@ -64,17 +64,17 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     @property
     def strategies(self) -> set[Strategy]:
-        """How sequences share work under this model, as far as it has been asked."""
+        """The strategies of sharing work that this model has used so far."""
         return set(self._scorer.strategies.values())
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of every whole text, all windows of all texts together."""
+        """Log-likelihood of every whole text; the windows of all texts are scored together."""
         self.batch_size_per_gpu = max(1, sum(len(request.args[0]) for request in requests))
         scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuation of every context, as the task asks for it."""
+        """Continuation of every context, with the generation settings of its task."""
         texts: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Generating") as bar:
             for batch in self._generation_batches(requests):
@@ -88,7 +88,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Score]:
-        # The last token is only ever predicted, so one more than the context fits; longer ones lose their beginning.
+        # The last token is only predicted, never read, so max_length + 1 tokens fit; longer ones lose their beginning.
         queries = [
             Query(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
             for _, context, continuation in requests
@@ -112,12 +112,12 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         return torch.autocast(device_type=self.device.type, dtype=self.mixed_precision_dtype)
 
     def _generation_batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
-        """Indices, longest context first, in batches whose key-value caches have room; one way of generating each."""
+        """Request indices, longest context first, in batches of equal settings whose key-value caches fit in memory."""
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        ways: dict[str, list[int]] = {}
+        by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            ways.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        for members in ways.values():
+            by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        for members in by_settings.values():
             new_tokens = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)["max_gen_toks"]
             room = self._cache_tokens()
             batch: list[int] = []
@@ -131,7 +131,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 yield batch
 
     def _cache_tokens(self) -> int:
-        """Tokens whose keys and values have room: 2 x layers x key/value heads x head size each."""
+        """Tokens whose keys and values fit into memory, at 2 x layers x key/value heads x head size each."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, loaded once: their documents, requests and metrics, with every defect found before a trial."""
+"""Load lm-eval tasks: their documents, requests and metrics, with every defect found before the first trial."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _DUMMY_ANSWERS: Mapping[str, Any] = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
 }
-# What `datasets` says of a file without rows, of a split without any, and of one of which a filter has left none.
-_EMPTY_WORDS = ("corresponds to no data", "size 0")
+# From the messages of `datasets` about an empty file, an empty split, and a split that a filter has emptied.
+_EMPTY_MESSAGES = ("corresponds to no data", "size 0")
 _FIELDS = {f.name for f in fields(TaskConfig)}
 
 
@@ -47,11 +47,11 @@ class LeafTask:
     """One lm-eval task and the documents drawn from it; a group has several.
 
     Attributes:
-        task: lm-eval's task, its requests built.
-        documents: Indices drawn, ascending.
-        rows: The documents themselves, in that order.
-        places: Place of each document in the draw of the whole task: a limit of n draws the places below n.
-        digests: Of each document: its task's definition and version, its row, and every request made of it.
+        task: The lm-eval task with its requests.
+        documents: Indices of the drawn documents, ascending.
+        rows: The documents, in the same order.
+        places: Place of each document in the order of drawing of the whole task; a limit of n draws the places below n.
+        digests: Digest of each document: its task's definition and version, its row, and all its requests.
     """
 
     task: Any
@@ -62,16 +62,16 @@ class LeafTask:
 
     @property
     def name(self) -> str:
-        """lm-eval's name of the task."""
+        """Name of the lm-eval task."""
         return str(self.task.config.task)
 
     def definition(self) -> dict[str, Any]:
-        """The task's configuration, without paths (they say where data lie, not what they are)."""
-        left_out = ("dataset_kwargs", "metadata", "fewshot_config")  # the few-shot settings show in the requests
+        """The task's configuration without paths, so that it does not depend on where the data is stored."""
+        left_out = ("dataset_kwargs", "metadata", "fewshot_config")  # few-shot settings show in the requests
         return {key: value for key, value in self.task.dump_config().items() if key not in left_out}
 
     def with_digests(self) -> LeafTask:
-        """The task with a digest of every document."""
+        """This task with the digests of its documents."""
         head = _stable([self.name, self.task.VERSION, self.definition()])
         of_document: dict[int, list[Any]] = {}
         for instance in self.task.instances:
@@ -84,7 +84,7 @@ class LeafTask:
         return replace(self, digests=digests)
 
     def fingerprint_parts(self) -> Iterator[bytes]:
-        """What its scores depend on beside the model: definition, documents, and every request as it is asked."""
+        """Everything that scores depend on besides the model: definition, documents and requests."""
         yield _stable([self.name, self.task.VERSION, self.definition(), self.documents])
         for instance in self.task.instances:
             yield _stable([instance.request_type, instance.args, instance.repeats])
@@ -101,18 +101,24 @@ def build_leaves(
     chat_template: Callable[..., str] | None,
     fresh: int = 0,
 ) -> list[LeafTask]:
-    """Load a task (or the members of a group), draw its documents by seed, and build its requests.
+    """Load a task or the members of a group, draw the documents by seed, and build the requests.
 
-    With `fresh`, they are that many documents which the limit leaves out.
+    Args:
+        spec: The task and its settings.
+        source: The resolved task.
+        limit: Number of documents; None means all.
+        seed: Seed of the documents and few-shot examples.
+        chat_template: Applied to each prompt; None for none.
+        fresh: Number of documents to draw beyond the limit, instead of those within it; 0 draws those within.
 
     Raises:
-        TaskError: The task is unknown, malformed, needs a hub that cannot be reached, or has no document.
+        TaskError: The task is unknown, malformed, needs an unreachable hub, or has too few documents.
     """
     with as_task_error(spec.task), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
-        with _empty_data_named(spec.task):
+        with _empty_data_as_task_error(spec.task):
             tasks = _load(source)
         for task in tasks:
-            _refuse_unsupported(spec.task, task)
+            _check_supported(spec.task, task)
             shots = spec.num_fewshot if spec.num_fewshot is not None else task.get_config("num_fewshot") or 0
             task.set_config("num_fewshot", shots)
             task.set_fewshot_seed(seed)
@@ -143,7 +149,7 @@ def build_leaves(
 
 
 def answer_with_dummies(leaf: LeafTask) -> bool:
-    """Put made-up answers into the requests, for a dry run; False where only a model's text will do."""
+    """Put dummy answers into the requests for a dry run; False if the task needs generated text."""
     task = leaf.task
     if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
         return False
@@ -155,7 +161,7 @@ def answer_with_dummies(leaf: LeafTask) -> bool:
 
 
 def declared_metrics(leaf: LeafTask) -> list[str]:
-    """Names of the metrics that the task says it has, which may be more than its documents yield."""
+    """Names of the metrics that the task declares; its documents may yield fewer."""
     filters = [ensemble.name for ensemble in leaf.task._filters]
     return [_metric_key(name, ensemble, filters) for ensemble in filters for name in leaf.task.aggregation()]
 
@@ -163,7 +169,7 @@ def declared_metrics(leaf: LeafTask) -> list[str]:
 def collect_outcomes(leaf: LeafTask) -> dict[str, dict[int, Any]]:
     """Turn the answers in the task's requests into metric -> {position of the document: outcome}.
 
-    Source: the second half of `lm_eval.evaluator.evaluate`; one process, no logging of samples.
+    Source: the second half of `lm_eval.evaluator.evaluate`, for one process and without sample logging.
     """
     task = leaf.task
     task.apply_filters()
@@ -191,13 +197,13 @@ def _load(source: TaskSource) -> list[Any]:
         if source.name not in manager.task_index:
             known = [*builtin_tasks(), *manager.all_tasks]
             raise TaskError(
-                f"a task must be a YAML file, a builtin task ({', '.join(builtin_tasks())}) or one of lm-eval's "
+                f"a task must be a YAML file, a built-in task ({', '.join(builtin_tasks())}) or one of lm-eval's "
                 f"{len(manager.all_tasks)} tasks, but got '{source.name}'{did_you_mean(source.name, known)}"
             )
         with hub_dataset(source.name, "its dataset"):
             return list(manager.load([source.name])["tasks"].values())
     _check_config(source.config, source.path or Path(source.name))
-    config = copy.deepcopy(source.config)  # lm-eval changes what it is given
+    config = copy.deepcopy(source.config)  # lm-eval changes its argument
     for key in ("tag", "task_alias"):
         config.pop(key, None)
     dataset = config["dataset_path"]
@@ -208,31 +214,31 @@ def _load(source: TaskSource) -> list[Any]:
 
 
 @contextmanager
-def _empty_data_named(name: str) -> Iterator[None]:
-    """Data without a document, or a filter that leaves none, ends lm-eval with an error that says neither."""
+def _empty_data_as_task_error(name: str) -> Iterator[None]:
+    """Turn lm-eval's unspecific errors about a task without documents into a `TaskError` that says so."""
     try:
         yield
     except StopIteration:
         raise _no_document(name) from None
     except (IndexError, ValueError) as error:
-        if any(words in str(error) for words in _EMPTY_WORDS):
+        if any(message in str(error) for message in _EMPTY_MESSAGES):
             raise _no_document(name) from error
         raise
 
 
 def _no_document(name: str) -> TaskError:
     return TaskError(
-        f"a task must have at least one document, but '{name}' has none, or its filter leaves none; check its data,"
+        f"a task must have at least one document, but '{name}' has none, or its filter removes all; check its data,"
         " `test_split` and `process_docs`"
     )
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse unknown keys and metrics; lm-eval would download an unknown metric from the hub and run it."""
+    """Refuse unknown keys and metrics; lm-eval would download an unknown metric from the hub and execute it."""
     for key in config:
         if key not in _FIELDS:
             raise TaskError(
-                f"a task file must have lm-eval's keys, but '{path}' has '{key}'{did_you_mean(key, _FIELDS)}"
+                f"a task file may only have lm-eval's keys, but '{path}' has '{key}'{did_you_mean(key, _FIELDS)}"
             )
     metrics = config.get("metric_list")
     if metrics is None:
@@ -252,20 +258,20 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             raise TaskError(f"an aggregation must be one of lm-eval's own, but '{path}' has {aggregation!r:.80}")
 
 
-def _refuse_unsupported(name: str, task: Any) -> None:
+def _check_supported(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise TaskError(f"a task must not run code that a model writes, but '{name}' does; leave it out")
+        raise TaskError(f"a task must not run code that a model writes, but '{name}' does; remove it")
     repeats = task.get_config("repeats")
     if not isinstance(repeats, int) or repeats < 1:
         raise TaskError(f"`repeats >= 1` must hold for task '{name}', but got repeats={repeats!r}")
     if getattr(task, "MULTIMODAL", False):
-        raise TaskError(f"a task must be text only, but '{name}' has images or sound; leave it out")
+        raise TaskError(f"a task must be text only, but '{name}' has images or sound; remove it")
 
 
 def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int, fresh: int) -> list[dict[int, int]]:
-    """Indices drawn from each member, ascending, with their places in the draw.
+    """Indices drawn from each member, ascending, with their places in the order of drawing.
 
-    A smaller limit draws a part of what a larger one draws: the places below it.
+    A limit draws the places below it, so a smaller limit draws a subset of a larger one.
     """
     order = [(member, index) for member, size in enumerate(sizes) for index in range(size)]
     random.Random(f"{seed}:{name}").shuffle(order)
@@ -278,13 +284,13 @@ def _draw(name: str, sizes: Sequence[int], limit: int | None, seed: int, fresh: 
 
 @functools.lru_cache(maxsize=1)
 def _task_manager() -> TaskManager:
-    """lm-eval's registry; building it reads thousands of files, so it is built once, and only for a registry name."""
+    """lm-eval's registry, built once and only if a task needs it, since that reads thousands of files."""
     return TaskManager()
 
 
 @contextmanager
 def as_task_error(name: str) -> Iterator[None]:
-    """Whatever lm-eval, datasets or Jinja raise over a task's own definition or data is the task's error."""
+    """Turn any error that lm-eval, datasets or Jinja raise about a task's definition or data into a `TaskError`."""
     try:
         yield
     except (UserError, MemoryError):
@@ -292,7 +298,7 @@ def as_task_error(name: str) -> Iterator[None]:
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise TaskError(
-            f"task '{name}' must be one that lm-eval can load and score, but: {type(error).__name__}: {reason:.300}"
+            f"lm-eval must be able to load and score task '{name}', but raised {type(error).__name__}: {reason:.300}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""From the answers in a task's requests to its metrics, standard errors and per-document outcomes."""
+"""Turn the answers in a task's requests into metrics, standard errors and per-document outcomes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Aggregation = Callable[[Sequence[Any]], float]
 
 
 def task_result(name: str, metric: str, weight: float, leaves: Sequence[LeafTask]) -> TaskResult:
-    """Put the answers of a task together; the members of a group count by their documents.
+    """Aggregate the answers of a task; the members of a group are weighted by their documents.
 
     Args:
-        name: Of the task.
-        metric: The metric that stands for it, one of those its leaves report.
-        weight: Of the task in the means over tasks.
-        leaves: Its lm-eval tasks, answers in their requests.
+        name: Name of the task.
+        metric: Its main metric, one that all leaves report.
+        weight: Weight of the task in means over tasks.
+        leaves: Its lm-eval tasks, with answers in their requests.
 
     Raises:
         NonFiniteError: The metric is NaN or infinite.
@@ -43,7 +43,7 @@ def task_result(name: str, metric: str, weight: float, leaves: Sequence[LeafTask
         all_metrics[key] = _finite(_value(aggregate, values)), _finite(_standard_error(aggregate, values))
     value, stderr = all_metrics.get(metric, (None, None))
     if value is None:
-        raise NonFiniteError(f"'{metric}' of task '{name}' must be a finite number, but it is not; the trial is void")
+        raise NonFiniteError(f"'{metric}' of task '{name}' must be a finite number, but is not; the trial is invalid")
     aggregate = _aggregation(metric, aggregations)
     found = [
         outcomes.get(metric, {}).get(position)
@@ -68,7 +68,7 @@ def task_result(name: str, metric: str, weight: float, leaves: Sequence[LeafTask
 
 
 def _outcome_array(found: Sequence[Any], *, is_log_likelihood: bool) -> NDArray[np.float64]:
-    """Outcomes as (documents,) or, for pairs, (documents, 2); NaN where there is none or it is no number."""
+    """Outcomes, shape (documents,), or (documents, 2) for pairs; NaN for absent and non-numeric ones."""
     present = [value for value in found if value is not None]
     if present and all(
         isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)) for value in present
@@ -76,15 +76,15 @@ def _outcome_array(found: Sequence[Any], *, is_log_likelihood: bool) -> NDArray[
         pairs = [(math.nan, math.nan) if value is None else value for value in found]
         return np.asarray(pairs, dtype=np.float64).reshape(len(found), 2)
     scalars = np.asarray([value if _is_number(value) else math.nan for value in found], dtype=np.float64)
-    # A perplexity over continuations is exp(-mean log-likelihood): every document is one unit.
+    # A perplexity over continuations is exp(-mean log-likelihood), so every document is one unit.
     return np.stack([scalars, np.ones_like(scalars)], axis=1) if is_log_likelihood else scalars
 
 
 def _standard_error(aggregate: Aggregation, values: Sequence[Any]) -> float | None:
-    """Standard error as lm-eval has it for means; the delta method for perplexities.
+    """Standard error: lm-eval's for means, the delta method for perplexities.
 
-    lm-eval would bootstrap a perplexity 100,000 times in forked processes at every call, or, asked for no
-    bootstrap, drop every standard error.
+    lm-eval itself would bootstrap a perplexity with 100,000 resamples in forked processes at every call, or without
+    bootstrap report no standard error at all.
     """
     if len(values) < 2:
         return None
@@ -104,7 +104,7 @@ def _standard_error(aggregate: Aggregation, values: Sequence[Any]) -> float | No
 def _value(aggregate: Aggregation, values: Sequence[Any]) -> float | None:
     try:
         return float(aggregate(values))
-    except (OverflowError, ZeroDivisionError):  # a perplexity beyond 1e308, or texts without a word
+    except (OverflowError, ZeroDivisionError):  # a perplexity above 1e308, or texts without words
         return None
 
 
@@ -114,7 +114,7 @@ def _aggregation(key: str, aggregations: dict[str, Aggregation]) -> Aggregation:
 
 
 def _bare(key: str) -> str:
-    """The metric without its filter."""
+    """The name of the metric without its filter."""
     return key.partition(",")[0]
 
 

@@ -1,10 +1,10 @@
-"""Exact log-likelihoods of many continuations, computing what they share once; knows torch, not lm-eval."""
+"""Exact log-likelihoods of many continuations, with shared prefixes computed once; needs torch but not lm-eval."""
 
 from __future__ import annotations
 
 from dse.evaluation.scoring.packing import Query, Row, pack
 from dse.evaluation.scoring.scorer import Scorer, Strategy
-from dse.evaluation.scoring.states import Score
+from dse.evaluation.scoring.state_queue import Score
 from dse.evaluation.scoring.target_head import TargetHead, TargetScores
 
 __all__ = ["Query", "Row", "Score", "Scorer", "Strategy", "TargetHead", "TargetScores", "pack"]

@@ -1,7 +1,8 @@
-"""Hidden states of packed rows: three ways to compute what sequences share only once, or not at all.
+"""Hidden states of sequences with shared prefixes, from packed prefix trees or a key-value cache.
 
-`packed` hands the model a whole prefix tree with a mask of its own and each node's depth as its position. Models that
-take no custom mask (ALiBi) get `cached`: the context once into a key-value cache, then all its continuations from it.
+`packed` passes a whole prefix tree to the model, with a custom attention mask and each node's depth as its position.
+For models that accept no custom mask (ALiBi), `cached` computes the context once into a key-value cache and continues
+all continuations from it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dse.evaluation.scoring.packing import Query, Row, balanced
 __all__ = ["Backbone", "by_context", "row_batches"]
 
 _JOINED_NODES = 192
-"""Trees are joined to rows of about this length: equal rows need no padding, and their pairs cost little yet."""
+"""Trees are joined into rows of about this length: rows of equal length need no padding, and attention is cheap."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Backbone:
 
     Attributes:
         model: The whole model.
-        device: Where it lies now.
-        dtype: Of its weights; both are walked for at every call of the model's own properties, so they stand here.
+        device: Device of its weights.
+        dtype: Of its weights. The model's own properties search all parameters at every call, so both are stored here.
     """
 
     model: PreTrainedModel
@@ -38,20 +39,20 @@ class Backbone:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Backbone:
-        """The backbone of a model as it lies now."""
+        """The backbone of a model in its present state."""
         parameter = next(model.parameters())
         return cls(model, parameter.device, parameter.dtype)
 
     @property
     def window(self) -> int | None:
-        """Tokens that the narrowest attention layer looks back over; None where every layer sees everything."""
+        """Smallest attention window of all layers, in tokens; None if every layer has full attention."""
         config = self.model.config.get_text_config()
         widths = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
         known = [int(width) for width in widths if isinstance(width, int) and width > 0]
         return min(known) if known and getattr(config, "use_sliding_window", True) else None
 
     def packed(self, rows: Sequence[Row]) -> Tensor:
-        """Hidden states of all nodes, shape (rows, longest row, width); what pads a shorter row is meaningless."""
+        """Hidden states of all nodes, shape (rows, longest row, width); the values at padding are meaningless."""
         longest, device = len(rows[0]), self.device
         if all(row.is_chain for row in rows):
             tokens = torch.tensor([row.tokens + [0] * (longest - len(row)) for row in rows], device=device)
@@ -60,13 +61,13 @@ class Backbone:
         padded = [longest - len(row) for row in rows]
         tokens = torch.tensor([row.tokens + [0] * pad for row, pad in zip(rows, padded, strict=True)], device=device)
         depths = torch.tensor([row.depths + [0] * pad for row, pad in zip(rows, padded, strict=True)], device=device)
-        # A pad is its own last descendant: it attends to itself alone, and nothing attends to it.
+        # A padding node is its own last descendant: it attends only to itself, and nothing attends to it.
         last = torch.tensor([row.last + list(range(len(row), longest)) for row in rows], device=device)
         allowed = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] <= last[:, None, :])
         return self._hidden(input_ids=tokens, position_ids=depths, attention_mask=self._mask(allowed, depths))
 
     def cached(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states of continuations after one context, the context computed once.
+        """Hidden states of continuations of one context, which is computed once.
 
         Returns:
             Shape (continuations, 1 + longest continuation, width): the context's last token, then the continuation.
@@ -92,7 +93,7 @@ class Backbone:
         return hidden
 
     def _mask(self, allowed: Tensor, depths: Tensor) -> Tensor | dict[str, Tensor]:
-        """Additive masks, shape (rows, 1, nodes, nodes); one for each kind of attention where they differ."""
+        """Additive masks, shape (rows, 1, nodes, nodes); one per attention type if they differ."""
         everything = self._additive(allowed)
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None)
@@ -109,11 +110,11 @@ class Backbone:
 
 
 def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Rows of one kind in batches of at most `most_tokens` tokens, padding included.
+    """Rows of one kind in batches of at most `most_tokens` tokens, including padding.
 
     Args:
-        rows: All chains, which need no mask and stay apart, or all trees, which are joined; longest first.
-        most_tokens: A longer row goes alone.
+        rows: Longest first. Either all chains, which need no mask and stay separate, or all trees, which are joined.
+        most_tokens: A longer row forms a batch of its own.
     """
     batch: list[Row] = []
     for row in rows if rows[0].is_chain else balanced(rows, min(_JOINED_NODES, most_tokens)):
@@ -126,7 +127,7 @@ def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
 
 
 def by_context(queries: Sequence[Query], indices: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
-    """These indices by the context of their queries."""
+    """These indices, grouped by the context of their queries."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in indices:
         query = queries[index]

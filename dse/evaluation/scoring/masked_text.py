@@ -1,4 +1,4 @@
-"""Texts as a masked language model is asked about them: which tokens are scored, and which are hidden with each."""
+"""Texts for pseudo-log-likelihoods: which tokens are scored, and which tokens are masked together with each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class MaskedText:
     """One text with the special tokens around it ([CLS] and [SEP] of BERT, <s> and </s> of RoBERTa).
 
     Attributes:
-        token_ids: Of the whole text, special tokens included.
-        words: For each token the number of its word, as the tokenizer's pre-tokeniser splits words; None for special
-            tokens, which are never hidden and never scored.
-        targets: Positions of the tokens that are scored, ascending.
+        token_ids: Token ids of the whole text, including special tokens.
+        words: Word number of each token, by the tokenizer's pre-tokenizer; None for special tokens, which are never
+            masked or scored.
+        targets: Positions of the scored tokens, ascending.
     """
 
     token_ids: tuple[int, ...]
@@ -31,17 +31,17 @@ class MaskedText:
 
     @property
     def _frame(self) -> tuple[int, int]:
-        """Special tokens before and after the text."""
+        """Number of special tokens before and after the text."""
         inside = [position for position, word in enumerate(self.words) if word is not None]
         return (inside[0], len(self) - inside[-1] - 1) if inside else (len(self), 0)
 
     @property
     def framing_tokens(self) -> int:
-        """Special tokens around the text."""
+        """Number of special tokens around the text."""
         return sum(self._frame)
 
     def cut_to(self, most_tokens: int) -> MaskedText:
-        """The text without its beginning, so that it has at most `most_tokens` tokens; the special tokens stay."""
+        """The text without its beginning, at most `most_tokens` tokens long; the special tokens stay."""
         excess = len(self) - most_tokens
         if excess <= 0:
             return self
@@ -61,14 +61,14 @@ class MaskedText:
 
 
 def encode_masked(tokenizer: Any, context: str, continuation: str) -> MaskedText:
-    """Tokenise context and continuation as one text; the continuation's tokens are its targets.
+    """Tokenise context and continuation as one text whose targets are the tokens of the continuation.
 
-    The text is tokenised whole, as the model saw text in training. A token belongs to the continuation if it holds at
-    least one of its characters, so one that straddles the boundary does. Without a context the continuation is the
-    text, and the blanks that it begins with are left out.
+    The text is tokenised as a whole, as in training. A token belongs to the continuation if it has at least one of its
+    characters, so a token across the boundary belongs to it. Without a context, leading spaces of the continuation are
+    removed.
 
     Args:
-        tokenizer: A fast tokenizer: it tells where in the text its tokens stand.
+        tokenizer: A fast tokenizer, which provides character offsets.
         context: Given, never scored.
         continuation: Scored.
     """
@@ -85,7 +85,7 @@ def encode_masked(tokenizer: Any, context: str, continuation: str) -> MaskedText
 
 
 def windows_of(text: MaskedText, most_tokens: int) -> Iterator[MaskedText]:
-    """Split a text into windows of at most `most_tokens` tokens, special tokens included, each token in exactly one.
+    """Split a text into windows of at most `most_tokens` tokens, including special tokens; each token is in one window.
 
     A window ends at the end of a word, unless one word is longer than a window.
     """
@@ -103,11 +103,11 @@ def windows_of(text: MaskedText, most_tokens: int) -> Iterator[MaskedText]:
 
 
 def masked_positions(text: MaskedText, target: int, scoring: MaskedScoring) -> tuple[int, ...]:
-    """Positions that are hidden while `target` is scored.
+    """Positions that are masked while `target` is scored.
 
-    `original` hides the target alone (Salazar et al. 2020). That overrates words of several tokens, whose pieces give
-    each other away, so `within_word` hides the target and the tokens of the same word to its right (Kauf and Ivanova
-    2023, PLL-word-l2r).
+    `original` masks only the target (Salazar et al. 2020). This overestimates words of several tokens, since each token
+    reveals the others. `within_word` therefore masks the target and the tokens of the same word to its right (Kauf and
+    Ivanova 2023, PLL-word-l2r).
     """
     if scoring == "original":
         return (target,)

@@ -1,10 +1,10 @@
-"""Token sequences that share beginnings, packed as trees: every shared token is computed once.
+"""Pack token sequences with common prefixes into trees, so that every shared token is computed once.
 
-A row holds the nodes of prefix trees in depth-first order. A node stands for one token after all its ancestors; it
-attends to them and to itself, and its position is its depth. Cost arithmetic for one row of n nodes: every matrix of
-the model multiplies each node once, 2 P n operations for P parameters, and attention compares all pairs, 4 n^2 w over
-the summed attention width w of all layers. For SmolLM2-135M (P = 106 M, w = 30 x 576) a row of 256 nodes spends 8 %
-of its time on pairs; sharing eight tokens between two documents of forty saves 10 %.
+A row has the nodes of one or more prefix trees in depth-first order. A node represents one token after all its
+ancestors; it attends to them and to itself, and its position is its depth. The cost of a row of n nodes: each matrix of
+the model multiplies each node once, 2 P n operations for P parameters, and attention compares all pairs, 4 n^2 w
+operations for the total attention width w of all layers. For SmolLM2-135M (P = 106 M, w = 30 x 576), a row of 256 nodes
+spends 8 % of its time on pairs, and sharing eight tokens between two documents of forty saves 10 %.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 __all__ = ["Query", "Row", "balanced", "pack"]
 
 _MOST_NODES = 256
-"""Trees grow no larger: beyond, pairs cost more than shared tokens save."""
+"""Maximum size of a tree; in larger trees attention pairs cost more than shared tokens save."""
 
 _LEAST_SAVED = 0.05
-"""Share of a sequence's own work that joining a tree must save: a mask of its own is not free."""
+"""Share of a sequence's own work that joining a tree must save, since a custom mask has a cost."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked: the log-likelihood of the last `scored` tokens, each given all before it.
+    """Asks for the log-likelihood of the last `scored` tokens, each given all tokens before it.
 
     Attributes:
         tokens: Context and continuation, shape (tokens,).
-        scored: Tokens at the end that are scored, 1 <= scored < len(tokens).
+        scored: Number of scored tokens at the end, 1 <= scored < len(tokens).
     """
 
     tokens: tuple[int, ...]
@@ -39,7 +39,7 @@ class Query:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model reads: all but the last token, which is only ever predicted."""
+        """The tokens that the model reads: all but the last, which is only predicted."""
         return self.tokens[:-1]
 
     @property
@@ -50,13 +50,13 @@ class Query:
 
 @dataclass(eq=False)
 class Row:
-    """Nodes of one prefix tree, or of several one after the other, in depth-first order.
+    """The nodes of one or several prefix trees, in depth-first order.
 
     Attributes:
         tokens: Token of each node.
         depths: Position of each node: 0 for the first token of a sequence.
-        last: Index of each node's last descendant, itself if it has none: a node's subtree is contiguous, so node i
-            attends to node j exactly if j <= i <= last[j].
+        last: Index of each node's last descendant, or its own. Subtrees are contiguous, so node i attends to node j
+            exactly if j <= i <= last[j].
         queries: (index of the query, nodes that predict its scored tokens in order).
     """
 
@@ -71,15 +71,15 @@ class Row:
 
     @property
     def is_chain(self) -> bool:
-        """Whether it is one plain sequence, which needs no mask of its own."""
+        """Whether the row is a single sequence, which needs no custom mask."""
         return self.depths[-1] == len(self) - 1
 
     def add(self, inputs: Sequence[int], shared: int) -> None:
-        """Add a sequence that follows the one added before in lexicographic order.
+        """Add a sequence that follows the previous one in lexicographic order.
 
         Args:
             inputs: Tokens of the sequence.
-            shared: How many of them the sequence before begins with, too.
+            shared: Length of the prefix that it shares with the previous sequence.
         """
         for ended in self._path[shared:]:
             self.last[ended] = len(self) - 1
@@ -91,7 +91,7 @@ class Row:
             self.last.append(-1)
 
     def ask(self, index: int, query: Query) -> None:
-        """Note the nodes of the sequence just added that predict this query's scored tokens."""
+        """Record the nodes of the sequence just added that predict this query's scored tokens."""
         self.queries.append((index, self._path[len(self._path) - query.scored :]))
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Row:
 
     @classmethod
     def joined(cls, rows: Sequence[Row]) -> Row:
-        """Several rows as one: their trees do not see each other."""
+        """Several rows as one; their trees do not attend to each other."""
         whole = cls()
         for row in rows:
             offset = len(whole)
@@ -112,7 +112,7 @@ class Row:
         return whole
 
     def attends(self) -> NDArray[np.bool_]:
-        """Which node attends to which, shape (nodes, nodes): [i, j] is true if j is i or an ancestor of i."""
+        """The attention mask, shape (nodes, nodes): [i, j] is true if j is i or an ancestor of i."""
         index = np.arange(len(self))
         result: NDArray[np.bool_] = (index[None, :] <= index[:, None]) & (
             index[:, None] <= np.asarray(self.last)[None, :]
@@ -129,18 +129,18 @@ def pack(
 ) -> list[Row]:
     """Pack queries into rows so that the estimated work is small.
 
-    In lexicographic order the longest beginning that a sequence shares with any before it is the one it shares with
-    its neighbour, so one pass finds all there is to share. A sequence joins the row of its neighbour where that is
-    less work than a row of its own.
+    In lexicographic order, the longest prefix that a sequence shares with any earlier one is the prefix that it shares
+    with its predecessor, so one pass finds all sharing. A sequence joins the row of its predecessor if that is less
+    work than a row of its own.
 
     Args:
-        queries: What to score.
-        pair_cost: Work of one attended pair relative to one node through all matrices: 2 w / P.
-        most_nodes: Largest tree of more than one sequence.
-        least_saved: Share of a sequence's own work that joining a row must save; -inf joins whatever begins alike.
+        queries: The queries.
+        pair_cost: Work of one attention pair relative to one node through all matrices: 2 w / P.
+        most_nodes: Maximum size of a tree of more than one sequence.
+        least_saved: Share of a sequence's own work that joining a row must save; -inf joins all common prefixes.
 
     Returns:
-        Rows, longest first; every query stands in exactly one.
+        Rows, longest first; every query is in exactly one.
     """
 
     def work(nodes: int) -> float:
@@ -171,14 +171,14 @@ def pack(
 
 
 def balanced(rows: Sequence[Row], most_nodes: int) -> list[Row]:
-    """Join trees into rows of nearly equal length, so that a batch of them is padded little.
+    """Join trees into rows of nearly equal length, so that a batch of them needs little padding.
 
-    The largest goes first, each into the row that is shortest so far (Graham 1969); into one row more where that
-    makes a row too long.
+    Trees are assigned in order of size, each to the row that is shortest so far (Graham 1969). If a row becomes too
+    long, the assignment is repeated with one more row.
 
     Args:
         rows: Longest first.
-        most_nodes: Longest row of more than one tree.
+        most_nodes: Maximum length of a row of more than one tree.
 
     Returns:
         Rows, longest first.

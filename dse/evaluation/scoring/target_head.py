@@ -1,9 +1,9 @@
-"""Log-probabilities of given tokens from hidden states, without the logits of all the others.
+"""Log-probabilities of given tokens from hidden states, without storing the logits of all tokens.
 
 The output head is the widest matrix of a small model (49,152 x 576 in SmolLM2: a quarter of its operations), and its
-logits are far larger than anything else (200 KB a token). So it is applied only to positions that predict a scored
-token, to many of them at once, and a slice of the vocabulary at a time: a slice of logits stays in the cache while its
-maximum and its sum of exponentials are taken.
+logits are far larger than anything else (200 KB per token). It is therefore applied only to positions that predict a
+scored token, to many of them at once, and to one slice of the vocabulary at a time: a slice of logits stays in the
+cache while its maximum and its sum of exponentials are computed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 __all__ = ["TargetHead", "TargetScores"]
 
 _SLICE_TOKENS = 4096
-"""Vocabulary a slice on a CPU: 512 positions x 4,096 logits are 8 MB, which a last-level cache holds."""
+"""Tokens per slice of the vocabulary on a CPU: 512 positions x 4,096 logits are 8 MB, which fit a last-level cache."""
 
 _GPU_LOGITS = 2**28
-"""Logits at a time on an accelerator, 1 GiB in float32."""
+"""Logits per slice on an accelerator: 1 GiB in float32."""
 
-# What architectures do to logits after the head, by the key of their config. All are elementwise and increasing.
+# Transformations of the logits after the head, by key of the model config. All are elementwise and increasing.
 _AFTER_HEAD: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2
     "logit_scale": lambda logits, scale: logits * scale,  # Cohere
@@ -37,7 +37,7 @@ _AFTER_HEAD: Mapping[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True, eq=False)
 class TargetScores:
-    """Scores of targets, in the order asked for.
+    """Scores of targets, in the requested order.
 
     Attributes:
         log_probabilities: float64, shape (targets,).
@@ -49,10 +49,10 @@ class TargetScores:
 
 
 class TargetHead:
-    """The output head of a causal language model, applied where it is asked for.
+    """The output head of a causal language model, applied to selected positions.
 
-    Whether it computes what the model itself does is for the caller to verify: an architecture may do something to its
-    logits that no entry of the table above knows.
+    The caller must verify that it agrees with the model: an architecture may transform its logits in a way that is
+    missing from the table above.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -63,16 +63,11 @@ class TargetHead:
 
     @property
     def module(self) -> Any:
-        """The head as the model has it now."""
+        """The present head of the model."""
         return self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether its logits are a matrix product and nothing is done to them afterwards."""
-        return type(self.module) is nn.Linear and not self._after
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the whole vocabulary, float32, shape (..., vocabulary), of states of shape (..., width)."""
+        """Logits over the whole vocabulary, float32, shape (..., vocabulary), for states of shape (..., width)."""
         return self._finish(self.module(hidden))
 
     def score(
@@ -82,9 +77,9 @@ class TargetHead:
 
         Args:
             hidden: Hidden states before the head, shape (states, width).
-            positions: Which of them, shape (targets,).
+            positions: Index of the state of each target, shape (targets,).
             targets: Token ids, shape (targets,).
-            most_states: In one product with the head.
+            most_states: Maximum number of states in one product with the head.
         """
         places, tokens = np.asarray(positions), np.asarray(targets)
         log_probabilities, is_largest = np.empty(len(tokens)), np.empty(len(tokens), dtype=np.bool_)
@@ -96,12 +91,12 @@ class TargetHead:
         return TargetScores(log_probabilities, is_largest)
 
     def _score(self, hidden: Tensor, positions: NDArray[np.int64], targets: NDArray[np.int64]) -> TargetScores:
-        # In order of tokens, the targets of a slice of the vocabulary stand together.
+        # Sorted by token, the targets in a slice of the vocabulary are contiguous.
         order = np.argsort(targets, kind="stable")
         ids, rows = targets[order], torch.as_tensor(positions[order], device=hidden.device)
         tokens = torch.as_tensor(ids, device=hidden.device)
         own = torch.zeros(len(ids), device=hidden.device)
-        # Log of the sum of exponentials, slice by slice, about the highest logit so far (Milakov, Gimelshein 2018).
+        # Running log-sum-exp over the slices, relative to the highest logit so far (Milakov and Gimelshein 2018).
         highest = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
         total = torch.zeros_like(highest)
         begin = 0
@@ -121,7 +116,7 @@ class TargetHead:
     def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first token, logits of a slice of the vocabulary), one slice at a time."""
         head = self.module
-        if type(head) is not nn.Linear:  # decomposed, or an architecture's own: only whole
+        if type(head) is not nn.Linear:  # decomposed, or a custom class: applied as a whole
             yield 0, self.logits(hidden)
             return
         width = _SLICE_TOKENS if hidden.device.type == "cpu" else max(1, _GPU_LOGITS // max(1, hidden.shape[0]))

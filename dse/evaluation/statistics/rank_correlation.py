@@ -1,4 +1,4 @@
-"""Spearman's rank correlation as a mean over documents, so that it takes part in intervals and paired drops."""
+"""Spearman's rank correlation as a mean over documents, so that intervals and paired drops apply to it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ranks", "spearman", "spearman_outcomes"]
+__all__ = ["spearman", "spearman_outcomes"]
 
 Values = NDArray[np.float64]
 
 
-def ranks(values: Values) -> Values:
-    """Ranks from 1, ties sharing their mean rank; shape (documents,)."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank: Values = last - (counts - 1) / 2
-    return mean_rank[inverse]
-
-
 def spearman(first: Values, second: Values) -> float:
-    """Spearman's rank correlation: Pearson's correlation of the ranks; NaN where either is constant.
+    """Spearman's rank correlation: Pearson's correlation of the ranks; NaN if either side is constant.
 
     Args:
         first: Shape (documents,).
@@ -29,16 +21,16 @@ def spearman(first: Values, second: Values) -> float:
 
     Source: Spearman (1904).
     """
-    return _pearson(ranks(first), ranks(second))
+    return _pearson(_ranks(first), _ranks(second))
 
 
 def spearman_outcomes(first: Values, second: Values) -> Values:
     """One outcome per document whose mean is Spearman's correlation and whose spread gives its standard error.
 
-    They are the jackknife's pseudo-values, rho + (n - 1) (mean of rho without one - rho without i), shifted so that
-    their mean is rho itself. The difference of two points' outcomes is then the pseudo-value of the difference of
-    their correlations, so that Student's t on it is the jackknife's interval for a paired drop. An outcome alone means
-    nothing and may lie outside [-1, 1].
+    The outcomes are the pseudo-values of the jackknife, rho + (n - 1) (mean of the leave-one-out rhos - rho without
+    document i), shifted so that their mean is rho itself. The difference between the outcomes of two models is the
+    pseudo-value of the difference of their correlations, so Student's t on it is the jackknife interval of a paired
+    drop. A single outcome has no meaning of its own and may lie outside [-1, 1].
 
     Args:
         first: Shape (documents,), at least three.
@@ -46,23 +38,31 @@ def spearman_outcomes(first: Values, second: Values) -> Values:
 
     Source: Tukey (1958); Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 11.
     """
-    rho = spearman(first, second)
-    first_ranks, second_ranks = ranks(first), ranks(second)
+    first_ranks, second_ranks = _ranks(first), _ranks(second)
+    rho = _pearson(first_ranks, second_ranks)
     without = np.array(
         [_pearson(_ranks_without(first_ranks, i), _ranks_without(second_ranks, i)) for i in range(first.size)]
     )
-    without = np.where(np.isnan(without), rho, without)  # what is left is constant
+    without = np.where(np.isnan(without), rho, without)  # the remaining values are constant
     outcomes: Values = rho + (first.size - 1) * (without.mean() - without)
     return outcomes
 
 
-def _ranks_without(of: Values, index: int) -> Values:
-    """Ranks of the others once one value is gone: those above move down by one, its ties by half."""
-    lower = of - (of > of[index]) - 0.5 * (of == of[index])
-    return np.delete(lower, index)
+def _ranks(values: Values) -> Values:
+    """Ranks from 1; ties share their mean rank."""
+    from scipy.stats import rankdata  # takes half a second to import, which reading a study does not need
+
+    return np.asarray(rankdata(values), dtype=np.float64)
+
+
+def _ranks_without(ranks: Values, index: int) -> Values:
+    """Ranks of the other values after one is removed: higher ranks fall by one, ranks of its ties by half."""
+    lowered = ranks - (ranks > ranks[index]) - 0.5 * (ranks == ranks[index])
+    return np.delete(lowered, index)
 
 
 def _pearson(first: Values, second: Values) -> float:
+    """Pearson's correlation; NaN, without scipy's warning, if either side is constant."""
     x, y = first - first.mean(), second - second.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale > 0 else math.nan

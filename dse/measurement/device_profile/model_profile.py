@@ -1,30 +1,31 @@
-"""What the products of a model cost on this device, dense and decomposed, summed over what shares an input."""
+"""Time of a model's matrix products on this device, dense and decomposed, and the latency predicted from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from dse.cost import has_core
 from dse.design_point import DesignPoint, TensorChoice
 from dse.measurement.device_profile.product_timings import ProductShape, ProductTimings
 from dse.models import LoadedModel
-from dse.runtime.matrices import modules_by_input
 from dse.topology import Topology
 
-__all__ = ["ModelProfile", "PassTime", "Phase", "SharedInput", "shared_inputs"]
+__all__ = ["ModelMatrix", "ModelProfile", "PassTime", "Phase", "model_matrices", "profile_model"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Work that a point is timed for.
+    """Work that a design point is timed for.
 
     Attributes:
         name: `prefill` or `decode`.
-        rows: Tokens that the matrices of the layers multiply at once.
-        head_rows: Tokens that the output head multiplies: one for each sequence.
+        rows: Tokens that the layers' matrices multiply at once.
+        head_rows: Tokens that the output head multiplies: the last one of each sequence.
     """
 
     name: str
@@ -33,52 +34,85 @@ class Phase:
 
     @classmethod
     def of(cls, name: str, batch_size: int, prompt_tokens: int) -> Phase:
-        """The phase of a generation."""
+        """The prefill or decode phase of a generation."""
         return cls(name, batch_size * (prompt_tokens if name == "prefill" else 1), batch_size)
 
 
 @dataclass(frozen=True)
-class SharedInput:
-    """Tensors that are given the very same input, and other matrices given it too.
+class ModelMatrix:
+    """A matrix that one forward pass of the dense model multiplies exactly once.
 
     Attributes:
-        tensors: Names of decomposable tensors.
+        tensor: Name of the decomposable tensor; None if no design point can change the matrix.
+        out_features: Size of the output.
         in_features: Size of the input.
-        other_rows: Rows of matrices that no point decomposes, such as the output head.
-        is_head: Whether the output head is among them.
+        is_transposed: Whether it is stored as (in_features, out_features), as in GPT-2's `Conv1D`.
+        is_head: Whether it is the output head.
     """
 
-    tensors: tuple[str, ...]
+    tensor: str | None
+    out_features: int
     in_features: int
-    other_rows: int = 0
+    is_transposed: bool = False
     is_head: bool = False
 
+    def dense_shape(self, rows: int) -> ProductShape:
+        """The product of the dense matrix."""
+        return ProductShape(rows, self.out_features, self.in_features, self.is_transposed)
 
-def shared_inputs(loaded: LoadedModel) -> tuple[SharedInput, ...]:
-    """The groups of a dense model, found by watching one pass."""
-    device = next(loaded.model.parameters()).device
+
+@torch.inference_mode()
+def model_matrices(loaded: LoadedModel) -> tuple[ModelMatrix, ...]:
+    """The matrices of a dense model in the order they are multiplied, recorded during one forward pass.
+
+    Recording works for any architecture. A module that is called more than once per pass is left out, and so are
+    fused expert tensors.
+    """
+    model = loaded.model
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = {tensor.module: tensor.name for tensor in loaded.topology.tensors}
-    head = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    head_path = next((path for path, module in loaded.model.named_modules() if module is head), None)
-    groups = []
-    for group in modules_by_input(loaded.model, torch.ones(1, 2, dtype=torch.long, device=device)):
-        known = tuple(names[matrix.path] for matrix in group if matrix.path in names)
-        others = sum(matrix.chain[0].shape[0] for matrix in group if matrix.path not in names)
-        is_head = any(matrix.path == head_path for matrix in group)
-        groups.append(SharedInput(known, group[0].in_features, others, is_head))
-    return tuple(groups)
+    modules = {path: module for path, module in model.named_modules() if _is_matrix(module)}
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _inputs, path=path: calls.update([path]))
+        for path, module in modules.items()
+    ]
+    try:
+        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(
+        _matrix_of(modules[path], names.get(path), is_head=modules[path] is head)
+        for path, count in calls.items()
+        if count == 1
+    )
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    is_linear = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return is_linear and isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _matrix_of(module: nn.Module, name: str | None, *, is_head: bool) -> ModelMatrix:
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - narrows the type
+    is_transposed = type(module).__name__ == "Conv1D"
+    out_features, in_features = weight.shape[::-1] if is_transposed else weight.shape
+    return ModelMatrix(name, out_features, in_features, is_transposed, is_head)
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """A measured pass of the dense model, by what takes its time.
+    """How the measured time of one dense forward pass splits up.
 
     Attributes:
-        products_s: Of all products, timed one by one with cold weights.
-        scale: 1, or less where the products would take longer alone than the whole pass did: they are scaled to it, so
-            that no prediction falls below what is left of them.
-        beside_a_block_s: What each block is taken to need beside its products: attention, norms and starting kernels,
-            spread evenly over the blocks.
+        products_s: Sum over all products, each timed alone with cold weights.
+        scale: 1, or less if the products take longer alone than the whole pass. They are then scaled down to the pass,
+            so that no prediction falls below the time of the remaining products.
+        beside_a_block_s: Time of a block besides its products (attention, norms, kernel launches), spread evenly over
+            the blocks.
     """
 
     products_s: float
@@ -87,128 +121,114 @@ class PassTime:
 
 
 class ModelProfile:
-    """Seconds of a model's products on one device, by point.
+    """Seconds of a model's products on one device, for any design point.
+
+    Products are those that the unmodified modules run: one for a dense matrix, two for its factors, three with a core.
+    The members of a stack share the product with the right factor (and the core).
 
     Args:
-        topology: Of the model.
-        groups: Its matrices by shared input.
-        timings: Of products; measured where they are missing.
+        topology: Topology of the model.
+        matrices: Its matrices; see `model_matrices`.
+        timings: Timings of products; missing ones are measured on demand.
     """
 
-    def __init__(self, topology: Topology, groups: Sequence[SharedInput], timings: ProductTimings) -> None:
+    def __init__(self, topology: Topology, matrices: Sequence[ModelMatrix], timings: ProductTimings) -> None:
         self.topology = topology
         self.timings = timings
-        self._groups = groups
+        self._matrices = tuple(matrices)
+        self._by_tensor = {matrix.tensor: matrix for matrix in matrices if matrix.tensor is not None}
         self._known_s: dict[tuple[str, TensorChoice | None, Phase], float] = {}
-        self._group_of = {name: group for group in groups for name in group.tensors}
 
-    def group_of(self, name: str) -> SharedInput | None:
-        """The group of a part that a point may name; None for blocks, and for tensors that no pass reaches once."""
-        return next((self._group_of.get(tensor) for tensor in self.topology.tensors_of(name)), None)
+    def covers(self, tensors: Iterable[str]) -> bool:
+        """Whether each of these tensors is a matrix that a forward pass multiplies exactly once."""
+        return all(name in self._by_tensor for name in tensors)
 
-    def groups_of(self, tensors: Iterable[str]) -> list[SharedInput] | None:
-        """The groups of these tensors, each once; None where one belongs to none."""
-        found = [self._group_of.get(name) for name in tensors]
-        return None if None in found else [group for group in dict.fromkeys(found) if group is not None]
+    def shapes(self, point: DesignPoint, phase: Phase, tensors: Iterable[str] | None = None) -> list[ProductShape]:
+        """The products of one forward pass.
 
-    def shapes_of_groups(self, groups: Iterable[SharedInput], point: DesignPoint, phase: Phase) -> list[ProductShape]:
-        """The products of these groups in one pass of a point."""
-        parts = _parts_by_tensor(self.topology, point)
-        return [shape for group in groups for shape in self._group_shapes(group, parts, phase)]
-
-    def shapes(self, point: DesignPoint, phase: Phase) -> list[ProductShape]:
-        """Every product of one pass, in its fast form."""
-        return self.shapes_of_groups(self._groups, point, phase)
-
-    def seconds(self, point: DesignPoint, phase: Phase) -> float:
-        """Seconds of all products of one pass: what a device needs beside them is not in it."""
-        return sum(self.timings.best_seconds(shape) for shape in self.shapes(point, phase))
-
-    def predicted_seconds(self, point: DesignPoint, phase: Phase, dense_s: float) -> float:
-        """Seconds of one pass of a point: the dense model's as measured, less what the point's products take less.
-
-        A removed block takes its share of what the products do not explain with it (`PassTime`).
+        Args:
+            point: The design point.
+            phase: Prefill or decode.
+            tensors: Only the products of these tensors; by default all products, those of undecomposable matrices
+                included.
         """
-        taken = self.pass_time(phase, dense_s)
-        saved_s = taken.scale * (taken.products_s - self.seconds(point, phase))
-        return dense_s - saved_s - sum(choice.is_removal for _, choice in point) * taken.beside_a_block_s
+        if tensors is None:
+            matrices = self._matrices
+        else:
+            matrices = tuple(self._by_tensor[name] for name in tensors if name in self._by_tensor)
+        choices = {tensor: (name, choice) for name, choice in point for tensor in self.topology.tensors_of(name)}
+        found: list[ProductShape] = []
+        seen: set[str] = set()
+        for matrix in matrices:
+            rows = phase.head_rows if matrix.is_head else phase.rows
+            if matrix.tensor is None or matrix.tensor not in choices:
+                found.append(matrix.dense_shape(rows))
+                continue
+            name, choice = choices[matrix.tensor]
+            if choice.is_removal:
+                continue
+            if name not in seen:  # once for all members of a stack
+                seen.add(name)
+                found.append(ProductShape(rows, choice.rank, matrix.in_features))
+                if has_core(choice.method):
+                    found.append(ProductShape(rows, choice.rank, choice.rank))
+            found.append(ProductShape(rows, matrix.out_features, choice.rank))
+        return found
 
-    def pass_time(self, phase: Phase, dense_s: float) -> PassTime:
-        """What a pass of the dense model, which took so long, is made of."""
-        products_s = self.seconds(DesignPoint.dense(), phase)
-        scale = min(1.0, dense_s / products_s) if products_s > 0 else 1.0
-        # One more share for what lies outside the layers: embedding, last norm, choice of the token.
-        return PassTime(products_s, scale, (dense_s - scale * products_s) / (len(self.topology.blocks) + 1))
+    def seconds(self, point: DesignPoint, phase: Phase, tensors: Iterable[str] | None = None) -> float:
+        """Seconds of all products of one forward pass, without attention, norms and kernel launches; see `shapes`."""
+        return sum(map(self.timings.seconds, self.shapes(point, phase, tensors)))
 
-    def group_seconds(self, name: str, choice: TensorChoice | None, phase: Phase) -> float:
-        """Seconds of all products that share the input of this part, which is decomposed so, or dense for None.
+    def part_shapes(self, name: str, choice: TensorChoice | None, phase: Phase) -> list[ProductShape]:
+        """The products of one tensor, stack or block, decomposed by `choice`, or dense for None."""
+        point = DesignPoint.dense() if choice is None else DesignPoint.of({name: choice})
+        return self.shapes(point, phase, self.topology.tensors_of(name))
 
-        What else shares the input is dense. The part's own time cannot be told apart: it is part of a larger product.
-        """
+    def part_seconds(self, name: str, choice: TensorChoice | None, phase: Phase) -> float:
+        """Seconds of the products of `part_shapes`."""
         key = (name, choice, phase)
         if key not in self._known_s:
-            self._known_s[key] = sum(map(self.timings.best_seconds, self.shapes_of(name, choice, phase)))
+            self._known_s[key] = sum(map(self.timings.seconds, self.part_shapes(name, choice, phase)))
         return self._known_s[key]
 
     def is_faster(self, name: str, choice: TensorChoice, phase: Phase) -> bool:
-        """Whether decomposing this part alone saves time; removed blocks do, and experts, not timed, are taken to."""
+        """Whether this decomposition alone saves time. Removed blocks do; experts are not timed and count as faster."""
         if choice.is_removal or name in self.topology.experts_by_name:
             return True
-        return self.group_seconds(name, choice, phase) < self.group_seconds(name, None, phase)
+        return self.part_seconds(name, choice, phase) < self.part_seconds(name, None, phase)
 
     def only_faster(self, point: DesignPoint, phases: Iterable[Phase]) -> DesignPoint:
-        """The point without the choices that are not faster in all of these phases."""
+        """The point without the choices that are not faster than dense in all of these phases."""
         phases = tuple(phases)
         kept = {name: choice for name, choice in point if all(self.is_faster(name, choice, p) for p in phases)}
         return point if len(kept) == len(point) else DesignPoint.of(kept)
 
+    def predicted_seconds(self, point: DesignPoint, phase: Phase, dense_s: float) -> float:
+        """Predicted seconds of one forward pass: the dense model's measured time minus what the products save.
+
+        A removed block also saves its share of the time that the products do not explain (`PassTime`).
+
+        Args:
+            point: The design point.
+            phase: Prefill or decode.
+            dense_s: Measured seconds of one pass of the dense model.
+        """
+        split = self.pass_time(phase, dense_s)
+        saved_s = split.scale * (split.products_s - self.seconds(point, phase))
+        return dense_s - saved_s - sum(choice.is_removal for _, choice in point) * split.beside_a_block_s
+
+    def pass_time(self, phase: Phase, dense_s: float) -> PassTime:
+        """Split the measured `dense_s` of one dense pass into products and the rest."""
+        products_s = self.seconds(DesignPoint.dense(), phase)
+        scale = min(1.0, dense_s / products_s) if products_s > 0 else 1.0
+        # One more share for the work outside the blocks: embedding, last norm, choice of the next token.
+        return PassTime(products_s, scale, (dense_s - scale * products_s) / (len(self.topology.blocks) + 1))
+
     def missing(self, shapes: Iterable[ProductShape]) -> list[ProductShape]:
-        """Those of these shapes that are not timed yet, each once."""
-        return [shape for shape in dict.fromkeys(shapes) if not self.timings.is_known(shape)]
-
-    def shapes_of(self, name: str, choice: TensorChoice | None, phase: Phase) -> list[ProductShape]:
-        """The products that `group_seconds` adds up."""
-        group = self.group_of(name)
-        parts = {} if choice is None else _parts_by_tensor(self.topology, DesignPoint.of({name: choice}))
-        return [] if group is None else self._group_shapes(group, parts, phase)
-
-    def _group_shapes(self, group: SharedInput, parts: Mapping[str, _Part], phase: Phase) -> list[ProductShape]:
-        rows = phase.head_rows if group.is_head else phase.rows
-        first = group.other_rows
-        rest: list[ProductShape] = []
-        seen: set[str] = set()
-        for tensor in group.tensors:
-            part = parts.get(tensor)
-            if part is None:
-                first += self.topology[tensor].out_features
-            elif part.name not in seen and not part.choice.is_removal:
-                rank = part.choice.rank
-                first += rank
-                if has_core(part.choice.method):
-                    rest.append(ProductShape(rows, rank, rank))
-                rest.append(ProductShape(rows, part.out_features, rank))
-            if part is not None:
-                seen.add(part.name)
-        return [ProductShape(rows, first, group.in_features), *rest] if first else []
+        """The shapes without a timing, each once."""
+        return [shape for shape in dict.fromkeys(shapes) if not self.timings.has_timing(shape)]
 
 
-@dataclass(frozen=True)
-class _Part:
-    name: str
-    choice: TensorChoice
-    out_features: int
-
-
-def _parts_by_tensor(topology: Topology, point: DesignPoint) -> dict[str, _Part]:
-    parts = {}
-    for name, choice in point:
-        members = topology.tensors_of(name)
-        matrices = [topology[member] for member in members if member in topology.by_name]  # experts are not timed
-        part = _Part(name, choice, sum(matrix.out_features for matrix in matrices))
-        parts.update(dict.fromkeys(members, part))
-    return parts
-
-
-def model_profile(loaded: LoadedModel, timings: ProductTimings) -> ModelProfile:
+def profile_model(loaded: LoadedModel, timings: ProductTimings) -> ModelProfile:
     """The profile of a loaded model, which must be dense."""
-    return ModelProfile(loaded.topology, shared_inputs(loaded), timings)
+    return ModelProfile(loaded.topology, model_matrices(loaded), timings)

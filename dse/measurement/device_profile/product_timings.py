@@ -1,4 +1,4 @@
-"""Seconds of matrix products on this device, measured with cold weights and kept for the next time."""
+"""Times of matrix products on this device, measured with cold weights and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -13,38 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dse.files import cache_dir, write_json
-from dse.kernel import FEW_ROWS, NO_KERNEL, ChainMatrix, KernelChains, kernel_name
 from dse.measurement.clock import stopwatch_for
 from dse.measurement.environment import device_description
-from dse.runtime.onednn import has_onednn, linear_by_onednn
-from dse.runtime.products import Layout
 
-__all__ = ["REFERENCE", "ProductShape", "ProductTimings", "TimingConditions"]
+__all__ = ["REFERENCE", "ProductShape", "ProductTimings", "TimingConditions", "timings_for"]
 
 REFERENCE = (1024, 1024)
-"""(out_features, in_features) of the product that all others are timed beside."""
+"""(out_features, in_features) of the product that every other one is timed against."""
 
-_TURNS = 7
-_SPREAD = 1.1
-"""Ratios are settled once their upper quartile is at most so many times the lower one."""
+_MIN_RATIOS = 7
+_MAX_PASSES = 25
+_SETTLED_SPREAD = 1.1
+"""Ratios have settled once their upper quartile is at most this factor above the lower one."""
 
-_PASSES = 5
-_MOST_PASSES = 25
+_MIN_PASSES = 5
 _AGREEMENT = 1.05
+"""The reference has settled once its two fastest passes differ by at most this factor."""
+
 _PASS_S = 0.03
-"""Work in one timed pass: long against the clock and the scheduler, short enough for hundreds of shapes."""
+"""Work in one timed pass: long compared with the clock and the scheduler, short enough for hundreds of shapes."""
 
-_PRODUCTS_A_CALL = 64
-"""With the kernel; a model's layers are one call, so that what a call costs is no part of a product's time."""
-
-_CLEARLY_FASTER = 0.95
-
-_PANELS_GAIN = 0.9
-"""Layers by panels need no other layout between their products, attention among them: a tenth of a prompt's time."""
+_MAX_FOOTPRINT_BYTES = 2**30
+"""No last-level cache holds a gigabyte, so a larger footprint gives the same timings."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +46,21 @@ class ProductShape:
     """A product (rows, in_features) x (in_features, out_features).
 
     Attributes:
-        rows: Tokens at once: the batch size in decode, batch size x prompt tokens in prefill.
+        rows: Tokens multiplied at once: the batch size in decode, batch size x prompt tokens in prefill.
         out_features: Columns of the result.
-        in_features: Length of the sums.
+        in_features: Length of the inner sums.
+        is_transposed: Whether the weight is stored as (in_features, out_features), as in GPT-2's `Conv1D`, instead of
+            (out_features, in_features), as in `nn.Linear`.
     """
 
     rows: int
     out_features: int
     in_features: int
+    is_transposed: bool = False
 
     @property
     def weight_entries(self) -> int:
-        """Numbers in the weight."""
+        """Number of entries of the weight."""
         return self.out_features * self.in_features
 
     @property
@@ -71,24 +68,23 @@ class ProductShape:
         """Multiplications and additions."""
         return 2 * self.rows * self.weight_entries
 
-    def key(self, layout: Layout) -> str:
-        """Its name in a file; what lies row by row is multiplied in one way where rows are few."""
-        way = layout if layout == "column_major" or self.rows > FEW_ROWS else "row_major"
-        return f"{self.rows} x {self.in_features} x {self.out_features} {way}"
+    @property
+    def key(self) -> str:
+        """Key in the timings file."""
+        return f"{self.rows} x {self.in_features} x {self.out_features}" + (" transposed" if self.is_transposed else "")
 
 
 @dataclass(frozen=True)
 class TimingConditions:
-    """What a timing depends on beside the shape; timings are shared by runs that agree in all of it.
+    """Everything but the shape that a timing depends on; runs that agree in all of it share their timings.
 
     Attributes:
         device: Kind and name of the device.
         dtype: Of weights and activations.
-        threads: Of torch on the host.
-        torch_version: With the build.
-        footprint_bytes: Weights that one pass of the model reads: a product's weight is read again only after so many
-            others, as in the model, so that it comes from where the model's would come from.
-        kernel: What computes decode steps (`dse.kernel.kernel_name`).
+        threads: Number of torch's host threads.
+        torch_version: Version with the build.
+        footprint_bytes: Bytes of weights that one pass of the model reads. A weight is used again only after this many
+            other bytes, as in the model, so it is read from the same level of the memory hierarchy.
     """
 
     device: str
@@ -96,236 +92,153 @@ class TimingConditions:
     threads: int
     torch_version: str
     footprint_bytes: int
-    kernel: str
 
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype, footprint_bytes: int) -> TimingConditions:
-        """The conditions of this process; the footprint is rounded to a power of two, 1 GiB at most.
-
-        No last-level cache holds a gigabyte, so that more would tell nothing else.
-        """
+        """The conditions of this process; the footprint is rounded to a power of two of at most 1 GiB."""
+        rounded_bytes = 2 ** round(math.log2(max(footprint_bytes, 2**20)))
         return cls(
             device_description(device),
             str(dtype).removeprefix("torch."),
             torch.get_num_threads(),
             str(torch.__version__),
-            min(2**30, 2 ** round(math.log2(max(footprint_bytes, 2**20)))),
-            kernel_name(device, dtype),
+            min(_MAX_FOOTPRINT_BYTES, rounded_bytes),
         )
 
 
 class ProductTimings:
-    """Timings under one set of conditions: read from a file, measured where they are missing, written at once.
+    """Timings under one set of conditions: read from a file, measured when missing, and written at once.
 
     Args:
         device: Where products run.
         dtype: Of weights and activations.
         footprint_bytes: See `TimingConditions`.
-        folder: Of the files; None for the user's cache.
+        folder: Folder of the files; the user's cache by default.
     """
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, footprint_bytes: int, folder: Path | None = None
     ) -> None:
         self.conditions = TimingConditions.here(device, dtype, footprint_bytes)
-        self._device, self._dtype = device, dtype
+        self.device = device
+        self._dtype = dtype
         digest = hashlib.sha256(json.dumps(asdict(self.conditions), sort_keys=True).encode()).hexdigest()[:16]
-        self.path = (folder or cache_dir() / "device_profiles") / f"{digest}.json"
+        # Earlier versions kept timings per memory layout in the folder device_profiles; those files are ignored.
+        self.path = (folder or cache_dir() / "product_timings") / f"{digest}.json"
         self._seconds: dict[str, float] = self._read()
         self._pool: Tensor | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where products run."""
-        return self._device
+    def has_timing(self, shape: ProductShape) -> bool:
+        """Whether this product has already been timed."""
+        return shape.key in self._seconds
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether row-major products of few rows that follow from one input are one call of the kernel."""
-        return self.conditions.kernel != NO_KERNEL
-
-    def knows(self, shape: ProductShape, layout: Layout) -> bool:
-        """Whether a timing is at hand."""
-        return shape.key(layout) in self._seconds
-
-    def is_known(self, shape: ProductShape) -> bool:
-        """Whether all timings are at hand that `best_seconds` looks at."""
-        reference = ProductShape(shape.rows, *REFERENCE)
-        if shape.rows > FEW_ROWS and not all(self.knows(reference, layout) for layout in self._row_layouts):
-            return False
-        return all(self.knows(shape, layout) for layout in self._layouts_of(shape.rows, is_alone=False))
-
-    def seconds(self, shape: ProductShape, layout: Layout) -> float:
-        """Seconds of one product; measured now where it is not known.
+    def seconds(self, shape: ProductShape) -> float:
+        """Seconds of one product, which is measured now if it has no timing yet.
 
         Raises:
-            StorageFullError: The timing cannot be kept.
+            StorageFullError: The timing cannot be written.
         """
-        key = shape.key(layout)
-        if key not in self._seconds:
-            self._seconds |= self._measure(shape, layout)
+        if shape.key not in self._seconds:
+            self._seconds |= self._measure(shape)
             self._write()
-        return self._seconds[key]
-
-    def best_layout(self, shape: ProductShape) -> Layout:
-        """The faster layout; the usual one, row by row, unless the other is clearly faster."""
-        return self.best_layout_of({shape: 1})
-
-    def best_layout_of(self, counts: Mapping[ProductShape, int], *, is_alone: bool = False) -> Layout:
-        """The layout of a weight that several products share, each taken so often.
-
-        With the kernel weights lie row by row, since it runs whole layers so; what is alone, such as the output head,
-        may lie otherwise.
-        """
-        layouts = self._layouts_of(max(shape.rows for shape in counts), is_alone=is_alone)
-        if len(layouts) == 1:
-            return layouts[0]
-        rows, columns = (self.total_seconds(counts, layout) for layout in layouts)
-        return layouts[1] if columns < _CLEARLY_FASTER * rows else layouts[0]
-
-    def _layouts_of(self, rows: int, *, is_alone: bool) -> tuple[Layout, ...]:
-        by_row = self.row_layout(rows)
-        return (by_row,) if self.has_kernel and not is_alone else (by_row, "column_major")
-
-    @property
-    def _row_layouts(self) -> tuple[Layout, ...]:
-        """What can be had here of the layouts that lie row by row."""
-        onednn: tuple[Layout, ...] = ("row_major_onednn",) if has_onednn(self._device, self._dtype) else ()
-        panels: tuple[Layout, ...] = ("row_major_panels",) if self.has_kernel else ()
-        return ("row_major", *onednn, *panels)
-
-    def row_layout(self, rows: int) -> Layout:
-        """Which of those that lie row by row, by the reference product alone: the better library is the machine's.
-
-        Shape by shape, chance would choose now and then. They differ where rows are many.
-        """
-        if rows <= FEW_ROWS:
-            return "row_major"
-        reference = ProductShape(rows, *REFERENCE)
-        seconds = {layout: self.seconds(reference, layout) for layout in self._row_layouts}
-        best = min(seconds, key=seconds.__getitem__)
-        if seconds.get("row_major_panels", math.inf) * _PANELS_GAIN <= seconds[best]:
-            return "row_major_panels"
-        return best if seconds[best] < _CLEARLY_FASTER * seconds["row_major"] else "row_major"
-
-    def total_seconds(self, counts: Mapping[ProductShape, int], layout: Layout) -> float:
-        """Seconds of all these products, each taken so often."""
-        return sum(count * self.seconds(shape, layout) for shape, count in counts.items())
-
-    def best_seconds(self, shape: ProductShape) -> float:
-        """Seconds in the better layout."""
-        return self.seconds(shape, self.best_layout(shape))
-
-    def let_go(self) -> None:
-        """Free the memory that timing needs; the next timing takes it again."""
-        self._pool = None
+        return self._seconds[shape.key]
 
     def _read(self) -> dict[str, float]:
         try:
             content: Mapping[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             return {str(key): float(value) for key, value in content["seconds"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # none yet, or not ours: measured anew
+            return {}  # missing or not a timings file: measure again
 
     def _write(self) -> None:
-        merged = {**self._read(), **self._seconds}  # another process may have added some
+        merged = {**self._read(), **self._seconds}  # another process may have added timings
         write_json(self.path, {"conditions": asdict(self.conditions), "seconds": merged})
 
     @torch.inference_mode()
-    def _measure(self, shape: ProductShape, layout: Layout) -> dict[str, float]:
-        """Seconds by key, taken by turns with a product that is the same for all shapes of as many rows.
+    def _measure(self, shape: ProductShape) -> dict[str, float]:
+        """Seconds by key, measured as a ratio to the reference product with the same number of rows.
 
-        A machine shared with other work is faster in one minute than in the next, by more than layouts or ranks
-        differ. So what is kept is the ratio to that product, times its own seconds when it was timed first.
+        A machine shared with other work changes speed from minute to minute by more than neighbouring ranks differ.
+        The ratio to a reference that is timed alternately does not; it is scaled by the reference's first timing.
         """
         reference = ProductShape(shape.rows, *REFERENCE)
-        key, found = reference.key("row_major"), {}
-        if key not in self._seconds:
-            found[key] = _least(self._pass(reference, "row_major"))
-            if shape.key(layout) == key:
+        found = {}
+        if reference.key not in self._seconds:
+            found[reference.key] = _fastest(self._timed_pass(reference))
+            if shape == reference:
                 return found
-        ratio = _ratio_by_turns(self._pass(shape, layout), self._pass(reference, "row_major"))
-        return found | {shape.key(layout): ratio * {**self._seconds, **found}[key]}
+        reference_s = {**self._seconds, **found}[reference.key]
+        ratio = _alternating_ratio(self._timed_pass(shape), self._timed_pass(reference))
+        return found | {shape.key: ratio * reference_s}
 
-    def _pass(self, shape: ProductShape, layout: Layout) -> Callable[[], float]:
-        """What times some products by as many different weights, and gives the seconds of one."""
+    def _timed_pass(self, shape: ProductShape) -> Callable[[], float]:
+        """A function that runs products with different weights and returns the seconds of one product."""
         weights = self._weights(shape)
-        given = torch.randn(shape.rows, shape.in_features, device=self._device).to(self._dtype)
-        stopwatch = stopwatch_for([self._device])
+        x = torch.randn(shape.rows, shape.in_features, device=self.device).to(self._dtype)
+        multiply = _multiply_transposed if shape.is_transposed else functional.linear
+        stopwatch = stopwatch_for([self.device])
         begin = 0
 
         def one_pass(count: int) -> float:
             nonlocal begin
-            chosen = [(begin + index) % len(weights) for index in range(count)]
+            chosen = [weights[(begin + index) % len(weights)] for index in range(count)]
             begin += count
-            multiply = self._products(weights, chosen, shape, layout)
-            return stopwatch.time(lambda: _multiply(multiply, given))[1] / count
+            return stopwatch.time(lambda: _multiply_each(multiply, x, chosen))[1] / count
 
         one_pass(1)
         estimate_s = max(one_pass(2), 1e-7)
         return functools.partial(one_pass, max(2, min(len(weights), round(_PASS_S / estimate_s))))
 
-    def _products(
-        self, weights: Sequence[Tensor], chosen: Sequence[int], shape: ProductShape, layout: Layout
-    ) -> list[Callable[[Tensor], Tensor]]:
-        """The products by some of the weights as the model's fast form takes them: with the kernel many in one call."""
-        if layout == "column_major":
-            return [_by_columns(weights[index].view(shape.in_features, shape.out_features)) for index in chosen]
-        is_by_kernel = shape.rows <= FEW_ROWS or layout == "row_major_panels"
-        if not is_by_kernel or not KernelChains.is_for(weights[0]):
-            by = linear_by_onednn if layout == "row_major_onednn" else functional.linear
-            rows = [weights[index].view(shape.out_features, shape.in_features) for index in chosen]
-            return [functools.partial(_by_rows, by, weight) for weight in rows]
-        pool, size = self._pool, shape.weight_entries
-        assert pool is not None  # noqa: S101 - the weights are parts of it
-        places = [ChainMatrix(shape.out_features, shape.in_features, index * size) for index in chosen]
-        calls = [places[first : first + _PRODUCTS_A_CALL] for first in range(0, len(places), _PRODUCTS_A_CALL)]
-        return [KernelChains.one_by_one(pool, call) for call in calls]
-
     def _weights(self, shape: ProductShape) -> list[Tensor]:
-        """Different weights of this shape, together as large as the footprint: slices of one pool."""
+        """Different weights of this shape that together fill the footprint: views of one pool."""
         entries = max(self.conditions.footprint_bytes // self._dtype.itemsize, shape.weight_entries)
         if self._pool is None or self._pool.numel() < entries:
             self._pool = None
-            self._pool = torch.empty(entries, dtype=self._dtype, device=self._device).uniform_(-1, 1)
-        return list(torch.split(self._pool, shape.weight_entries))[: entries // shape.weight_entries]
+            self._pool = torch.empty(entries, dtype=self._dtype, device=self.device).uniform_(-1, 1)
+        sizes = (shape.out_features, shape.in_features)
+        stored = sizes[::-1] if shape.is_transposed else sizes
+        slices = torch.split(self._pool, shape.weight_entries)[: entries // shape.weight_entries]
+        return [part.view(stored) for part in slices]
 
 
-def _ratio_by_turns(measure: Callable[[], float], reference: Callable[[], float]) -> float:
-    """The median ratio to the reference, which is measured right before and right after.
+def timings_for(model: nn.Module) -> ProductTimings:
+    """Timings of the model's device and dtype, with its own weights as the footprint."""
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    footprint_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return ProductTimings(first.device, first.dtype, footprint_bytes)
 
-    Of more turns while ratios are far apart: then other work came and went between them.
+
+def _alternating_ratio(measure: Callable[[], float], reference: Callable[[], float]) -> float:
+    """Median ratio of a measurement to the reference, which is measured right before and right after it.
+
+    Passes are added until the ratios have settled, because other work on the machine disturbs some of them.
     """
     ratios: list[float] = []
     before = reference()
-    while len(ratios) < _TURNS or (len(ratios) < _MOST_PASSES and not _is_settled(ratios)):
+    while len(ratios) < _MIN_RATIOS or (len(ratios) < _MAX_PASSES and not _has_settled(ratios)):
         seconds, after = measure(), reference()
         ratios.append(seconds / ((before + after) / 2))
         before = after
     return statistics.median(ratios)
 
 
-def _is_settled(ratios: Sequence[float]) -> bool:
+def _has_settled(ratios: Sequence[float]) -> bool:
     low, _, high = statistics.quantiles(ratios, n=4)
-    return high <= _SPREAD * low
+    return high <= _SETTLED_SPREAD * low
 
 
-def _least(measure: Callable[[], float]) -> float:
-    """The least of some measurements; of more while the two least differ: other work came between."""
+def _fastest(measure: Callable[[], float]) -> float:
+    """Fastest of several measurements; more are taken while the two fastest differ."""
     found: list[float] = []
-    while len(found) < _PASSES or (len(found) < _MOST_PASSES and found[1] > _AGREEMENT * found[0]):
+    while len(found) < _MIN_PASSES or (len(found) < _MAX_PASSES and found[1] > _AGREEMENT * found[0]):
         found = sorted([*found, measure()])
     return found[0]
 
 
-def _multiply(products: Sequence[Callable[[Tensor], Tensor]], given: Tensor) -> None:
-    for product in products:
-        product(given)  # nothing is kept: fresh memory for every result would cost as much as some products
+def _multiply_each(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        multiply(x, weight)  # results are dropped: fresh memory for each would cost as much as a small product
 
 
-def _by_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda given: given @ columns
-
-
-def _by_rows(linear: Callable[[Tensor, Tensor], Tensor], rows: Tensor, given: Tensor) -> Tensor:
-    return linear(given, rows)
+def _multiply_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight

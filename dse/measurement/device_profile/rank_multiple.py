@@ -1,7 +1,7 @@
-"""The multiple that ranks should keep on a device, read off its timings.
+"""The multiple that ranks should keep to on a device, derived from product timings.
 
-Kernels work in tiles: at a rank just above a tile's edge a product pays for the whole next tile, and some libraries
-fall back to slower kernels where a dimension is not aligned. A rank a little smaller then saves parameters and no time.
+Kernels work in tiles: a rank just above a tile boundary pays for the whole next tile, and some libraries fall back to
+slower kernels for unaligned dimensions. A slightly smaller rank then saves parameters but no time.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dse.cost import break_even_rank
 from dse.measurement.device_profile.model_profile import Phase
 from dse.measurement.device_profile.product_timings import ProductShape, ProductTimings
 
-__all__ = ["RANK_MULTIPLES", "rank_multiple", "rank_multiple_shapes"]
+__all__ = ["RANK_MULTIPLES", "find_rank_multiple", "rank_multiple_shapes"]
 
 RANK_MULTIPLES = (64, 32, 16, 8, 4, 2)
-"""Multiples that are tried, the largest first."""
+"""Candidate multiples, the largest first."""
 
 _NOISE = 0.02
-"""Differences of two timings below this tell nothing."""
+"""Relative timing differences below this are treated as noise."""
 
 
 def rank_multiple_shapes(matrices: Iterable[tuple[int, int]], phases: Iterable[Phase]) -> list[ProductShape]:
-    """The products that `rank_multiple` compares, each once."""
+    """The products that `find_rank_multiple` compares, each once."""
     phases = tuple(phases)
     found = [
         product
@@ -35,26 +35,27 @@ def rank_multiple_shapes(matrices: Iterable[tuple[int, int]], phases: Iterable[P
     return list(dict.fromkeys(found))
 
 
-def rank_multiple(matrices: Iterable[tuple[int, int]], phases: Iterable[Phase], timings: ProductTimings) -> int:
-    """The largest multiple that a rank may not leave without losing most of what it saves.
+def find_rank_multiple(matrices: Iterable[tuple[int, int]], phases: Iterable[Phase], timings: ProductTimings) -> int:
+    """The largest multiple that a rank cannot leave without losing most of its time saving.
 
-    For each multiple m the chain of two products is timed at a rank a that is a multiple of 64, and at a - m / 2, which
-    is a multiple of m / 2 and of no more. Were time in proportion to the rank, the second would take m / (2 a) less; if
-    it takes less than half of that (in the mean over matrices and phases, and beyond noise), ranks keep to m.
+    For each multiple m the two products of a decomposed matrix are timed at a rank a that is a multiple of 64, and at
+    a - m / 2, which is a multiple of m / 2 but not of m. If time were proportional to the rank, the smaller rank would
+    save the fraction m / (2 a). If it saves less than half of that (averaged over matrices and phases, and beyond
+    noise), ranks keep to m.
 
     Args:
-        matrices: (out_features, in_features) of what may be decomposed; one for each matrix, equal ones count again.
-        phases: Whose products.
-        timings: Of the device; measured where they are missing.
+        matrices: (out_features, in_features) of each decomposable matrix; equal matrices count repeatedly.
+        phases: Phases whose products are compared.
+        timings: Timings of the device; missing ones are measured.
 
     Returns:
-        A multiple from `RANK_MULTIPLES`; 1 where no rank is worse than its neighbours, or matrices are too small.
+        A multiple from `RANK_MULTIPLES`; 1 if no rank is worse than its neighbours, or all matrices are too small.
     """
-    sizes, phases = tuple(matrices), tuple(phases)
-    aligned = [(shape, rank) for shape in sizes if (rank := _aligned_rank(shape))]
+    phases = tuple(phases)
+    aligned = [(shape, rank) for shape in matrices if (rank := _aligned_rank(shape))]
 
     def ratio(multiple: int) -> float:
-        """Mean of the time at the smaller rank over that at the aligned one, plus half of what it should save."""
+        """Mean of the time at the smaller rank over that at the aligned rank, plus half of the expected saving."""
         ratios = [
             _seconds(shape, rank - multiple // 2, phase, timings) / _seconds(shape, rank, phase, timings)
             + 0.5 * (multiple // 2) / rank
@@ -67,7 +68,7 @@ def rank_multiple(matrices: Iterable[tuple[int, int]], phases: Iterable[Phase], 
 
 
 def _aligned_rank(shape: tuple[int, int]) -> int:
-    """A rank in the middle of those that save parameters; 0 where the first tile is above it."""
+    """A multiple of 64 in the middle of the ranks that save parameters; 0 if those end below 64."""
     return break_even_rank(*shape) * 2 // 3 // RANK_MULTIPLES[0] * RANK_MULTIPLES[0]
 
 
@@ -76,5 +77,5 @@ def _products(shape: tuple[int, int], rank: int, phase: Phase) -> tuple[ProductS
 
 
 def _seconds(shape: tuple[int, int], rank: int, phase: Phase, timings: ProductTimings) -> float:
-    """Of both products, each in its faster layout."""
-    return sum(map(timings.best_seconds, _products(shape, rank, phase)))
+    """Seconds of both products of a decomposed matrix."""
+    return sum(map(timings.seconds, _products(shape, rank, phase)))

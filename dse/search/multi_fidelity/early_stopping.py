@@ -1,7 +1,8 @@
-"""Whether a trial is worth evaluating further, from what is known of it at a rung."""
+"""Early stopping by expected hypervolume improvement."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,30 +11,30 @@ from numpy.typing import NDArray
 from scipy.stats import norm, qmc
 
 from dse.errors import ConfigError, NonFiniteError
-from dse.evaluation import EvaluationResult
+from dse.evaluation.result import EvaluationResult
+from dse.evaluation.statistics.intervals import Interval
 from dse.pareto import Objective, directions_of, non_dominated, normalised_hypervolume, reference_point
-from dse.search.multi_fidelity.established import Established, value_of
-from dse.search.multi_fidelity.estimate import Estimate, estimate_objective
-from dse.trial_record import Interval, TrialRecord
+from dse.search.multi_fidelity.estimate import DocumentMasks, Estimate, estimate_objective
+from dse.trial_record import EvaluatedTrial, TrialRecord
 
 __all__ = ["PROXY_RUNG", "EarlyStopping", "Stop"]
 
 PROXY_RUNG = 1
-"""Where the KL divergence is all that was measured; shares of the documents follow."""
+"""The rung at which only the KL divergence has been measured; shares of the documents follow."""
 
 _SAMPLES = 64
-_TWO_SIDED_95 = 1.959963984540054
+_TWO_SIDED_95 = float(norm.ppf(0.975))
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a trial climbs no further.
+    """The decision to stop a trial.
 
     Attributes:
-        rung: The one it reached.
-        reason: For the record.
+        rung: The rung it reached.
+        reason: For the trial's record.
         estimates: Objective to its estimate at that rung, with a 95 % interval.
     """
 
@@ -43,91 +44,95 @@ class Stop:
 
 
 class EarlyStopping:
-    """Stops a trial that is not expected to add enough to the hypervolume of the established front.
+    """Stops trials that are not expected to add enough to the hypervolume of the complete trials' front.
 
-    What is believed of each objective (`belief.py`) is a normal distribution, or a value where it is known. The
-    hypervolume that the trial would add is averaged over it, and set against that of the front of the trials that
-    reached the top rung. So it counts both how likely a trial is to join the front and how much it would fill there: a
-    trial in a gap climbs on a slim chance, one that would lead its neighbours by a hair does not climb on an even one.
+    Each objective of a trial is either known or estimated as a normal distribution (`estimate.py`). The hypervolume
+    that the trial would add to the front is averaged over that distribution and compared with the front's own. So both
+    the probability of joining the front and the size of the gap it would fill count: a trial in a wide gap continues on
+    a small chance, one that would lead its neighbours by a hair does not continue on an even one.
 
     Source: Emmerich (2005), expected hypervolume improvement.
     """
 
     def __init__(
-        self, objectives: Sequence[Objective], dense: Established, established: Sequence[Established], min_gain: float
+        self,
+        objectives: Sequence[Objective],
+        baseline: EvaluatedTrial,
+        complete: Sequence[EvaluatedTrial],
+        min_gain: float,
     ) -> None:
-        """Take the front.
+        """Compute the front.
 
         Args:
-            objectives: Of the study.
-            dense: Fixes the hypervolume's reference.
-            established: Trials at the top rung, dense included.
-            min_gain: Share of the front's hypervolume that a trial must be expected to add in order to climb.
+            objectives: The study's objectives.
+            baseline: The dense model, which fixes the reference point of the hypervolume.
+            complete: Trials at the top rung, the baseline included.
+            min_gain: Smallest expected gain, as a share of the front's hypervolume, at which a trial continues.
         """
         self._objectives = tuple(objectives)
-        self._known = list(established)
-        self._least_gain = min_gain
-        values = [[value_of(o, e.record) for o in objectives] for e in established if e.record.feasible]
+        self._complete = list(complete)
+        self._min_gain = min_gain
+        values = [[_value(o, trial.record) for o in objectives] for trial in complete if trial.record.feasible]
         table = np.asarray(values, dtype=np.float64).reshape(-1, len(self._objectives))
         self._front = table[non_dominated(table, directions_of(self._objectives))]
-        self._corner = _corner(self._objectives, dense.record)
-        self._volume = None if self._corner is None else self._volume_with(self._front)
+        self._reference = _reference(self._objectives, baseline.record)
+        self._volume = None if self._reference is None else self._volume_with(self._front)
 
-    def verdict(
+    def decide(
         self,
         rung: int,
         record: TrialRecord,
         evaluation: EvaluationResult | None = None,
-        masks: Mapping[str, NDArray[np.bool_]] | None = None,
+        masks: DocumentMasks | None = None,
     ) -> Stop | None:
-        """Whether the trial ends here; what nothing is believed of stops nothing.
+        """Decide whether a trial stops here; a trial with an objective that cannot be estimated continues.
 
         Args:
-            rung: The one just reached.
-            record: What is known of the trial: cost, and what was measured so far.
-            evaluation: On a share of the documents, where the rung is one.
-            masks: Task to which of its documents belong to the share, in the order of the outcomes; shape (documents,).
+            rung: The rung just reached.
+            record: The trial so far: its cost and what was measured.
+            evaluation: Its evaluation on a share of the documents, if the rung is one.
+            masks: The documents of that share.
         """
         if not self._volume:
             return None
-        beliefs = {}
+        found = {}
         for objective in self._objectives:
-            found = estimate_objective(objective, record, evaluation, masks, self._known)
-            if found is None:
+            estimate = estimate_objective(objective, record, evaluation, masks, self._complete)
+            if estimate is None:
                 return None
-            beliefs[objective] = found
-        gain = self.expected_gain(list(beliefs.values()))
-        if gain >= self._least_gain:
+            found[objective] = estimate
+        gain = self.expected_gain(list(found.values()))
+        if gain >= self._min_gain:
             return None
-        estimates = {o.name: _interval(o, belief) for o, belief in beliefs.items()}
-        return Stop(rung, _reason(gain, self._least_gain, estimates), estimates)
+        estimates = {o.name: _interval(o, estimate) for o, estimate in found.items()}
+        return Stop(rung, _reason(gain, self._min_gain, estimates), estimates)
 
     def promise(self, record: TrialRecord) -> float:
-        """Hypervolume that a stopped trial is expected to add by what is known now, as a share of the front's.
+        """Expected gain of a stopped trial by what is known now, as a share of the front's hypervolume.
 
-        What only the proxy said is predicted anew, since more trials tell by now what it means; what documents said is
-        taken as it was estimated then.
+        Estimates from the proxy alone are renewed, since more trials are complete by now; estimates from documents are
+        kept as they were.
 
         Args:
-            record: A stopped trial's.
+            record: The record of a stopped trial.
         """
-        beliefs = []
+        estimates = []
         for objective in self._objectives:
-            found = estimate_objective(objective, record, None, None, self._known)
-            estimate = record.estimates.get(objective.name)
-            if estimate is not None and (found is None or (record.rung or 0) > PROXY_RUNG):
-                found = _belief(estimate)
+            found = estimate_objective(objective, record, None, None, self._complete)
+            kept = record.estimates.get(objective.name)
+            if kept is not None and (found is None or (record.rung or 0) > PROXY_RUNG):
+                found = _estimate(kept)
             if found is None:
                 return 0.0
-            beliefs.append(found)
-        return self.expected_gain(beliefs)
+            estimates.append(found)
+        return self.expected_gain(estimates)
 
-    def expected_gain(self, beliefs: Sequence[Estimate]) -> float:
-        """Hypervolume that a trial is expected to add, as a share of the front's; one belief an objective."""
+    def expected_gain(self, estimates: Sequence[Estimate]) -> float:
+        """Hypervolume that a trial is expected to add, as a share of the front's; one estimate per objective."""
         if not self._volume:
-            return float("inf")
-        means = np.asarray([belief.mean for belief in beliefs])
-        deviations = np.asarray([belief.deviation for belief in beliefs])
+            return math.inf
+        means = np.asarray([estimate.mean for estimate in estimates])
+        deviations = np.asarray([estimate.deviation for estimate in estimates])
         uncertain = np.flatnonzero(deviations)
         samples = np.repeat(means[None, :], _SAMPLES if uncertain.size else 1, axis=0)
         if uncertain.size:
@@ -136,19 +141,24 @@ class EarlyStopping:
         return float(np.mean(added)) / self._volume
 
     def _volume_with(self, values: FloatArray) -> float:
-        return normalised_hypervolume(values, self._corner or [], [o.ideal for o in self._objectives])
+        return normalised_hypervolume(values, self._reference or [], [o.ideal for o in self._objectives])
+
+
+def _value(objective: Objective, record: TrialRecord) -> float:
+    value = record.value(objective.name)
+    return math.nan if value is None else float(value)
 
 
 def _normal_points(dimensions: int) -> FloatArray:
-    """Standard normal points that fill space evenly, the same in every call; shape (samples, dimensions)."""
+    """Quasi-random standard normal points, the same in every call; shape (samples, dimensions)."""
     uniform = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(0)).random(_SAMPLES)
     points: FloatArray = norm.ppf(np.clip(uniform, 1e-9, 1 - 1e-9))
     return points
 
 
-def _corner(objectives: Sequence[Objective], dense: TrialRecord) -> list[float] | None:
-    """The hypervolume's reference; None where the dense model leaves no room for one."""
-    values = {objective.name: value_of(objective, dense) for objective in objectives}
+def _reference(objectives: Sequence[Objective], baseline: TrialRecord) -> list[float] | None:
+    """Reference point of the hypervolume; None if the baseline's values do not define one."""
+    values = {objective.name: _value(objective, baseline) for objective in objectives}
     try:
         reference = reference_point(objectives, values)
     except (ConfigError, NonFiniteError):
@@ -156,16 +166,16 @@ def _corner(objectives: Sequence[Objective], dense: TrialRecord) -> list[float] 
     return [reference[objective.name] for objective in objectives]
 
 
-def _interval(objective: Objective, belief: Estimate) -> Interval:
-    half = _TWO_SIDED_95 * belief.deviation
-    ends = (belief.mean, belief.mean - half, belief.mean + half)
+def _interval(objective: Objective, estimate: Estimate) -> Interval:
+    half = _TWO_SIDED_95 * estimate.deviation
+    ends = (estimate.mean, estimate.mean - half, estimate.mean + half)
     return Interval(*(min(1.0, max(0.0, end)) for end in ends) if objective.is_fraction else ends)
 
 
-def _belief(interval: Interval) -> Estimate:
-    """What `_interval` was made of; the longer half, where the other was cut off at 0 or 1."""
-    if interval.value is None or interval.low is None or interval.high is None:
-        raise ValueError(f"an estimate has a value and both ends, but this one is {interval}")
+def _estimate(interval: Interval) -> Estimate:
+    """The inverse of `_interval`, from the longer half if the other one was clipped at 0 or 1."""
+    if interval.low is None or interval.high is None:
+        raise ValueError(f"an estimate needs a value and both bounds, but got {interval}")
     half = max(interval.value - interval.low, interval.high - interval.value)
     return Estimate(interval.value, half / _TWO_SIDED_95)
 

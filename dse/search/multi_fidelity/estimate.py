@@ -1,7 +1,8 @@
-"""What is believed of an objective before it is measured: a normal distribution, from a proxy and some documents."""
+"""The estimate of an objective before it is fully measured: a normal distribution from a proxy and some documents."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,21 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dse.evaluation import EvaluationResult
 from dse.evaluation.graded_metrics import GRADED_METRICS
+from dse.evaluation.result import EvaluationResult, TaskResult
 from dse.evaluation.statistics.intervals import paired_drop, paired_perplexity_ratio
 from dse.pareto import Objective
-from dse.search.multi_fidelity.established import Established, outcomes_of, restricted, value_of
-from dse.search.multi_fidelity.prediction import linear_prediction
-from dse.trial_record import TrialRecord
+from dse.search.multi_fidelity.linear_prediction import linear_prediction
+from dse.trial_record import EvaluatedTrial, TrialRecord
 
-__all__ = ["Estimate", "estimate_objective"]
+__all__ = ["DocumentMasks", "Estimate", "estimate_objective", "restricted"]
+
+DocumentMasks = Mapping[str, NDArray[np.bool_]]
+"""Task to a mask of shape (documents,): the documents of the share evaluated so far, in the order of the outcomes."""
 
 _QUALITIES = ("accuracy", "perplexity", *GRADED_METRICS)
-"""Objectives that documents tell of, and that follow the proxy."""
+"""Objectives that are measured on documents and that correlate with the proxy."""
 
 _ONE_SIGMA = 0.6826894921370859
-"""Confidence of an interval that reaches one standard deviation to either side."""
+"""Confidence of an interval of one standard deviation to either side."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class Estimate:
 
     Attributes:
         mean: In the objective's unit.
-        deviation: Its standard deviation; 0 where the value is known.
+        deviation: Standard deviation; 0 if the value is known.
     """
 
     mean: float
     deviation: float
 
-    def and_also(self, other: Estimate | None) -> Estimate:
-        """What both together say, taken as independent: means weighted by precision."""
+    def combined(self, other: Estimate | None) -> Estimate:
+        """The product of two independent estimates: means weighted by precision."""
         if other is None or self.deviation == 0:
             return self
         if other.deviation == 0:
@@ -52,37 +55,40 @@ def estimate_objective(
     objective: Objective,
     record: TrialRecord,
     evaluation: EvaluationResult | None,
-    masks: Mapping[str, NDArray[np.bool_]] | None,
-    known: Sequence[Established],
+    masks: DocumentMasks | None,
+    complete: Sequence[EvaluatedTrial],
 ) -> Estimate | None:
-    """What is believed of a trial's objective; None where nothing is.
+    """Estimate an objective of a trial that has not reached the top rung.
 
-    Exact or measured values are known. A quality is predicted from the proxy by a line through the trials at the top
-    rung, and from a share of the documents by its paired difference from the trial nearest by the proxy; both are
-    combined. What is measured last (latency, energy, memory) is predicted from parameters and tensors touched.
+    Exact and measured values are known. A quality is predicted from the proxy by a line through the complete trials,
+    and from a share of the documents by its paired difference from the complete trial with the nearest proxy value;
+    both estimates are combined. Costs that are measured last (latency, energy, memory) are predicted from the number of
+    parameters and of decomposed tensors.
 
     Args:
-        objective: Which.
-        record: What is known of the trial: cost, and what was measured so far.
-        evaluation: On a share of the documents, where the rung is one.
-        masks: Task to which of its documents belong to the share, in the order of the outcomes; shape (documents,).
-        known: Trials at the top rung.
+        objective: The objective.
+        record: The trial so far: its cost and what was measured.
+        evaluation: Its evaluation on a share of the documents, if the rung is one.
+        masks: The documents of that share.
+        complete: Trials at the top rung, the baseline first.
+
+    Returns:
+        None if there is too little to go by.
     """
-    measured = record.quantities.get(objective.name)
-    exact = record.cost.get(objective.name) if measured is None else measured.value
+    exact = record.value(objective.name)
     if exact is not None:
         return Estimate(float(exact), 0.0)
-    by_line = _by_line(objective, record, known)
+    by_line = _from_line(objective, record, complete)
     if evaluation is None or masks is None or objective.name not in _QUALITIES:
         return by_line
-    by_documents = _by_documents(objective, evaluation, masks, _nearest(record, known))
-    return by_documents if by_line is None else by_line.and_also(by_documents)
+    by_documents = _from_documents(objective, evaluation, masks, _nearest(record, complete))
+    return by_documents if by_line is None else by_line.combined(by_documents)
 
 
-def _by_line(objective: Objective, record: TrialRecord, known: Sequence[Established]) -> Estimate | None:
+def _from_line(objective: Objective, record: TrialRecord, complete: Sequence[EvaluatedTrial]) -> Estimate | None:
     at = _features(objective, record)
-    rows = [(_features(objective, entry.record), value_of(objective, entry.record)) for entry in known]
-    usable = [(features, value) for features, value in rows if features is not None and math.isfinite(value)]
+    rows = [(_features(objective, trial.record), trial.record.value(objective.name)) for trial in complete]
+    usable = [(f, value) for f, value in rows if f is not None and value is not None and math.isfinite(value)]
     if at is None or not usable:
         return None
     found = linear_prediction(
@@ -95,55 +101,79 @@ def _by_line(objective: Objective, record: TrialRecord, known: Sequence[Establis
     return None if found is None else Estimate(found.value, found.high - found.value)
 
 
-def _by_documents(
-    objective: Objective, ours: EvaluationResult, masks: Mapping[str, NDArray[np.bool_]], other: Established
-) -> Estimate | None:
-    """The other's value on all documents, less its paired lead on these.
+def _features(objective: Objective, record: TrialRecord) -> list[float] | None:
+    """What an objective is predicted from: the proxy for a quality, cost arithmetic for a cost."""
+    if objective.is_cost:
+        return [float(record.cost["parameters"]), float(len(record.point))]
+    proxy = record.value("kl_divergence")
+    return None if proxy is None else [proxy]
 
-    The deviation shrinks by sqrt(1 - share): what counts is the value over all documents of the study, a finite
-    population, part of which has been seen.
+
+def _from_documents(
+    objective: Objective, evaluation: EvaluationResult, masks: DocumentMasks, other: EvaluatedTrial
+) -> Estimate | None:
+    """The other trial's value on all documents, minus its paired lead on this share.
+
+    The deviation shrinks by sqrt(1 - share): the target is the value over all documents of the study, a finite
+    population of which a part has been seen.
     """
-    if other.evaluation is None:
+    whole = other.record.value(objective.name)
+    if other.evaluation is None or whole is None:
         return None
-    theirs = restricted(other.evaluation, masks)
+    share = restricted(other.evaluation, masks)
     pairs = [
-        (outcomes_of(objective, mine), outcomes_of(objective, yours), mine.weight)
-        for mine, yours in zip(ours.tasks, theirs.tasks, strict=True)
+        (_outcomes(objective, mine), _outcomes(objective, theirs), mine.weight)
+        for mine, theirs in zip(evaluation.tasks, share.tasks, strict=True)
     ]
-    paired = [(mine, yours, weight) for mine, yours, weight in pairs if mine is not None and yours is not None]
+    paired = [(mine, theirs, weight) for mine, theirs, weight in pairs if mine is not None and theirs is not None]
     if not paired:
         return None
-    before, after = [yours for _, yours, _ in paired], [mine for mine, _, _ in paired]
-    weights, value = [weight for _, _, weight in paired], value_of(objective, other.record)
+    before, after = [theirs for _, theirs, _ in paired], [mine for mine, _, _ in paired]
+    weights = [weight for _, _, weight in paired]
     unseen = math.sqrt(max(0.0, 1.0 - min(float(mask.mean()) for mask in masks.values())))
     if objective.name == "perplexity":
         ratio = paired_perplexity_ratio(before, after, weights, _ONE_SIGMA)
         if ratio.low is None or ratio.high is None or not 0 < ratio.low <= ratio.high < math.inf:
             return None
-        return Estimate(value * ratio.value, value * ratio.value * math.log(ratio.high / ratio.low) / 2 * unseen)
+        return Estimate(whole * ratio.value, whole * ratio.value * math.log(ratio.high / ratio.low) / 2 * unseen)
     drop = paired_drop(before, after, weights, _ONE_SIGMA)
     if drop.low is None or drop.high is None or not math.isfinite(drop.high - drop.low):
         return None
-    return Estimate(value - drop.value, (drop.high - drop.low) / 2 * unseen)
+    return Estimate(whole - drop.value, (drop.high - drop.low) / 2 * unseen)
 
 
-def _nearest(record: TrialRecord, known: Sequence[Established]) -> Established:
-    """The trial most like this one by the proxy: what documents both find hard cancels best; else the first, dense."""
-    at = record.quantities.get("kl_divergence")
-    if at is None or at.value is None:
-        return known[0]
-    value = at.value
+def restricted(result: EvaluationResult, masks: DocumentMasks) -> EvaluationResult:
+    """The result on some documents only, for paired comparison; its own values and standard errors are dropped."""
+    tasks = tuple(
+        dataclasses.replace(
+            task,
+            value=math.nan,
+            stderr=None,
+            documents=int(masks[task.task].sum()),
+            outcomes=task.outcomes[masks[task.task]],
+            graded={name: outcomes[masks[task.task]] for name, outcomes in task.graded.items()},
+            all_metrics={},
+        )
+        for task in result.tasks
+    )
+    return EvaluationResult(tasks, result.seconds)
 
-    def distance(entry: Established) -> float:
-        proxy = entry.record.quantities.get("kl_divergence")
-        return math.inf if proxy is None or proxy.value is None else abs(proxy.value - value)
 
-    return min(known, key=distance)
+def _outcomes(objective: Objective, task: TaskResult) -> NDArray[np.float64] | None:
+    """Per-document outcomes of an objective; None if the task does not measure it."""
+    if objective.name in GRADED_METRICS:
+        return task.graded.get(objective.name)
+    return task.outcomes if task.kind == objective.name else None
 
 
-def _features(objective: Objective, record: TrialRecord) -> list[float] | None:
-    """What an objective is predicted from: the proxy for a quality, cost arithmetic for a cost."""
-    if objective.is_cost:
-        return [float(record.cost["parameters"]), float(len(record.point.get("tensors", {})))]
-    proxy = record.quantities.get("kl_divergence")
-    return None if proxy is None or proxy.value is None else [proxy.value]
+def _nearest(record: TrialRecord, complete: Sequence[EvaluatedTrial]) -> EvaluatedTrial:
+    """The complete trial with the nearest proxy value, whose outcomes correlate best; without a proxy the baseline."""
+    at = record.value("kl_divergence")
+    if at is None:
+        return complete[0]
+
+    def distance(trial: EvaluatedTrial) -> float:
+        proxy = trial.record.value("kl_divergence")
+        return math.inf if proxy is None else abs(proxy - at)
+
+    return min(complete, key=distance)

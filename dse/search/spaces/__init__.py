@@ -1,11 +1,11 @@
-"""Search spaces: which points a study may propose, how many there are, and how far they reduce a model."""
+"""Search spaces: the points that a study may propose, their number, and their range of reductions."""
 
 from collections.abc import Mapping
 
-from dse.search.spaces.base import KNOWN_ROLES as KNOWN_ROLES
 from dse.search.spaces.base import SearchSpace as SearchSpace
 from dse.search.spaces.depth_profile import DepthProfileSpace as DepthProfileSpace
 from dse.search.spaces.levels import LevelSpace as LevelSpace
+from dse.search.spaces.scope import KNOWN_ROLES as KNOWN_ROLES
 from dse.search.spaces.subset import SubsetSpace as SubsetSpace
 from dse.search.spaces.table_space import TableSpace as TableSpace
 

@@ -1,4 +1,4 @@
-"""`kind: depth_profile`: a budget and a smooth profile over depth, which an exact allocation turns into a point."""
+"""`kind: depth_profile`: a budget and weights over depth, turned into a point by exact allocation."""
 
 from __future__ import annotations
 
@@ -8,42 +8,49 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from dse.config import SearchSpaceConfig
-from dse.cost import break_even_rank, cost, has_core
+from dse.cost import break_even_rank, has_core, point_cost
 from dse.design_point import DesignPoint
 from dse.errors import AllocationError, ConfigError, PointError
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.prior_table import block_table
 from dse.search.spaces.table_space import TableSpace, constraints_of
 from dse.sensitivity.allocation import allocate
-from dse.sensitivity.allocation_constraints import Constraints
+from dse.sensitivity.allocation_constraints import AllocationConstraints
 from dse.sensitivity.option import Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.topology import Topology
 
-__all__ = ["MARKS", "DepthProfileSpace"]
+__all__ = ["RESOLUTION", "DepthProfileSpace"]
 
-MARKS = 101
-"""Marks on the ruler of each continuous parameter: a step is far below what an evaluation can tell apart."""
+RESOLUTION = 101
+"""Levels of each continuous parameter; a step is far below what an evaluation can distinguish."""
 
 _BUDGET, _METHOD, _REMOVAL, _EVENNESS = "budget", "method", "removal", "evenness"
-_MIDDLE = (MARKS - 1) // 2
-_MOST_OCTAVES = 3.0  # divergences are weighed by up to 8 times, and down to an eighth
-_MOST_EXPONENT_OCTAVES = 1.0  # divergences are raised to powers from 1/2 to 2
-_SMALLEST_MARK = 0.002
+_MIDDLE = (RESOLUTION - 1) // 2
+_MAX_OCTAVES = 3.0  # divergences are weighted by factors from 1/8 to 8
+_MAX_EXPONENT_OCTAVES = 1.0  # divergences are raised to powers from 1/2 to 2
+_MIN_BUDGET = 0.002
 
 
 class DepthProfileSpace(SearchSpace):
-    """About ten continuous parameters that reshape a divergence table, and the allocation that it then gives.
+    """About ten continuous parameters that reweight a sensitivity table, and the allocation over the result.
 
-    Parameter by parameter: `budget` is the reduction; `depth.0`, `depth.1`, ... are the logarithms of the weight of
-    divergence at knots from the first layer to the last, interpolated between; `weight.<kind>` weighs MLP against
-    attention; `removal` weighs removing a block against reducing its rank; `evenness` is an exponent on all divergences
-    (above 1 the loss is spread, below 1 it is concentrated); `method`, where there are several, is the one used. Each
-    is a ruler of 101 marks, so that this space is made of levels as every other. In the middle of all rulers the
-    allocation is the plain one.
+    The parameters are:
 
-    A point of this space is more than its levels can say: whatever the table's options combine to may be proposed
-    beside them, and `levels_of` gives the nearest levels, which is what the sampler learns from.
+    - `budget`: the reduction.
+    - `depth.0`, `depth.1`, ...: the depth profile. Logarithms of the weight of divergences at knots from the first
+    layer
+      to the last, interpolated linearly.
+    - `weight.<kind>`: the weight of this kind of unit relative to the first kind (MLP relative to attention).
+    - `removal`: the weight of removing a block relative to reducing its ranks.
+    - `evenness`: an exponent on all divergences. Above 1 the divergence is spread over the units, below 1 concentrated.
+    - `method`: the decomposition method, if there are several.
+
+    Each has 101 levels, so that this space consists of levels like all others. With all parameters at their middle
+    level the weights are 1.
+
+    Levels do not determine all points of the space: search may also propose other combinations of the table's options.
+    `levels_of` then returns the nearest levels, from which the sampler learns.
     """
 
     def __init__(self, config: SearchSpaceConfig, topology: Topology, table: SensitivityTable | None = None) -> None:
@@ -52,31 +59,31 @@ class DepthProfileSpace(SearchSpace):
         self._known: dict[tuple[int, ...], DesignPoint] = {}
 
     def with_table(self, table: SensitivityTable) -> DepthProfileSpace:
-        """The same space over another table of divergences."""
+        """The same space over another sensitivity table."""
         return DepthProfileSpace(self.config, self.topology, table)
 
     @cached_property
     def grid(self) -> TableSpace:
-        """All that the table's options combine to; refinement moves in it."""
+        """The space of all combinations of the table's options, for refinement."""
         return TableSpace(self.config, self.topology, self.table)
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of units, in order of appearance; the first is the one others are weighed against."""
+        """Kinds of units in order of appearance; weights are relative to the first."""
         return tuple(dict.fromkeys(unit.kind for unit in self.table.units))
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
-        """One ruler a parameter."""
+        """One dimension per parameter."""
         names = [_BUDGET, *(f"depth.{knot}" for knot in range(self.config.knots))]
         names += [f"weight.{kind}" for kind in self.kinds[1:]]
         names += [_REMOVAL] if self.config.removal else []
-        sizes = dict.fromkeys([*names, _EVENNESS], MARKS)
+        sizes = dict.fromkeys([*names, _EVENNESS], RESOLUTION)
         return {**sizes, _METHOD: len(self.config.methods)} if len(self.config.methods) > 1 else sizes
 
     @property
     def dense_levels(self) -> dict[str, int]:
-        """No budget; everything else in the middle."""
+        """Budget 0; all other parameters at their middle level."""
         return {**self._neutral, _BUDGET: 0}
 
     @cached_property
@@ -85,13 +92,13 @@ class DepthProfileSpace(SearchSpace):
 
     @cached_property
     def budgets(self) -> tuple[float, float]:
-        """Reductions from the first mark of the budget to the last."""
+        """Reductions at the first and the last level of the budget above dense."""
         smallest, largest = self.reduction_range()
-        low, high = max(self.limits[0], smallest, _SMALLEST_MARK), min(self.limits[1], largest)
+        low, high = max(self.limits[0], smallest, _MIN_BUDGET), min(self.limits[1], largest)
         return low, max(low, high)
 
     def point(self, levels: Mapping[str, int]) -> DesignPoint:
-        """The allocation under the budget, divergences weighed as the levels say."""
+        """The allocation at the budget, with divergences weighted by the levels."""
         key = tuple(levels[name] for name in self.dimensions)
         if key not in self._known:
             self._known[key] = self._allocated(levels)
@@ -101,73 +108,73 @@ class DepthProfileSpace(SearchSpace):
         if not levels[_BUDGET]:
             return DesignPoint.dense()
         low, high = self.budgets
-        wanted = low + (high - low) * (levels[_BUDGET] - 1) / (MARKS - 2)
-        table = self._weighed(levels)
-        # The budget is kept from above, so that it may be overshot by part of an option, and a limit with it.
+        wanted = low + (high - low) * (levels[_BUDGET] - 1) / (RESOLUTION - 2)
+        table = self._weighted(levels)
+        # An allocation may overshoot the budget by part of an option, and with it the upper limit.
         for target in (wanted, wanted - 0.002, wanted - 0.005, low):
             try:
                 point = allocate(table, reduction=max(target, 0.0), constraints=self._constraints).point
-                if cost(self.topology, point).reduction <= self.limits[1]:
+                if point_cost(self.topology, point).reduction <= self.limits[1]:
                     return point
-            except (AllocationError, PointError):  # out of reach for this method, or for any model to run
+            except (AllocationError, PointError):  # out of reach, or not applicable to the model
                 continue
         return DesignPoint.dense()
 
     @cached_property
-    def _constraints(self) -> Constraints:
+    def _constraints(self) -> AllocationConstraints:
         return constraints_of(self)
 
-    def _weighed(self, levels: Mapping[str, int]) -> SensitivityTable:
+    def _weighted(self, levels: Mapping[str, int]) -> SensitivityTable:
         method = self.config.methods[levels.get(_METHOD, 0)]
         knots = [_octaves(levels[f"depth.{knot}"]) for knot in range(self.config.knots)]
         weights = {kind: _octaves(levels[f"weight.{kind}"]) for kind in self.kinds[1:]}
         removal = _octaves(levels[_REMOVAL]) if _REMOVAL in levels else 0.0
-        exponent = 2.0 ** (_octaves(levels[_EVENNESS]) / _MOST_OCTAVES * _MOST_EXPONENT_OCTAVES)
+        exponent = 2.0 ** (_octaves(levels[_EVENNESS]) / _MAX_OCTAVES * _MAX_EXPONENT_OCTAVES)
 
         def factor(unit: Unit, option: Option) -> float:
             octaves = weights.get(unit.kind, 0.0) + (removal if option.removes_block else 0.0)
             octaves += at_depth(knots, unit.layer, self.topology.layer_count)
-            # d -> 2^octaves d^exponent, as a factor on d; another method than the chosen one is out of the question.
+            # d -> 2^octaves d^exponent, as a factor on d; other methods get a prohibitive factor.
             others = any(choice.method not in (method, "removed") for _, choice in option.choices)
             return float(2.0**octaves * max(option.divergence, 1e-9) ** (exponent - 1.0) * (1e6 if others else 1.0))
 
         return self.table.scaled(factor)
 
     def levels_of(self, point: DesignPoint) -> dict[str, int]:
-        """The nearest levels: every combination of the table's options counts as a point of the space."""
+        """The nearest levels; all combinations of the table's options count as points of the space."""
         if point.is_dense:
             return self.dense_levels
         for name, choice in point:
-            # What goes with a removed block beside its matrices (routed experts) is no matter of roles.
+            # The roles of a space do not apply to routed experts that are removed with a block.
             block = self.topology.blocks_by_name.get(name)
-            touched = self.topology.tensors_of(name) if block is None else block.tensors
-            for tensor in map(self.topology.part, touched):
+            changed = self.topology.tensors_of(name) if block is None else block.tensors
+            for tensor in map(self.topology.part, changed):
                 if tensor.layer not in self.layers or tensor.role not in self.roles:
                     raise outside_space(point, self, f"'{name}' is not among its tensors")
             if choice.method not in (*self.config.methods, *(["removed"] if self.config.removal else [])):
-                raise outside_space(point, self, f"'{name}' is treated by {choice.method}")
+                raise outside_space(point, self, f"'{name}' is decomposed by {choice.method}")
         return self._nearest(point)
 
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
-        """The budget by the point's reduction, everything else in the middle."""
+        """The budget nearest to the point's reduction; all other parameters at their middle level."""
         low, high = self.budgets
-        share = (cost(self.topology, point).reduction - low) / (high - low) if high > low else 0.0
-        return {**self._neutral, _BUDGET: 1 + round(min(max(share, 0.0), 1.0) * (MARKS - 2))}
+        share = (point_cost(self.topology, point).reduction - low) / (high - low) if high > low else 0.0
+        return {**self._neutral, _BUDGET: 1 + round(min(max(share, 0.0), 1.0) * (RESOLUTION - 2))}
 
     def number_of_points(self) -> int:
-        """All that the options combine to: what allocation, refinement and warm starts may propose."""
+        """Number of combinations of options: the points of allocations, refinement and warm starts."""
         return self.grid.number_of_points()
 
     def number_of_configurations(self) -> int:
-        """Combinations of marks."""
+        """Number of combinations of levels."""
         return math.prod(self.dimensions.values())
 
     def reduction_range(self) -> tuple[float, float]:
-        """Of all combinations of options."""
+        """The range of all combinations of options."""
         return self.grid.reduction_range()
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
-        """Every tensor up to break-even: options of any table fit, and so do the user's own points."""
+        """Every tensor up to break-even, so that the factor bank serves any table and the user's points."""
         tensors = [t for t in self.topology.tensors if t.layer in self.layers and t.role in self.roles]
         return {
             method: {t.name: break_even_rank(*t.shape, core=has_core(method)) for t in tensors}
@@ -175,48 +182,52 @@ class DepthProfileSpace(SearchSpace):
         }
 
     def feasible_levels(self) -> list[dict[str, int]] | None:
-        """Too many to list."""
+        """None: the space is too large to list."""
         return None
 
     def repair(self, levels: Mapping[str, int], generator: random.Random) -> dict[str, int] | None:
-        """The same profile at another budget: only the dense model and unreachable budgets need it."""
+        """The same depth profile at a random other budget; needed for the dense point and unreachable budgets only."""
         for _ in range(8):
-            moved = {**levels, _BUDGET: generator.randrange(1, MARKS)}
+            moved = {**levels, _BUDGET: generator.randrange(1, RESOLUTION)}
             point = self.point(moved)
             if not point.is_dense and self.is_feasible(point):
                 return moved
         return None
 
     def check_limits(self) -> None:
-        """As every space; and some method must be there that the table knows."""
+        """Check that the space has a feasible point, and that the smallest budget has an allocation.
+
+        Raises:
+            ConfigError: No point satisfies the limits.
+        """
         super().check_limits()
         if self.point({**self._neutral, _BUDGET: 1}).is_dense:
             raise ConfigError(
-                f"some allocation must reach the limits of space '{self.config.name}', but none reaches a reduction of"
-                f" {self.budgets[0]:.4g}; loosen `limits`, `keep_layers` or `keep_roles`"
+                f"an allocation must exist within the limits of space '{self.config.name}', but none reaches the"
+                f" reduction {self.budgets[0]:.4g}; loosen `limits`, `keep_layers` or `keep_roles`"
             )
 
     def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
-        """Random marks near the middle, and a budget between the two."""
+        """Random levels near the middle, and a budget between `low` and `high`."""
         first, last = self.budgets
         span = (last - first) or 1.0
         levels = {
-            name: min(max(round(generator.gauss(_MIDDLE, MARKS / 6)), 0), size - 1)
+            name: min(max(round(generator.gauss(_MIDDLE, RESOLUTION / 6)), 0), size - 1)
             for name, size in self.dimensions.items()
         }
         if _METHOD in levels:
             levels[_METHOD] = generator.randrange(self.dimensions[_METHOD])
         share = (generator.uniform(low, high) - first) / span
-        return {**levels, _BUDGET: 1 + round(min(max(share, 0.0), 1.0) * (MARKS - 2))}
+        return {**levels, _BUDGET: 1 + round(min(max(share, 0.0), 1.0) * (RESOLUTION - 2))}
 
 
 def _octaves(level: int) -> float:
-    """A mark as a power of two of a weight; 0 in the middle."""
-    return (level - _MIDDLE) / _MIDDLE * _MOST_OCTAVES
+    """Logarithm to base 2 of the weight at a level; 0 at the middle level."""
+    return (level - _MIDDLE) / _MIDDLE * _MAX_OCTAVES
 
 
 def at_depth(knots: list[float], layer: int | None, layer_count: int) -> float:
-    """Linear interpolation between knots that stand evenly from the first layer to the last."""
+    """Linear interpolation between knots at equal distances from the first layer to the last; 0 outside the layers."""
     if layer is None or not knots:
         return 0.0
     place = layer / max(layer_count - 1, 1) * (len(knots) - 1)

@@ -1,4 +1,4 @@
-"""`kind: levels`: every group of tensors is dense or takes one of the rank levels."""
+"""`kind: levels`: each group of tensors is dense or at one of the rank levels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.expert_tensor import EXPERT_ROLES
-from dse.search.spaces.base import SearchSpace, check_roles, outside_space
-from dse.search.spaces.group import Group, matrices_of, stacked_roles, whole_blocks
-from dse.search.spaces.nearest import nearest_method, saved_by_tensor, saved_of
-from dse.search.spaces.rank_grid import level_count, method_for, rank_at
+from dse.search.spaces.base import SearchSpace, outside_space
+from dse.search.spaces.level_group import Group, matrices_of, stacked_roles, whole_blocks
+from dse.search.spaces.rank_levels import (
+    level_count,
+    method_for,
+    nearest_method,
+    rank_at,
+    saved_by_tensor,
+    saved_in_parts,
+)
+from dse.search.spaces.scope import check_roles
 from dse.topology import Decomposable, Topology
 
 __all__ = ["LevelSpace"]
@@ -25,19 +32,20 @@ _METHOD = "method"
 
 
 class LevelSpace(SearchSpace):
-    """Independent levels per group of neighbouring layers and roles."""
+    """Independent levels for each group of adjacent layers and roles."""
 
     def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
         super().__init__(config, topology)
         self.groups = tuple(self._make_groups())
         if not self.groups:
             raise ConfigError(
-                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none;"
+                " change its layers, roles or groups"
             )
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
-        """One dimension per group, and one for the method where there are several."""
+        """One dimension per group, and one for the method if there are several."""
         sizes = {group.name: group.level_count for group in self.groups}
         return {_METHOD: len(self.config.methods), **sizes} if len(self.config.methods) > 1 else sizes
 
@@ -53,9 +61,9 @@ class LevelSpace(SearchSpace):
         return DesignPoint.of(choices)
 
     def _spared(self, levels: Mapping[str, int]) -> set[str]:
-        """Groups that take their deepest ranks instead of being removed, so that attention of every kind remains.
+        """Groups that take their last ranks instead of being removed, so that attention of every kind remains.
 
-        Where a kind would be removed altogether it is the last group that stays; no other level means that point.
+        If the levels would remove all attention of a kind, the last group of that kind stays.
         """
         spared = set()
         for groups in self._groups_by_kind.values():
@@ -65,7 +73,7 @@ class LevelSpace(SearchSpace):
 
     @cached_property
     def _groups_by_kind(self) -> dict[str, list[Group]]:
-        """Kind of attention to the groups that can remove all of that kind in the model, if they can."""
+        """Kind of attention to its groups, for kinds whose groups together can remove all attention of the kind."""
         kinds: dict[str, list[Group]] = {}
         for kind in {block.cache_kind for block in self.topology.blocks if block.role == "attention"}:
             own = {b.name for b in self.topology.blocks if b.role == "attention" and b.cache_kind == kind}
@@ -108,20 +116,20 @@ class LevelSpace(SearchSpace):
         return levels
 
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
-        """Group by group, by what its tensors save in sum."""
+        """For each group the level whose savings are nearest to those of its tensors in the point."""
         index = nearest_method(point, self.config.methods)
         method, saved = self.config.methods[index], saved_by_tensor(self.topology, point)
         levels = {_METHOD: index} if _METHOD in self.dimensions else {}
         for group in self.groups:
-            target = saved_of(self.topology, saved, (matrix.name for matrix in group.matrices))
+            target = saved_in_parts(self.topology, saved, (matrix.name for matrix in group.matrices))
             options = (0, *group.levels(method))
             levels[group.name] = min(options, key=lambda level: abs(group.saved(method, level) - target))
         return levels
 
     def number_of_points(self) -> int:
-        """Product of the levels, per method; what no method takes part in, the dense model included, is counted once.
+        """Product of the levels for each method; points without decomposed tensors are counted once.
 
-        Levels that would remove all attention of a kind mean points that other levels mean too.
+        Levels that would remove all attention of a kind are not counted: other levels yield the same points.
         """
         total = self._combinations(None)
         for method in self.config.methods:
@@ -129,7 +137,7 @@ class LevelSpace(SearchSpace):
         return total
 
     def _combinations(self, method: str | None) -> int:
-        """Points of one method; for None those in which no method takes part: groups are dense, removed, or experts."""
+        """Number of points of one method; for None, of points whose groups are dense, removed, or experts."""
         total = 0
         for size in range(len(self._groups_by_kind) + 1):
             for kinds in itertools.combinations(self._groups_by_kind.values(), size):
@@ -140,7 +148,7 @@ class LevelSpace(SearchSpace):
         return total
 
     def _level_count(self, group: Group, method: str | None) -> int:
-        """Levels of a group above dense that differ under a method; for None those in which no method takes part."""
+        """Number of distinct levels of a group above dense; for method None, of levels without decomposition."""
         if method is None and not group.is_experts:
             return bool(group.blocks)
         return len(group.levels(method or self.config.methods[0]))
@@ -153,7 +161,7 @@ class LevelSpace(SearchSpace):
         return product
 
     def reduction_range(self) -> tuple[float, float]:
-        """Smallest reduction of one group at one level, and every group at the level that saves most."""
+        """The smallest reduction of one group at one level, and the reduction of all groups at their deepest levels."""
         smallest = min(
             group.saved(method, level)
             for method in self.config.methods
@@ -167,21 +175,22 @@ class LevelSpace(SearchSpace):
         return smallest / self.topology.parameters_dense, largest / self.topology.parameters_dense
 
     def _most_saving(self, method_index: int) -> dict[str, int]:
-        """Every group at the level that saves most under one method, as far as attention of every kind remains."""
+        """All groups at their deepest levels under one method, with attention of every kind remaining."""
         method = self.config.methods[method_index]
-        best = {g.name: max(g.levels(method), key=lambda v, g=g: g.saved(method, v)) for g in self.groups}  # type: ignore[misc]
+        best = {group.name: group.deepest_level(method) for group in self.groups}
         rest = {block.layer: block.rest_parameters for block in self.topology.blocks}
 
         def loss(group: Group) -> int:
+            """Parameters that are kept if the group takes its last ranks instead of being removed."""
             kept = group.saved(method, best[group.name]) - group.saved(method, best[group.name] - 1)
             return kept + sum(rest[layer] for layer in {block.layer for block in group.blocks})
 
-        stay = [
+        candidates = [
             {group.name: group for group in chosen}
             for chosen in itertools.product(*self._groups_by_kind.values())
             if all(group.removes(best[group.name]) for group in chosen)
         ]
-        spared = min(stay, key=lambda groups: sum(map(loss, groups.values())), default={})
+        spared = min(candidates, key=lambda groups: sum(map(loss, groups.values())), default={})
         levels = {name: level - 1 if name in spared else level for name, level in best.items()}
         return levels | ({_METHOD: method_index} if len(self.config.methods) > 1 else {})
 
@@ -195,18 +204,18 @@ class LevelSpace(SearchSpace):
                     found.setdefault(method_for(matrix, method), {})[matrix.name] = largest
         return found
 
-    def ladder(self) -> list[dict[str, int]]:
-        """Every role group on its own at each of its levels, in all layers; the mildest levels first."""
+    def uniform_points(self) -> list[dict[str, int]]:
+        """Each role group alone at each of its levels in all layers; higher ranks first."""
         labels = dict.fromkeys(group.label for group in self.groups)
-        ladder = []
+        points = []
         for level in range(1, max(group.level_count for group in self.groups)):
             for label in labels:
                 own = {g.name: min(level, g.level_count - 1) for g in self.groups if g.label == label}
-                ladder.append({**self.dense_levels, **own})
-        return ladder
+                points.append({**self.dense_levels, **own})
+        return points
 
     def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
-        """Raise groups in random order, each to a random level, until a target between `low` and `high` is met."""
+        """Raise groups in random order, each to a random level, until a target between `low` and `high` is reached."""
         levels = self.dense_levels
         if _METHOD in levels:
             levels[_METHOD] = generator.randrange(len(self.config.methods))
@@ -218,7 +227,7 @@ class LevelSpace(SearchSpace):
             generator.shuffle(order)
             for group in order:
                 current = levels[group.name]
-                # The second sweep lowers ranks further where every group raised once was not enough.
+                # The second sweep lowers ranks further if raising every group once was not enough.
                 options = [v for v in group.levels(method) if v > current] if sweep == 0 or current else []
                 fitting = [
                     v for v in options if saved - group.saved(method, current) + group.saved(method, v) <= high * dense
@@ -249,10 +258,9 @@ class LevelSpace(SearchSpace):
         grouping = self.config.groups.roles
         if grouping == "together":
             return [("", self.roles)]
-        if grouping == "separate":
+        if isinstance(grouping, str):  # "separate"
             roles = stacked_roles(self.topology, self.roles) if self.config.stacks else self.roles
             return [(role, (role,)) for role in roles]
-        assert isinstance(grouping, dict)  # noqa: S101 - the schema allows no other form
         named = [
             (label, check_roles(roles, self.config.name, self.topology, stacks=self.config.stacks))
             for label, roles in grouping.items()
@@ -261,21 +269,21 @@ class LevelSpace(SearchSpace):
         twice = sorted({role for role in everything if everything.count(role) > 1})
         if twice:
             raise ConfigError(
-                f"a role may be in one group of space '{self.config.name}', but '{twice[0]}' is in several"
+                f"a role may be in one group of space '{self.config.name}', but '{twice[0]}' is in several; keep one"
             )
         kept = [(label, tuple(role for role in roles if role in self.roles)) for label, roles in named]
-        self._refuse_split_stacks(dict(kept))
+        self._check_stacks(dict(kept))
         return kept
 
-    def _refuse_split_stacks(self, groups: Mapping[str, tuple[str, ...]]) -> None:
-        """A stack in one group and its members in another would decompose them twice."""
+    def _check_stacks(self, groups: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuse a stack in one group and its members in another, which would decompose the members twice."""
         for stack in self.topology.stacks if self.config.stacks else ():
             own = {member.role for member in stack.members}
             split = [label for label, roles in groups.items() if stack.role not in roles and own & set(roles)]
             if split and any(stack.role in roles for roles in groups.values()):
                 raise ConfigError(
                     f"a stack and its members must be in one group of space '{self.config.name}', but"
-                    f" '{stack.role}' and {', '.join(sorted(own))} are in several"
+                    f" '{stack.role}' and {', '.join(sorted(own))} are in several; move them into one"
                 )
 
     def _group(self, name: str, label: str, matrices: tuple[Decomposable, ...]) -> Group:
@@ -283,7 +291,7 @@ class LevelSpace(SearchSpace):
         ranks = {}
         for method in self.config.methods:
             levels = [tuple(rank_at(grid, i, m, method) for m in matrices) for i in range(level_count(grid))]
-            ranks[method] = tuple(dict.fromkeys(levels))  # levels that snap to the same ranks are one
+            ranks[method] = tuple(dict.fromkeys(levels))  # levels that are rounded to the same ranks are one level
         with_experts = any(role in EXPERT_ROLES for role in self.roles)
         blocks = whole_blocks(self.topology, matrices, with_experts=with_experts) if self.config.removal else ()
         return Group(name, label, matrices, ranks, blocks)

@@ -1,4 +1,4 @@
-"""Limits of a space: what they mean for the reduction, and by how much a point or a measurement breaks them."""
+"""Limits of a space: the reductions they allow, and constraint values of points and measurements."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["measured_violations", "reduction_limits", "violations_of_cost"]
 
 
 def reduction_limits(limits: LimitsConfig, topology: Topology) -> tuple[float, float]:
-    """Reductions that keep the limits on reduction and on weight bytes; open ends are infinite."""
+    """The interval of reductions within the limits on reduction and weight bytes; open ends are infinite."""
     low, high = _ends(limits.reduction)
     lightest, heaviest = _ends(limits.weight_bytes)
     return max(low, _reduction_at(heaviest, topology)), min(high, _reduction_at(lightest, topology))
 
 
 def _reduction_at(weight_bytes: float, topology: Topology) -> float:
-    """The reduction at which the weights take so many bytes."""
+    """The reduction at which the weights take this many bytes."""
     if not math.isfinite(weight_bytes):
         return -weight_bytes
     parameters = (weight_bytes - topology.buffers_bytes) / topology.bytes_per_parameter
@@ -28,7 +28,7 @@ def _reduction_at(weight_bytes: float, topology: Topology) -> float:
 
 
 def violations_of_cost(limits: LimitsConfig, cost: Cost) -> dict[str, float]:
-    """Limit to how far the point lies outside, <= 0 is inside: reductions as they are, bytes relative to the limit."""
+    """Constraint name to its value, <= 0 is feasible: differences of reductions, and bytes relative to the limit."""
     values = {}
     low, high = _ends(limits.reduction)
     if math.isfinite(low):
@@ -39,7 +39,7 @@ def violations_of_cost(limits: LimitsConfig, cost: Cost) -> dict[str, float]:
 
 
 def measured_violations(limits: LimitsConfig, quantities: Mapping[str, float]) -> dict[str, float]:
-    """The same for limits on what was measured, by quantity; one that was not measured breaks nothing."""
+    """Constraint name to its value for limits on measured quantities; quantities that were not measured are skipped."""
     values: dict[str, float] = {}
     for name, limit in limits.measured.items():
         if name in quantities:
@@ -48,7 +48,7 @@ def measured_violations(limits: LimitsConfig, quantities: Mapping[str, float]) -
 
 
 def _relative(name: str, limit: Range, value: float) -> dict[str, float]:
-    """Relative to the limit, so that seconds and bytes weigh alike."""
+    """Values relative to the limit, so that seconds and bytes have comparable scales."""
     values = {}
     if limit.min is not None:
         values[f"{name}_min"] = (limit.min - value) / (abs(limit.min) or 1.0)

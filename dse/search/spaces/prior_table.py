@@ -1,4 +1,4 @@
-"""Damage tables before anything is measured: the options of a space, with divergences from their sizes alone."""
+"""Sensitivity tables of a space before measurements: prior divergences computed from the options' sizes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dse.config import SearchSpaceConfig
 from dse.cost import factor_parameters, parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.search.spaces.levels import LevelSpace
-from dse.search.spaces.rank_grid import level_count, rank_at
-from dse.sensitivity.blocks import Block, blocks_of_topology, groups_that_remain
+from dse.search.spaces.rank_levels import level_count, rank_at
+from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
 from dse.sensitivity.option import Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.topology import Topology
@@ -16,15 +16,15 @@ __all__ = ["block_table", "level_table", "prior_divergence"]
 
 
 def prior_divergence(saved: int, dense: int) -> float:
-    """What an unmeasured option is taken to cost: the square of the share of its unit that it removes."""
+    """Prior divergence of an option: the square of its unit's share of parameters that it removes."""
     return (saved / dense) ** 2
 
 
 def level_table(space: LevelSpace, method: str) -> SensitivityTable:
-    """The groups of a space as units and its levels as options, by one method."""
+    """The groups of a space as units, and their levels under one method as options."""
     units = []
     for group in space.groups:
-        # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
+        # Norms are removed with a block, so its dense parameters are those of the matrices and the norms.
         dense = sum(part.parameters for part in (group.blocks or group.matrices))
         options = [Option((), dense, 0.0)]
         for level in group.levels(method):
@@ -37,7 +37,7 @@ def level_table(space: LevelSpace, method: str) -> SensitivityTable:
 
 
 def block_table(config: SearchSpaceConfig, topology: Topology) -> SensitivityTable:
-    """Attention and MLP of each layer as units; options are the kept fractions of the space, and removal if offered."""
+    """The attention and MLP blocks as units, with the space's kept fractions, and removal if allowed, as options."""
     units = tuple(_unit(config, topology, block) for block in blocks_of_topology(topology))
     remaining = groups_that_remain(topology) if config.removal else ()
     return SensitivityTable(units, topology.parameters_dense, one_remains=remaining)
@@ -46,7 +46,7 @@ def block_table(config: SearchSpaceConfig, topology: Topology) -> SensitivityTab
 def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
     tensors = block.tensors
     removable = topology.blocks_by_name.get(block.name) if config.removal else None
-    # A removed block takes its norms with it, so that its dense parameters are more than those of its matrices.
+    # Norms are removed with a block, so its dense parameters are those of the matrices and the norms.
     dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
     options: dict[tuple[tuple[str, TensorChoice], ...], Option] = {(): Option((), dense, 0.0)}
     for method in config.methods:

@@ -1,4 +1,4 @@
-"""`kind: subset`: a set of layers x a set of tensors x one rank, the space of Moar et al. (2024)."""
+"""`kind: subset`: a set of layers x a set of roles x one rank, the space of Moar et al. (2024)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from dse.config import SearchSpaceConfig
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.search.spaces.base import SearchSpace, outside_space
-from dse.search.spaces.nearest import nearest_method, saved_by_tensor
-from dse.search.spaces.rank_grid import level_count, rank_at, saved_parameters
+from dse.search.spaces.rank_levels import level_count, nearest_method, rank_at, saved_by_tensor, saved_parameters
 from dse.topology import DecomposableTensor, Topology
 
 __all__ = ["SubsetSpace"]
@@ -26,10 +25,11 @@ _MemberT = TypeVar("_MemberT")
 
 
 class SubsetSpace(SearchSpace):
-    """Every chosen role of every chosen layer is decomposed at one rank; everything else stays dense.
+    """The chosen roles of the chosen layers are decomposed at one rank; everything else stays dense.
 
-    With L layers, K tensors a layer and R ranks the paper counts 2^L x 2^K x R configurations: 2^39 for the 32 layers
-    and 7 tensors of Llama-2-7B at rank 1. Those with an empty set of layers or of tensors are all the dense model.
+    With L layers, K tensors per layer and R ranks, the paper counts 2^L x 2^K x R configurations: 2^39 for the 32
+    layers and 7 tensors of Llama-2-7B at rank 1. Configurations without a layer or without a tensor are all the dense
+    model.
     """
 
     def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
@@ -38,12 +38,13 @@ class SubsetSpace(SearchSpace):
         self._level_count = level_count(config.ranks)
         if not self._tensors(set(self.layers), set(self.roles)):
             raise ConfigError(
-                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none;"
+                " change its layers or roles"
             )
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
-        """A switch per layer and role, the rank, and the method where there are several."""
+        """A switch per layer and per role, the rank and the method if there are several."""
         sizes = {f"layers.{layer}": 2 for layer in self.layers} | {f"roles.{role}": 2 for role in self.roles}
         if self._level_count > 1:
             sizes[_RANK] = self._level_count
@@ -81,7 +82,7 @@ class SubsetSpace(SearchSpace):
         )
 
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
-        """The layers and roles that it touches, at the rank whose factors are most nearly as large."""
+        """The layers and roles that the point changes, at the rank with the most similar savings."""
         saved = saved_by_tensor(self.topology, point)
         touched = [self.topology.decomposable(name) for name in saved]
         levels = self.dense_levels | {f"layers.{t.layer}": 1 for t in touched} | {f"roles.{t.role}": 1 for t in touched}
@@ -96,35 +97,38 @@ class SubsetSpace(SearchSpace):
         return levels | ({_RANK: min(range(self._level_count), key=distance)} if _RANK in levels else {})
 
     def number_of_points(self) -> int:
-        """Non-empty layer sets x non-empty role sets x ranks that differ there x methods, and the dense model."""
-        makes = Counter(
+        """Non-empty layer sets x non-empty role sets x distinct ranks x methods, and the dense model.
+
+        Layers with the same roles and shapes are interchangeable, so the sets are counted per type of layer.
+        """
+        types = Counter(
             tuple((t.role, t.shape) for t in self._tensors({layer}, set(self.roles))) for layer in self.layers
         )
         total = 1
         for roles in _subsets(self.roles):
-            for chosen in _subsets(tuple(make for make in makes if make)):
-                present = [{role for role, _ in make} & set(roles) for make in chosen]
-                # A layer without these roles, or a role without these layers, spells a point that is counted elsewhere.
+            for chosen in _subsets(tuple(layer_type for layer_type in types if layer_type)):
+                present = [{role for role, _ in layer_type} & set(roles) for layer_type in chosen]
+                # Layers without these roles, or roles in none of these layers, yield points that are counted elsewhere.
                 if not all(present) or set().union(*present) != set(roles):
                     continue
-                layer_sets = math.prod(2 ** makes[make] - 1 for make in chosen)
-                shapes = {shape for make in chosen for role, shape in make if role in roles}
+                layer_sets = math.prod(2 ** types[layer_type] - 1 for layer_type in chosen)
+                shapes = {shape for layer_type in chosen for role, shape in layer_type if role in roles}
                 total += layer_sets * sum(self._distinct_levels(shapes, method) for method in self.config.methods)
         return total
 
     def _distinct_levels(self, shapes: set[tuple[int, int]], method: str) -> int:
-        """Rank levels that differ for tensors of these shapes: ranks above break-even are capped, so two may be one."""
+        """Number of distinct rank levels for tensors of these shapes; ranks are capped at break-even."""
         probes = [DecomposableTensor("probe", "probe", 0, "probe", *shape) for shape in sorted(shapes)]
         ranks = {tuple(rank_at(self.config.ranks, i, t, method) for t in probes) for i in range(self._level_count)}
         return len(ranks)
 
     def number_of_configurations(self) -> int:
-        """2^layers x 2^roles x ranks x methods, as the paper counts."""
+        """2^layers x 2^roles x ranks x methods, as counted in the paper."""
         subsets: int = 2 ** (len(self.layers) + len(self.roles))
         return subsets * self._level_count * len(self.config.methods)
 
     def reduction_range(self) -> tuple[float, float]:
-        """One tensor at the highest rank, and all of them at the lowest."""
+        """The reductions of one tensor at the highest rank, and of all tensors at the lowest."""
         everything = self._tensors(set(self.layers), set(self.roles))
         last = self._level_count - 1
         single = min(
@@ -140,12 +144,12 @@ class SubsetSpace(SearchSpace):
         return single / self.topology.parameters_dense, most / self.topology.parameters_dense
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
-        """The highest rank on every tensor."""
+        """The highest rank for every tensor."""
         everything = self._tensors(set(self.layers), set(self.roles))
         return {method: {t.name: self._choice(t, method, 0).rank for t in everything} for method in self.config.methods}
 
     def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
-        """A random set of roles and a rank; then layers in random order until a target is met."""
+        """A random set of roles and a rank; then layers in random order until a target is reached."""
         levels = self.dense_levels
         for name in (_METHOD, _RANK):
             if name in levels:
@@ -175,6 +179,6 @@ class SubsetSpace(SearchSpace):
 
 
 def _subsets(members: tuple[_MemberT, ...]) -> Iterator[tuple[_MemberT, ...]]:
-    """Every non-empty subset."""
+    """All non-empty subsets."""
     for size in range(1, len(members) + 1):
         yield from itertools.combinations(members, size)

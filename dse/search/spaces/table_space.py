@@ -1,4 +1,4 @@
-"""The points of a divergence table as a space: every unit takes one of its options."""
+"""The combinations of a sensitivity table's options as a search space."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from dse.config import SearchSpaceConfig
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
 from dse.search.spaces.base import SearchSpace, outside_space
-from dse.search.spaces.nearest import saved_by_tensor, saved_of
-from dse.sensitivity.allocation_constraints import Constraints
+from dse.search.spaces.rank_levels import saved_by_tensor, saved_in_parts
+from dse.sensitivity.allocation_constraints import AllocationConstraints
 from dse.sensitivity.option import Option
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.topology import Topology
@@ -22,28 +22,23 @@ from dse.topology import Topology
 __all__ = ["TableSpace", "constraints_of"]
 
 
-def constraints_of(space: SearchSpace) -> Constraints:
-    """What an allocation must leave alone so that its points lie in the space."""
-    kept_roles = {tensor.role for tensor in space.topology.tensors} - set(space.roles)
-    kept_roles |= set(space.config.keep_roles)
-    allowed = set(space.layers)
-    # Removing blocks can make a point that no model can run (all attention gone): at most half of them go.
-    return Constraints(
-        forbidden=lambda unit, option: (
-            (not option.is_dense and unit.layer is not None and unit.layer not in allowed)
-            or bool(_roles_touched(space.topology, option) & kept_roles)
-        ),
-        most_removed_blocks=space.topology.layer_count // 2,
-    )
+def constraints_of(space: SearchSpace) -> AllocationConstraints:
+    """Constraints that keep allocations within the layers and roles of a space.
 
-
-def _roles_touched(topology: Topology, option: Option) -> set[str]:
-    names = [name for part, _ in option.choices for name in topology.tensors_of(part)]
-    return {topology.part(name).role for name in names}
+    At most half as many blocks as the model has layers may be removed, because a model needs attention.
+    """
+    topology = space.topology
+    dense_roles = {tensor.role for tensor in topology.tensors} - set(space.roles) | set(space.config.keep_roles)
+    dense_parts = set()
+    for part in (*topology.matrices, *topology.experts, *topology.blocks):
+        roles = {topology.part(name).role for name in topology.tensors_of(part.name)}
+        if roles & dense_roles or (part.layer is not None and part.layer not in space.layers):
+            dense_parts.add(part.name)
+    return AllocationConstraints(dense_parts=frozenset(dense_parts), max_removed_blocks=topology.layer_count // 2)
 
 
 class TableSpace(SearchSpace):
-    """Units of a table, each at one of its options: level 0 is dense, and higher levels keep fewer parameters."""
+    """One dimension per unit of a table; level 0 is dense, and higher levels are options with fewer parameters."""
 
     def __init__(self, config: SearchSpaceConfig, topology: Topology, table: SensitivityTable) -> None:
         super().__init__(config, topology)
@@ -57,12 +52,13 @@ class TableSpace(SearchSpace):
                 self._options[unit.name] = (unit.dense, *smaller)
         if not self._options:
             raise ConfigError(
-                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none"
+                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none;"
+                " change its layers or roles"
             )
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
-        """One dimension a unit."""
+        """One dimension per unit."""
         return {name: len(options) for name, options in self._options.items()}
 
     def point(self, levels: Mapping[str, int]) -> DesignPoint:
@@ -86,25 +82,25 @@ class TableSpace(SearchSpace):
         return levels
 
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
-        """Unit by unit, by what its tensors save in sum."""
+        """For each unit the option whose savings are nearest to those of its tensors in the point."""
         saved = saved_by_tensor(self.topology, point)
         levels = {}
         for unit in self.table.units:
             if unit.name in self._options:
-                dense, target = unit.dense.parameters, saved_of(self.topology, saved, unit.names)
+                dense, target = unit.dense.parameters, saved_in_parts(self.topology, saved, unit.names)
                 gaps = [abs(dense - option.parameters - target) for option in self._options[unit.name]]
                 levels[unit.name] = gaps.index(min(gaps))
         return levels
 
     def violations(self, point: DesignPoint) -> dict[str, float]:
-        """As in every space; a point that no model can run breaks a limit of its own."""
+        """As in every space; a point that is not applicable to the model violates the constraint `applicable`."""
         try:
             return super().violations(point)
         except PointError:
             return {"applicable": 1.0}
 
     def number_of_points(self) -> int:
-        """Product of the options, without the points that no model can run: all attention of a kind removed."""
+        """Product of the options, without points that remove all attention of a kind."""
         kinds = [own for own in self._attention_by_kind if all(name in self._removable for name in own)]
         total = 0
         for chosen in itertools.chain.from_iterable(
@@ -117,7 +113,7 @@ class TableSpace(SearchSpace):
 
     @cached_property
     def _attention_by_kind(self) -> list[tuple[str, ...]]:
-        """Attention blocks of each kind of KV cache, of which one at least must remain."""
+        """Attention blocks of each kind of KV cache; at least one of each kind must remain."""
         kinds: dict[str, list[str]] = {}
         for block in self.topology.blocks:
             if block.role == "attention":
@@ -126,15 +122,15 @@ class TableSpace(SearchSpace):
 
     @cached_property
     def _removable(self) -> set[str]:
-        """Units with an option that removes them."""
+        """Names of the units with an option that removes them."""
         return {name for name, options in self._options.items() if any(option.removes_block for option in options)}
 
     def number_of_configurations(self) -> int:
-        """The same."""
+        """The number of points."""
         return self.number_of_points()
 
     def reduction_range(self) -> tuple[float, float]:
-        """The smallest saving of one option, and every unit at its smallest option (at most half of the removals)."""
+        """The reductions of the mildest option, and of the smallest options with as many removals as are allowed."""
         saved = {
             name: [options[0].parameters - o.parameters for o in options[1:]] for name, options in self._options.items()
         }
@@ -158,7 +154,7 @@ class TableSpace(SearchSpace):
         return smallest / self.topology.parameters_dense, largest / self.topology.parameters_dense
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
-        """Over all options."""
+        """The largest ranks of all options."""
         found: dict[str, dict[str, int]] = {}
         for options in self._options.values():
             for name, choice in (pair for option in options for pair in option.choices if not pair[1].is_removal):
@@ -167,7 +163,7 @@ class TableSpace(SearchSpace):
         return found
 
     def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
-        """Raise units in random order, each to a random level that fits, until a target between the two is met."""
+        """Raise units in random order, each to a random level, until a target between `low` and `high` is reached."""
         levels = self.dense_levels
         dense = self.topology.parameters_dense
         target, saved = generator.uniform(low, high) * dense, 0
@@ -186,5 +182,5 @@ class TableSpace(SearchSpace):
         return levels
 
     def reduction(self, point: DesignPoint) -> float:
-        """Exact."""
-        return cost(self.topology, point).reduction
+        """Exact reduction of a point."""
+        return point_cost(self.topology, point).reduction

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _caches(own_cache: Path, own_process: None) -> None:
-    """Every command of these tests keeps to the session's own caches, and leaves this process as it was."""
+    """Commands use the caches of the test session, and their process-wide settings are undone after each test."""

@@ -1,4 +1,4 @@
-"""Every command as a user types it: what it prints, what it exits with, and how it refuses."""
+"""Every command as a user types it: output, exit code and errors."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_study import environment, merged, tiny_study, write_study
+from topologies import LLAMA2_7B, save_published_config
 
 from dse.cli import main
 from dse.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMANDS = ("run", "front", "recommend", "compare", "export", "cost", "space", "evaluate", "doctor")
-LLAMA2_7B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "float16",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
+COMMANDS = (
+    "run",
+    "front",
+    "recommend",
+    "compare",
+    "export",
+    "cost",
+    "space",
+    "sensitivity",
+    "allocate",
+    "evaluate",
+    "measure",
+    "profile-device",
+    "doctor",
+)
 
 
 @pytest.fixture(scope="session")
 def llama2_7b(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama-2-7b")
-    (folder / "config.json").write_text(json.dumps(LLAMA2_7B))
-    return str(folder)
+    return str(save_published_config(tmp_path_factory.mktemp("llama-2-7b"), LLAMA2_7B))
 
 
 Run = Callable[..., "Done"]
 
 
 class Done:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -64,7 +64,7 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one line of an error; everything else on stderr is progress."""
+        """The error line; all other lines of stderr are progress."""
         assert self.code == 2, self.err
         assert self.out == ""
         assert "Traceback" not in self.err
@@ -76,13 +76,13 @@ class Done:
 
 @pytest.fixture
 def dse(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process."""
+    """Run a command in this process."""
 
     def run(*arguments: str | Path) -> Done:
         capsys.readouterr()
         try:
             code = main([str(argument) for argument in arguments])
-        except SystemExit as exit_:  # argparse ends so
+        except SystemExit as exit_:  # argparse exits this way
             code = int(exit_.code or 0)
         return Done(code, *capsys.readouterr())
 
@@ -105,20 +105,22 @@ print(json.dumps({"texts": texts, "heavy": heavy, "seconds": time.monotonic() - 
 """
 
 
-def test_help_is_quick_and_shows_an_example() -> None:
+def test_help_is_fast_and_shows_an_example() -> None:
     command = [sys.executable, "-c", HELP, "", *COMMANDS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    told = json.loads(done.stdout)
-    assert told["heavy"] == []
-    assert told["seconds"] < 2
-    for command_name, text in told["texts"].items():
+    found = json.loads(done.stdout)
+    assert found["heavy"] == []
+    assert found["seconds"] < 2
+    for command_name, text in found["texts"].items():
         assert "usage: dse" in text
         example = text[text.index("example:") :].splitlines()[1].strip()
         assert example.startswith(f"dse {command_name}".strip())
-        # The example is one that the parser takes.
+        # The parser accepts the example.
         build_parser().parse_args(shlex.split(example)[1:])
-    assert all(f"\n    {name}" in told["texts"][""] for name in COMMANDS)
-    assert "--json" in told["texts"]["front"]
+    assert all(f"\n    {name}" in found["texts"][""] for name in COMMANDS)
+    assert "--json" in found["texts"]["front"]
+    assert "shipped studies: bert_base_squad, " in found["texts"]["run"]
+    assert "shipped search spaces: depth_profile, " in found["texts"]["space"]
 
 
 def test_version(dse: Run) -> None:
@@ -132,16 +134,16 @@ def test_version(dse: Run) -> None:
     [
         ([], "COMMAND"),
         (["rum", "study.yaml"], "invalid choice: 'rum'"),
-        (["run"], "STUDY.yaml"),
-        (["run", "x.yaml", "--trials", "0"], "an integer of at least 1 is needed, but got 0"),
-        (["run", "x.yaml", "--trials", "ten"], "an integer of at least 1 is needed, but got 'ten'"),
+        (["run"], "STUDY"),
+        (["run", "x.yaml", "--trials", "0"], "must be an integer of at least 1, but got 0"),
+        (["run", "x.yaml", "--trials", "ten"], "must be an integer of at least 1, but got 'ten'"),
         (["recommend", "runs/x"], "--max-accuracy-drop"),
         (["compare", "runs/x"], "--trials"),
         (["compare", "runs/x", "--trials", "1"], "expected 2 arguments"),
         (["cost", "--model", "x"], "--point"),
     ],
 )
-def test_wrong_arguments(dse: Run, arguments: list[str], words: str) -> None:
+def test_wrong_arguments_are_rejected(dse: Run, arguments: list[str], words: str) -> None:
     assert words in dse(*arguments).error
 
 
@@ -153,30 +155,30 @@ def test_cost_of_llama_2_7b_from_its_config(dse: Run, llama2_7b: str) -> None:
     result = dse("cost", "--model", llama2_7b, "--point", point, "--json")
     assert result.code == 0
     assert result.err == ""
-    told = result.json
+    found = result.json
     keys = "parameters_dense parameters reduction weight_bytes flops_prefill_per_token flops_decode_per_token"
-    assert set(keys.split()) <= set(told)
+    assert set(keys.split()) <= set(found)
     dense_layer = 4 * 4096**2 + 3 * 4096 * 11008
     rank_1_layer = 4 * (2 * 4096 + 1) + 3 * (4096 + 11008 + 1)
-    assert told["parameters_dense"] == 6_738_415_616
-    assert told["parameters"] == 6_738_415_616 - 3 * (dense_layer - rank_1_layer)
-    assert told["reduction"] == pytest.approx(1 - told["parameters"] / told["parameters_dense"], rel=1e-12)
-    assert round(100 * told["reduction"]) == 9  # the paper's second set
-    assert told["weight_bytes"] == 2 * told["parameters"]
+    assert found["parameters_dense"] == 6_738_415_616
+    assert found["parameters"] == 6_738_415_616 - 3 * (dense_layer - rank_1_layer)
+    assert found["reduction"] == pytest.approx(1 - found["parameters"] / found["parameters_dense"], rel=1e-12)
+    assert round(100 * found["reduction"]) == 9  # the paper's second set
+    assert found["weight_bytes"] == 2 * found["parameters"]
     dense = dse("cost", "--model", llama2_7b, "--point", "dense", "--json").json
     saved = 2 * 3 * (dense_layer - rank_1_layer)
-    assert dense["flops_decode_per_token"] - told["flops_decode_per_token"] == saved
-    assert dense["flops_prefill_per_token"] - told["flops_prefill_per_token"] == saved
+    assert dense["flops_decode_per_token"] - found["flops_decode_per_token"] == saved
+    assert dense["flops_prefill_per_token"] - found["flops_prefill_per_token"] == saved
 
 
-def test_cost_for_people_and_points_from_files(dse: Run, llama2_7b: str, tmp_path: Path) -> None:
+def test_cost_as_a_table_of_a_point_from_a_file(dse: Run, llama2_7b: str, tmp_path: Path) -> None:
     point = {"tensors": {"layers.2.query": {"method": "svd", "rank": 64}}}
     (tmp_path / "point.json").write_text(json.dumps(point))
     result = dse("cost", "--model", llama2_7b, "--point", tmp_path / "point.json", "--prompt-tokens", "64")
     assert result.code == 0
     assert "6,738,415,616" in result.out
     assert f"{6_738_415_616 - 4096**2 + 64 * 8192:,}" in result.out
-    assert "1 of 224 tensors" in result.out
+    assert "1 of 224 tensors decomposed" in result.out
     assert "prefill of 64" in result.out
 
 
@@ -196,7 +198,7 @@ def test_cost_for_people_and_points_from_files(dse: Run, llama2_7b: str, tmp_pat
         ("", "a point must be"),
     ],
 )
-def test_points_that_are_refused(dse: Run, llama2_7b: str, point: str, words: str) -> None:
+def test_invalid_points_are_rejected(dse: Run, llama2_7b: str, point: str, words: str) -> None:
     result = dse("cost", "--model", llama2_7b, f"--point={point}")
     assert words in result.error
     assert result.err.count("\n") == 1
@@ -226,7 +228,7 @@ POINTS = st.one_of(
 @given(POINTS)
 @example("--")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_point_is_read_or_refused(dse: Run, tiny_folder: Path, tmp_path: Path, point: str) -> None:
+def test_any_point_is_read_or_rejected(dse: Run, tiny_folder: Path, tmp_path: Path, point: str) -> None:
     for text in (point, str(tmp_path / "point.json")):
         (tmp_path / "point.json").write_bytes(point.encode("utf-8", "surrogatepass"))
         result = dse("cost", "--model", tiny_folder / "model", f"--point={text}", "--json")
@@ -239,14 +241,14 @@ def test_any_point_is_read_or_refused(dse: Run, tiny_folder: Path, tmp_path: Pat
 
 
 def test_space(dse: Run, llama2_7b: str) -> None:
-    told = dse("space", ROOT / "search_spaces" / "moar2024.yaml", "--model", llama2_7b, "--json").json
-    assert told["number_of_configurations"] == 2**39
-    assert told["number_of_configurations_log2"] == 39
-    assert told["number_of_points"] == (2**32 - 1) * (2**7 - 1) + 1
-    assert told["layers"] == list(range(32))
-    assert told["roles"] == ["query", "key", "value", "attention_output", "gate", "up", "down"]
-    assert told["ranks"]["query"] == [1]
-    assert 0.95 < told["largest_reduction"] < 0.97
+    found = dse("space", "moar2024", "--model", llama2_7b, "--json").json
+    assert found["number_of_configurations"] == 2**39
+    assert found["number_of_configurations_log2"] == 39
+    assert found["number_of_points"] == (2**32 - 1) * (2**7 - 1) + 1
+    assert found["layers"] == list(range(32))
+    assert found["roles"] == ["query", "key", "value", "attention_output", "gate", "up", "down"]
+    assert found["ranks"]["query"] == [1]
+    assert 0.95 < found["largest_reduction"] < 0.97
     shown = dse("space", ROOT / "search_spaces" / "layer_role_rank.yaml", "--model", llama2_7b)
     assert shown.code == 0
     for words in ("32: 0-31", "ranks of query", "= 2^", "smallest reduction", "limits on reduction"):
@@ -265,7 +267,9 @@ def test_space(dse: Run, llama2_7b: str) -> None:
         ({"rank": 3}, "unknown key 'rank'; did you mean 'ranks'?"),
     ],
 )
-def test_spaces_that_are_refused(dse: Run, llama2_7b: str, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_invalid_spaces_are_rejected(
+    dse: Run, llama2_7b: str, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     space = {"name": "s", "methods": ["svd"], "ranks": {"absolute": [1]}, **change}
     result = dse("space", write_study(tmp_path / "space.yaml", space), "--model", llama2_7b)
     assert words in result.error
@@ -281,7 +285,7 @@ def test_spaces_that_are_refused(dse: Run, llama2_7b: str, tmp_path: Path, chang
         ("", "a model must be"),
     ],
 )
-def test_models_that_are_refused(dse: Run, monkeypatch: pytest.MonkeyPatch, model: str, words: str) -> None:
+def test_invalid_models_are_rejected(dse: Run, monkeypatch: pytest.MonkeyPatch, model: str, words: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = dse("cost", "--model", model, "--point", "dense")
     assert words in result.error
@@ -291,7 +295,7 @@ def test_models_that_are_refused(dse: Run, monkeypatch: pytest.MonkeyPatch, mode
 # --- a study ----------------------------------------------------------------------------------------------------------
 
 
-def test_run_from_start_to_complete(dse: Run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_run_complete_and_extend_a_study(dse: Run, tiny_folder: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path / "study.yaml", tiny_study(tiny_folder, budget={"trials": 3}))
     out = tmp_path / "my runs" / "tiny"
     first = dse("run", study, "--out", out)
@@ -308,15 +312,15 @@ def test_run_from_start_to_complete(dse: Run, tiny_folder: Path, tmp_path: Path)
     assert "hypervolume" in first.err
     again = dse("run", study, "--out", out)
     assert again.code == 0
-    assert again.err == "complete: all 3 trials are there\n"
+    assert again.err == "complete: all 3 trials are done\n"
     assert again.out == first.out
     more = dse("run", study, "--out", out, "--trials", "4", "--json")
     assert more.json["trials_evaluated"] == more.json["trials_budget"] == 4
     assert more.json["is_complete"]
-    assert "going on with 3 of 4 trials done" in more.err
+    assert "resuming: 3 of 4 trials are done" in more.err
 
 
-def test_run_draws_progress_on_a_terminal(
+def test_run_shows_progress_bars_on_a_terminal(
     dse: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -333,7 +337,7 @@ def test_run_draws_progress_on_a_terminal(
 
 
 class Terminal(io.StringIO):
-    """Text that is drawn on."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -367,8 +371,8 @@ def test_front(dse: Run, finished_study: Path) -> None:
     below = rows[caption + 1 : -2]
     sizes = table.loc[table["on_front"], "accuracy_drop_detectable"].dropna()
     if not sizes.empty:
-        assert rows[-2].startswith("24 documents could have shown accuracy drops of ")
-        assert f"{100 * sizes.max():.1f} pts and above." in rows[-2]
+        assert rows[-2].startswith("smallest accuracy drop that 24 documents detect: ")
+        assert f"{100 * sizes.max():.1f} pts" in rows[-2]
     else:
         below = rows[caption + 1 : -1]
     assert {int(row.split()[0]): int(row.split()[1]) for row in below[2:]} == dict(
@@ -379,14 +383,14 @@ def test_front(dse: Run, finished_study: Path) -> None:
     assert "reference" in result.out  # the dense row
     assert "6 of 6 trials evaluated" in rows[-1]
     assert origins.startswith("origins: ")
-    told = dse("front", finished_study, "--json").json
-    assert {row["trial"] for row in told["front"]} == shown
-    assert {row["trial"] for row in told["tied"]} == set(tied["trial"])
-    assert [entry["name"] for entry in told["objectives"]] == ["accuracy", "decode_latency_s", "parameters"]
-    assert [entry["unit"] for entry in told["objectives"]] == ["fraction", "s", "count"]
-    assert 0 < told["hypervolume"] < 1
-    assert told["directory"] == str(finished_study)
-    assert all(Path(path).is_file() for path in told["files"].values())
+    found = dse("front", finished_study, "--json").json
+    assert {row["trial"] for row in found["front"]} == shown
+    assert {row["trial"] for row in found["tied"]} == set(tied["trial"])
+    assert [entry["name"] for entry in found["objectives"]] == ["accuracy", "decode_latency_s", "parameters"]
+    assert [entry["unit"] for entry in found["objectives"]] == ["fraction", "s", "count"]
+    assert 0 < found["hypervolume"] < 1
+    assert found["directory"] == str(finished_study)
+    assert all(Path(path).is_file() for path in found["files"].values())
 
 
 def test_recommend(dse: Run, finished_study: Path) -> None:
@@ -401,12 +405,12 @@ def test_recommend(dse: Run, finished_study: Path) -> None:
         assert f"knee of the front: trial {advice['knee_trial']}" in shown.out
 
 
-def test_recommend_says_how_many_documents_would_settle_a_near_miss(dse: Run, finished_study: Path) -> None:
+def test_recommend_reports_the_documents_needed_to_certify_a_near_miss(dse: Run, finished_study: Path) -> None:
     table = pd.read_csv(finished_study / "trials.csv").set_index("trial")
     tolerance = max(0.0, table["accuracy_drop"].drop(0).min()) + 0.001
-    told = dse("recommend", finished_study, "--max-accuracy-drop", tolerance, "--json")
-    assert told.code == 0
-    advice = told.json
+    found = dse("recommend", finished_study, "--max-accuracy-drop", tolerance, "--json")
+    assert found.code == 0
+    advice = found.json
     assert not advice["meets_bound"]
     assert advice["trial"] == advice["estimate_trial"] == advice["near_miss_trial"]
     row = table.loc[advice["trial"]]
@@ -419,10 +423,10 @@ def test_recommend_says_how_many_documents_would_settle_a_near_miss(dse: Run, fi
 
 
 def test_compare(dse: Run, finished_study: Path) -> None:
-    told = dse("compare", finished_study, "--trials", "0", "2", "--json").json
+    found = dse("compare", finished_study, "--trials", "0", "2", "--json").json
     table = pd.read_csv(finished_study / "trials.csv").set_index("trial")
-    assert (told["first"], told["second"]) == (0, 2)
-    accuracy, *graded = told["quality"]
+    assert (found["first"], found["second"]) == (0, 2)
+    accuracy, *graded = found["quality"]
     assert [row["metric"] for row in graded] == ["choice_probability", "target_log_likelihood"]
     assert accuracy["test"] == "exact McNemar"
     assert accuracy["change"] == pytest.approx(-table.loc[2, "accuracy_drop"])
@@ -431,14 +435,14 @@ def test_compare(dse: Run, finished_study: Path) -> None:
     assert accuracy["detectable"] == pytest.approx(table.loc[2, "accuracy_drop_detectable"])
     assert accuracy["second_stderr"] == pytest.approx(table.loc[2, "task.tiny_choice.acc_stderr"])
     assert accuracy["losses"] - accuracy["gains"] == round(table.loc[2, "accuracy_drop"] * 24)
-    costs = {row["name"]: row for row in told["costs"]}
+    costs = {row["name"]: row for row in found["costs"]}
     assert set(costs) == {"prefill_latency_s", "decode_latency_s", "parameters", "weight_bytes"}
     assert costs["parameters"]["ratio"] == table.loc[2, "parameters"] / table.loc[0, "parameters"]
-    # The dense model's ratio to itself is 1, without noise.
+    # The ratio of the dense model to itself is exactly 1.
     assert costs["decode_latency_s"]["low"] == pytest.approx(table.loc[2, "decode_latency_s_ratio_low"])
     assert costs["decode_latency_s"]["high"] == pytest.approx(table.loc[2, "decode_latency_s_ratio_high"])
     shown = dse("compare", finished_study, "--trials", "0", "2").out
-    assert "changes are trial 2 against trial 0, over the same documents" in shown
+    assert "changes are trial 2 relative to trial 0, on the same documents" in shown
     assert f"{accuracy['losses']} lost, {accuracy['gains']} gained" in shown
     assert "exact McNemar" in shown
     assert "paired bootstrap" in shown
@@ -448,30 +452,30 @@ def test_compare(dse: Run, finished_study: Path) -> None:
     ("trials", "words"),
     [(("0", "0"), "must differ to compare, but both are trial 0"), (("0", "99"), "must be one of this study's")],
 )
-def test_trials_that_cannot_be_compared(dse: Run, finished_study: Path, trials: tuple[str, str], words: str) -> None:
+def test_invalid_trials_cannot_be_compared(dse: Run, finished_study: Path, trials: tuple[str, str], words: str) -> None:
     assert words in dse("compare", finished_study, "--trials", *trials).error
 
 
-def test_outcomes_that_are_lost_cannot_be_compared(dse: Run, finished_study: Path, tmp_path: Path) -> None:
+def test_missing_outcomes_cannot_be_compared(dse: Run, finished_study: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished_study, copy)
     (copy / "outcomes" / "trial-00002.npz").unlink()
-    assert "must be kept, but " in dse("compare", copy, "--trials", "0", "2").error
+    assert "stored outcomes must exist, but " in dse("compare", copy, "--trials", "0", "2").error
     assert dse("front", copy).code == 0
 
 
-def test_recommend_where_nothing_fits_tells_the_nearest_miss(dse: Run, finished_study: Path) -> None:
+def test_recommend_reports_the_nearest_miss_if_no_trial_fits(dse: Run, finished_study: Path) -> None:
     arguments = ("recommend", finished_study, "--max-accuracy-drop", "0.01", "--min-reduction", "0.9")
     shown = dse(*arguments)
     assert shown.code == 3
     assert shown.out.startswith("No trial fits within ")
     assert "the nearest miss, trial " in shown.out
     assert shown.err == ""
-    told = dse(*arguments, "--json")
-    assert told.code == 3
-    assert told.json["trial"] is None
-    assert told.json["nearest_miss_trial"] is not None
-    assert told.json["nearest_miss_reason"]
+    found = dse(*arguments, "--json")
+    assert found.code == 3
+    assert found.json["trial"] is None
+    assert found.json["nearest_miss_trial"] is not None
+    assert found.json["nearest_miss_reason"]
 
 
 def test_export_of_several_trials(dse: Run, finished_study: Path, tmp_path: Path) -> None:
@@ -481,12 +485,12 @@ def test_export_of_several_trials(dse: Run, finished_study: Path, tmp_path: Path
     options = [text for trial in trials for text in ("--trial", str(trial))]
     result = dse("export", finished_study, *options, "--out", tmp_path / "exports", "--json")
     assert result.code == 0, result.err
-    for trial, told in zip(trials, result.json, strict=True):
+    for trial, found in zip(trials, result.json, strict=True):
         folder = tmp_path / "exports" / f"trial-{trial}"
-        assert told["folder"] == str(folder)
-        assert told["max_logit_difference"] <= 1e-4
-        assert told["weight_file_bytes"] < told["dense_weight_bytes"]
-        assert told["parameters"] == table.loc[table["trial"] == trial, "parameters"].item()
+        assert found["folder"] == str(folder)
+        assert found["max_logit_difference"] <= 1e-4
+        assert found["weight_file_bytes"] < found["dense_weight_bytes"]
+        assert found["parameters"] == table.loc[table["trial"] == trial, "parameters"].item()
         assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
         assert re.search(rf"\b[Tt]rial\D{{1,5}}{trial}\b", (folder / "README.md").read_text())
     assert (
@@ -500,11 +504,11 @@ def test_export_of_one_trial_as_dense_weights(dse: Run, finished_study: Path, tm
     trial = int(table.loc[(table["state"] == "complete") & (table["decomposed_tensors"] > 0), "trial"].iloc[-1])
     result = dse("export", finished_study, "--trial", str(trial), "--out", tmp_path / "dense", "--dense")
     assert result.code == 0, result.err
-    assert "saves nothing" in result.out
+    assert "save nothing" in result.out
     assert (tmp_path / "dense" / "config.json").is_file()
 
 
-def test_the_output_may_be_cut_short(finished_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_no_error(finished_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `dse front DIR --json | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -513,7 +517,7 @@ def test_the_output_may_be_cut_short(finished_study: Path, monkeypatch: pytest.M
         assert main(["front", str(finished_study), "--json"]) == 0
 
 
-def test_output_that_knows_no_unicode(finished_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_encoding_without_unicode(finished_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert main(["front", str(finished_study)]) == 0
@@ -521,7 +525,7 @@ def test_output_that_knows_no_unicode(finished_study: Path, monkeypatch: pytest.
 
 
 def test_run_prints_exactly_one_json_document(tiny_folder: Path, cache_folder: Path, tmp_path: Path) -> None:
-    """In a process of its own: nothing that a library prints may get in between."""
+    """Run in a subprocess, because output of libraries would break the JSON."""
     config = tiny_study(tiny_folder, objectives=["accuracy", "decode_latency_s"], budget={"trials": 3})
     config["space"]["methods"] = ["whitened_svd"]
     config["calibration"] = {"sources": [{"builtin": "general"}], "tokens": 256, "window": 32}
@@ -531,10 +535,10 @@ def test_run_prints_exactly_one_json_document(tiny_folder: Path, cache_folder: P
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment(cache_folder)
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["directory"] == "runs/tiny"
-    assert told["trials_evaluated"] == 3
-    assert told["reference"].keys() == {"accuracy", "decode_latency_s"}
+    found = json.loads(done.stdout)
+    assert found["directory"] == "runs/tiny"
+    assert found["trials_evaluated"] == 3
+    assert found["reference"].keys() == {"accuracy", "decode_latency_s"}
     assert (tmp_path / "runs" / "tiny" / "trials.csv").is_file()
     assert "calibration text: general (256 tokens)" in done.stderr
 
@@ -550,14 +554,14 @@ def test_evaluate(dse: Run, tiny_folder: Path) -> None:
     assert dense["reduction"] == 0
     assert dense["accuracy_drop"] is None
     point = '{"method": "svd", "rank": 2, "layers": [1, 2]}'
-    told = dse(*arguments, "--point", point, "--limit", "16", "--json").json
-    assert told["tasks"][0]["documents"] == 16
-    assert told["accuracy_drop"]["documents"] == 16
-    assert told["accuracy_drop"]["test"] == "exact McNemar"
-    assert 0 < told["accuracy_drop"]["p_value"] <= 1
-    assert told["accuracy_drop"]["smallest_detectable"] > 0
-    assert told["graded_drops"]["choice_probability"]["test"] == "paired bootstrap"
-    assert told["accuracy_drop"]["estimate"] == pytest.approx(told["dense"]["accuracy"] - told["accuracy"])
+    found = dse(*arguments, "--point", point, "--limit", "16", "--json").json
+    assert found["tasks"][0]["documents"] == 16
+    assert found["accuracy_drop"]["documents"] == 16
+    assert found["accuracy_drop"]["test"] == "exact McNemar"
+    assert 0 < found["accuracy_drop"]["p_value"] <= 1
+    assert found["accuracy_drop"]["smallest_detectable"] > 0
+    assert found["graded_drops"]["choice_probability"]["test"] == "paired bootstrap"
+    assert found["accuracy_drop"]["estimate"] == pytest.approx(found["dense"]["accuracy"] - found["accuracy"])
     shown = dse(*arguments, "--point", point, "--limit", "16")
     assert "accuracy drop against dense: " in shown.out
     assert "paired over 16 documents" in shown.out
@@ -580,29 +584,29 @@ def test_evaluate_with_calibration(dse: Run, tiny_folder: Path, tmp_path: Path) 
         (["--task", "no_such_task_at_all"], "no_such_task_at_all"),
         (["--task", "none.yaml"], "none.yaml"),
         (["--task", "dse_fact"], "did you mean 'dse_facts'?"),
-        (["--task", "TASK", "--seed", "-1"], "`--seed >= 0` must hold"),
+        (["--task", "TASK", "--seed", "-1"], "must be an integer of at least 0, but got '-1'"),
         (["--task", "TASK", "--device", "abacus"], "abacus"),
         (["--task", "TASK", "--dtype", "int4"], "int4"),
         (["--task", "TASK", "--point", '{"method": "svd", "rank": 900}'], "`rank <= 16` must hold"),
     ],
 )
-def test_evaluations_that_are_refused(dse: Run, tiny_folder: Path, options: list[str], words: str) -> None:
+def test_invalid_evaluations_are_rejected(dse: Run, tiny_folder: Path, options: list[str], words: str) -> None:
     task = str(tiny_folder / "tiny_choice.yaml")
     options = [task if option == "TASK" else option for option in options]
     assert words in dse("evaluate", "--model", tiny_folder / "model", *options).error
 
 
 def test_doctor(dse: Run) -> None:
-    told = dse("doctor", "--json").json
-    assert {check["status"] for check in told} <= {"ok", "missing", "note"}
-    assert any("torch" in check["name"].lower() or "torch" in check["detail"].lower() for check in told)
-    assert all(check["remedy"] for check in told if check["status"] == "missing")
+    found = dse("doctor", "--json").json
+    assert {check["status"] for check in found} <= {"ok", "missing", "note"}
+    assert any("torch" in check["name"].lower() or "torch" in check["detail"].lower() for check in found)
+    assert all(check["remedy"] for check in found if check["status"] == "missing")
     shown = dse("doctor")
     assert shown.code == 0
-    assert all(check["name"] in shown.out for check in told)
+    assert all(check["name"] in shown.out for check in found)
 
 
-# --- refusals of a study ----------------------------------------------------------------------------------------------
+# --- rejected studies -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -620,7 +624,7 @@ def test_doctor(dse: Run) -> None:
         ({"enqueue": [{"method": "svd", "rank": -3}]}, "got rank=-3"),
     ],
 )
-def test_studies_that_are_refused(dse: Run, tiny_folder: Path, tmp_path: Path, content: Any, words: str) -> None:
+def test_invalid_studies_are_rejected(dse: Run, tiny_folder: Path, tmp_path: Path, content: Any, words: str) -> None:
     path = tmp_path / "study.yaml"
     if isinstance(content, str):
         path.write_text(content)
@@ -631,7 +635,7 @@ def test_studies_that_are_refused(dse: Run, tiny_folder: Path, tmp_path: Path, c
     assert not out.exists()
 
 
-def test_folders_that_are_refused(dse: Run, tiny_folder: Path, finished_study: Path, tmp_path: Path) -> None:
+def test_invalid_folders_are_rejected(dse: Run, tiny_folder: Path, finished_study: Path, tmp_path: Path) -> None:
     for command in (["front"], ["recommend", "--max-accuracy-drop", "0.1"], ["export", "--trial", "0", "--out", "x"]):
         assert "has no study.yaml" in dse(command[0], tmp_path, *command[1:]).error
     study = write_study(tmp_path / "study.yaml", tiny_study(tiny_folder))
@@ -654,12 +658,27 @@ def test_folders_that_are_refused(dse: Run, tiny_folder: Path, finished_study: P
     assert "`model` is missing" in dse("front", damaged).error
 
 
+def test_old_names_are_one_notice_line_each(dse: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_study(tiny_folder, budget={"trials": 2}, fidelity={"shares": [0.5], "least_gain": 0.01})
+    result = dse("run", write_study(tmp_path / "study.yaml", config), "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    notices = [line for line in result.err.splitlines() if "notice" in line]
+    assert len(notices) == 1
+    assert notices[0].startswith("dse: notice: `fidelity.least_gain` is now `fidelity.min_gain`; ")
+    stored = tmp_path / "run" / "study.yaml"
+    stored.write_text(stored.read_text().replace("min_gain:", "least_gain:"))
+    config["fidelity"] = {"shares": [0.5], "min_gain": 0.01}
+    again = dse("run", write_study(tmp_path / "study.yaml", config), "--out", tmp_path / "run", "--trials", "3")
+    assert again.code == 0, again.err  # the same study: only the names of the keys differ
+    assert "3 of 3 trials evaluated" in again.out
+
+
 def test_a_study_without_a_finished_trial(dse: Run, tiny_folder: Path, tmp_path: Path) -> None:
     from dse.config import parse_study
     from dse.study.storage import StudyStorage
 
     (tmp_path / "study.yaml").write_text(parse_study(tiny_study(tiny_folder)).to_yaml())
-    storage = StudyStorage.open(tmp_path / "study.db", ["maximize", "minimize"])
+    storage = StudyStorage.open(tmp_path / "study.db", "tiny", {"accuracy": "maximize", "parameters": "minimize"})
     assert "never started; run `dse run` again" in dse("front", tmp_path).error
     storage.set_attribute("objectives", ["accuracy", "parameters"])
     storage.close()

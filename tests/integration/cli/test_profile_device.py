@@ -1,4 +1,4 @@
-"""`dse profile-device`: every matrix at every rank, timed once."""
+"""`dse profile-device`: every matrix is timed once at every rank."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
-def test_matrices_are_timed_once_and_known_the_next_time(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_matrices_are_timed_once_and_then_read_from_the_cache(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--model", str(tiny_folder / "model"), "--ranks", "2,9", "--batch", "1,2", "--prompt", "8"]
     code, out, err = run(capsys, *arguments, "--json")
     assert code == 0, err
     document = json.loads(out)
     rows = document["matrices"]
-    # Rank 9 is within the break-even of every matrix (10 for key and value); two ranks, batches and phases each.
+    # Rank 9 is below the break-even rank of every matrix (10 for key and value); two ranks, batch sizes and phases.
     roles = {"query", "key", "value", "attention_output", "gate", "up", "down", "query_key_value", "gate_up"}
     assert {row["role"] for row in rows} == roles
     assert len(rows) == len(roles) * 2 * 2 * 2
@@ -46,11 +48,11 @@ def test_matrices_are_timed_once_and_known_the_next_time(tiny_folder: Path, caps
     assert "0 products timed now" in out
 
 
-def test_the_profile_is_drawn(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_profile_is_plotted(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, page = ["--model", str(tiny_folder / "model")], tmp_path / "profile.html"
     code, out, err = run(capsys, *model, "--ranks", "2,5,9", "--prompt", "8", "--plot", str(page), "--json")
     assert code == 0, err
-    assert f"drawn in {page}" in err
+    assert f"plot written to {page}" in err
     rows, drawn = json.loads(out)["matrices"], page.read_text()
     pictures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", drawn, re.DOTALL)]
     assert len(pictures) == len({row["role"] for row in rows}) == 9
@@ -65,10 +67,10 @@ def test_the_profile_is_drawn(tiny_folder: Path, tmp_path: Path, capsys: pytest.
         assert all(46 <= x <= 388 and 12 <= y <= 196 for x, y in dots), "inside the frame"
     with pytest.raises(SystemExit):
         main(["profile-device", *model, "--ranks", "2", "--plot", "profile.pdf"])
-    assert "a file that ends in .html is needed" in capsys.readouterr().err
+    assert "must be a file that ends in .html" in capsys.readouterr().err
 
 
-def test_ranks_of_a_space_and_a_rank_above_all_break_evens(
+def test_ranks_of_a_space_and_a_rank_above_every_break_even_rank(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = tiny_folder / "profiled_space.yaml"

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny_study import WORDS, save_tiny_model
+from tiny_models import WORDS, save_tiny_model
 
 import dse
 from dse.cli import main
@@ -29,7 +29,7 @@ def arguments(command: str, folder: Path, text: Path, *more: str) -> list[str]:
     return [command, *fixed, "--device", "cpu", *more]
 
 
-def test_a_profile_is_printed_drawn_and_allocated_from(
+def test_a_profile_is_printed_plotted_and_used_for_an_allocation(
     tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "profile"
@@ -49,24 +49,24 @@ def test_a_profile_is_printed_drawn_and_allocated_from(
     for document, reduction in zip(documents, (0.1, 0.3), strict=True):
         point = DesignPoint.read(document["file"], topology)
         assert point.to_json() == document["point"]
-        assert dse.cost(topology, point).reduction == pytest.approx(document["reduction"])
+        assert dse.point_cost(topology, point).reduction == pytest.approx(document["reduction"])
         assert document["reduction"] >= reduction
         assert document["removed_blocks"] == 0
-    # Without --profile the cache has it, and people get a line a point.
+    # Without --profile it is read from the cache. Without --json each point is one line.
     assert main(arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--dense-roles", "up")) == 0
     printed = capsys.readouterr().out
     assert "predicted KL" in printed
     assert "`--out DIR`" in printed
 
 
-def test_points_are_allocated_under_a_latency(
+def test_points_are_allocated_under_a_latency_budget(
     tiny_folder: Path,
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The refusal names the commands that mend it; they are run as they stand."""
+    """The error contains the commands that time the missing products; the test runs them unchanged."""
     monkeypatch.chdir(tmp_path)
     more = ("--latency-reduction", "0.02,0.05", "--batch", "2", "--prompt", "8")
     command = arguments("allocate", tiny_folder, text_file, *more)
@@ -77,7 +77,7 @@ def test_points_are_allocated_under_a_latency(
     for part in remedy.split(" && "):
         assert main(shlex.split(part)[1:]) == 0, part
     capsys.readouterr()
-    # Timings decide which reductions are there, so that ask for one that surely is: none at all.
+    # The timings decide which reductions are possible; a reduction of 0 always is.
     none = arguments("allocate", tiny_folder, text_file, "--latency-reduction", "0", *more[2:], "--out", "points")
     assert main([*none, "--json"]) == 0
     (document,) = json.loads(capsys.readouterr().out)
@@ -97,7 +97,7 @@ def test_points_are_allocated_under_a_latency(
     printed = capsys.readouterr().out
     assert "predicted decode latency" in printed
     assert "latencies are predicted from" in printed
-    # What was timed for decoding at this batch says nothing about another one.
+    # Timings of one batch size do not apply to another.
     assert main(arguments("allocate", tiny_folder, text_file, "--latency-reduction", "0", "--batch", "3")) == 2
     assert "--batch 3 --prompt 128" in capsys.readouterr().err
     impossible = arguments("allocate", tiny_folder, text_file, "--latency-reduction", "0.999", *more[2:])
@@ -109,7 +109,7 @@ def test_points_are_allocated_under_a_latency(
         main([*none, "--dense-latency", "0"])
 
 
-def test_what_the_user_can_mend_is_one_line(
+def test_user_fixable_errors_are_one_line(
     tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = tmp_path / "profile.json"
@@ -156,7 +156,7 @@ def test_what_the_user_can_mend_is_one_line(
         assert message in error
 
 
-def test_options_that_are_no_numbers_are_refused(tiny_folder: Path, text_file: Path) -> None:
+def test_options_that_are_not_numbers_are_rejected(tiny_folder: Path, text_file: Path) -> None:
     for more in (("--reduction", "1.5"), ("--reduction", "a"), ("--reduction", "0.1", "--max-removed", "-1")):
         with pytest.raises(SystemExit) as caught:
             main(arguments("allocate", tiny_folder, text_file, *more))

@@ -1,4 +1,4 @@
-"""Exports of points with Tucker-decomposed experts: self-contained, exact, generating as the resident model does."""
+"""Exports with Tucker-decomposed experts: they load without dse, and compute and generate like the resident model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from tiny_experts import TINY_EXPERTS
+from tiny_models import EXPERT_FAMILIES, tiny_model
 
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.decomposition import FactorBank, decompose
 from dse.design_point import DesignPoint, TensorChoice
 from dse.export import export_point
-from dse.export.low_rank_form import modelling_code
+from dse.export.modelling_code import modelling_code
 from dse.models import topology_of
-from dse.models.quiet import quiet_transformers
+from dse.models.transformers_patches import quiet_transformers
 
 PROMPT = torch.tensor([[5, 9, 120, 33, 7]])
 RULES = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(PROMPT)}
 
 
 def mixed_point() -> DesignPoint:
-    """One tensor of a layer's experts, both, both with an expert factor; and a matrix of each kind."""
+    """One or both tensors of a layer's experts, also with an expert factor; and matrices with and without a core."""
     return DesignPoint.of(
         {
             "layers.0.expert_down": TensorChoice("tucker", 5),
@@ -39,12 +39,12 @@ def mixed_point() -> DesignPoint:
     )
 
 
-@pytest.mark.parametrize("family", TINY_EXPERTS)
-def test_both_forms_read_back_as_the_decomposed_model(family: str, tmp_path: Path, make_loaded: Callable) -> None:
-    loaded, point = make_loaded(TINY_EXPERTS[family]()), mixed_point()
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_both_forms_reload_as_the_decomposed_model(family: str, tmp_path: Path, make_loaded: Callable) -> None:
+    loaded, point = make_loaded(tiny_model(family)), mixed_point()
     bank = FactorBank.build(loaded, [point], folder=tmp_path / "bank")
 
-    # In a fresh process without this package; what follows reads the folders here.
+    # Verified in a new process without this package; the rest of the test reads the folders here.
     result = export_point(loaded, point, bank, tmp_path / "low_rank", verify=True)
     export_point(loaded, point, bank, tmp_path / "dense", dense=True, verify=True)
 
@@ -63,7 +63,7 @@ def test_both_forms_read_back_as_the_decomposed_model(family: str, tmp_path: Pat
             torch.testing.assert_close(dense.eval()(PROMPT).logits, loaded.model(PROMPT).logits, atol=1e-4, rtol=1e-4)
             assert torch.equal(generated, loaded.model.generate(PROMPT, **RULES))
     assert type(dense) is type(loaded.model)
-    # What stayed dense is the very weight; what did not has the ranks of its factors.
+    # Dense tensors are unchanged; decomposed ones have the ranks of their factors.
     for tensor in loaded.topology.experts:
         weight = dense.get_submodule(tensor.module).get_parameter(tensor.parameter)
         choice = point.by_name.get(tensor.name)
@@ -75,15 +75,15 @@ def test_both_forms_read_back_as_the_decomposed_model(family: str, tmp_path: Pat
     low_rank = json.loads((tmp_path / "low_rank" / "config.json").read_text())["low_rank"]
     assert low_rank["model.layers.1.mlp.experts"]["experts"]["gate_up"] == [2, 6, 6]
     assert "7 of its 18 weight matrices" in (tmp_path / "low_rank" / "README.md").read_text()
-    here = cost(loaded.topology, point)
+    here = point_cost(loaded.topology, point)
     assert sum(p.numel() for p in thin.parameters()) == here.parameters == result.parameters
-    # The reloaded model's own topology counts what a token costs in its experts.
-    again = cost(topology_of(thin), DesignPoint.dense())
+    # The topology of the reloaded model counts the cost per token of its experts.
+    again = point_cost(topology_of(thin), DesignPoint.dense())
     assert again.parameters == here.parameters
     assert again.flops_decode_per_token == here.flops_decode_per_token
 
 
-def test_only_exports_with_experts_carry_their_code() -> None:
+def test_only_exports_with_experts_contain_their_code() -> None:
     with_experts = modelling_code(hf.MixtralForCausalLM, hf.MixtralConfig, has_experts=True)
     without = modelling_code(hf.MixtralForCausalLM, hf.MixtralConfig)
     assert "TuckerExperts" in with_experts

@@ -1,4 +1,4 @@
-"""An export is in its place complete and verified, or there is nothing."""
+"""An export is either complete and verified, or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.decomposition import FactorBank, LowRankLinear
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ExportError, PointError, RankError, StorageFullError
@@ -23,7 +23,7 @@ from dse.export import ExportRequest, ExportResult, export_point, export_points,
 from dse.export.reload_check import tensor_digests
 from dse.export.weights import write_weights
 from dse.models import LoadedModel
-from dse.models.quiet import quiet_transformers
+from dse.models.transformers_patches import quiet_transformers
 
 ALLOWED = {".safetensors", ".json", ".py", ".md"}
 
@@ -42,7 +42,7 @@ def point(loaded: LoadedModel, make_point: Callable) -> DesignPoint:
     return make_point(loaded)
 
 
-# One verified call writes every kind of folder; what it left is looked at from all sides.
+# One verified call writes every kind of folder; the tests below inspect the result.
 @pytest.fixture(scope="module")
 def written(
     tmp_path_factory: pytest.TempPathFactory,
@@ -58,7 +58,7 @@ def written(
     (root / "exports" / "empty").mkdir(parents=True)
     calls: list[tuple[str, int, int]] = []
     requests = [
-        ExportRequest(point, root / "exports" / "empty", facts={"study": "quick", "trial": 7}),
+        ExportRequest(point, root / "exports" / "empty", card_details={"study": "quick", "trial": 7}),
         ExportRequest(point, root / "exports" / "deep" / "merged", dense=True),
         ExportRequest(DesignPoint.dense(), root / "exports" / "whole"),
     ]
@@ -69,13 +69,13 @@ def written(
     return root / "exports", loaded, point, {r.folder.name: r for r in results}, calls
 
 
-def test_nothing_else_is_left_beside_the_folders(written: tuple) -> None:
+def test_no_temporary_files_remain(written: tuple) -> None:
     root = written[0]
     assert sorted(path.name for path in root.iterdir()) == ["deep", "empty", "whole"]
     assert [path.name for path in (root / "deep").iterdir()] == ["merged"]
 
 
-def test_sizes_are_those_on_disk_and_by_arithmetic(written: tuple) -> None:
+def test_sizes_match_the_disk_and_the_cost_arithmetic(written: tuple) -> None:
     _, loaded, point, results, _ = written
     low_rank, merged, whole = results["empty"], results["merged"], results["whole"]
     for result in results.values():
@@ -86,14 +86,14 @@ def test_sizes_are_those_on_disk_and_by_arithmetic(written: tuple) -> None:
         header = result.weight_file_bytes - 4 * result.parameters
         assert 0 < header < 10_000
         assert json.loads(json.dumps(result.to_json()))["folder"] == str(result.folder)
-    assert low_rank.parameters == cost(loaded.topology, point).parameters
-    assert low_rank.reduction == pytest.approx(cost(loaded.topology, point).reduction)
+    assert low_rank.parameters == point_cost(loaded.topology, point).parameters
+    assert low_rank.reduction == pytest.approx(point_cost(loaded.topology, point).reduction)
     assert low_rank.weight_file_bytes < 0.95 * whole.weight_file_bytes
     assert (merged.is_dense, merged.reduction, merged.parameters) == (True, 0.0, loaded.topology.parameters_dense)
     assert (whole.is_dense, low_rank.is_dense) == (True, False)
 
 
-def test_reloading_was_compared(written: tuple) -> None:
+def test_the_reload_is_compared(written: tuple) -> None:
     results = written[3]
     for result in results.values():
         assert result.max_logit_difference is not None
@@ -108,7 +108,7 @@ def test_reloading_was_compared(written: tuple) -> None:
     ]
 
 
-def test_only_safetensors_text_and_one_code_file(written: tuple) -> None:
+def test_folders_hold_only_safetensors_text_and_one_code_file(written: tuple) -> None:
     for result in written[3].values():
         assert {file.suffix for file in result.folder.iterdir()} <= ALLOWED
         code = [file.name for file in result.folder.glob("*.py")]
@@ -116,7 +116,7 @@ def test_only_safetensors_text_and_one_code_file(written: tuple) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
-def test_others_may_read_it(written: tuple) -> None:
+def test_file_modes_follow_the_umask(written: tuple) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for result in written[3].values():
@@ -125,20 +125,20 @@ def test_others_may_read_it(written: tuple) -> None:
             assert stat.S_IMODE(path.stat().st_mode) == wanted & ~mask, path
 
 
-def test_the_point_lies_beside_the_weights(written: tuple) -> None:
+def test_the_design_point_is_stored_beside_the_weights(written: tuple) -> None:
     _, loaded, point, results, _ = written
     text = (results["empty"].folder / "design_point.json").read_text(encoding="utf-8")
     assert DesignPoint.from_json(text, loaded.topology) == point
 
 
-def test_the_tokenizer_reads_as_before_with_and_without_leave_to_run_code(written: tuple) -> None:
+def test_the_tokenizer_is_the_same_with_and_without_remote_code(written: tuple) -> None:
     _, loaded, _, results, _ = written
     for trust in (True, False):
         tokenizer = hf.AutoTokenizer.from_pretrained(results["empty"].folder, trust_remote_code=trust)
         assert tokenizer("naïve\n\t42")["input_ids"] == loaded.tokenizer("naïve\n\t42")["input_ids"]
 
 
-def test_the_card_says_what_it_is_and_what_it_saves(written: tuple) -> None:
+def test_the_card_states_the_form_and_the_savings(written: tuple) -> None:
     _, loaded, point, results, _ = written
     low_rank, merged, whole = (
         (results[name].folder / "README.md").read_text(encoding="utf-8") for name in ("empty", "merged", "whole")
@@ -168,13 +168,13 @@ def test_an_export_damaged_before_it_is_verified_is_refused_and_removed(
     before = digests(loaded)
     seen: list[Path] = []
 
-    def divergence(phase: str, done: int, total: int) -> None:
+    def damage(phase: str, done: int, total: int) -> None:
         if (phase, done) == ("verify", 0):
             seen.extend(tmp_path.glob("new/.*/export/model.safetensors"))
             corrupt(seen[0])
 
     with pytest.raises(ExportError, match=r"must differ by at most 0\.0001, but differ by \d") as error:
-        export_point(loaded, point, factors, tmp_path / "new" / "export", progress=divergence)
+        export_point(loaded, point, factors, tmp_path / "new" / "export", progress=damage)
 
     assert "weights that changed" in str(error.value)
     assert point.id in str(error.value)
@@ -231,10 +231,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "differ by .*weights that changed, but there are 1 ",
     ),
     "a weight is missing": (drop_weight, "1 are missing"),
-    "the file is cut off": (truncate, "must load by itself"),
+    "the file is cut off": (truncate, "must load on its own"),
     "the code imports dse": (import_dse, "without the package dse"),
     "a module is forgotten": (lambda folder: edit_config(folder, forget_a_module), "are missing"),
-    "the tokenizer": (swap_tokens, "texts that tokenise otherwise"),
+    "the tokenizer": (swap_tokens, "texts with other token ids"),
     "not a number": (put_nan, "differ by inf"),
     "the norm's epsilon": (
         lambda folder: edit_config(folder, lambda c: c.update(rms_norm_eps=0.1)),
@@ -253,15 +253,15 @@ def damaged_reports(
 ) -> dict[str, str]:
     root, loaded = tmp_path_factory.mktemp("damaged"), make_loaded(make_llama())
     checks = []
-    for name, (divergence, _) in DAMAGE.items():
+    for name, (damage, _) in DAMAGE.items():
         export = stage(loaded, ExportRequest(make_point(loaded), root / name), make_factors(loaded))
-        divergence(export.folder)
+        damage(export.folder)
         checks.append((export.folder, export.expectation))
     return {name: report.problem for name, report in zip(DAMAGE, verify_folders(checks), strict=True)}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_every_kind_of_divergence_is_found_and_named(damaged_reports: dict[str, str], name: str) -> None:
+def test_every_kind_of_damage_is_found_and_named(damaged_reports: dict[str, str], name: str) -> None:
     import re
 
     assert re.search(DAMAGE[name][1], damaged_reports[name])
@@ -294,7 +294,7 @@ def dangling(path: Path) -> Path:
         (lambda root: root / ("n" * 300), "cannot be one"),
     ],
 )
-def test_a_destination_that_is_taken_or_none_is_refused_and_untouched(
+def test_invalid_destinations_are_refused_and_unchanged(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path, make: Callable[[Path], Path], rule: str
 ) -> None:
     folder = make(tmp_path)
@@ -307,7 +307,7 @@ def test_a_destination_that_is_taken_or_none_is_refused_and_untouched(
 
 
 @pytest.mark.parametrize(("first", "second"), [("x", "x"), ("x", "x/y"), ("x/y", "x")])
-def test_two_exports_do_not_share_a_folder(
+def test_two_exports_cannot_share_a_folder(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path, first: str, second: str
 ) -> None:
     requests = [ExportRequest(point, tmp_path / first), ExportRequest(point, tmp_path / second, dense=True)]
@@ -316,7 +316,7 @@ def test_two_exports_do_not_share_a_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_destination_taken_meanwhile_is_not_overwritten(
+def test_a_destination_created_meanwhile_is_not_overwritten(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path
 ) -> None:
     def take(phase: str, done: int, total: int) -> None:
@@ -335,7 +335,7 @@ def test_a_destination_taken_meanwhile_is_not_overwritten(
         ({"layers.0.query": TensorChoice("svd", 17)}, RankError),
     ],
 )
-def test_a_point_that_does_not_fit_leaves_nothing(
+def test_an_invalid_point_leaves_no_files(
     loaded: LoadedModel, factors: object, tmp_path: Path, choices: dict[str, TensorChoice], kind: type[Exception]
 ) -> None:
     with pytest.raises(kind):
@@ -343,7 +343,7 @@ def test_a_point_that_does_not_fit_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_whatever_goes_wrong_while_writing_leaves_nothing_and_undoes_the_point(
+def test_errors_while_writing_leave_no_files_and_undo_the_point(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path
 ) -> None:
     class Unreadable:
@@ -367,7 +367,7 @@ def test_whatever_goes_wrong_while_writing_leaves_nothing_and_undoes_the_point(
     assert digests(loaded) == before
 
 
-def test_a_disk_without_room_is_refused_before_writing(
+def test_a_full_disk_is_refused_before_writing(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -378,7 +378,7 @@ def test_a_disk_without_room_is_refused_before_writing(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_disk_that_fills_up_while_weights_are_written(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_while_writing_is_reported(loaded: LoadedModel, tmp_path: Path) -> None:
     from dse.export.weights import writing_errors
 
     (tmp_path / "model.safetensors").symlink_to("/dev/full")
@@ -398,7 +398,7 @@ def test_an_architecture_outside_transformers_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_that_are_not_numbers_cannot_be_exported(
+def test_models_with_non_finite_outputs_cannot_be_exported(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path
 ) -> None:
     loaded.model.model.norm.weight.data[0] = float("nan")
@@ -407,7 +407,7 @@ def test_outputs_that_are_not_numbers_cannot_be_exported(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_half_precision_head_and_settings_that_transformers_would_not_save(
+def test_half_precision_heads_and_unusual_generation_settings_are_exported(
     make_loaded: Callable, make_llama: Callable, make_factors: Callable, tmp_path: Path
 ) -> None:
     model = make_llama(tie_word_embeddings=False)
@@ -432,7 +432,7 @@ def test_half_precision_head_and_settings_that_transformers_would_not_save(
     assert "bfloat16" in (tmp_path / "low-rank" / "README.md").read_text(encoding="utf-8")
 
 
-def test_large_weights_go_to_shards_and_come_back(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_large_weights_are_sharded_and_reload(loaded: LoadedModel, tmp_path: Path) -> None:
     loaded.model.config.save_pretrained(tmp_path)
     write_weights(loaded.model, tmp_path, max_shard_size=40_000)
 
@@ -443,7 +443,7 @@ def test_large_weights_go_to_shards_and_come_back(loaded: LoadedModel, tmp_path:
     assert tensor_digests(again.state_dict().items()) == digests(loaded)
 
 
-def test_weights_shared_without_the_config_saying_so_are_stored_under_both_names(
+def test_sharing_that_the_config_does_not_declare_is_stored_under_both_names(
     make_llama: Callable, make_loaded: Callable, tmp_path: Path
 ) -> None:
     model = make_llama(tie_word_embeddings=False)
@@ -457,7 +457,7 @@ def test_weights_shared_without_the_config_saying_so_are_stored_under_both_names
 
 
 @pytest.mark.real_model
-def test_the_demo_model_exports_smaller_and_speaks_as_in_memory(tmp_path: Path, make_factors: Callable) -> None:
+def test_the_demo_model_exports_smaller_and_generates_the_same(tmp_path: Path, make_factors: Callable) -> None:
     from dse.models import load_model
 
     loaded = load_model("demo:smollm2-135m-instruct")

@@ -1,4 +1,4 @@
-"""The model card tells the point, its figures and sizes, and text of others stays text in it."""
+"""The model card states the point, its measurements and sizes; foreign text in it is escaped."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dse.design_point import DesignPoint, TensorChoice
-from dse.export.markdown import code, table, text
-from dse.export.measured_figures import measured_figures
+from dse.export.card_tables import code, measured_figures, table, text
 from dse.export.model_card import CardContent, model_card
 from dse.topology import DecomposableTensor, Topology
 
@@ -65,7 +64,7 @@ def content(**changes: Any) -> CardContent:
         other_bytes=12_345_678,
         max_difference=2.5e-6,
         tolerance=1e-4,
-        facts={},
+        details={},
     )
     return dataclasses.replace(plain, **changes)
 
@@ -75,7 +74,7 @@ def front_matter(card: str) -> Any:
     return yaml.safe_load(head)
 
 
-def test_sizes_and_reduction_are_said_plainly() -> None:
+def test_sizes_and_reduction_are_stated() -> None:
     card = model_card(content())
 
     assert "# some-org/some-model with 25.0 % fewer parameters" in card
@@ -83,11 +82,11 @@ def test_sizes_and_reduction_are_said_plainly() -> None:
     assert "| parameters | 20,000 | 15,000 | 25.0 % |" in card
     assert "| weights on disk (float32) | 80.0 kB | 61.2 kB | 23.5 % |" in card
     assert "12.3 MB" in card
-    assert "largest difference of a logit 2.5e-06 (allowed 0.0001)" in card
+    assert "the largest difference of a logit is 2.5e-06 (allowed: 0.0001)" in card
 
 
-def test_the_head_is_what_the_hub_reads() -> None:
-    assert front_matter(model_card(content(facts={"license": "apache-2.0"}))) == {
+def test_the_yaml_header_has_the_hubs_fields() -> None:
+    assert front_matter(model_card(content(details={"license": "apache-2.0"}))) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "some-org/some-model",
@@ -99,7 +98,7 @@ def test_the_head_is_what_the_hub_reads() -> None:
     assert local["pipeline_tag"] == "fill-mask"
 
 
-def test_the_point_is_compact_where_it_can_be() -> None:
+def test_a_uniform_point_is_written_compactly() -> None:
     assert '{"method": "svd", "rank": 4, "layers": [1], "roles": "all"}' in model_card(content())
 
 
@@ -112,9 +111,9 @@ def test_the_point_in_the_card_can_be_read_back(point: DesignPoint) -> None:
     assert f"## Design point {point.id}" in card
 
 
-def test_measured_figures_come_with_their_uncertainty() -> None:
+def test_measurements_come_with_their_uncertainty() -> None:
     card = model_card(
-        content(facts={"row": ROW, "dense_row": DENSE, "environment": ENVIRONMENT, "study": "s", "trial": 3})
+        content(details={"row": ROW, "dense_row": DENSE, "environment": ENVIRONMENT, "study": "s", "trial": 3})
     )
 
     assert "| Accuracy | 0.551 | 0.520 ±0.020 | -3.1 pts [-5.0, -1.2] |" in card
@@ -125,15 +124,15 @@ def test_measured_figures_come_with_their_uncertainty() -> None:
     assert "- Study: s, trial 3" in card
 
 
-def test_a_point_without_figures_says_so_and_claims_nothing() -> None:
+def test_a_point_without_measurements_claims_nothing() -> None:
     assert measured_figures({}, {}) == ""
     card = model_card(content(max_difference=None))
-    assert "Nothing was measured" in card
-    assert "Not checked by reloading" in card
+    assert "No measurements of this point are available" in card
+    assert "Not verified by reloading" in card
 
 
 def test_the_dense_form_saves_nothing_and_needs_no_code() -> None:
-    card = model_card(content(is_dense=True, parameters=20_000, facts={"row": ROW}))
+    card = model_card(content(is_dense=True, parameters=20_000, details={"row": ROW}))
     assert "**saves nothing**" in card
     assert "trust_remote_code" not in card
     assert "before it was multiplied out" in card
@@ -151,7 +150,7 @@ class _Tags(html.parser.HTMLParser):
 ODD = [
     "<script>alert(1)</script>",
     "a|b\n| c |",
-    "# heading\n\n## Measured",
+    "# heading\n\n## Measurements",
     "`code` ```fence",
     "---\nlicense: evil",
     "[link](javascript:alert(1))",
@@ -161,7 +160,7 @@ ODD = [
 
 
 def check_stays_text(odd: str) -> None:
-    facts = {
+    details = {
         "study": odd,
         "trial": odd,
         "license": odd,
@@ -169,8 +168,8 @@ def check_stays_text(odd: str) -> None:
         "environment": {"cpu": {"model": odd, "usable_cores": odd}, "gpus": [{"name": odd, "driver_version": odd}]},
         "row": ROW | {f"task.{odd}.acc": 0.5, "task.t.documents": odd},
     }
-    card = model_card(content(base_model=odd, revision=odd, facts=facts))
-    plain = model_card(content(base_model="x", revision="x", facts=facts | {"study": "x", "versions": {"x": "x"}}))
+    card = model_card(content(base_model=odd, revision=odd, details=details))
+    plain = model_card(content(base_model="x", revision="x", details=details | {"study": "x", "versions": {"x": "x"}}))
 
     assert set(front_matter(card)) <= {"library_name", "pipeline_tag", "base_model", "license", "tags"}
     body = card.split("\n---\n", 1)[1]
@@ -185,16 +184,16 @@ def check_stays_text(odd: str) -> None:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_text_of_others_stays_text(odd: str) -> None:
+def test_foreign_text_is_escaped(odd: str) -> None:
     check_stays_text(odd)
 
 
 @given(st.text(alphabet=st.sampled_from("a1 \n\t\\`*_[]()<>&|~$#-!:.\"'{}"), max_size=20))
-def test_any_text_of_others_stays_text(odd: str) -> None:
+def test_any_foreign_text_is_escaped(odd: str) -> None:
     check_stays_text(odd)
 
 
-def test_markdown_pieces() -> None:
+def test_markdown_helpers() -> None:
     assert text("a*b_c|d <e>\n f") == r"a\*b\_c\|d &lt;e&gt; f"
     assert code("x") == "`x`"
     assert code("a`b") == "``a`b``"

@@ -1,4 +1,4 @@
-"""Everything that may stop a study, and how it goes on."""
+"""Everything that can stop a study, and how the study resumes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from study_support import SMALL_SPACE, Watcher, evaluated, outcome, stop
-from tiny_study import environment, merged, save_choice_task, save_tiny_model, tiny_study, write_study
+from study_support import SMALL_SPACE, Watcher, evaluated, interrupt, points_and_accuracies
+from tiny_models import save_tiny_model
+from tiny_study import environment, merged, save_choice_task, tiny_study, write_study
 
 from dse.cli import main
 from dse.config import parse_study
@@ -34,22 +35,20 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(
 ) -> None:
     config = tiny_study(tiny_folder, sampler={"name": sampler}, budget={"trials": 12})
     whole = run_study(config, out=tmp_path / "whole")
-    # Stopped in the third trial as by a kill (nothing is written), then twice as by Ctrl-C during the evaluation.
+    # Stopped before the evaluation of the third trial, then twice during an evaluation.
     for watcher in (
-        Watcher(before={2: stop}),
-        Watcher(during={6: stop}),
-        Watcher(during={9: stop}),
+        Watcher(before={2: interrupt}),
+        Watcher(during={6: interrupt}),
+        Watcher(during={9: interrupt}),
     ):
         with pytest.raises(KeyboardInterrupt):
             run_study(config, out=tmp_path / "stopped", listener=watcher)
     resumed = run_study(config, out=tmp_path / "stopped")
-    interrupted = [record for record in resumed.records if record.state == "interrupted"]
-    assert [record.reason for record in interrupted] == [
-        "the process was stopped during this trial", "stopped by the user", "stopped by the user",
-    ]  # fmt: skip
-    retried = [record.point_id for record in resumed.records if record.origin == "retried"]
-    assert retried == [record.point_id for record in interrupted]
-    assert outcome(resumed) == outcome(whole)
+    # An interrupted trial is evaluated again under its own number.
+    assert [(r.trial, r.state, r.origin, r.point_id) for r in resumed.records] == [
+        (r.trial, r.state, r.origin, r.point_id) for r in whole.records
+    ]
+    assert points_and_accuracies(resumed) == points_and_accuracies(whole)
     assert resumed.evaluated_trials == 12
     assert resumed.attributes["reference"] == whole.attributes["reference"]
     assert resumed.hypervolume == pytest.approx(whole.hypervolume)
@@ -108,11 +107,11 @@ def slow_study(folder: Path) -> dict[str, Any]:
 def undisturbed(
     tiny_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[str, float | None]]:
-    """What the slow study finds; its random points depend on no objective, so that it need not be slow here."""
+    """The result of the slow study; its random points depend on no objective, so that it can be faster here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
         config = tiny_study(tiny_folder, budget={"trials": 6})
-        return outcome(run_study(config, out=tmp_path_factory.mktemp("undisturbed") / "run"))
+        return points_and_accuracies(run_study(config, out=tmp_path_factory.mktemp("undisturbed") / "run"))
 
 
 def test_kill_in_the_middle_of_a_trial(
@@ -123,20 +122,17 @@ def test_kill_in_the_middle_of_a_trial(
     running.wait_for_trial(2)
     assert running.end(signal.SIGKILL)[0] == -signal.SIGKILL
     storage = StudyStorage.open_existing(tmp_path / "run" / "study.db")
-    (unfinished,) = storage.unfinished()
+    (unfinished,) = storage.unfinished({})
     records = storage.records()
     storage.close()
     assert unfinished.trial == 2
     assert [(record.trial, record.state) for record in records] == [(0, "complete"), (1, "complete")]
     watcher = Watcher()
     study = run_study(study_yaml, out=tmp_path / "run", listener=watcher)
-    assert "going on with 2 of 6 trials done" in watcher.messages
+    assert "resuming: 2 of 6 trials are done" in watcher.messages
     assert study.records[:2] == records
-    assert study.records[2].state == "interrupted"
-    assert study.records[2].reason == "the process was stopped during this trial"
-    assert study.records[3].origin == "retried"
-    assert study.records[3].point_id == study.records[2].point_id
-    assert outcome(study) == undisturbed
+    assert (study.records[2].trial, study.records[2].state) == (2, "complete")
+    assert points_and_accuracies(study) == undisturbed
 
 
 def test_ctrl_c_and_termination_end_cleanly(
@@ -146,13 +142,13 @@ def test_ctrl_c_and_termination_end_cleanly(
     out = tmp_path / "run"
     running = start(str(study_yaml), "--trials", "6")
     running.wait_for_trial(1)
-    # A second process on the same folder is refused, and disturbs nothing.
+    # A second process on the same folder is refused and has no effect.
     with pytest.raises(StudyError, match="one process at a time may run a study, but another one runs"):
         run_study(study_yaml, out=out)
     for how, finished in ((signal.SIGINT, 1), (signal.SIGTERM, 2)):
         if how == signal.SIGTERM:
             running = start(str(study_yaml), "--trials", "6")
-            running.wait_for_trial(3)
+            running.wait_for_trial(2)
         code, stdout, stderr = running.end(how)
         assert code == 130, stderr
         assert stdout == ""
@@ -162,52 +158,52 @@ def test_ctrl_c_and_termination_end_cleanly(
         )
         study = open_study(out)
         assert study.evaluated_trials == finished
-        assert study.records[-1].state == "interrupted"
-        assert study.records[-1].reason == "stopped by the user"
+        assert [record.state for record in study.records] == ["complete"] * finished
         assert len(pd.read_csv(out / "trials.csv")) == len(study.records)
-    assert outcome(run_study(study_yaml, out=out)) == undisturbed
+    assert points_and_accuracies(run_study(study_yaml, out=out)) == undisturbed
 
 
-# --- what is there and what is not ---
+# --- what has changed since ---
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_dense_model_comes_first_even_if_it_was_interrupted(tiny_folder: Path, tmp_path: Path, how: str) -> None:
     config = tiny_study(tiny_folder, enqueue=[{"method": "svd", "rank": 6, "roles": ["up"]}])
-    watcher = Watcher(before={0: stop}) if how == "killed" else Watcher(during={0: stop})
+    watcher = Watcher(before={0: interrupt}) if how == "killed" else Watcher(during={0: interrupt})
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_study(config, out=tmp_path / "run", listener=watcher)
-        watcher = Watcher(during={0: stop})
+        watcher = Watcher(during={0: interrupt})
     study = run_study(config, out=tmp_path / "run")
-    assert [record.state for record in study.records[:3]] == ["interrupted", "interrupted", "complete"]
-    assert [record.origin for record in study.records[:4]] == ["dense", "dense", "dense", "enqueued"]
-    assert study.attributes["reference"]["parameters"] == 1.1 * study.records[2].cost["parameters_dense"]
-    first = study.records[3]
+    assert [(record.state, record.origin) for record in study.records[:2]] == [
+        ("complete", "dense"), ("complete", "enqueued"),
+    ]  # fmt: skip
+    assert study.attributes["reference"]["parameters"] == 1.1 * study.records[0].cost["parameters_dense"]
+    first = study.records[1]
     assert first.accuracy_drop is not None
     assert first.accuracy_drop.low is not None
     assert study.evaluated_trials == 5
 
 
-def test_more_trials_go_on_and_running_again_says_complete(tiny_folder: Path, tmp_path: Path) -> None:
+def test_more_trials_resume_and_a_complete_study_returns_at_once(tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_folder / "model", tmp_path / "model")
     save_choice_task(tmp_path)
     config = tiny_study(tmp_path, budget={"trials": 3})
     first = run_study(config, out=tmp_path / "run")
     watcher = Watcher()
     second = run_study(config, out=tmp_path / "run", trials=6, listener=watcher)
-    assert watcher.messages[-1] == "going on with 3 of 6 trials done"
+    assert watcher.messages[-1] == "resuming: 3 of 6 trials are done"
     assert watcher.started == [record.trial for record in evaluated(second)[3:]]
     assert second.records[: len(first.records)] == first.records
     assert second.evaluated_trials == 6
     assert second.config.budget.trials == 6
     assert second.attributes["reference"] == first.attributes["reference"]
     assert second.attributes["facts"] == first.attributes["facts"]
-    shutil.rmtree(tmp_path / "model")  # saying so needs no model
+    shutil.rmtree(tmp_path / "model")  # a complete study needs no model
     (second.folder.front_html).unlink()
     watcher = Watcher()
     third = run_study(config, out=tmp_path / "run", trials=6, listener=watcher)
-    assert watcher.messages == ["complete: all 6 trials are there"]
+    assert watcher.messages == ["complete: all 6 trials are done"]
     assert third.records == second.records
     assert third.folder.front_html.is_file()
 
@@ -247,22 +243,22 @@ def test_another_study_in_the_folder_is_refused(
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished_study.iterdir()) == before
 
 
-def test_a_study_of_which_nothing_was_evaluated_makes_way(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_study_without_evaluated_trials_is_replaced(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_study(tiny_study(tiny_folder), out=tmp_path / "run", listener=Watcher(during={0: stop}))
+        run_study(tiny_study(tiny_folder), out=tmp_path / "run", listener=Watcher(during={0: interrupt}))
     config = tiny_study(tiny_folder, objectives=["accuracy", "parameters", "weight_bytes"], budget={"trials": 2})
     study = run_study(config, out=tmp_path / "run")
     assert [record.state for record in study.records] == ["complete", "complete"]
     assert len(study.objectives) == 3
 
 
-def test_a_folder_that_is_no_study_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_study_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     config = tiny_study(tiny_folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     (tmp_path / "file").write_text("x")
     for name in ("mine", "file"):
-        with pytest.raises(StudyError, match="exists and is no study"):
+        with pytest.raises(StudyError, match="exists and is not a study"):
             run_study(config, out=tmp_path / name)
     with pytest.raises(StudyError, match="File name too long"):
         run_study(config, out=tmp_path / ("x" * 300))
@@ -272,24 +268,24 @@ def test_a_folder_that_is_no_study_is_refused(tiny_folder: Path, tmp_path: Path)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
-def test_what_must_stay_the_same_is_checked_when_a_study_goes_on(tmp_path: Path) -> None:
+def test_model_and_tasks_are_checked_when_a_study_resumes(tmp_path: Path) -> None:
     save_choice_task(tmp_path)
     save_tiny_model(tmp_path / "model")
     config = tiny_study(tmp_path, budget={"trials": 2})
     run_study(config, out=tmp_path / "run")
     save_tiny_model(tmp_path / "model", seed=6)
-    with pytest.raises(StudyError, match="was begun with other model weights"):
+    with pytest.raises(StudyError, match="started with other model weights"):
         run_study(config, out=tmp_path / "run", trials=3)
     save_tiny_model(tmp_path / "model")
     data = tmp_path / "tiny_choice.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[3]["gold"] = (rows[3]["gold"] + 1) % 4
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(StudyError, match="was begun with other tasks, documents or lm-eval version"):
+    with pytest.raises(StudyError, match="started with other tasks, documents or lm-eval version"):
         run_study(config, out=tmp_path / "run", trials=3)
     save_choice_task(tmp_path)
     assert run_study(config, out=tmp_path / "run", trials=3).evaluated_trials == 3
-    # The dense model's outcomes are the reference of every paired drop; without them there is no going on.
+    # Every paired drop refers to the dense model's outcomes: without them the study cannot resume.
     open_study(tmp_path / "run").folder.outcomes(0).write_bytes(b"damaged")
     with pytest.raises(StudyError, match="damaged"):
         run_study(config, out=tmp_path / "run", trials=4)
@@ -337,4 +333,4 @@ def test_a_full_disk_loses_nothing(
     filler.unlink()
     study = run_study(config, out=out)
     assert study.evaluated_trials == 8
-    assert outcome(study) == outcome(expected)
+    assert points_and_accuracies(study) == points_and_accuracies(expected)

@@ -25,7 +25,7 @@ def everything(loaded: LoadedModel) -> dict[str, int]:
 
 
 class Counter:
-    """Counts how many tensors a build decomposes."""
+    """Counts the tensors that a build decomposes."""
 
     def __init__(self) -> None:
         self.decomposed = 0
@@ -35,7 +35,7 @@ class Counter:
             self.decomposed = done
 
 
-def test_any_rank_is_a_slice(llama: LoadedModel, windows: CalibrationWindows, tmp_path: Path) -> None:
+def test_smaller_ranks_are_slices_of_the_bank(llama: LoadedModel, windows: CalibrationWindows, tmp_path: Path) -> None:
     bank = FactorBank.build(llama, {"whitened_svd": everything(llama)}, windows, folder=tmp_path)
     small = FactorBank.build(llama, {"whitened_svd": {"layers.1.down": 2}}, windows, folder=tmp_path / "small")
     choice = TensorChoice("whitened_svd", 2)
@@ -47,7 +47,7 @@ def test_any_rank_is_a_slice(llama: LoadedModel, windows: CalibrationWindows, tm
     )
 
 
-def test_opening_again_decomposes_nothing_and_gives_the_same(llama: LoadedModel, tmp_path: Path) -> None:
+def test_reopening_decomposes_nothing_and_returns_the_same_factors(llama: LoadedModel, tmp_path: Path) -> None:
     first = FactorBank.build(llama, {"svd": everything(llama)}, folder=tmp_path)
     counter = Counter()
     again = FactorBank.build(llama, {"svd": everything(llama)}, folder=tmp_path, progress=counter)
@@ -56,7 +56,7 @@ def test_opening_again_decomposes_nothing_and_gives_the_same(llama: LoadedModel,
     assert torch.equal(first.factors("layers.0.up", choice).left, again.factors("layers.0.up", choice).left)
 
 
-def test_a_larger_rank_rebuilds_that_tensor_only(llama: LoadedModel, tmp_path: Path) -> None:
+def test_a_larger_rank_rebuilds_only_that_tensor(llama: LoadedModel, tmp_path: Path) -> None:
     FactorBank.build(llama, {"svd": {"layers.0.up": 2, "layers.1.up": 2}}, folder=tmp_path)
     counter = Counter()
     bank = FactorBank.build(llama, {"svd": {"layers.0.up": 9, "layers.1.up": 2}}, folder=tmp_path, progress=counter)
@@ -64,8 +64,8 @@ def test_a_larger_rank_rebuilds_that_tensor_only(llama: LoadedModel, tmp_path: P
     assert bank.factors("layers.0.up", TensorChoice("svd", 9)).rank == 9
 
 
-@pytest.mark.parametrize("divergence", ["truncate", "flip", "delete", "manifest", "manifest_types"])
-def test_divergence_is_found_and_mended(llama: LoadedModel, tmp_path: Path, divergence: str) -> None:
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "manifest_types"])
+def test_damaged_files_are_detected_and_rebuilt(llama: LoadedModel, tmp_path: Path, damage: str) -> None:
     requests = {"svd": everything(llama)}
     intact = FactorBank.build(llama, requests, folder=tmp_path)
     choice = TensorChoice("svd", 4)
@@ -73,24 +73,24 @@ def test_divergence_is_found_and_mended(llama: LoadedModel, tmp_path: Path, dive
     folder = intact.folders["svd"]
     file = folder / "layers.2.gate.safetensors"
     content = bytearray(file.read_bytes())
-    if divergence == "truncate":
+    if damage == "truncate":
         file.write_bytes(content[:-10])
-    elif divergence == "flip":
+    elif damage == "flip":
         content[-1] ^= 1
         file.write_bytes(content)
-    elif divergence == "delete":
+    elif damage == "delete":
         file.unlink()
-    elif divergence == "manifest":
+    elif damage == "manifest":
         (folder / "manifest.json").write_text("{half of a")
     else:
         (folder / "manifest.json").write_text(json.dumps({"schema": 1, "tensors": [1]}))
     counter = Counter()
-    mended = FactorBank.build(llama, requests, folder=tmp_path, progress=counter)
-    assert counter.decomposed == (1 if divergence in ("truncate", "flip", "delete") else len(llama.topology.tensors))
-    torch.testing.assert_close(mended.factors("layers.2.gate", choice).product(), expected)
+    rebuilt = FactorBank.build(llama, requests, folder=tmp_path, progress=counter)
+    assert counter.decomposed == (1 if damage in ("truncate", "flip", "delete") else len(llama.topology.tensors))
+    torch.testing.assert_close(rebuilt.factors("layers.2.gate", choice).product(), expected)
 
 
-def test_a_killed_build_goes_on_where_it_stood(llama: LoadedModel, tmp_path: Path) -> None:
+def test_a_killed_build_continues_where_it_stopped(llama: LoadedModel, tmp_path: Path) -> None:
     def die(phase: str, done: int, total: int) -> None:
         if phase == "decompose" and done == 5:
             raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_a_killed_build_goes_on_where_it_stood(llama: LoadedModel, tmp_path: Pat
     assert counter.decomposed == len(llama.topology.tensors) - 5
 
 
-def test_model_and_calibration_text_tell_banks_apart(
+def test_banks_differ_by_model_and_calibration_text(
     llama: LoadedModel, gpt2: LoadedModel, windows: CalibrationWindows, tmp_path: Path
 ) -> None:
     other = calibration_windows(
@@ -123,7 +123,7 @@ def test_model_and_calibration_text_tell_banks_apart(
     assert plain in folders
 
 
-def test_calibration_text_may_be_named(llama: LoadedModel, tmp_path: Path) -> None:
+def test_calibration_text_can_be_given_by_name(llama: LoadedModel, tmp_path: Path) -> None:
     request = {"whitened_svd": {"layers.0.up": 2}}
     (tmp_path / "mine.txt").write_text("the quick brown fox " * 2000)
     folders = {
@@ -133,7 +133,9 @@ def test_calibration_text_may_be_named(llama: LoadedModel, tmp_path: Path) -> No
     assert len(folders) == 3
 
 
-def test_what_cannot_be_built_is_refused(llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_banks_that_cannot_be_built_are_refused(
+    llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CalibrationError, match="needs calibration text"):
         FactorBank.build(llama, {"whitened_svd": {"layers.0.up": 2}}, folder=tmp_path)
     bank = FactorBank.build(llama, {"svd": {"layers.0.up": 2}}, folder=tmp_path)
@@ -149,7 +151,7 @@ def test_what_cannot_be_built_is_refused(llama: LoadedModel, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("budget_bytes", [1, 12_000, 10**9])
-def test_grams_equal_a_direct_sum_whatever_the_budget(
+def test_grams_equal_a_direct_sum_for_any_memory_budget(
     llama: LoadedModel, windows: CalibrationWindows, budget_bytes: int
 ) -> None:
     names = tuple(tensor.name for tensor in llama.topology.tensors)
@@ -174,35 +176,35 @@ def test_grams_equal_a_direct_sum_whatever_the_budget(
     assert sorted(seen) == sorted(names)
 
 
-def test_tensors_that_read_one_input_share_a_gram(llama: LoadedModel, windows: CalibrationWindows) -> None:
+def test_tensors_with_the_same_input_share_a_gram_matrix(llama: LoadedModel, windows: CalibrationWindows) -> None:
     names = tuple(t.name for t in llama.topology.tensors if t.layer == 0)
     groups = [sharing for sharing, _ in iterate_grams(llama.model, llama.topology, names, windows)]
     roles = [tuple(name.rsplit(".", 1)[1] for name in group) for group in groups]
     assert roles == [("query", "key", "value"), ("attention_output",), ("gate", "up"), ("down",)]
 
 
-def test_no_hook_stays_behind(llama: LoadedModel, windows: CalibrationWindows) -> None:
+def test_no_hook_remains_registered(llama: LoadedModel, windows: CalibrationWindows) -> None:
     names = tuple(t.name for t in llama.topology.tensors)
     list(iterate_grams(llama.model, llama.topology, names, windows))
     assert not any(module._forward_pre_hooks for module in llama.model.modules())
 
 
 class TestCalibrationWindows:
-    def test_shares_follow_the_weights(self, llama: LoadedModel) -> None:
+    def test_sources_contribute_by_weight(self, llama: LoadedModel) -> None:
         sources = [CalibrationSource(builtin="general", weight=3), CalibrationSource(builtin="python_docs", weight=1)]
         windows = calibration_windows(llama.tokenizer, CalibrationConfig(sources=sources, tokens=4096, window=64))
         assert windows.token_ids.shape == (64, 64)
         assert "general (3072 tokens)" in windows.description
         assert "python_docs (1024 tokens)" in windows.description
 
-    def test_a_short_source_gives_what_it_has(self, llama: LoadedModel, tmp_path: Path) -> None:
+    def test_a_short_source_contributes_all_it_has(self, llama: LoadedModel, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("abcdefgh" * 40)
         sources = [CalibrationSource(file=str(tmp_path / "short.txt")), CalibrationSource(builtin="general")]
         windows = calibration_windows(llama.tokenizer, CalibrationConfig(sources=sources, tokens=2048, window=64))
         assert windows.tokens == 2048
         assert "(320 tokens)" in windows.description
 
-    def test_the_seed_decides(self, llama: LoadedModel) -> None:
+    def test_windows_depend_on_the_seed(self, llama: LoadedModel) -> None:
         def fingerprint(seed: int) -> str:
             config = CalibrationConfig(
                 sources=[CalibrationSource(builtin="general")], tokens=1024, window=64, seed=seed
@@ -212,7 +214,7 @@ class TestCalibrationWindows:
         assert fingerprint(0) == fingerprint(0)
         assert fingerprint(0) != fingerprint(1)
 
-    def test_errors_name_the_remedy(self, llama: LoadedModel, tmp_path: Path) -> None:
+    def test_errors_state_the_remedy(self, llama: LoadedModel, tmp_path: Path) -> None:
         def windows(source: CalibrationSource, tokens: int = 1024) -> CalibrationWindows:
             return calibration_windows(llama.tokenizer, CalibrationConfig(sources=[source], tokens=tokens, window=64))
 

@@ -39,7 +39,7 @@ def test_an_empty_batch_gives_an_empty_output() -> None:
     assert module(torch.empty(0, 3)).shape == (0, 4)
 
 
-def test_names_in_the_state_dict_are_those_that_exports_rely_on() -> None:
+def test_state_dict_names_match_those_of_exports() -> None:
     module = LowRankLinear(torch.ones(4, 2), torch.ones(2, 3), torch.ones(4), torch.ones(2, 2))
     assert set(module.state_dict()) == {"left", "right", "core", "bias"}
     assert not any(parameter.requires_grad for parameter in module.parameters())

@@ -1,12 +1,11 @@
-"""What every method must do (the conformance suite), and what each must do on its own."""
+"""The conformance suite of all methods, and the tests of each method."""
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import tensorly
 import torch
+from decomposition_support import SHAPES, gradients_of, gram_of, weight_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import tucker as tensorly_tucker
@@ -21,39 +20,19 @@ from dse.decomposition import (
     tucker_merged,
     whitened_svd,
 )
+from dse.decomposition.svd_methods import warn_of_damping
 from dse.design_point import METHOD_NAMES
 from dse.errors import CalibrationError, NonFiniteError, RankError
 
-SHAPES = [(12, 8), (8, 12), (9, 9)]
 
-
-def gram_of(n: int, seed: int = 1, tokens: int = 200) -> torch.Tensor:
-    """A Gram matrix with a spread of three orders of magnitude between directions, as activations have."""
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.logspace(0, -3, n)
-    activations = torch.randn(tokens, n, generator=generator) * scales
-    rotation = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
-    activations = activations @ rotation
-    return activations.T @ activations / tokens
-
-
-def gradients_of(m: int, seed: int = 2) -> torch.Tensor:
-    """A Gram matrix of output gradients, spread over two orders of magnitude."""
-    return gram_of(m, seed, tokens=300)
-
-
-def weight_of(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_methods_are_those_that_points_may_name() -> None:
+def test_methods_match_the_names_that_points_accept() -> None:
     assert set(METHODS) == set(METHOD_NAMES)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 class TestEveryMethod:
-    def test_full_rank_gives_the_weight_back(self, method: str, shape: tuple[int, int]) -> None:
+    def test_full_rank_reproduces_the_weight(self, method: str, shape: tuple[int, int]) -> None:
         weight = weight_of(shape)
         factors = factorise(weight, method, min(shape), gram_of(shape[1]), gradients_of(shape[0]))
         torch.testing.assert_close(factors.product(), weight, atol=2e-4, rtol=1e-4)
@@ -74,11 +53,11 @@ class TestEveryMethod:
         assert factors.right.is_contiguous()
 
     @pytest.mark.parametrize("rank", [0, -3, 100])
-    def test_a_rank_outside_is_refused_with_the_interval(self, method: str, shape: tuple[int, int], rank: int) -> None:
+    def test_a_rank_outside_the_interval_is_refused(self, method: str, shape: tuple[int, int], rank: int) -> None:
         with pytest.raises(RankError, match=rf"`1 <= rank <= {min(shape)}` .* got rank={rank}"):
             factorise(weight_of(shape), method, rank, gram_of(shape[1]), gradients_of(shape[0]))
 
-    def test_a_weight_that_is_not_finite_is_refused(self, method: str, shape: tuple[int, int]) -> None:
+    def test_non_finite_weights_are_refused(self, method: str, shape: tuple[int, int]) -> None:
         weight = weight_of(shape)
         weight[1, 1] = float("nan")
         with pytest.raises(NonFiniteError):
@@ -126,7 +105,7 @@ def test_no_perturbation_of_the_whitened_factors_does_better(seed: int, rank: in
         assert error(left + step_left, right + step_right) >= best * (1 - 1e-4) - 1e-9
 
 
-def test_whitening_equals_the_projection_written_independently() -> None:
+def test_whitening_equals_an_independent_implementation() -> None:
     """For m <= n the optimum is U U^T W with U the leading eigenvectors of W G W^T; for m > n solve by Cholesky."""
     for shape in SHAPES:
         weight, gram = weight_of(shape).double(), gram_of(shape[1]).double()
@@ -135,7 +114,7 @@ def test_whitening_equals_the_projection_written_independently() -> None:
         torch.testing.assert_close(whitened_svd(weight, 3, gram).product().double(), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_whitening_with_the_identity_is_the_plain_svd() -> None:
+def test_whitening_with_the_identity_equals_the_plain_svd() -> None:
     weight = weight_of((12, 8))
     torch.testing.assert_close(
         whitened_svd(weight, 3, torch.eye(8)).product(), truncated_svd(weight, 3).product(), atol=1e-5, rtol=1e-4
@@ -149,8 +128,8 @@ def test_scaling_the_gram_changes_nothing() -> None:
     )
 
 
-def test_a_singular_gram_is_damped_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    importlib.import_module("dse.decomposition.whitened_svd").say_damping_once.cache_clear()
+def test_a_singular_gram_matrix_is_damped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_damping.cache_clear()
     few_tokens = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     gram = few_tokens.T @ few_tokens
     weight = weight_of((12, 8))
@@ -161,7 +140,7 @@ def test_a_singular_gram_is_damped_and_said_once(caplog: pytest.LogCaptureFixtur
     assert sum("not positive definite" in record.message for record in caplog.records) == 1
 
 
-def test_whitening_refuses_what_is_no_gram() -> None:
+def test_whitening_refuses_invalid_gram_matrices() -> None:
     weight = weight_of((12, 8))
     with pytest.raises(CalibrationError, match="8 x 8"):
         whitened_svd(weight, 2, torch.eye(12))
@@ -175,7 +154,7 @@ def test_whitening_refuses_what_is_no_gram() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fisher_error_is_the_tail_of_the_two_sided_singular_values(shape: tuple[int, int]) -> None:
-    """Against an SVD of the whitened matrix itself, and the divergence it stands for."""
+    """Against an SVD of the whitened matrix itself, and the divergence that it stands for."""
     weight, gram, gradients = weight_of(shape).double(), gram_of(shape[1]).double(), gradients_of(shape[0]).double()
     metric = gradients + 0.5 * gradients.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
     whitened = torch.linalg.cholesky(metric).T @ weight @ torch.linalg.cholesky(gram)
@@ -188,13 +167,13 @@ def test_fisher_error_is_the_tail_of_the_two_sided_singular_values(shape: tuple[
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1.0])
-def test_fisher_with_outputs_that_count_alike_is_whitening(shape: tuple[int, int], scale: float) -> None:
+def test_fisher_with_equal_output_weights_equals_whitening(shape: tuple[int, int], scale: float) -> None:
     weight, gram = weight_of(shape), gram_of(shape[1])
     found = fisher_svd(weight, 3, gram, scale * torch.eye(shape[0])).product()
     torch.testing.assert_close(found, whitened_svd(weight, 3, gram).product(), atol=1e-4, rtol=1e-3)
 
 
-def test_fisher_spares_the_outputs_that_the_loss_hangs_on() -> None:
+def test_fisher_reduces_the_error_of_important_outputs() -> None:
     weight, gram = weight_of((12, 8)), torch.eye(8)
     importance = torch.ones(12)
     importance[4] = 1e6
@@ -204,7 +183,7 @@ def test_fisher_spares_the_outputs_that_the_loss_hangs_on() -> None:
     assert float(residual.norm()) > float(alike.norm())
 
 
-def test_fisher_refuses_what_is_no_gram_of_gradients() -> None:
+def test_fisher_refuses_invalid_gradient_gram_matrices() -> None:
     weight, gram = weight_of((12, 8)), gram_of(8)
     with pytest.raises(CalibrationError, match="12 x 12"):
         fisher_svd(weight, 2, gram, torch.eye(8))
@@ -225,7 +204,7 @@ def test_tucker_equals_tensorly_at_that_rank_and_restores_its_backend() -> None:
     torch.testing.assert_close(factors.product(), torch.from_numpy(left @ core @ right.T), atol=1e-4, rtol=1e-3)
 
 
-def test_the_tucker_core_is_kept_apart_and_merging_keeps_the_product() -> None:
+def test_the_tucker_core_is_separate_and_merging_it_keeps_the_product() -> None:
     weight = weight_of((12, 8))
     kept, merged = tucker(weight, 3), tucker_merged(weight, 3)
     assert kept.core is not None

@@ -1,4 +1,4 @@
-"""Refits against the same least squares written with lstsq on activations that forward hooks record."""
+"""Refits against the same least-squares problem solved with lstsq on recorded activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dse.decomposition import CalibrationWindows, FactorBank, LowRankFactors, apply_point, decompose, factorise
-from dse.decomposition.low_rank import as_matrix
+from dse.decomposition.factors import as_matrix
 from dse.decomposition.refit import refit_factors
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import NonFiniteError, PointError
@@ -45,7 +45,7 @@ class Fixed:
 
 
 def recorded(loaded: LoadedModel, path: str, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and outputs of one module, rows of tokens."""
+    """Inputs and outputs of one module, with tokens as rows."""
     seen: list[torch.Tensor] = []
 
     def see(_module: object, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ def recorded(loaded: LoadedModel, path: str, tokens: torch.Tensor) -> tuple[torc
 def expected_left(
     loaded: LoadedModel, name: str, factors: LowRankFactors, point: DesignPoint, source: Fixed
 ) -> torch.Tensor:
-    """A quarter of the received error regressed on the components; the ridge as extra rows of lstsq."""
+    """A quarter of the received error regressed on the components, with the ridge as extra rows of lstsq."""
     path = loaded.topology[name].module
     dense_inputs, dense_outputs = recorded(loaded, path, token_ids())
     with decompose(loaded, point, source):
@@ -79,7 +79,7 @@ def expected_left(
 def test_the_left_factor_solves_the_least_squares_between_the_two_models(
     fixture: str, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """Everything in front of the tensor is decomposed by what the refit itself gave there."""
+    """All tensors before this one use the factors that the refit gave them."""
     loaded: LoadedModel = request.getfixturevalue(fixture)
     name = name if name in loaded.topology.by_name else "layers.1.up"
     all_names = tuple(tensor.name for tensor in loaded.topology.tensors)
@@ -94,7 +94,7 @@ def test_the_left_factor_solves_the_least_squares_between_the_two_models(
 
 
 @pytest.mark.parametrize("fixture", ["llama", "gpt2"])
-def test_without_received_errors_there_is_nothing_to_mend(fixture: str, request: pytest.FixtureRequest) -> None:
+def test_without_received_errors_a_refit_changes_nothing(fixture: str, request: pytest.FixtureRequest) -> None:
     loaded: LoadedModel = request.getfixturevalue(fixture)
     names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.layer == 1)
     factors = {name: plain_factors(loaded, (name,), min(loaded.topology[name].shape))[name] for name in names}
@@ -111,7 +111,7 @@ def test_the_model_is_never_changed_and_the_refit_is_deterministic(llama: Loaded
     assert all(torch.equal(first[name].left, second[name].left) for name in factors)
 
 
-def test_what_is_not_refitted_stays_but_is_seen(llama: LoadedModel) -> None:
+def test_tensors_not_refitted_are_unchanged_but_affect_later_ones(llama: LoadedModel) -> None:
     factors = plain_factors(llama, ("layers.0.up", "layers.1.up"), 2)
     alone = refitted(llama, {"layers.1.up": factors["layers.1.up"]})
     both = refitted(llama, factors, refitted=frozenset({"layers.1.up"}))
@@ -119,7 +119,7 @@ def test_what_is_not_refitted_stays_but_is_seen(llama: LoadedModel) -> None:
     assert not torch.allclose(both["layers.1.up"].left, alone["layers.1.up"].left)
 
 
-def test_a_stack_is_its_members_with_one_right_factor(llama: LoadedModel) -> None:
+def test_a_stack_is_refitted_like_its_members_with_one_right_factor(llama: LoadedModel) -> None:
     stack = llama.topology.matrix("layers.1.query_key_value")
     before = plain_factors(llama, ("layers.0.down",), 2)
     whole = plain_factors(llama, (stack.name,), 6)[stack.name]
@@ -134,8 +134,8 @@ def test_a_stack_is_its_members_with_one_right_factor(llama: LoadedModel) -> Non
     assert not torch.allclose(found.left, whole.left)
 
 
-def test_a_removed_block_is_seen(llama: LoadedModel) -> None:
-    """Inputs behind a removed block, recorded from the model with the block really taken out."""
+def test_a_removed_block_affects_later_refits(llama: LoadedModel) -> None:
+    """The inputs after a removed block, recorded from the model with the block removed."""
     name = "layers.2.gate"
     factors = plain_factors(llama, (name,), 3)
     removed = ("layers.0.mlp", "layers.1.attention")
@@ -145,7 +145,7 @@ def test_a_removed_block_is_seen(llama: LoadedModel) -> None:
     torch.testing.assert_close(found[name].left.double(), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_activations_that_are_not_finite_are_refused(llama: LoadedModel) -> None:
+def test_non_finite_activations_are_refused(llama: LoadedModel) -> None:
     factors = plain_factors(llama, ("layers.0.up", "layers.1.up"), 2)
     factors["layers.0.up"] = LowRankFactors(factors["layers.0.up"].left * float("inf"), factors["layers.0.up"].right)
     with pytest.raises(NonFiniteError, match="must be finite"):
@@ -154,19 +154,19 @@ def test_activations_that_are_not_finite_are_refused(llama: LoadedModel) -> None
 
 
 def divergence(loaded: LoadedModel, dense: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Mean KL divergence of the predictions to the dense ones."""
+    """Mean KL divergence from the dense predictions."""
     logs = loaded.model(tokens).logits.log_softmax(-1)
     return float((dense.log_softmax(-1).exp() * (dense.log_softmax(-1) - logs)).sum(-1).mean())
 
 
-def test_points_are_refitted_through_the_bank_and_kept(llama: LoadedModel, tmp_path: Path) -> None:
+def test_the_bank_refits_points_and_caches_them(llama: LoadedModel, tmp_path: Path) -> None:
     point = DesignPoint.uniform(llama.topology, REFIT, 8)
     plain = DesignPoint.uniform(llama.topology, "fisher_svd", 8)
     calls: list[str] = []
     bank = FactorBank.build(
         llama, [point, plain], windows(), folder=tmp_path, progress=lambda phase, done, total: calls.append(phase)
     )
-    assert bank.folders[REFIT] == bank.folders["fisher_svd"]  # they share what they start from
+    assert bank.folders[REFIT] == bank.folders["fisher_svd"]  # both start from the same factors
     assert bank.identity(point) != bank.identity(plain)
     assert bank.of_point(plain) is bank
     with torch.no_grad():
@@ -186,7 +186,9 @@ def test_points_are_refitted_through_the_bank_and_kept(llama: LoadedModel, tmp_p
         assert torch.equal(llama.model(token_ids()).logits, dense)
 
 
-def test_a_damaged_refit_is_made_again(llama: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_refit_is_computed_again(
+    llama: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     point = DesignPoint.uniform(llama.topology, REFIT, 3, layers=[1])
     bank = FactorBank.build(llama, [point], windows(), folder=tmp_path)
     expected = bank.of_point(point).factors("layers.1.up", point.by_name["layers.1.up"]).left
@@ -197,8 +199,10 @@ def test_a_damaged_refit_is_made_again(llama: LoadedModel, tmp_path: Path, caplo
     assert "damaged" in caplog.text
 
 
-def test_only_the_newest_refits_are_kept(llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dse.decomposition.refitted_point._KEPT_BYTES", 1)
+def test_only_the_most_recent_refits_are_kept(
+    llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dse.decomposition.refit_cache._MAX_BYTES", 1)
     points = [DesignPoint.uniform(llama.topology, REFIT, rank, layers=[0]) for rank in (2, 3, 4)]
     bank = FactorBank.build(llama, points, windows(), folder=tmp_path)
     for point in points:

@@ -1,4 +1,4 @@
-"""Stacks: several tensors of a layer decomposed as one matrix, with one right factor and one first product."""
+"""Stacks: several tensors of a layer decomposed as one matrix, with one right factor and one shared product."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
+from tiny_models import tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dse.cost import break_even_rank, check_point, cost, has_core
+from dse.cost import break_even_rank, check_point, has_core, point_cost
 from dse.decomposition import FactorBank, LowRankFactors, StackedLinear, apply_point, calibration_windows, decompose
-from dse.decomposition.gram import iterate_grams
+from dse.decomposition.activation_grams import iterate_grams
+from dse.decomposition.factors import factors_of
+from dse.decomposition.low_rank_modules import SharedProduct
 from dse.decomposition.methods import METHODS, factorise
-from dse.decomposition.stacked import SharedProduct, stacked_modules
+from dse.decomposition.surgery import stacked_modules
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel, topology_of
@@ -53,23 +55,23 @@ def test_a_stack_is_the_matrix_of_its_members(llama: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_factors_are_those_of_the_stacked_matrix(llama: LoadedModel, method: str, tmp_path: Path) -> None:
-    """What the bank holds is the method applied to the stacked weight, with the Gram matrix of the shared input."""
+def test_the_bank_decomposes_the_stacked_matrix(llama: LoadedModel, method: str, tmp_path: Path) -> None:
+    """The bank applies the method to the stacked weight, with the Gram matrix of the shared input."""
     text = windows(llama)
     stack = llama.topology.stacks_by_name["layers.1.gate_up"]
     bank = FactorBank.build(llama, {method: {stack.name: 7}}, text, folder=tmp_path)
     found = bank.factors(stack.name, TensorChoice(method, 7))
     assert (found.left.shape, found.right.shape) == ((96, 7), (7, 32))
     if METHODS[method].needs_gradients:
-        return  # compared below, where the gradients are taken by hand
+        return  # the gradients are compared in the next test
     ((sharing, gram),) = iterate_grams(llama.model, llama.topology, ("layers.1.gate",), text)
     assert sharing == ("layers.1.gate",)
     expected = factorise(stacked_weight(llama, stack), method, 7, gram)
     torch.testing.assert_close(found.product(), expected.product(), atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_of_a_stack_are_those_of_its_outputs_side_by_side(llama: LoadedModel) -> None:
-    from dse.decomposition.gradient_gram import GradientGrams
+def test_gradients_of_a_stack_are_those_of_its_concatenated_outputs(llama: LoadedModel) -> None:
+    from dse.decomposition.gradient_grams import GradientGrams
 
     text = windows(llama)
     stack = llama.topology.stacks_by_name["layers.1.gate_up"]
@@ -81,14 +83,16 @@ def test_gradients_of_a_stack_are_those_of_its_outputs_side_by_side(llama: Loade
     assert float(torch.linalg.eigvalsh(whole.double()).min()) > -1e-9 * float(whole.trace())
 
 
-def test_a_stack_with_its_members_shares_one_gram_matrix(llama: LoadedModel) -> None:
+def test_a_stack_and_its_members_share_one_gram_matrix(llama: LoadedModel) -> None:
     names = ("layers.0.query_key_value", "layers.0.query", "layers.0.value")
     ((sharing, _),) = iterate_grams(llama.model, llama.topology, names, windows(llama))
     assert set(sharing) == set(names)
 
 
 @pytest.mark.parametrize("method", ["svd", "tucker", "whitened_svd"])
-def test_the_model_computes_what_the_stacked_product_computes(llama: LoadedModel, method: str, tmp_path: Path) -> None:
+def test_the_model_equals_one_with_the_stacked_product_as_weights(
+    llama: LoadedModel, method: str, tmp_path: Path
+) -> None:
     point = stack_point(llama, method)
     bank = FactorBank.build(llama, [point], windows(llama), folder=tmp_path)
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
@@ -101,7 +105,7 @@ def test_the_model_computes_what_the_stacked_product_computes(llama: LoadedModel
             expected.get_submodule(path).weight.data.copy_(product[rows])
     with decompose(llama, point, bank):
         torch.testing.assert_close(llama.model(TOKENS).logits, expected(TOKENS).logits, atol=1e-5, rtol=1e-4)
-        assert sum(p.numel() for p in llama.model.parameters()) == cost(llama.topology, point).parameters
+        assert sum(p.numel() for p in llama.model.parameters()) == point_cost(llama.topology, point).parameters
         assert len({id(p) for p in llama.model.state_dict(keep_vars=True).values()}) == len(llama.model.state_dict())
     after = llama.model.state_dict()
     assert list(after) == list(before)
@@ -110,7 +114,7 @@ def test_the_model_computes_what_the_stacked_product_computes(llama: LoadedModel
 
 
 @pytest.mark.parametrize("core", [False, True])
-def test_a_stack_at_full_rank_is_dense(core: bool) -> None:
+def test_a_stack_at_full_rank_equals_the_dense_layers(core: bool) -> None:
     torch.manual_seed(0)
     members = [nn.Linear(16, size, bias=size != 8) for size in (24, 8, 8)]
     weight = torch.cat([member.weight.data for member in members])
@@ -124,7 +128,7 @@ def test_a_stack_at_full_rank_is_dense(core: bool) -> None:
 
 
 class Counted(SharedProduct):
-    """Counts its products; everything else is the real thing."""
+    """A `SharedProduct` that counts its products."""
 
     products = 0
 
@@ -141,11 +145,11 @@ def counted(members: int = 3) -> tuple[tuple[StackedLinear, ...], SharedProduct]
 
 
 def alone(module: StackedLinear, x: torch.Tensor) -> torch.Tensor:
-    return x @ module.factors().product().T
+    return x @ factors_of(module).product().T
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_the_first_product_is_computed_once_and_let_go(inference: bool) -> None:
+def test_the_shared_product_is_computed_once_and_released(inference: bool) -> None:
     modules, shared = counted()
     with torch.inference_mode(inference):
         for _ in range(2):  # the same input again, in a second pass
@@ -160,7 +164,7 @@ def test_the_first_product_is_computed_once_and_let_go(inference: bool) -> None:
         assert Counted.products == 2
 
 
-def test_a_product_is_never_given_for_another_input() -> None:
+def test_a_product_is_never_reused_for_another_input() -> None:
     modules, shared = counted()
     first, second = torch.randn(2, 4), torch.randn(2, 4)
     for module, x in zip(modules, (first, second, first), strict=True):
@@ -172,14 +176,14 @@ def test_a_product_is_never_given_for_another_input() -> None:
     with torch.inference_mode():
         x = torch.randn(2, 4)
         modules[0](x)
-        x.add_(1)  # in place where nobody counts: a member that asks again gets a new product
+        x.add_(1)  # in place and uncounted in inference mode: a member that calls again gets a new product
         torch.testing.assert_close(modules[0](x), alone(modules[0], x))
     copied = copy.deepcopy(nn.ModuleList(modules))
     assert copied[2].shared is copied[0].shared is not shared
     assert copied[0].shared._held is None
 
 
-def test_what_raises_between_members_leaves_nothing_wrong(llama: LoadedModel, tmp_path: Path) -> None:
+def test_an_error_between_members_has_no_lasting_effect(llama: LoadedModel, tmp_path: Path) -> None:
     point = stack_point(llama)
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     with decompose(llama, point, bank):
@@ -192,7 +196,7 @@ def test_what_raises_between_members_leaves_nothing_wrong(llama: LoadedModel, tm
         assert torch.equal(llama.model(TOKENS).logits, expected)
 
 
-def test_swaps_copies_dtypes_and_children(llama: LoadedModel, tmp_path: Path) -> None:
+def test_stacks_survive_swaps_copies_dtype_changes_and_forks(llama: LoadedModel, tmp_path: Path) -> None:
     point = stack_point(llama)
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     dense = llama.model(TOKENS).logits
@@ -221,7 +225,7 @@ def test_swaps_copies_dtypes_and_children(llama: LoadedModel, tmp_path: Path) ->
     handle.undo()
 
 
-def test_generation_with_a_cache_is_generation_without(llama: LoadedModel, tmp_path: Path) -> None:
+def test_generation_with_a_cache_equals_generation_without(llama: LoadedModel, tmp_path: Path) -> None:
     point = DesignPoint.of(dict(stack_point(llama)) | {"layers.0.attention_output": TensorChoice("svd", 4)})
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     rules = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -233,7 +237,7 @@ def test_generation_with_a_cache_is_generation_without(llama: LoadedModel, tmp_p
 
 def test_cost_counts_the_shared_factor_once(llama: LoadedModel, tmp_path: Path) -> None:
     point = stack_point(llama, rank=6)
-    found, dense = cost(llama.topology, point), cost(llama.topology, DesignPoint.dense())
+    found, dense = point_cost(llama.topology, point), point_cost(llama.topology, DesignPoint.dense())
     saved = 3 * ((64 * 32 - 6 * (64 + 32)) + (96 * 32 - 6 * (96 + 32)))
     assert dense.parameters - found.parameters == saved
     assert dense.flops_decode_per_token - found.flops_decode_per_token == 2 * saved
@@ -257,7 +261,7 @@ def test_cost_counts_the_shared_factor_once(llama: LoadedModel, tmp_path: Path) 
             check_point(llama.topology, DesignPoint.of({name: TensorChoice(method, limit + 1)}))
 
 
-def test_overlaps_are_refused(llama: LoadedModel) -> None:
+def test_overlapping_choices_are_refused(llama: LoadedModel) -> None:
     stack = {"layers.1.query_key_value": TensorChoice("svd", 2)}
     with pytest.raises(PointError, match=r"'layers.1.key' is part of both"):
         check_point(llama.topology, DesignPoint.of(stack | {"layers.1.key": TensorChoice("svd", 2)}))
@@ -266,7 +270,7 @@ def test_overlaps_are_refused(llama: LoadedModel) -> None:
     check_point(llama.topology, DesignPoint.of(stack | {"layers.1.mlp": TensorChoice.removal()}))
 
 
-def test_points_with_stacks_read_back(llama: LoadedModel) -> None:
+def test_points_with_stacks_round_trip_through_json(llama: LoadedModel) -> None:
     topology = llama.topology
     point = DesignPoint.uniform(topology, "svd", 3, [0, 2], ["query_key_value", "down"])
     assert set(point.by_name) == {f"layers.{i}.{role}" for i in (0, 2) for role in ("query_key_value", "down")}
@@ -276,8 +280,8 @@ def test_points_with_stacks_read_back(llama: LoadedModel) -> None:
     assert not any(name in topology.stacks_by_name for name, _ in everything)
 
 
-def test_the_compiler_keeps_one_first_product() -> None:
-    """Traced without a graph break, and the traced graph holds the shared product once."""
+def test_the_compiled_graph_holds_the_shared_product_once() -> None:
+    """It is traced without a graph break."""
     from torch._dynamo.backends.common import aot_autograd
 
     modules, _ = counted()
@@ -301,8 +305,8 @@ def test_the_compiler_keeps_one_first_product() -> None:
     torch._dynamo.reset()
 
 
-class Elsewhere(nn.Module):
-    """An MLP whose gate reads something else than its up projection."""
+class SeparateInputs(nn.Module):
+    """An MLP whose gate and up projection read different tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,15 +316,13 @@ class Elsewhere(nn.Module):
         return self.down_proj(self.gate_proj(x + 0) * self.up_proj(x))
 
 
-def test_members_must_read_the_very_same_tensor(llama: LoadedModel) -> None:
-    llama.model.model.layers[1].mlp = Elsewhere()
+def test_members_must_read_the_same_tensor_object(llama: LoadedModel) -> None:
+    llama.model.model.layers[1].mlp = SeparateInputs()
     topology = topology_of(llama.model)
     assert "layers.1.gate" in topology.by_name
     assert "layers.1.gate_up" not in topology.stacks_by_name
     assert "layers.0.gate_up" in topology.stacks_by_name
-    fused = topology_of(hf.Phi3ForCausalLM(hf.Phi3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-    )))  # fmt: skip
+    fused = topology_of(tiny_model("phi3"))
     assert fused.stacks == ()
     assert {"query_key_value", "gate_up"} <= set(fused.roles)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.decomposition import FactorBank, LowRankLinear, apply_point, decompose
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
@@ -32,10 +32,8 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 @pytest.mark.parametrize("method", ["svd", "tucker", "tucker_merged"])
-def test_the_decomposed_model_computes_what_the_merged_weights_compute(
-    model: LoadedModel, method: str, tmp_path: Path
-) -> None:
-    """Cross-check: a point in the model equals dense weights replaced by the product of the factors."""
+def test_the_decomposed_model_equals_one_with_merged_weights(model: LoadedModel, method: str, tmp_path: Path) -> None:
+    """An applied point gives the same outputs as dense weights replaced by the products of the factors."""
     point = DesignPoint.uniform(model.topology, method, 3, [1])
     bank = FactorBank.build(model, [point], folder=tmp_path)
     before = state(model)
@@ -43,7 +41,7 @@ def test_the_decomposed_model_computes_what_the_merged_weights_compute(
     with decompose(model, point, bank):
         logits = model.model(TOKENS).logits
         counted = sum(p.numel() for p in {id(p): p for p in model.model.parameters()}.values())
-        assert counted == cost(model.topology, point).parameters
+        assert counted == point_cost(model.topology, point).parameters
         for name, _ in point:
             assert isinstance(model.model.get_submodule(model.topology[name].module), LowRankLinear)
     assert_bit_identical(model, before)
@@ -57,7 +55,7 @@ def test_the_decomposed_model_computes_what_the_merged_weights_compute(
     assert not torch.allclose(dense_logits, logits, atol=1e-3)
 
 
-def test_a_block_that_raises_undoes_too(llama: LoadedModel, tmp_path: Path) -> None:
+def test_the_point_is_undone_when_the_block_raises(llama: LoadedModel, tmp_path: Path) -> None:
     point = DesignPoint.uniform(llama.topology, "svd", 2, [0, 2])
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     before = state(llama)
@@ -66,7 +64,7 @@ def test_a_block_that_raises_undoes_too(llama: LoadedModel, tmp_path: Path) -> N
     assert_bit_identical(llama, before)
 
 
-def test_sides_can_be_swapped_and_undone(llama: LoadedModel, tmp_path: Path) -> None:
+def test_baseline_and_candidate_can_be_swapped_and_undone(llama: LoadedModel, tmp_path: Path) -> None:
     point = DesignPoint.uniform(llama.topology, "svd", 2, [1])
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     dense = llama.model(TOKENS).logits
@@ -82,7 +80,7 @@ def test_sides_can_be_swapped_and_undone(llama: LoadedModel, tmp_path: Path) -> 
     assert torch.equal(llama.model(TOKENS).logits, dense)
 
 
-def test_every_problem_is_reported_and_nothing_is_touched(llama: LoadedModel, tmp_path: Path) -> None:
+def test_every_problem_is_reported_and_nothing_is_changed(llama: LoadedModel, tmp_path: Path) -> None:
     good = DesignPoint.uniform(llama.topology, "svd", 2, [1])
     bank = FactorBank.build(llama, [good], folder=tmp_path)
     before = state(llama)
@@ -101,13 +99,13 @@ def test_every_problem_is_reported_and_nothing_is_touched(llama: LoadedModel, tm
     assert_bit_identical(llama, before)
 
 
-def test_ranks_alone_make_a_rank_error(llama: LoadedModel, tmp_path: Path) -> None:
+def test_rank_problems_alone_raise_rank_error(llama: LoadedModel, tmp_path: Path) -> None:
     bank = FactorBank.build(llama, [], folder=tmp_path)
     with pytest.raises(RankError, match="break-even of 32 x 32"):
         apply_point(llama.model, llama.topology, DesignPoint.of({"layers.0.query": TensorChoice("svd", 17)}), bank)
 
 
-def test_a_factor_that_is_not_in_the_bank_leaves_the_model_alone(llama: LoadedModel, tmp_path: Path) -> None:
+def test_a_factor_missing_from_the_bank_leaves_the_model_unchanged(llama: LoadedModel, tmp_path: Path) -> None:
     bank = FactorBank.build(llama, [DesignPoint.uniform(llama.topology, "svd", 2, [1])], folder=tmp_path)
     before = state(llama)
     with pytest.raises(PointError, match=r"`rank <= 2` must hold .* in this factor bank, but got rank=5"):
@@ -122,7 +120,7 @@ def test_a_point_cannot_be_applied_twice(llama: LoadedModel, tmp_path: Path) -> 
         apply_point(llama.model, llama.topology, point, bank)
 
 
-def test_the_topology_of_another_model_is_refused(llama: LoadedModel, gpt2: LoadedModel, tmp_path: Path) -> None:
+def test_a_topology_of_another_model_is_refused(llama: LoadedModel, gpt2: LoadedModel, tmp_path: Path) -> None:
     point = DesignPoint.uniform(llama.topology, "svd", 2, [1])
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     with pytest.raises(PointError, match="another model"):
@@ -132,7 +130,7 @@ def test_the_topology_of_another_model_is_refused(llama: LoadedModel, gpt2: Load
         apply_point(llama.model, dataclasses.replace(llama.topology, tensors=widened), point, bank)
 
 
-def test_factors_take_the_dtype_of_the_weight(llama: LoadedModel, tmp_path: Path) -> None:
+def test_factors_get_the_dtype_of_the_weight(llama: LoadedModel, tmp_path: Path) -> None:
     point = DesignPoint.uniform(llama.topology, "svd", 2, [1])
     bank = FactorBank.build(llama, [point], folder=tmp_path)
     llama.model.to(torch.bfloat16)

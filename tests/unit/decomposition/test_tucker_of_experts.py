@@ -26,7 +26,7 @@ def random_tensor(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> torch.Tensor
 
 
 def truncated_hosvd_error(weight: torch.Tensor, ranks: tuple[int, ...]) -> float:
-    """||W - W x_1 U1 U1^T x_2 ...||, the bases from SVDs of the unfoldings: written without tensorly."""
+    """|W - W x_1 U1 U1^T x_2 ...|| with bases from SVDs of the unfoldings, computed without tensorly."""
     result = weight.double()
     for mode, rank in enumerate(ranks):
         basis = torch.linalg.svd(weight.double().movedim(mode, 0).flatten(1), full_matrices=False)[0][:, :rank]
@@ -34,7 +34,7 @@ def truncated_hosvd_error(weight: torch.Tensor, ranks: tuple[int, ...]) -> float
     return float((weight.double() - result).norm())
 
 
-def test_full_rank_is_the_weight_itself() -> None:
+def test_full_rank_returns_the_weight_unchanged() -> None:
     weight = random_tensor()
     factors = tucker_of_experts(weight, SHAPE)
     assert torch.equal(factors.product(), weight)
@@ -59,8 +59,8 @@ def test_tensors_of_low_multilinear_rank_are_found_exactly(ranks: tuple[int, int
     assert torch.allclose(tucker_of_experts(weight, ranks).product(), weight.float(), atol=1e-5)
 
 
-def test_error_of_a_superdiagonal_core_is_what_is_left_out() -> None:
-    """W = sum_a s_a u_a o v_a o w_a with orthonormal vectors: the best rank (r, r, r) leaves out the smallest s."""
+def test_error_of_a_superdiagonal_core_equals_the_omitted_entries() -> None:
+    """W = sum_a s_a u_a o v_a o w_a with orthonormal vectors: the best rank (r, r, r) omits the smallest s."""
     generator = torch.Generator().manual_seed(2)
     strengths = torch.tensor([5.0, 3.0, 2.0, 0.5], dtype=torch.float64)
     bases = [orthonormal(size, 4, generator) for size in SHAPE]
@@ -79,7 +79,7 @@ def test_iteration_is_no_worse_than_truncated_hosvd(seed: int, a: int, b: int, c
     assert error <= truncated_hosvd_error(weight, ranks) + 1e-4
 
 
-def test_iteration_improves_on_truncated_hosvd_where_it_can() -> None:
+def test_iteration_improves_on_truncated_hosvd() -> None:
     gains = []
     for seed in range(5):
         weight = random_tensor(seed)
@@ -88,7 +88,7 @@ def test_iteration_improves_on_truncated_hosvd_where_it_can() -> None:
     assert min(gains) > 1e-3
 
 
-def test_factors_are_orthonormal_and_the_same_every_time() -> None:
+def test_factors_are_orthonormal_and_deterministic() -> None:
     weight = random_tensor(3)
     first, second = (tucker_of_experts(weight, (3, 5, 4)) for _ in range(2))
     assert first.experts is not None
@@ -99,13 +99,13 @@ def test_factors_are_orthonormal_and_the_same_every_time() -> None:
     assert torch.equal(first.product(), second.product())
 
 
-def test_tensorlys_backend_is_put_back() -> None:
+def test_tensorlys_backend_is_restored() -> None:
     before = tensorly.get_backend()
     tucker_of_experts(random_tensor(), (2, 2, 2))
     assert tensorly.get_backend() == before
 
 
-def test_ranks_outside_their_mode_and_weights_that_are_not_finite_are_refused() -> None:
+def test_invalid_ranks_and_non_finite_weights_are_refused() -> None:
     for ranks in ((0, 1, 1), (5, 1, 1), (1, 13, 1), (1, 1, 10), (1, 5, 4), (3, 1, 1)):
         with pytest.raises(RankError, match=r"must hold in a mode of size.*4 x 12 x 9"):
             tucker_of_experts(random_tensor(), ranks)
@@ -125,7 +125,7 @@ def tensor_of(experts: int, m: int, n: int, chosen: int = 2, role: str = "expert
 
 
 @pytest.mark.parametrize("expert_rank", [0, 1, 2, 3])
-def test_parameters_are_those_of_the_factors(expert_rank: int) -> None:
+def test_parameter_counts_match_the_factors(expert_rank: int) -> None:
     tensor = tensor_of(*SHAPE)
     for rank in range(1, 13):
         factors = tucker_of_experts(random_tensor(), tensor.ranks(rank, expert_rank))
@@ -138,7 +138,7 @@ def test_rank_one_by_hand() -> None:
     assert tensor.factor_parameters(1) == 8 + 28672 + 4096
     assert tensor.factor_parameters(1, 1) == 1 + 8 + 28672 + 4096
     assert tensor.factor_parameters(256) == 8 * 256**2 + 256 * (28672 + 4096)
-    # Read: the right factor once; two cores; two left factors. Written the other way round.
+    # `read` applies the right factor once, two cores and two left factors; `write` the other way round.
     assert tensor.factor_matmul_parameters(256) == 256 * 4096 + 2 * 256**2 + 2 * 256 * 28672
     down = tensor_of(8, 4096, 14336, role="expert_down")
     assert down.factor_matmul_parameters(256) == 2 * 256 * 14336 + 2 * 256**2 + 256 * 4096
@@ -149,20 +149,20 @@ def test_rank_one_by_hand() -> None:
 
 
 def test_break_even_by_hand() -> None:
-    # 8 r^2 + 200 r <= 8 * 100 * 100 holds up to r = 88.28: close to sqrt(mn) = 100, where one expert alone has 50.
+    # 8 r^2 + 200 r <= 8 * 100 * 100 holds up to r = 88.28, close to sqrt(mn) = 100; a single expert would have 50.
     assert tensor_of(8, 100, 100).break_even_rank() == 88
     # From rank 50 on the smaller mode is full, and 8 * 50 r + 100 r <= 8 * 100 * 50 holds up to 80.
     assert tensor_of(8, 100, 50).break_even_rank() == 80
-    # 1 * r^2 + 200 r + 8 <= 80000 would hold beyond rank 100, where the expert mode alone is truncated.
+    # 1 * r^2 + 200 r + 8 <= 80000 holds even beyond rank 100, where only the expert mode is truncated.
     assert tensor_of(8, 100, 100).break_even_rank(1) == 100
     assert tensor_of(1, 1, 1).break_even_rank() == 1
 
 
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 40), st.integers(0, 5), st.integers(0, 10000))
-def test_largest_rank_is_the_end_of_the_ranks_that_fit(e: int, m: int, n: int, kept: int, budget: int) -> None:
+def test_largest_rank_is_the_last_rank_that_fits(e: int, m: int, n: int, kept: int, budget: int) -> None:
     tensor, kept = tensor_of(e, m, n), kept if kept < e else 0
     ranks = range(1, max(m, n) + (1 if kept else 0))
     fitting = list(itertools.takewhile(lambda rank: tensor.factor_parameters(rank, kept) <= budget, ranks))
-    # Where a mode becomes full the count falls a little, so that a rank that fits may lie just above one that does not.
+    # The count drops slightly when a mode becomes full, so a rank that fits may follow one that does not.
     assert tensor.largest_rank(budget, kept) == max(fitting, default=1)

@@ -1,4 +1,4 @@
-"""A tiny model, and its profile by scripted timings."""
+"""A tiny model, and its device profile with scripted timings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from scripted_timings import ScriptedTimings
 
-from dse.measurement.device_profile import model_profile
-from dse.measurement.device_profile.model_profile import ModelProfile
+from dse.measurement.device_profile import ModelProfile, profile_model
 from dse.models import LoadedModel, load_model
 
 
@@ -20,4 +19,4 @@ def loaded(tiny_folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def profile(loaded: LoadedModel, tmp_path: Path) -> ModelProfile:
-    return model_profile(loaded, ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path))
+    return profile_model(loaded, ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path))

@@ -1,4 +1,4 @@
-"""Answers kept between evaluations: a share first and the rest later, and a cache that knows when not to answer."""
+"""Cached answers: shares of the documents, reuse by later evaluations, and what invalidates the cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def evaluator_of(loaded: LoadedModel, *paths: Path, **keywords: Any) -> Evaluato
     return Evaluator(loaded, [TaskSpec(str(path)) for path in paths], **keywords)
 
 
-def test_a_share_and_the_rest_are_the_whole(loaded: LoadedModel, write_task: TaskWriter) -> None:
+def test_evaluating_a_share_and_then_the_rest_equals_a_full_evaluation(
+    loaded: LoadedModel, write_task: TaskWriter
+) -> None:
     evaluator = evaluator_of(loaded, *(write_task(kind) for kind in KINDS))
     whole, answers = evaluator.evaluate(), Answers()
     part = evaluator.evaluate(share=0.25, answers=answers)
@@ -54,7 +56,7 @@ def test_a_share_and_the_rest_are_the_whole(loaded: LoadedModel, write_task: Tas
         np.testing.assert_array_equal(large.outcomes[masks[large.task]], small.outcomes)
 
 
-def test_shares_are_nested_and_are_what_a_limit_draws(loaded: LoadedModel, write_task: TaskWriter) -> None:
+def test_shares_are_nested_and_equal_to_the_draw_of_a_limit(loaded: LoadedModel, write_task: TaskWriter) -> None:
     path = write_task("choice")
     whole = evaluator_of(loaded, path, seed=4)
     masks = [whole.within_share(share)["local_choice"] for share in (0.1, 0.3, 0.5, 1.0)]
@@ -66,12 +68,14 @@ def test_shares_are_nested_and_are_what_a_limit_draws(loaded: LoadedModel, write
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
-def test_a_share_lies_between_nothing_and_all(loaded: LoadedModel, write_task: TaskWriter, share: float) -> None:
+def test_share_outside_its_interval_is_refused(loaded: LoadedModel, write_task: TaskWriter, share: float) -> None:
     with pytest.raises(ConfigError, match=r"0 < share <= 1"):
         evaluator_of(loaded, write_task("choice")).evaluate(share=share)
 
 
-def test_a_hit_is_bit_identical_and_asks_nothing(loaded: LoadedModel, write_task: TaskWriter, tmp_path: Path) -> None:
+def test_cache_hit_is_bit_identical_and_scores_nothing(
+    loaded: LoadedModel, write_task: TaskWriter, tmp_path: Path
+) -> None:
     evaluator = evaluator_of(loaded, *(write_task(kind) for kind in KINDS))
     cache, answers, asked = EvaluationCache(tmp_path / "cache"), Answers(), Asked()
     first = evaluator.evaluate(answers=answers)
@@ -82,14 +86,14 @@ def test_a_hit_is_bit_identical_and_asks_nothing(loaded: LoadedModel, write_task
     assert (again.reused, again.scored, asked.requests) == (12 * len(KINDS), 0, 1)
 
 
-def test_a_larger_limit_reuses_the_smaller_one(loaded: LoadedModel, write_task: TaskWriter) -> None:
+def test_larger_limit_reuses_answers_of_a_smaller_one(loaded: LoadedModel, write_task: TaskWriter) -> None:
     path, answers = write_task("choice"), Answers()
     evaluator_of(loaded, path, limit=5).evaluate(answers=answers)
     evaluator_of(loaded, path, limit=9).evaluate(answers=answers)
     assert (answers.reused, answers.scored) == (5, 4)
 
 
-def test_a_choice_that_was_edited_misses_alone(loaded: LoadedModel, write_task: TaskWriter) -> None:
+def test_edited_document_is_the_only_miss(loaded: LoadedModel, write_task: TaskWriter) -> None:
     path, answers = write_task("choice"), Answers()
     evaluator_of(loaded, path).evaluate(answers=answers)
     data = path.with_suffix(".jsonl")
@@ -110,7 +114,7 @@ def test_a_choice_that_was_edited_misses_alone(loaded: LoadedModel, write_task: 
     ],
     ids=["prompt", "version", "delimiter"],
 )
-def test_a_task_file_that_was_edited_misses_throughout(
+def test_edited_task_file_misses_all_documents(
     loaded: LoadedModel, write_task: TaskWriter, change: dict[str, Any]
 ) -> None:
     answers = Answers()
@@ -135,7 +139,7 @@ def test_other_models_points_factors_and_settings_miss(
     bfloat = dataclasses.replace(tiny_llama(byte_tokenizer()), dtype=torch.bfloat16)
     identities = [
         evaluator.identity("other", "svd-1"),
-        evaluator.identity("point", "svd-2"),  # another calibration text or model makes other factors
+        evaluator.identity("point", "svd-2"),  # another calibration text or model gives other factors
         evaluator_of(other_weights, path).identity("point", "svd-1"),
         evaluator_of(bfloat, path).identity("point", "svd-1"),
         evaluator_of(loaded, path, max_length=48).identity("point", "svd-1"),
@@ -143,8 +147,8 @@ def test_other_models_points_factors_and_settings_miss(
     assert [cache.read(identity).by_document for identity in identities] == [{}] * len(identities)
 
 
-@pytest.mark.parametrize("divergence", ["cut", "flipped", "text", "empty"])
-def test_a_damaged_file_counts_as_none_and_is_mended(tmp_path: Path, divergence: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "bit flip", "text", "empty"])
+def test_damaged_file_counts_as_missing_and_is_rewritten(tmp_path: Path, damage: str) -> None:
     cache, identity = EvaluationCache(tmp_path), {"model": "m"}
     kept = Answers({"a": [[(-1.25, True)], [-0.1]], "b": [["a text"]]})
     cache.write(identity, kept)
@@ -152,18 +156,18 @@ def test_a_damaged_file_counts_as_none_and_is_mended(tmp_path: Path, divergence:
     content = path.read_bytes()
     path.write_bytes(
         {
-            "cut": content[:-9],
-            "flipped": content[:40] + bytes([content[40] ^ 1]) + content[41:],
+            "truncated": content[:-9],
+            "bit flip": content[:40] + bytes([content[40] ^ 1]) + content[41:],
             "text": b"no archive",
             "empty": b"",
-        }[divergence]
+        }[damage]
     )
     assert cache.read(identity).by_document == {}
     cache.write(identity, kept)
     assert cache.read(identity).by_document == kept.by_document
 
 
-def test_two_writers_keep_what_both_know(tmp_path: Path) -> None:
+def test_answers_of_two_writers_are_merged(tmp_path: Path) -> None:
     identity = {"model": "m"}
     EvaluationCache(tmp_path).write(identity, Answers({"a": [[-1.0]]}))
     EvaluationCache(tmp_path).write(identity, Answers({"b": [[-2.0]]}))

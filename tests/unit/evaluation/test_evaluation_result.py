@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dse.errors import StudyError, TaskError
-from dse.evaluation import EvaluationResult, TaskResult, read_outcomes
+from dse.evaluation import EvaluationResult, TaskResult, read_graded, read_outcomes
 from dse.evaluation.result import choose_metric, kind_of
 
 
@@ -26,7 +26,7 @@ def perplexity_task(name: str, pairs: list[tuple[float, float]], weight: float =
     return TaskResult(name, "word_perplexity", value, 0.1, len(pairs), False, array, {}, weight, "perplexity")
 
 
-def test_means_are_weighted_and_of_their_own_kind() -> None:
+def test_means_are_weighted_and_separate_by_kind() -> None:
     other = TaskResult("o", "bits_per_byte", 3.0, None, 2, False, np.ones((2, 2)), {}, 5.0, "other")
     first, second = accuracy_task("a", [1, 1, 0, 0], 3.0), accuracy_task("b", [1, 0, 0, 0], 1.0)
     texts = [perplexity_task("p", [(-4.0, 2.0), (-2.0, 2.0)]), perplexity_task("q", [(-3.0, 1.0), (-3.0, 1.0)])]
@@ -42,19 +42,19 @@ def test_means_are_weighted_and_of_their_own_kind() -> None:
     assert (nothing.accuracy_drop(nothing), nothing.perplexity_ratio(nothing)) == (None, None)
 
 
-def test_paired_differences_take_dense_as_the_reference() -> None:
+def test_paired_differences_are_relative_to_the_baseline() -> None:
     dense = EvaluationResult((accuracy_task("a", [1, 1, 1, 0]), perplexity_task("p", [(-2.0, 2.0), (-4.0, 4.0)])), 0)
     point = EvaluationResult((accuracy_task("a", [1, 0, 0, 0]), perplexity_task("p", [(-4.0, 2.0), (-8.1, 4.0)])), 0)
     drop, ratio = point.accuracy_drop(dense), point.perplexity_ratio(dense)
     assert drop is not None
     assert ratio is not None
-    assert drop.estimate == pytest.approx(0.5)
-    assert ratio.estimate == pytest.approx(math.exp(6.1 / 6))
+    assert drop.value == pytest.approx(0.5)
+    assert ratio.value == pytest.approx(math.exp(6.1 / 6))
     assert ratio.low is not None
-    assert 1.0 < ratio.low < ratio.estimate
+    assert 1.0 < ratio.low < ratio.value
 
 
-def test_other_tasks_or_documents_are_not_compared() -> None:
+def test_different_tasks_or_documents_are_refused() -> None:
     dense = EvaluationResult((accuracy_task("a", [1, 1, 1, 0]),), 0)
     with pytest.raises(TaskError, match="same tasks"):
         EvaluationResult((accuracy_task("b", [1, 1, 1, 0]),), 0).accuracy_drop(dense)
@@ -62,7 +62,7 @@ def test_other_tasks_or_documents_are_not_compared() -> None:
         EvaluationResult((accuracy_task("a", [1, 1, 1, 0, 0]),), 0).accuracy_drop(dense)
 
 
-def test_json_and_outcomes_come_back_as_they_went(tmp_path: Path) -> None:
+def test_json_and_outcomes_round_trip(tmp_path: Path) -> None:
     result = EvaluationResult((accuracy_task("a/b c", [1, 0, math.nan]), perplexity_task("p", [(-4.0, 2.0)] * 2)), 2.5)
     text = json.dumps(result.to_json() | {"tasks": result.to_json()["tasks"]}, allow_nan=True)
     result.write_outcomes(tmp_path / "folder" / "trial.npz")
@@ -83,18 +83,27 @@ def test_json_and_outcomes_come_back_as_they_went(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["trial.npz"]
 
 
-@pytest.mark.parametrize("divergence", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])
-def test_damaged_outcomes_are_said_to_be(tmp_path: Path, divergence: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])
+def test_damaged_outcomes_are_reported(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "trial.npz"
     with pytest.raises(StudyError, match="does not exist"):
         read_outcomes(path)
-    path.write_bytes(divergence)
+    path.write_bytes(content)
     with pytest.raises(StudyError, match="is damaged"):
         read_outcomes(path)
     EvaluationResult((accuracy_task("a", [1, 0]),), 0).write_outcomes(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StudyError, match="is damaged"):
         read_outcomes(path)
+
+
+def test_old_names_of_graded_metrics_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "trial.npz"
+    log_likelihoods = np.asarray([-1.0, -2.0])
+    np.savez(path, tasks=np.asarray(["a"]), outcomes_0=np.asarray([1.0, 0.0]), gold_log_likelihood_0=log_likelihoods)
+    graded = read_graded(path)["a"]
+    assert list(graded) == ["target_log_likelihood"]
+    np.testing.assert_array_equal(graded["target_log_likelihood"], log_likelihoods)
 
 
 def test_pickled_outcomes_are_refused(tmp_path: Path) -> None:
@@ -105,7 +114,7 @@ def test_pickled_outcomes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"tasks": 3}, {"seconds": None}, {"tasks": [{}]}, {"tasks": [None]}])
-def test_a_damaged_record_is_said_to_be(change: dict[str, object]) -> None:
+def test_damaged_record_is_reported(change: dict[str, object]) -> None:
     good = EvaluationResult((accuracy_task("a", [1, 0]),), 0).to_json()
     with pytest.raises(StudyError, match="every field"):
         EvaluationResult.from_json({**good, **change})
@@ -127,18 +136,18 @@ def test_a_damaged_record_is_said_to_be(change: dict[str, object]) -> None:
         (["acc", "acc_norm"], "acc_norm", "acc_norm"),
     ],
 )
-def test_choice_of_the_metric(available: list[str], asked: str | None, chosen: str) -> None:
+def test_main_metric_is_the_preferred_or_requested_one(available: list[str], asked: str | None, chosen: str) -> None:
     assert choose_metric("t", available, asked) == chosen
 
 
-def test_an_absent_metric_is_refused_with_those_there_are() -> None:
+def test_unavailable_metric_is_refused_with_the_available_ones() -> None:
     with pytest.raises(TaskError, match="must be one of acc, acc_norm, but got 'f1'"):
         choose_metric("t", ["acc", "acc_norm"], "f1")
     with pytest.raises(TaskError, match="has none"):
         choose_metric("t", [])
 
 
-def test_kinds_of_metrics() -> None:
+def test_kind_of_metric() -> None:
     ones, pairs = np.ones(3), np.ones((3, 2))
     assert kind_of("acc", np.asarray([0.0, 1.0, math.nan]), is_mean=True, higher_is_better=True) == "accuracy"
     assert kind_of("mc2", np.asarray([0.3, 0.7]), is_mean=True, higher_is_better=True) == "accuracy"

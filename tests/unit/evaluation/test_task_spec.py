@@ -29,14 +29,14 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def test_data_files_are_relative_to_the_task_file_in_every_form(
+def test_data_files_are_relative_to_the_task_file_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "tasks" / "rows.jsonl", "{}")
     write(tmp_path / "data" / "more.jsonl", "{}")
     monkeypatch.chdir(tmp_path)
     near, far = str(tmp_path / "tasks" / "rows.jsonl"), str(tmp_path / "data" / "more.jsonl")
-    forms: list[tuple[object, object]] = [
+    formats: list[tuple[object, object]] = [
         ("rows.jsonl", near),
         (near, near),
         (["rows.jsonl", "../data/more.jsonl"], [near, far]),
@@ -44,13 +44,13 @@ def test_data_files_are_relative_to_the_task_file_in_every_form(
         ({"test": "https://example.org/rows.jsonl"}, {"test": "https://example.org/rows.jsonl"}),
         ("*.jsonl", str(tmp_path / "tasks" / "*.jsonl")),
     ]
-    for written, expected in forms:
+    for written, expected in formats:
         path = write(tmp_path / "tasks" / "t.yaml", {**FILE, "dataset_kwargs": {"data_files": written}})
         assert resolve("tasks/t.yaml")["dataset_kwargs"]["data_files"] == expected
         assert resolve(path)["dataset_kwargs"]["data_files"] == expected
 
 
-def test_folders_are_relative_to_the_task_file_too(tmp_path: Path) -> None:
+def test_folders_are_relative_to_the_task_file(tmp_path: Path) -> None:
     (tmp_path / "sets" / "one").mkdir(parents=True)
     content = {**FILE, "dataset_path": "sets/one", "dataset_kwargs": {"data_dir": "sets"}}
     config = resolve(write(tmp_path / "t.yml", content))
@@ -59,7 +59,7 @@ def test_folders_are_relative_to_the_task_file_too(tmp_path: Path) -> None:
     assert resolve(write(tmp_path / "u.yml", {**content, "dataset_path": "org/name"}))["dataset_path"] == "org/name"
 
 
-def test_includes_are_merged_and_keep_their_own_data(tmp_path: Path) -> None:
+def test_includes_are_merged_with_paths_relative_to_their_own_file(tmp_path: Path) -> None:
     write(tmp_path / "base" / "rows.jsonl", "{}")
     write(tmp_path / "base" / "base.yaml", {**FILE, "doc_to_text": "base", "task_list": ["x"]})
     write(tmp_path / "other.yaml", {"doc_to_text": "other", "test_split": "test"})
@@ -75,7 +75,7 @@ def test_includes_are_merged_and_keep_their_own_data(tmp_path: Path) -> None:
     assert resolve(write(path, {"include": "base/base.yaml"}))["task"] == "mine"
 
 
-def test_a_path_that_ends_in_yaml_is_a_file_and_other_names_are_left_to_lm_eval(tmp_path: Path) -> None:
+def test_yaml_path_is_a_file_and_other_names_are_left_to_lm_eval(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", "{}")
     source = resolve_task(TaskSpec(str(write(tmp_path / "T.YAML", FILE))))
     assert (source.name, source.path) == ("mine", tmp_path / "T.YAML")
@@ -89,9 +89,9 @@ def test_a_path_that_ends_in_yaml_is_a_file_and_other_names_are_left_to_lm_eval(
         (None, "must exist, but"),
         ("task: [1", "must be YAML"),
         ("a: b: c", r"mapping values are not allowed here \(line 1\)"),
-        ("- task", "must be a mapping from names to values, but .* holds a list"),
+        ("- task", "must be a mapping with string keys, but .* holds a list"),
         ("", "holds a NoneType"),
-        ("1: 2", "must be a mapping from names"),
+        ("1: 2", "must be a mapping with string keys"),
         ("task: !function utils.run", "`!function utils.run` would run code"),
         ("task: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("a: &a [*a]", "must be YAML"),
@@ -99,14 +99,17 @@ def test_a_path_that_ends_in_yaml_is_a_file_and_other_names_are_left_to_lm_eval(
         ("a: " + "[" * 1500, "must be YAML"),
         ("a: 2001-13-45", "must be YAML"),
         ("? [1]\n: 2", "must be YAML"),
-        ({"dataset_path": "json"}, "must set `task` to a text"),
-        ({"task": "t"}, "must set `dataset_path` to a text"),
+        ({"dataset_path": "json"}, "must set `task` to a string"),
+        ({"task": "t"}, "must set `dataset_path` to a string"),
         ({"task": 3, "dataset_path": "json"}, "task=3"),
         ({"task": "t", "dataset_path": "json"}, "`dataset_kwargs.data_files` must name the data"),
         ({"task": "t", "dataset_path": "json", "dataset_kwargs": [1]}, "`dataset_kwargs` must be a mapping"),
-        ({**FILE, "dataset_kwargs": {"data_files": "gone.jsonl"}}, "gone.jsonl' does not; 't.yaml' names it"),
+        (
+            {**FILE, "dataset_kwargs": {"data_files": "gone.jsonl"}},
+            "gone.jsonl' does not; paths in 't.yaml' are relative",
+        ),
         ({**FILE, "dataset_kwargs": {"data_files": {"test": ["gone.jsonl"]}}}, "gone.jsonl' does not"),
-        ({**FILE, "dataset_kwargs": {"data_files": {"test": 5}}}, "must be a text or a list of texts"),
+        ({**FILE, "dataset_kwargs": {"data_files": {"test": 5}}}, "must be a string or a list of strings"),
         ({**FILE, "dataset_kwargs": {"data_files": "x" * 5000}}, "must exist"),
         ({**FILE, "dataset_kwargs": {"data_files": "~nobody_at_all/x"}}, "must exist"),
         ({**FILE, "dataset_kwargs": {"data_dir": "gone"}}, "gone' does not"),
@@ -115,10 +118,10 @@ def test_a_path_that_ends_in_yaml_is_a_file_and_other_names_are_left_to_lm_eval(
         ({"group": "g", "task": ["a", "b"]}, "describes a group"),
         ({"include": "t.yaml"}, "includes itself"),
         ({"include": "gone.yaml"}, "gone.yaml' does not"),
-        ({"include": 3}, "`include` must be a text"),
+        ({"include": 3}, "`include` must be a string"),
     ],
 )
-def test_a_bad_task_file_is_refused_in_one_line(tmp_path: Path, content: object, message: str) -> None:
+def test_invalid_task_file_is_refused_in_one_line(tmp_path: Path, content: object, message: str) -> None:
     path = tmp_path / "t.yaml"
     if content is not None:
         write(path, content)
@@ -127,7 +130,7 @@ def test_a_bad_task_file_is_refused_in_one_line(tmp_path: Path, content: object,
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(TaskError, match="readable UTF-8"):
         resolve_task(TaskSpec(str(tmp_path / "t.yaml")))
@@ -138,7 +141,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"task": " "}, "empty text"),
+        ({"task": " "}, "empty string"),
         ({"task": "a\0.yaml"}, "printable"),
         ({"task": "t", "weight": 0.0}, "`weight > 0`"),
         ({"task": "t", "weight": float("nan")}, "`weight > 0`"),
@@ -146,17 +149,17 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ({"task": "t", "num_fewshot": -1}, "`num_fewshot >= 0`"),
     ],
 )
-def test_a_spec_that_means_nothing_is_refused(keywords: dict[str, Any], message: str) -> None:
+def test_invalid_spec_is_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         TaskSpec(**keywords)
 
 
-def test_an_unknown_builtin_name_is_refused_at_once() -> None:
-    with pytest.raises(TaskError, match=r"a builtin task must be one of .*'dse_gramar'"):
+def test_unknown_built_in_name_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"a built-in task must be one of .*'dse_gramar'"):
         resolve_task(TaskSpec("dse_gramar"))
 
 
-def test_builtin_tasks_are_found_by_name() -> None:
+def test_built_in_tasks_are_found_by_name() -> None:
     for name, path in builtin_tasks().items():
         assert path.is_file()
         source = resolve_task(TaskSpec(name))
@@ -192,7 +195,7 @@ VALUES = st.recursive(
         ),
     )
 )
-def test_no_text_brings_anything_but_a_task_error(tmp_path: Path, text: str) -> None:
+def test_arbitrary_text_raises_only_task_errors(tmp_path: Path, text: str) -> None:
     path = tmp_path / "t.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:

@@ -37,7 +37,7 @@ with open(sys.argv[1], "ab") as stream:
 
 @contextlib.contextmanager
 def held(program: str, path: Path) -> Iterator[Callable[[], None]]:
-    """Another process that holds a lock until the function is called."""
+    """Another process that holds a lock until the yielded function is called."""
     path.parent.mkdir()
     command = [sys.executable, "-c", program, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -46,11 +46,11 @@ def held(program: str, path: Path) -> Iterator[Callable[[], None]]:
         assert stdout is not None
         assert stdout.readline() == "held\n"
 
-        def let_go() -> None:
+        def release_lock() -> None:
             stdin.write("\n")
             stdin.flush()
 
-        yield let_go
+        yield release_lock
 
 
 @pytest.fixture(autouse=True)
@@ -59,15 +59,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_waits_for_another_process_and_says_so_once(caplog):
+def test_waits_for_another_process_and_logs_it_once(caplog):
     path = lock_file(CPU)
-    with held(HOLDER, path) as let_go:
+    with held(HOLDER, path) as release_lock:
         released_s: list[float] = []
 
         def release() -> None:
             time.sleep(0.4)
             released_s.append(time.perf_counter())
-            let_go()
+            release_lock()
 
         thread = threading.Thread(target=release)
         thread.start()
@@ -80,7 +80,7 @@ def test_waits_for_another_process_and_says_so_once(caplog):
     ]
 
 
-def test_same_thread_enters_again_and_others_wait():
+def test_the_same_thread_may_enter_again_and_others_wait():
     inside = threading.Event()
     with device_lock(CPU):
         with device_lock(torch.device("cpu", 0)):
@@ -92,25 +92,25 @@ def test_same_thread_enters_again_and_others_wait():
 
         thread = threading.Thread(target=other)
         thread.start()
-        assert not inside.wait(0.3)  # still held, though the inner block was left
+        assert not inside.wait(0.3)  # still held, although the inner block has ended
     assert inside.wait(5)
     thread.join()
 
 
-def test_released_after_an_error():
+def test_the_lock_is_released_after_an_error():
     with pytest.raises(KeyError), device_lock(CPU):
         raise KeyError
     with device_lock(CPU):
         pass
 
 
-def test_devices_have_their_own_locks(cache):
+def test_each_device_has_its_own_lock(cache):
     names = {lock_file(torch.device(name)).name for name in ("cpu", "mps", "cuda:0", "cuda:1")}
     assert len(names) == 4
     assert all(lock_file(torch.device(name)).parent == cache / "locks" for name in ("cpu", "cuda:0"))
 
 
-def test_a_cache_that_cannot_be_written(cache, monkeypatch):
+def test_a_cache_folder_that_is_not_writable(cache, monkeypatch):
     blocked = cache / "file"
     blocked.write_text("")
     monkeypatch.setenv("DSE_CACHE", str(Path(blocked)))
@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch):
         pass
 
 
-def test_users_share_a_device_but_a_measurement_has_it_alone():
+def test_users_share_a_device_and_a_measurement_excludes_them():
     inside = [threading.Event(), threading.Event()]
     leave = threading.Event()
 
@@ -130,7 +130,7 @@ def test_users_share_a_device_but_a_measurement_has_it_alone():
     users = [threading.Thread(target=use, args=(index,)) for index in range(2)]
     for user in users:
         user.start()
-    assert all(event.wait(5) for event in inside)  # both at once
+    assert all(event.wait(5) for event in inside)  # both at the same time
 
     measuring, late = threading.Event(), threading.Event()
 
@@ -146,9 +146,9 @@ def test_users_share_a_device_but_a_measurement_has_it_alone():
 
     measurer, latecomer = threading.Thread(target=measure), threading.Thread(target=use_later)
     measurer.start()
-    assert not measuring.wait(0.3)  # the users are still in
+    assert not measuring.wait(0.3)  # the users still hold it
     latecomer.start()
-    assert not late.wait(0.3)  # a measurement waits: nobody enters before it
+    assert not late.wait(0.3)  # a measurement is waiting: new users wait behind it
     leave.set()
     assert measuring.wait(5)
     for thread in (*users, measurer, latecomer):
@@ -157,11 +157,11 @@ def test_users_share_a_device_but_a_measurement_has_it_alone():
 
 
 @pytest.mark.parametrize("program", [HOLDER, SHARER])
-def test_a_long_wait_is_warned_of_and_goes_on(program, caplog, monkeypatch):
-    module = sys.modules[device_lock.__module__]  # the package shows the function by this name
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)  # two minutes in earnest
+def test_a_long_wait_gives_a_warning_and_continues(program, caplog, monkeypatch):
+    module = sys.modules[device_lock.__module__]  # the package has a function of this name
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)  # normally two minutes
     path = lock_file(CPU) if program == HOLDER else lock_file(CPU).with_suffix(".users")
-    with held(program, path) as let_go:
+    with held(program, path) as release_lock:
         entered = threading.Event()
 
         def measure() -> None:
@@ -173,11 +173,11 @@ def test_a_long_wait_is_warned_of_and_goes_on(program, caplog, monkeypatch):
         while not caplog.records:
             time.sleep(0.02)
         assert not entered.is_set()
-        let_go()
+        release_lock()
         thread.join()
     assert entered.is_set()
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warning == (
-        "still waiting for cpu after 0 s, since another process of dse uses it; if none should, one may be suspended:"
+        "still waiting for cpu after 0 s, because another process of dse uses it; if none should, one may be suspended:"
         f" `fuser {path}` names it"
     )

@@ -1,4 +1,4 @@
-"""The NVML meter: the absent driver for real, and the real pynvml against a library compiled here."""
+"""The NVML meter: without a driver, and with the real pynvml on a scripted NVML library compiled for the test."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_without_a_driver_the_error_names_the_remedy():
     ("index", "visible", "expected"),
     [(3, None, 3), (0, "2,0", 2), (1, "2,0", 0), (1, "0, GPU-ab", "GPU-ab"), (0, "MIG-12", "MIG-12")],
 )
-def test_visible_device(index, visible, expected):
+def test_a_visible_device(index, visible, expected):
     assert visible_device(index, visible) == expected
 
 
 @pytest.mark.parametrize(("index", "visible"), [(0, ""), (0, "-1"), (1, "0"), (1, "0,-1,1"), (0, "none")])
-def test_hidden_device(index, visible):
+def test_a_hidden_device(index, visible):
     with pytest.raises(NoMeterError, match=f"cuda:{index} does not exist"):
         visible_device(index, visible)
 
@@ -68,7 +68,7 @@ def seen(nvml_library):
 
 
 def integral_j(begin_s: float, end_s: float) -> float:
-    """Energy that the script's steps say was drawn by device 0."""
+    """Energy of device 0 according to the scripted power steps."""
     total = 0.0
     for (from_s, power_w), (to_s, _) in itertools.pairwise(STEPS):
         total += power_w * max(0.0, min(end_s, to_s) - max(begin_s, from_s))
@@ -81,10 +81,10 @@ def relative_error(played: dict, device: str) -> float:
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("counter", 0.01), ("polled", 0.03), ("instant", 0.03)])
-def test_window_agrees_with_the_script(nvml_library, seen, name, tolerance):
+def test_a_window_agrees_with_the_scripted_energy(nvml_library, seen, name, tolerance):
     played = seen[name]
     for _ in range(2):
-        # A busy machine may stall the watching thread at an edge; an error of the method would stay.
+        # A busy machine may stall the polling thread at an edge; a systematic error would remain.
         if played["is_valid"] and abs(relative_error(played, GPU_0)) <= tolerance:
             break
         played = play(nvml_library, name)[name]
@@ -95,7 +95,7 @@ def test_window_agrees_with_the_script(nvml_library, seen, name, tolerance):
     assert played["energy_j"] == pytest.approx(sum(played["per_device_j"].values()))
 
 
-def test_source_devices_and_driver_are_in_the_record(seen):
+def test_the_record_names_source_devices_and_driver(seen):
     assert seen["counter"]["source"] == "NVML total-energy counter"
     assert seen["polled"]["source"] == "NVML power, integrated"
     assert list(seen["counter"]["per_device_j"]) == [GPU_0, GPU_1]
@@ -104,7 +104,7 @@ def test_source_devices_and_driver_are_in_the_record(seen):
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "reason"),
+    ("name", "error", "reason"),
     [
         ("short", "WindowTooShortError", "is too short: the meter refreshed"),
         ("lost", "DeviceLostError", "could not be read: GPU is lost; see `dmesg"),
@@ -113,26 +113,26 @@ def test_source_devices_and_driver_are_in_the_record(seen):
         ("restarted", "DriverRestartedError", "could not be read: Uninitialized; the driver was restarted"),
     ],
 )
-def test_faults_have_their_own_type_and_give_no_figure(seen, name, fault, reason):
-    played = seen[name] if name != "restarted" else seen[name]["spoilt"]
-    assert played["type"] == fault
+def test_each_window_error_has_its_own_type_and_gives_no_energy(seen, name, error, reason):
+    played = seen[name] if name != "restarted" else seen[name]["invalid"]
+    assert played["type"] == error
     assert not played["is_valid"]
     assert reason in played["reason"]
     assert "read_j" not in played
     assert played["reason"] in played["error"]
 
 
-def test_after_a_restart_of_the_driver_the_same_meter_goes_on(seen):
+def test_the_same_meter_works_again_after_a_restart_of_the_driver(seen):
     after = seen["restarted"]["after"]
     assert after["is_valid"], after["reason"]
     assert after["energy_j"] == pytest.approx(100 * (after["end_s"] - after["begin_s"]), rel=0.05)
 
 
-def test_throttling_and_other_processes_invalidate_and_a_power_limit_does_not(seen):
+def test_throttling_and_other_processes_invalidate_energy_but_a_power_limit_does_not(seen):
     throttled, shared = seen["throttled"], seen["shared"]
     assert (throttled["is_valid"], throttled["figure"]) == (False, None)
     assert f"{GPU_0} was throttled (hw_thermal_slowdown)" in throttled["reason"]
-    assert throttled["idle"] == ""  # nothing runs: clocks held down spoil no rest
+    assert throttled["idle"] == ""  # nothing runs: throttled clocks do not invalidate idle power
     assert (shared["is_valid"], shared["figure"]) == (False, None)
     assert f"{GPU_0} was used by other processes (4000000)" in shared["reason"]
     assert "4000000" in shared["idle"]
@@ -140,36 +140,36 @@ def test_throttling_and_other_processes_invalidate_and_a_power_limit_does_not(se
         assert seen[name]["is_valid"], seen[name]["reason"]
 
 
-def test_meters_by_name(seen):
+def test_meters_are_selected_by_name(seen):
     plain, index, uuid, beginning, two, unknown, ambiguous = seen["named"]
     assert (plain, index, uuid, beginning) == ([f"gpu {GPU_0}"], [f"gpu {GPU_1}"], [f"gpu {GPU_1}"], [f"gpu {GPU_0}"])
     assert two == [f"gpu {GPU_0}", f"gpu {GPU_1}"]
     assert unknown.startswith("DeviceNotListedError:")
     assert "GPU GPU-ff, but the driver lists 2 GPUs without it" in unknown
-    assert "2 of them by that name" in ambiguous
+    assert "2 of them with that name" in ambiguous
 
 
 def test_counter_and_integrated_power_of_one_device_agree(seen):
     both = seen["both"]
     assert both["power_j"] == pytest.approx(both["counter_j"], rel=0.03)
-    assert both["period_s"] == 0.1  # a steady power shows no refresh while it is probed
+    assert both["period_s"] == 0.1  # steady power shows no refresh while it is probed
 
 
-def test_generation_through_the_meter(seen):
+def test_energy_of_a_generation(seen):
     played = seen["generation"]
     assert played["is_valid"]
     assert min(played["updates"]) >= 20
-    # 200 W all the time: energy is power times time, whatever the time was.
+    # Constant 200 W: energy is power times time.
     assert played["prefill_power_w"] == pytest.approx(200, rel=0.05)
     assert played["prefill_energy_j"] == pytest.approx(200 * played["prefill_s_per_prompt"], rel=0.05)
     assert played["energy_per_token_j"] == pytest.approx(200 * played["decode_s_per_token"], rel=0.05)
-    # 50 W at rest: three quarters of it are the work's.
+    # 50 W idle: net energy is three quarters of gross energy.
     assert played["idle_w"] == pytest.approx(50, rel=0.05)
     for net_j, gross in zip(played["net_per_token_j"], played["per_token"], strict=True):
         assert net_j == pytest.approx(0.75 * gross["mean_j"], rel=0.05)
         assert gross["low_j"] <= gross["mean_j"] <= gross["high_j"]
         assert gross["deviation_j"] >= 0
-    # A prompt of eight tokens: prefill is told by the prompt and by the prompt token.
+    # Prefill of eight tokens is reported per prompt and per prompt token.
     assert played["prefill_energy_j"] == pytest.approx(8 * played["per_token"][0]["mean_j"])
     assert played["windows"] == [3, 3]
     for name in ("before", "after"):
@@ -178,7 +178,7 @@ def test_generation_through_the_meter(seen):
         assert (condition["core_clock_mhz"], condition["memory_clock_mhz"]) == (1410, 1215)
 
 
-def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
+def test_a_lost_device_ends_the_measurement_with_the_reason(seen):
     played = seen["lost_at_once"]
     assert "read" not in played
     assert not played["is_valid"]
@@ -187,7 +187,7 @@ def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "message", "remedy"),
+    ("name", "error", "message", "remedy"),
     [
         ("mig", "MigDeviceError", "split by MIG", "nvidia-smi -mig 0"),
         (
@@ -197,20 +197,20 @@ def test_a_device_lost_ends_the_measurement_with_the_reason(seen):
             "another GPU",
         ),
         ("driver_not_loaded", "NoDriverError", "driver is not loaded", "modprobe nvidia"),
-        ("no_permission", "MeterPermissionError", "may not be asked", "/dev/nvidia"),
+        ("no_permission", "MeterPermissionError", "may not be queried", "/dev/nvidia"),
         ("mismatch", "NoDriverError", "different versions", "reboot"),
         ("hidden", "DeviceNotListedError", "shows 0 GPUs", "CUDA_VISIBLE_DEVICES"),
         ("not_listed", "DeviceNotListedError", "is GPU 5, but the driver lists 1 GPUs", "CUDA_VISIBLE_DEVICES"),
         ("mig_instance", "MigDeviceError", "MIG instance MIG-1234", "another GPU"),
     ],
 )
-def test_refusals_have_their_own_type_and_name_reason_and_remedy(seen, name, fault, message, remedy):
-    assert seen[name]["type"] == fault
+def test_each_unavailable_meter_has_its_own_error_type_reason_and_remedy(seen, name, error, message, remedy):
+    assert seen[name]["type"] == error
     assert message in seen[name]["message"]
     assert remedy in seen[name]["message"]
     assert remedy in seen[name]["remedy"]
     assert seen[name]["available"] is False
 
 
-def test_device_is_chosen_as_cuda_would(seen):
+def test_a_device_is_chosen_as_in_cuda(seen):
     assert (seen["plain"], seen["by_index"], seen["by_uuid"]) == ("Fake GPU 0", "Fake GPU 2", "Fake GPU 1")

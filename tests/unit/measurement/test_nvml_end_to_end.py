@@ -1,4 +1,4 @@
-"""`dse measure`, `dse doctor` and a whole study with the energy objective, through the scripted NVML library."""
+"""`dse measure`, `dse doctor` and a whole study with an energy objective, on the scripted NVML library."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from nvml_library import with_library
+from tiny_models import save_tiny_model
 from tiny_study import environment as offline
-from tiny_study import save_tiny_model, tiny_study, write_study
+from tiny_study import tiny_study, write_study
 
 GPU_0 = "GPU-0000000a-fake"
 
@@ -29,7 +30,7 @@ def dse(library: Path, folder: Path, *arguments: str, **script: str) -> subproce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
-def test_measure_tells_the_energy_that_the_script_draws(nvml_library: Path, folder: Path) -> None:
+def test_measure_reports_the_scripted_energy(nvml_library: Path, folder: Path) -> None:
     point = '{"method": "svd", "rank": 2, "layers": "all", "roles": ["up"]}'
     arguments = ["measure", "--model", str(folder / "model"), "--point", point, "--meter", "nvml:1"]
     sizes = ["--prompt", "8", "--new", "4", "--blocks", "2", "--precision", "0.9"]
@@ -46,7 +47,7 @@ def test_measure_tells_the_energy_that_the_script_draws(nvml_library: Path, fold
             for window in energy[phase]["windows"]:
                 assert list(window["per_device_j"]) == ["GPU-0000000b-fake"]
                 assert window["gross_j"] == pytest.approx(120 * window["duration_s"], rel=0.05)
-                assert abs(window["net_j"]) < 0.1 * window["gross_j"]  # nothing beyond the power at rest
+                assert abs(window["net_j"]) < 0.1 * window["gross_j"]  # the scripted power is idle power
 
 
 def test_doctor_lists_every_gpu_and_tries_its_meter(nvml_library: Path, folder: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_whole_study_with_the_energy_objective_and_one_trial_that_is_throttled
 ) -> None:
     from dse import open_study
 
-    # A trial asks four times (before and after prefill, and decode), the rest before the study once: this is trial 2.
+    # A trial reads the condition four times (before and after prefill and decode), idle power once: this is trial 2.
     study = tiny_study(
         folder,
         name="metered",
@@ -96,7 +97,7 @@ def test_a_whole_study_with_the_energy_objective_and_one_trial_that_is_throttled
         assert record.energy["idle"]["power_w"] == pytest.approx(80, rel=0.05)
     for name in ("idle_power_before", "idle_power_after"):
         assert finished.attributes[name]["power_w"] == pytest.approx(80, rel=0.05)
-    # An invalid measurement is missing, not a value: the trial failed with the reason, and the study went on.
+    # An invalid measurement gives no value: the trial fails with the reason, and the study continues.
     (bad,) = [row for row in trials if row["state"] == "failed"]
     assert "throttled (hw_thermal_slowdown)" in bad["reason"]
     assert bad["energy_per_token_j"] == ""

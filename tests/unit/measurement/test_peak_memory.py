@@ -9,27 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
+import dse.measurement.memory as memory_module
 from dse.errors import InvalidMeasurementError, OutOfMemoryError
 from dse.measurement import LatencySpec, measure_peak_memory
 from dse.measurement.child_process import in_child_process
 from dse.measurement.memory import resident_weight_bytes
-from dse.measurement.out_of_memory import out_of_memory_errors
+from dse.out_of_memory import out_of_memory_errors
 
 SPEC = LatencySpec(prompt_tokens=16, new_tokens=2)
 MIB = 2**20
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 
 
-def test_weights_are_counted_once(llama):
+def test_tied_weights_count_once(llama):
     config = llama.config
     hidden, inner, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 2
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner + 2 * hidden
     parameters = config.vocab_size * hidden + 2 * layer + hidden  # tied head: the embedding counts once
-    buffers = 2 * (hidden // config.num_attention_heads // 2)  # the rotary frequencies, and their original
+    buffers = 2 * (hidden // config.num_attention_heads // 2)  # the rotary frequencies and their original copy
     assert resident_weight_bytes(llama) == 4 * (parameters + buffers)
 
 
-def test_expanded_and_shared_buffers_count_what_they_store():
+def test_expanded_and_shared_buffers_count_their_stored_bytes():
     module = torch.nn.Module()
     module.register_buffer("expanded", torch.zeros(1, 1000, dtype=torch.float32)[:, :1].expand(500, 1))
     module.register_buffer("first", torch.zeros(64))
@@ -38,11 +39,11 @@ def test_expanded_and_shared_buffers_count_what_they_store():
 
 
 @on_linux
-def test_peak_sees_an_activation_of_64_mib(llama):
+def test_the_peak_includes_an_activation_of_64_mib(llama):
     plain = measure_peak_memory(llama, SPEC)
 
     def activation(_module, _inputs):
-        torch.ones(64 * MIB, dtype=torch.uint8)  # written, so resident; freed at once, so only a peak can see it
+        torch.ones(64 * MIB, dtype=torch.uint8)  # written, so resident; freed at once, so only a peak shows it
 
     llama.model.layers[1].register_forward_pre_hook(activation)
     result = measure_peak_memory(llama, SPEC)
@@ -56,13 +57,13 @@ def test_peak_sees_an_activation_of_64_mib(llama):
 
 
 @on_linux
-def test_prefill_and_decode_have_peaks_of_their_own(llama):
+def test_prefill_and_decode_have_separate_peaks(llama):
     def activation(_module, given):
         size = 96 * MIB if given[0].shape[1] > 1 else 32 * MIB
         torch.ones(size, dtype=torch.uint8)
 
     llama.model.layers[1].register_forward_pre_hook(activation)
-    torch.ones(512 * MIB, dtype=torch.uint8)  # an earlier peak of this process must not leak in
+    torch.ones(512 * MIB, dtype=torch.uint8)  # an earlier peak of this process must not count
     result = measure_peak_memory(llama, SPEC, kv_cache_bytes_per_token=2 * 2 * 2 * 8 * 4)
     assert 90 * MIB < result.prefill_rise_bytes < 128 * MIB
     assert 30 * MIB < result.decode_rise_bytes < 64 * MIB
@@ -71,12 +72,12 @@ def test_prefill_and_decode_have_peaks_of_their_own(llama):
 
 
 @on_linux
-def test_a_child_after_threads_were_used_ends_and_tells_its_errors(request):
+def test_a_child_forked_after_threads_were_used_ends_and_reports_its_errors(request):
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     torch.set_num_threads(2)
     big = torch.ones(600, 600)
-    big @ big  # starts the thread pool, which a forked child has no part of
+    big @ big  # starts the thread pool, which a forked child does not inherit
     assert in_child_process(lambda: float((big @ big)[0, 0]), "a product") == 600.0
 
     def full():
@@ -89,25 +90,25 @@ def test_a_child_after_threads_were_used_ends_and_tells_its_errors(request):
         in_child_process(lambda: {}["stop here"], "a test")
     with pytest.raises(InvalidMeasurementError, match=r"must end within 0.2 s"):
         in_child_process(lambda: time.sleep(30), "a nap", time_limit_s=0.2)
-    with pytest.raises(OutOfMemoryError, match="the kernel ended its process"):
-        in_child_process(lambda: os.kill(os.getpid(), signal.SIGKILL), "a fall")
+    with pytest.raises(OutOfMemoryError, match="the kernel killed its process"):
+        in_child_process(lambda: os.kill(os.getpid(), signal.SIGKILL), "a crash")
 
 
 @on_linux
-def test_an_earlier_peak_does_not_leak_in(llama):
+def test_an_earlier_peak_does_not_count(llama):
     before = torch.ones(256 * MIB, dtype=torch.uint8)
     del before
     assert measure_peak_memory(llama, SPEC).prefill_rise_bytes < 64 * MIB
 
 
 @on_linux
-def test_encoder(bert):
+def test_an_encoder_has_no_decode_rise(bert):
     result = measure_peak_memory(bert, SPEC, kv_cache_bytes_per_token=7)
     assert result.peak_bytes >= resident_weight_bytes(bert)
     assert (result.decode_rise_bytes, result.kv_cache_bytes) == (None, None)
 
 
-def test_a_system_without_proc_says_so(llama, monkeypatch):
+def test_a_system_without_proc_is_refused_with_the_reason(llama, monkeypatch):
     monkeypatch.setattr(memory_module, "_PROCESS", Path("/no-such-proc"))
     with pytest.raises(InvalidMeasurementError, match=r"read from /no-such-proc/status.*peak_memory_bytes"):
         measure_peak_memory(llama, SPEC)

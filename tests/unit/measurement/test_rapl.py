@@ -1,4 +1,4 @@
-"""The RAPL meter on a folder shaped like the kernel's, advanced by a thread at a known power."""
+"""The RAPL meter on a folder like the kernel's, whose counters a thread advances at a known power."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dse.errors import InvalidMeasurementError, MeterUnavailableError
 from dse.measurement import LatencySpec, RaplMeter, find_meters, measure_energy, open_meter
 
 CPU = torch.device("cpu")
-RANGE_UJ = 4_000_000_000  # so far that a thread which was kept waiting does not wrap by chance
+RANGE_UJ = 4_000_000_000  # large enough that a delayed thread does not wrap by chance
 SOURCE = "RAPL counters of the packages and their DRAM"
 
 
@@ -39,7 +39,7 @@ def drawing(powers_w: dict[Path, float], begin_uj: int):
         while not stop.is_set():
             for path, power_w in powers_w.items():
                 total_uj = begin_uj + int(power_w * 1e6 * (time.perf_counter() - begin_s))
-                new = path.with_suffix(".new")  # a reader of the kernel's file never sees half a number
+                new = path.with_suffix(".new")  # readers of the kernel's file never see half a number
                 new.write_text(f"{total_uj % RANGE_UJ}\n")
                 new.replace(path)
             time.sleep(0.001)
@@ -55,7 +55,7 @@ def drawing(powers_w: dict[Path, float], begin_uj: int):
 
 @pytest.fixture
 def powercap(tmp_path):
-    """Two packages, one with DRAM that is told, and the parts and doubles that must not be counted."""
+    """Two packages, one with a DRAM counter, and the parts and duplicates that must not count."""
     files = [add_domain(tmp_path, "intel-rapl:0", "package-0"), add_domain(tmp_path, "intel-rapl:1", "package-1")]
     files.append(add_domain(tmp_path, "intel-rapl:1:0", "dram", energy_uj=5))
     for folder, name, energy_uj in [("intel-rapl:0:1", "dram", 0), ("intel-rapl:1:1", "uncore", 3)]:
@@ -70,7 +70,7 @@ def powercap(tmp_path):
     return tmp_path, files
 
 
-def test_two_packages_through_a_wrap(powercap):
+def test_two_packages_with_a_wrap_around(powercap):
     root, files = powercap
     meter = RaplMeter(root)
     assert sorted(meter.details) == ["dram-1", "package-0", "package-1"]
@@ -96,7 +96,7 @@ def test_measure_energy_of_a_generation(powercap, llama):
         assert phase.updates >= 20
         assert phase.repeats >= 2
         assert phase.gross_j == pytest.approx(100 * phase.duration_s, rel=0.05)
-    # Per prompt and per token of one sequence: the batch of two and the four steps are divided out.
+    # Per prompt and per token of one sequence, so divided by the batch of two and the four steps.
     prompts, tokens = result.prefill.repeats * 2, result.decode.repeats * 2 * 4
     assert result.prefill_energy_j == pytest.approx(100 * result.prefill.duration_s / prompts, rel=0.05)
     assert result.energy_per_token_j == pytest.approx(100 * result.decode.duration_s / tokens, rel=0.05)
@@ -111,7 +111,7 @@ def test_measure_energy_of_an_encoder(powercap, bert):
     assert result.prefill_energy_j > 0
 
 
-def test_a_counter_that_stands_still_gives_no_figure(powercap, llama):
+def test_a_counter_that_stands_still_gives_no_energy(powercap, llama):
     root, _ = powercap
     spec = LatencySpec(prompt_tokens=4, new_tokens=1)
     result = measure_energy(llama, spec, RaplMeter(root), min_window_s=0.05, max_window_s=0.1)
@@ -125,7 +125,7 @@ def test_a_counter_that_stands_still_gives_no_figure(powercap, llama):
         _ = result.energy_per_token_j
 
 
-def test_a_counter_removed_in_the_window(powercap):
+def test_a_counter_removed_during_the_window(powercap):
     root, files = powercap
     with RaplMeter(root).window() as window:
         files[0].unlink()
@@ -135,7 +135,7 @@ def test_a_counter_removed_in_the_window(powercap):
 
 @contextlib.contextmanager
 def unprivileged():
-    """Run as an ordinary user also where tests run as root, whom no file mode stops."""
+    """Run as an ordinary user even if the tests run as root, who can read every file."""
     if os.geteuid() != 0:
         yield
         return
@@ -146,8 +146,8 @@ def unprivileged():
         os.seteuid(0)
 
 
-@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes as of POSIX")
-def test_unreadable_counter_names_the_remedy():
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX file modes")
+def test_an_unreadable_counter_names_the_remedy():
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)
@@ -166,13 +166,13 @@ def test_unreadable_counter_names_the_remedy():
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda root: None, "is not there: not Linux, or a virtual machine"),
-        (lambda root: root.mkdir(), "holds no package domain.*modprobe intel_rapl_msr"),
-        (lambda root: add_domain(root, "intel-rapl:0", "psys"), "holds no package domain"),
+        (lambda root: None, "does not exist: not Linux, or a virtual machine"),
+        (lambda root: root.mkdir(), "has no package domain.*modprobe intel_rapl_msr"),
+        (lambda root: add_domain(root, "intel-rapl:0", "psys"), "has no package domain"),
         (lambda root: add_domain(root, "intel-rapl:0", "package-0").write_text("many"), "cannot be read"),
     ],
 )
-def test_missing_meter_says_what_was_tried(tmp_path, prepare, message):
+def test_a_missing_meter_gives_reason_and_remedy(tmp_path, prepare, message):
     root = tmp_path / "powercap"
     prepare(root)
     with pytest.raises(MeterUnavailableError, match=rf"no energy meter rapl: 'cpu' must have a meter, but .*{message}"):
@@ -183,7 +183,7 @@ def test_missing_meter_says_what_was_tried(tmp_path, prepare, message):
     assert status.remedy
 
 
-def test_found_meter(powercap):
+def test_an_available_meter_is_found(powercap):
     (status,) = find_meters(CPU, powercap_root=powercap[0])
     assert (status.name, status.available, status.source) == ("rapl", True, SOURCE)
 

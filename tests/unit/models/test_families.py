@@ -1,32 +1,22 @@
-"""Every family's topology, checked on tiny random models against the modules themselves."""
+"""The topology of every family, checked on tiny random models against their modules."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
+from tiny_models import SIZES, tiny_config, tiny_model
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dse.models import load_topology, topology_of
 
-HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 32, 48, 3, 4, 64
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED = {**COMMON, "num_key_value_heads": 2}
+HIDDEN, LAYERS, VOCABULARY = (SIZES[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
 GATED = {
     "query": ("self_attn.q_proj", 32, 32),
     "key": ("self_attn.k_proj", 16, 32),
@@ -36,7 +26,7 @@ GATED = {
     "up": ("mlp.up_proj", 48, 32),
     "down": ("mlp.down_proj", 32, 48),
 }
-# A head size that is not hidden / heads: the topology must read it off the matrices.
+# The head size is not hidden / heads, so the topology must read it from the matrices.
 WIDE_HEADS = GATED | {
     "query": ("self_attn.q_proj", 64, 32),
     "key": ("self_attn.k_proj", 32, 32),
@@ -53,29 +43,20 @@ BERT = {
 }
 
 
-def wide(name: str) -> Callable[[], hf.PreTrainedModel]:
-    return lambda: build(name, {**GROUPED, "head_dim": 16})
-
-
-def build(name: str, keywords: Mapping[str, object], suffix: str = "ForCausalLM") -> hf.PreTrainedModel:
-    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
-    return getattr(hf, name + suffix)(getattr(hf, config_name)(**keywords))
-
-
-Expected = tuple[Callable[[], hf.PreTrainedModel], str, dict[str, tuple[str, int, int]]]
+Expected = tuple[Callable[[], PreTrainedModel], str, dict[str, tuple[str, int, int]]]
 FAMILIES: dict[str, Expected] = {
-    "Llama": (lambda: build("Llama", GROUPED), "model.layers", GATED),
-    "Mistral": (wide("Mistral"), "model.layers", WIDE_HEADS),
-    "Qwen2": (lambda: build("Qwen2", GROUPED), "model.layers", GATED),
-    "Qwen3": (wide("Qwen3"), "model.layers", WIDE_HEADS),
-    "SmolLM3": (lambda: build("SmolLM3", GROUPED), "model.layers", GATED),
-    "Gemma": (wide("Gemma"), "model.layers", WIDE_HEADS),
-    "Gemma2": (wide("Gemma2"), "model.layers", WIDE_HEADS),
-    "Gemma3": (wide("Gemma3"), "model.layers", WIDE_HEADS),
-    "Olmo": (lambda: build("Olmo", GROUPED), "model.layers", GATED),
-    "Olmo2": (lambda: build("Olmo2", GROUPED), "model.layers", GATED),
+    "Llama": (partial(tiny_model, "llama"), "model.layers", GATED),
+    "Mistral": (partial(tiny_model, "mistral", head_dim=16), "model.layers", WIDE_HEADS),
+    "Qwen2": (partial(tiny_model, "qwen2"), "model.layers", GATED),
+    "Qwen3": (partial(tiny_model, "qwen3"), "model.layers", WIDE_HEADS),
+    "SmolLM3": (partial(tiny_model, "smollm3"), "model.layers", GATED),
+    "Gemma": (partial(tiny_model, "gemma"), "model.layers", WIDE_HEADS),
+    "Gemma2": (partial(tiny_model, "gemma2"), "model.layers", WIDE_HEADS),
+    "Gemma3": (partial(tiny_model, "gemma3_text"), "model.layers", WIDE_HEADS),
+    "Olmo": (partial(tiny_model, "olmo"), "model.layers", GATED),
+    "Olmo2": (partial(tiny_model, "olmo2"), "model.layers", GATED),
     "Phi3": (
-        lambda: build("Phi3", GROUPED),
+        partial(tiny_model, "phi3"),
         "model.layers",
         {
             "query_key_value": ("self_attn.qkv_proj", 64, 32),
@@ -85,7 +66,7 @@ FAMILIES: dict[str, Expected] = {
         },
     ),
     "GPTNeoX": (
-        lambda: build("GPTNeoX", COMMON),
+        partial(tiny_model, "gpt_neox"),
         "gpt_neox.layers",
         {
             "query_key_value": ("attention.query_key_value", 96, 32),
@@ -95,18 +76,7 @@ FAMILIES: dict[str, Expected] = {
         },
     ),
     "GPT2": (
-        lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(
-                vocab_size=64,
-                n_embd=32,
-                n_inner=48,
-                n_layer=3,
-                n_head=4,
-                n_positions=64,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        ),
+        partial(tiny_model, "gpt2"),
         "transformer.h",
         {
             "query_key_value": ("attn.c_attn", 96, 32),
@@ -116,17 +86,7 @@ FAMILIES: dict[str, Expected] = {
         },
     ),
     "OPT": (
-        lambda: hf.OPTForCausalLM(
-            hf.OPTConfig(
-                vocab_size=64,
-                hidden_size=32,
-                ffn_dim=48,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                max_position_embeddings=64,
-                word_embed_proj_dim=24,
-            )
-        ),
+        partial(tiny_model, "opt"),
         "model.decoder.layers",
         {
             "query": ("self_attn.q_proj", 32, 32),
@@ -137,17 +97,11 @@ FAMILIES: dict[str, Expected] = {
             "down": ("fc2", 32, 48),
         },
     ),
-    "BertMaskedLM": (lambda: build("Bert", COMMON, "ForMaskedLM"), "bert.encoder.layer", BERT),
-    "BertClassifier": (
-        lambda: build("Bert", COMMON, "ForSequenceClassification"),
-        "bert.encoder.layer",
-        BERT,
-    ),
-    "Roberta": (lambda: build("Roberta", COMMON, "ForMaskedLM"), "roberta.encoder.layer", BERT),
+    "BertMaskedLM": (partial(tiny_model, "bert"), "bert.encoder.layer", BERT),
+    "BertClassifier": (partial(tiny_model, "bert", head="classification"), "bert.encoder.layer", BERT),
+    "Roberta": (partial(tiny_model, "roberta"), "roberta.encoder.layer", BERT),
     "DistilBert": (
-        lambda: hf.DistilBertForMaskedLM(
-            hf.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64)
-        ),
+        partial(tiny_model, "distilbert"),
         "distilbert.transformer.layer",
         {
             "query": ("attention.q_lin", 32, 32),
@@ -167,7 +121,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_tensors_are_the_expected_ones_in_forward_order(family: str) -> None:
+def test_the_topology_lists_the_expected_tensors_in_forward_order(family: str) -> None:
     make, block, expected = FAMILIES[family]
     topology = topology_of(make())
     assert topology.layer_count == LAYERS
@@ -182,7 +136,7 @@ def test_tensors_are_the_expected_ones_in_forward_order(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_separate_projections_of_one_input_are_stacks(family: str) -> None:
+def test_separate_projections_of_one_input_form_stacks(family: str) -> None:
     topology = topology_of(FAMILIES[family][0]())
     roles = FAMILIES[family][2]
     expected = [
@@ -194,7 +148,7 @@ def test_separate_projections_of_one_input_are_stacks(family: str) -> None:
     assert [stack.name for stack in topology.stacks] == expected
 
 
-def test_tensors_agree_with_the_modules_they_name(family: str) -> None:
+def test_tensors_match_their_modules(family: str) -> None:
     model = FAMILIES[family][0]()
     for tensor in topology_of(model).tensors:
         module = model.get_submodule(tensor.module)
@@ -212,7 +166,7 @@ def test_tensors_agree_with_the_modules_they_name(family: str) -> None:
 def test_parameters_are_counted_once_by_storage(family: str) -> None:
     model = FAMILIES[family][0]()
     topology = topology_of(model)
-    # Another way of counting: by the memory that the saved tensors point to, tied ones sharing theirs.
+    # Count again by the memory of the saved tensors; tied ones share it.
     by_pointer = {p.data_ptr(): p.numel() for _, p in model.named_parameters(remove_duplicate=False)}
     assert topology.parameters_dense == sum(by_pointer.values())
     assert topology.bytes_per_parameter == 4.0
@@ -221,8 +175,8 @@ def test_parameters_are_counted_once_by_storage(family: str) -> None:
     assert topology.buffers_bytes == sum(t.numel() * t.element_size() for t in buffers)
 
 
-def test_matrices_add_up_to_the_flops_of_a_forward_pass(family: str) -> None:
-    """2 x (layers + other + head) must be what torch's own counter sees beside attention."""
+def test_matrices_sum_to_the_flops_of_a_forward_pass(family: str) -> None:
+    """2 x (layers + other + head) must equal torch's own count without attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = FAMILIES[family][0]().eval()
@@ -236,7 +190,7 @@ def test_matrices_add_up_to_the_flops_of_a_forward_pass(family: str) -> None:
     )
     entries = sum(t.parameters for t in topology.tensors) + topology.other_matmul_parameters + topology.head_parameters
     expected = 2 * tokens * entries
-    if family == "BertClassifier":  # pooler and classifier see one token of the sequence
+    if family == "BertClassifier":  # the pooler and the classifier read one token per sequence
         expected += 2 * (HIDDEN * HIDDEN + 2 * HIDDEN)
     assert matmul == expected
 
@@ -249,7 +203,7 @@ def test_attention_widths_come_from_the_matrices(family: str) -> None:
     assert topology.key_value_width == key_value
 
 
-def test_a_config_alone_gives_the_same_topology(family: str, tmp_path: Path) -> None:
+def test_a_config_alone_is_enough_for_the_topology(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family][0]()
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
@@ -258,25 +212,25 @@ def test_a_config_alone_gives_the_same_topology(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
-def test_tied_heads_count_once_but_still_multiply(name: str, tied: bool, tmp_path: Path) -> None:
-    model = build(name, {**COMMON, "tie_word_embeddings": tied})
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_tied_heads_count_once_as_parameters_but_add_flops(name: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(name, tie_word_embeddings=tied)
     topology = topology_of(model)
     embedding = VOCABULARY * HIDDEN
     assert topology.head_parameters == embedding
-    other = topology_of(build(name, {**COMMON, "tie_word_embeddings": not tied}))
+    other = topology_of(tiny_model(name, tie_word_embeddings=not tied))
     assert topology.parameters_dense - other.parameters_dense == (-embedding if tied else embedding)
     model.config.save_pretrained(tmp_path)
     assert load_topology(str(tmp_path)).parameters_dense == topology.parameters_dense
 
 
-def test_config_without_architectures_still_finds_the_class(tmp_path: Path) -> None:
-    for name, keywords, expected in (
-        ("Llama", GROUPED, "LlamaForCausalLM"),
-        ("Bert", COMMON, "BertForMaskedLM"),
-        ("Bert", {**COMMON, "is_decoder": True}, "BertLMHeadModel"),
+def test_the_class_is_found_without_architectures_in_the_config(tmp_path: Path) -> None:
+    for config, expected in (
+        (tiny_config("llama"), "LlamaForCausalLM"),
+        (tiny_config("bert"), "BertForMaskedLM"),
+        (tiny_config("bert", is_decoder=True), "BertLMHeadModel"),
     ):
-        data = getattr(hf, f"{name}Config")(**keywords).to_dict()
+        data = config.to_dict()
         data.pop("architectures", None)
         (tmp_path / "config.json").write_text(json.dumps(data))
         assert load_topology(str(tmp_path)).architecture == expected

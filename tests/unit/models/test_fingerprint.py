@@ -9,14 +9,14 @@ import transformers as hf
 from dse.models import fingerprint, load_model, model_fingerprint
 
 
-def test_it_is_sixteen_hexadecimal_digits_and_stable(tiny_llama: hf.LlamaForCausalLM) -> None:
+def test_the_fingerprint_is_stable_and_has_sixteen_hexadecimal_digits(tiny_llama: hf.LlamaForCausalLM) -> None:
     first = model_fingerprint(tiny_llama)
     assert len(first) == 16
     assert int(first, 16) >= 0
     assert first == model_fingerprint(tiny_llama)
 
 
-def test_every_weight_counts(tiny_llama: hf.LlamaForCausalLM) -> None:
+def test_every_weight_changes_the_fingerprint(tiny_llama: hf.LlamaForCausalLM) -> None:
     seen = {model_fingerprint(tiny_llama)}
     for parameter in tiny_llama.parameters():
         with torch.no_grad():
@@ -34,7 +34,7 @@ def test_swapped_weights_of_equal_shape_differ(tiny_llama: hf.LlamaForCausalLM) 
     assert model_fingerprint(tiny_llama) != before
 
 
-def test_buffers_that_are_saved_count(tiny_llama: hf.LlamaForCausalLM) -> None:
+def test_persistent_buffers_change_the_fingerprint(tiny_llama: hf.LlamaForCausalLM) -> None:
     before = model_fingerprint(tiny_llama)
     tiny_llama.register_buffer("passing", torch.ones(3), persistent=False)
     assert model_fingerprint(tiny_llama) == before
@@ -45,11 +45,11 @@ def test_buffers_that_are_saved_count(tiny_llama: hf.LlamaForCausalLM) -> None:
     assert model_fingerprint(tiny_llama) != with_buffer
 
 
-def test_it_survives_saving_and_loading(tiny_llama: hf.LlamaForCausalLM, llama_folder: Path) -> None:
+def test_the_fingerprint_survives_saving_and_loading(tiny_llama: hf.LlamaForCausalLM, llama_folder: Path) -> None:
     assert load_model(str(llama_folder)).fingerprint == model_fingerprint(tiny_llama)
 
 
-def test_dtype_and_config_count_but_where_it_came_from_does_not(
+def test_dtype_and_config_change_the_fingerprint_but_the_origin_does_not(
     tiny_llama: hf.LlamaForCausalLM, llama_folder: Path
 ) -> None:
     before = model_fingerprint(tiny_llama)
@@ -61,14 +61,14 @@ def test_dtype_and_config_count_but_where_it_came_from_does_not(
     assert model_fingerprint(tiny_llama) != before
 
 
-def test_tied_weights_are_read_once_and_untied_ones_differ(tiny_llama: hf.LlamaForCausalLM) -> None:
+def test_untying_weights_changes_the_fingerprint(tiny_llama: hf.LlamaForCausalLM) -> None:
     before = model_fingerprint(tiny_llama)
     tiny_llama.lm_head.weight = torch.nn.Parameter(tiny_llama.lm_head.weight.detach().clone())
     assert model_fingerprint(tiny_llama) != before
 
 
 @pytest.mark.parametrize("chunk_bytes", [64, 1000])
-def test_a_weight_that_spans_chunks_is_read_to_its_end(
+def test_weights_larger_than_a_chunk_are_read_completely(
     tiny_llama: hf.LlamaForCausalLM, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_CHUNK_BYTES", chunk_bytes)

@@ -1,4 +1,4 @@
-"""Fused expert tensors in the topology: where their layout is the one that is understood, and reasons where not."""
+"""Fused expert tensors in the topology: the supported layout, and the reasons why others are refused."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_experts import COMMON, EXPERT_ROLES, tiny_mixtral, tiny_qwen3_moe
+from tiny_models import EXPERT_ROLES, tiny_model
 from torch import nn
 
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError
 from dse.models import topology_of
 
-WIDE = {**COMMON, "head_dim": 16}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+}
 
 
-def on_meta(model_class: type[hf.PreTrainedModel], config: hf.PreTrainedConfig) -> hf.PreTrainedModel:
+def on_meta(family: str, **changes: Any) -> hf.PreTrainedModel:
     with torch.device("meta"):
-        return model_class(config)
+        return tiny_model(family, **changes)
 
 
-def test_mixtrals_experts_are_listed_with_three_dimensions() -> None:
-    topology = topology_of(tiny_mixtral())
+def test_mixtral_experts_have_three_dimensions() -> None:
+    topology = topology_of(tiny_model("mixtral"))
     assert [t.name for t in topology.experts[:3]] == [
         "layers.0.expert_gate_up", "layers.0.expert_down", "layers.1.expert_gate_up",
     ]  # fmt: skip
@@ -32,7 +42,7 @@ def test_mixtrals_experts_are_listed_with_three_dimensions() -> None:
     assert {t.experts_per_token for t in topology.experts} == {2}
     assert topology.experts[0].module == "model.layers.0.mlp.experts"
     assert topology.experts[0].parameter == "gate_up_proj"
-    # They are parts of a point by name and by role, but not of "all": not every method takes them.
+    # They can be selected by name and role but are not part of "all", because not every method supports them.
     assert topology.part("layers.2.expert_down") is topology.experts[5]
     assert topology.select([1], EXPERT_ROLES) == ("layers.1.expert_gate_up", "layers.1.expert_down")
     assert not any("expert" in name for name in topology.select())
@@ -41,75 +51,51 @@ def test_mixtrals_experts_are_listed_with_three_dimensions() -> None:
         topology.matrix("layers.0.expert_down")
 
 
-FAMILIES: dict[str, tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig, list[int]]] = {
-    "Qwen3Moe": (hf.Qwen3MoeForCausalLM, tiny_qwen3_moe().config, [0, 1, 2]),
-    "Qwen3MoeWithDenseLayers": (
-        hf.Qwen3MoeForCausalLM,
-        hf.Qwen3MoeConfig(**WIDE, num_experts=4, moe_intermediate_size=24, mlp_only_layers=[0]),
-        [1, 2],
-    ),
-    "Qwen2Moe": (
-        hf.Qwen2MoeForCausalLM,
-        hf.Qwen2MoeConfig(
-            **COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
-        ),
-        [0, 1, 2],
-    ),
-    "Olmoe": (hf.OlmoeForCausalLM, hf.OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2), [0, 1, 2]),
-    "GraniteMoe": (hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig(**COMMON, num_local_experts=4), [0, 1, 2]),
-    "DeepseekV3": (
-        hf.DeepseekV3ForCausalLM,
-        hf.DeepseekV3Config(
-            **{**COMMON, "num_key_value_heads": 4}, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-            moe_intermediate_size=24, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-            v_head_dim=8, qk_nope_head_dim=8,
-        ),
-        [1, 2],
-    ),
-}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+    "Qwen3Moe": ("qwen3_moe", {}, [0, 1, 2]),
+    "Qwen3MoeWithDenseLayers": ("qwen3_moe", {"mlp_only_layers": [0]}, [1, 2]),
+    "Qwen2Moe": ("qwen2_moe", {}, [0, 1, 2]),
+    "Olmoe": ("olmoe", {}, [0, 1, 2]),
+    "GraniteMoe": ("granitemoe", {}, [0, 1, 2]),
+    "DeepseekV3": ("deepseek_v3", DEEPSEEK, [1, 2]),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_the_same_layout_have_them_too(family: str) -> None:
-    model_class, config, layers = FAMILIES[family]
-    topology = topology_of(on_meta(model_class, config))
+def test_families_with_the_supported_layout_have_expert_tensors(family: str) -> None:
+    model_type, changes, layers = FAMILIES[family]
+    topology = topology_of(on_meta(model_type, **changes))
     assert sorted({tensor.layer for tensor in topology.experts}) == layers
     assert len(topology.experts) == 2 * len(layers)
     assert not topology.experts_refused
-    parameters = dict(on_meta(model_class, config).named_parameters())
+    parameters = dict(on_meta(model_type, **changes).named_parameters())
     for tensor in topology.experts:
         assert tuple(parameters[f"{tensor.module}.{tensor.parameter}"].shape) == tensor.shape
         assert not any(tensor.module == path for path in topology.unmapped)
 
 
-OTHERS: dict[str, tuple[Any, Any, str]] = {
-    "GptOss": (hf.GptOssForCausalLM, hf.GptOssConfig(**WIDE, num_local_experts=4), "hold their weights transposed"),
-    "Llama4": (
-        hf.Llama4ForCausalLM,
-        hf.Llama4TextConfig(**WIDE, intermediate_size_mlp=48, num_local_experts=4),
-        "does not compute the sum over a token's experts",
-    ),
+OTHERS = {
+    "gpt_oss": "store their weights transposed",
+    "llama4_text": "does not compute the sum over a token's experts",
 }
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_layouts_are_refused_with_the_reason(family: str) -> None:
-    model_class, config, reason = OTHERS[family]
-    topology = topology_of(on_meta(model_class, config))
+    reason = OTHERS[family]
+    topology = topology_of(on_meta(family))
     assert not topology.experts
     assert set(topology.experts_refused) == {f"layers.{i}.{role}" for i in range(3) for role in EXPERT_ROLES}
-    with pytest.raises(
-        PointError, match=f"'layers.0.expert_down' must be a fused expert tensor.*{reason}.*leave it out"
-    ):
+    with pytest.raises(PointError, match=f"'layers.0.expert_down' must be a fused expert tensor.*{reason}.*remove it"):
         DesignPoint.from_json({"tensors": {"layers.0.expert_down": {"method": "tucker", "rank": 2}}}, topology)
     with pytest.raises(PointError, match=reason):
         DesignPoint.uniform(topology, "tucker", 2, roles=["expert_down"])
-    # They are left alone and counted, as before.
+    # They stay dense and are counted.
     assert any(path.endswith("experts") for path in topology.unmapped)
 
 
 def test_a_module_that_computes_something_else_is_refused() -> None:
-    model = tiny_mixtral()
+    model = tiny_model("mixtral")
     kind = type(model.model.layers[0].mlp.experts)
 
     class Doubled(kind):  # type: ignore[misc, valid-type]
@@ -123,7 +109,7 @@ def test_a_module_that_computes_something_else_is_refused() -> None:
 
 
 def test_shared_experts_weights_are_refused() -> None:
-    model = tiny_mixtral()
+    model = tiny_model("mixtral")
     first, second = model.model.layers[0].mlp.experts, model.model.layers[1].mlp.experts
     second.down_proj = first.down_proj
     topology = topology_of(model)
@@ -131,25 +117,25 @@ def test_shared_experts_weights_are_refused() -> None:
     assert "shares its weights" in topology.experts_refused["layers.0.expert_gate_up"]
 
 
-def test_a_further_parameter_is_refused() -> None:
-    model = tiny_mixtral()
+def test_an_additional_parameter_is_refused() -> None:
+    model = tiny_model("mixtral")
     model.model.layers[0].mlp.experts.scale = nn.Parameter(torch.ones(4, 1))
-    assert "no pair of gate_up_proj and down_proj" in topology_of(model).experts_refused["layers.0.expert_down"]
+    assert (
+        "are not a pair of 3-D gate_up_proj and down_proj" in topology_of(model).experts_refused["layers.0.expert_down"]
+    )
 
 
 def test_cost_of_a_published_size_by_hand() -> None:
-    """Mixtral-8x7B: 8 experts of three 14336 x 4096 matrices in each of 32 layers, two for a token."""
-    config = hf.MixtralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
-    )  # fmt: skip
-    topology = topology_of(on_meta(hf.MixtralForCausalLM, config))
+    """Mixtral-8x7B: 8 experts of three 14336 x 4096 matrices in each of 32 layers, two experts per token."""
+    published = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8}
+    topology = topology_of(on_meta("mixtral", **published, **heads))
     assert topology.parameters_dense == 46_702_792_704
     point = DesignPoint.uniform(topology, "tucker", 2048, roles=EXPERT_ROLES)
     gate_up = 8 * 2048**2 + 2048 * (28672 + 4096)
     down = 8 * 2048**2 + 2048 * (4096 + 14336)
     saved = 32 * (8 * 3 * 14336 * 4096 - gate_up - down)
-    here, dense = cost(topology, point), cost(topology, DesignPoint.dense())
+    here, dense = point_cost(topology, point), point_cost(topology, DesignPoint.dense())
     assert here.parameters == topology.parameters_dense - saved
     per_token = 32 * (
         (2048 * 4096 + 2 * 2048**2 + 2 * 28672 * 2048) + (2 * 2048 * 14336 + 2 * 2048**2 + 4096 * 2048)
@@ -161,8 +147,8 @@ def test_cost_of_a_published_size_by_hand() -> None:
     assert dense.flops_prefill_per_token - here.flops_prefill_per_token == 2 * (dense_per_token - per_token)
 
 
-def test_points_say_the_expert_rank_only_where_there_is_one() -> None:
-    topology = topology_of(tiny_mixtral())
+def test_points_write_the_expert_rank_only_if_set() -> None:
+    topology = topology_of(tiny_model("mixtral"))
     point = DesignPoint.of(
         {"layers.0.expert_down": TensorChoice("tucker", 4, 2), "layers.0.expert_gate_up": TensorChoice("tucker", 4)}
     )
@@ -179,5 +165,5 @@ def test_points_say_the_expert_rank_only_where_there_is_one() -> None:
     for wrong in (-1, True, 1.0, "2"):
         with pytest.raises(PointError, match="`expert_rank >= 0` must hold"):
             DesignPoint.from_json({**compact, "expert_rank": wrong}, topology)
-    with pytest.raises(PointError, match="`expert_rank` is for method 'tucker'"):
+    with pytest.raises(PointError, match="`expert_rank` applies to method 'tucker'"):
         TensorChoice("svd", 4, 2)

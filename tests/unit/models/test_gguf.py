@@ -1,4 +1,4 @@
-"""GGUF files through transformers: a tiny one written here, with its weights known."""
+"""GGUF files through transformers: a tiny file with known weights, written here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADS, KEY_VALUE_HEADS, HEAD_SIZE = 4, 2, 8
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The order of rows that llama.cpp keeps queries and keys in: pairs of a rotation side by side."""
+    """llama.cpp's row order of queries and keys: the two rows of a rotation are adjacent."""
     return weight.reshape(heads, 2, HEAD_SIZE // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
@@ -75,7 +75,7 @@ def gguf_file(tiny_llama: hf.LlamaForCausalLM, tmp_path: Path) -> Path:
     return folder / "tiny.gguf"
 
 
-def test_weights_tying_and_logits_survive(gguf_file: Path, tiny_llama: hf.LlamaForCausalLM) -> None:
+def test_weights_tying_and_logits_are_preserved(gguf_file: Path, tiny_llama: hf.LlamaForCausalLM) -> None:
     loaded = load_model(str(gguf_file))
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     assert loaded.topology == topology_of(tiny_llama)
@@ -89,19 +89,19 @@ def test_weights_tying_and_logits_survive(gguf_file: Path, tiny_llama: hf.LlamaF
     assert loaded.tokenizer.decode([3, 4, 15]) == "abab"
 
 
-def test_a_folder_with_one_gguf_file_is_that_file(gguf_file: Path) -> None:
+def test_a_folder_with_one_gguf_file_loads_like_the_file(gguf_file: Path) -> None:
     by_file, by_folder = load_model(str(gguf_file)), load_model(str(gguf_file.parent))
     assert by_file.fingerprint == by_folder.fingerprint
     assert load_topology(str(gguf_file.parent)) == by_file.topology
 
 
-def test_dtype_is_what_was_asked_for(gguf_file: Path) -> None:
+def test_the_model_has_the_requested_dtype(gguf_file: Path) -> None:
     loaded = load_model(str(gguf_file), dtype="bfloat16")
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     assert loaded.topology == load_topology(str(gguf_file), dtype="bfloat16")
 
 
-def test_it_can_be_saved_as_safetensors_afterwards(gguf_file: Path, tmp_path: Path) -> None:
+def test_the_model_can_be_saved_as_safetensors(gguf_file: Path, tmp_path: Path) -> None:
     loaded = load_model(str(gguf_file))
     assert not hasattr(loaded.model.config, "quantization_config")
     loaded.model.save_pretrained(tmp_path / "saved")
@@ -111,7 +111,7 @@ def test_it_can_be_saved_as_safetensors_afterwards(gguf_file: Path, tmp_path: Pa
     assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
 
 
-def test_loading_prints_nothing_and_leaves_the_reader_alone(gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing_and_restores_the_reader(gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     reader = gguf.GGUFReader
     load_model(str(gguf_file))
     assert gguf.GGUFReader is reader

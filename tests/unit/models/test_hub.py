@@ -1,4 +1,4 @@
-"""Models of the hub, from a small server on this machine that answers as the hub does."""
+"""Hub models, served by a small local server that answers like the hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves the folders of `root` as repositories; `tiny/gated` asks for access."""
+    """Serves the folders of `root` as repositories; `tiny/gated` requires access."""
 
     root: Path
     answers = True
@@ -36,7 +36,7 @@ class Hub(BaseHTTPRequestHandler):
             type(self).answers = False
             return self.reply(200)
         if not self.answers:
-            self.close_connection = True  # as if the cable were pulled
+            self.close_connection = True  # simulates a lost connection
             return None
         parts = path.removeprefix("api/models/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
@@ -86,7 +86,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def add_custom_model(llama: Path, folder: Path) -> None:
-    """The same weights behind a class that only the repository's own code knows."""
+    """The same weights with a class that only the repository's own code defines."""
     shutil.copytree(llama, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -146,11 +146,11 @@ def test_hub_models(hub: str, tmp_path: Path) -> None:
     assert "'tiny/gated' is gated: ask for access" in results["gated"]["error"]
     assert "'tiny/llama' has no 'no-such-branch'" in results["revision"]["error"]
     assert "PyTorch files only, which are never opened" in results["pickles"]["error"]
-    assert "needs Python code of its own, which is not run unless you allow it" in results["own code"]["error"]
+    assert "needs its own Python code, which is not run unless you allow it" in results["own code"]["error"]
     assert results["own code allowed"]["architecture"] == "TinyForCausalLM"
     assert tuple(results["own code allowed"]["roles"]) == local.topology.roles
     assert results["config"]["parameters"] == local.topology.parameters_dense
-    # The network goes away: what is in the cache still loads, the rest is refused, and neither takes long.
+    # Without the network, cached models still load and others are refused, both quickly.
     assert results["cached"]["fingerprint"] == local.fingerprint
     assert "neither a local folder nor in the local hub cache" in results["not cached"]["error"]
     for name, result in results.items():

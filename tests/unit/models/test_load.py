@@ -1,4 +1,4 @@
-"""Loading from local folders: what comes back, what is refused, and that nothing global changes."""
+"""Loading from local folders: the result, the errors, and no change of global state."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import save_tiny_model
 from transformers.utils import logging as hf_logging
 
 from dse.errors import ModelError, UserError
 from dse.models import LoadedModel, load_model, load_topology, topology_of
-from dse.models.reference import resolve
+from dse.models.model_source import resolve
 
 
-def test_a_saved_model_comes_back_whole(llama_folder: Path, tiny_llama: hf.LlamaForCausalLM) -> None:
+def test_a_saved_model_loads_completely(llama_folder: Path, tiny_llama: hf.LlamaForCausalLM) -> None:
     loaded = load_model(str(llama_folder))
     assert type(loaded.model) is hf.LlamaForCausalLM
     assert not loaded.model.training
@@ -39,7 +40,7 @@ def test_a_saved_model_comes_back_whole(llama_folder: Path, tiny_llama: hf.Llama
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
-def test_dtype_is_what_was_asked_for(llama_folder: Path, dtype: str, size: int) -> None:
+def test_the_model_has_the_requested_dtype(llama_folder: Path, dtype: str, size: int) -> None:
     loaded = load_model(str(llama_folder), dtype=dtype)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {getattr(torch, dtype)}
     assert loaded.dtype == getattr(torch, dtype)
@@ -55,25 +56,17 @@ def test_topology_counts_bytes_in_the_dtype_of_the_config(llama_folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("make", "architecture"),
+    ("head", "architecture"),
     [
-        (lambda c: hf.BertForMaskedLM(c), "BertForMaskedLM"),
-        (lambda c: hf.BertForSequenceClassification(c), "BertForSequenceClassification"),
-        (lambda c: hf.BertModel(c), "BertModel"),
+        ("masked_lm", "BertForMaskedLM"),
+        ("classification", "BertForSequenceClassification"),
+        ("embedding", "BertModel"),
     ],
 )
-def test_encoders_load_as_the_class_they_were_saved_as(
-    make: Callable[[hf.BertConfig], hf.PreTrainedModel],
-    architecture: str,
-    tmp_path: Path,
-    tokenizer: hf.PreTrainedTokenizerFast,
+def test_encoders_load_as_their_saved_class(
+    head: str, architecture: str, tmp_path: Path, tokenizer: hf.PreTrainedTokenizerFast
 ) -> None:
-    config = hf.BertConfig(
-        vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = make(config)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_tiny_model(tmp_path, "bert", head=head, tokenizer=tokenizer)
     loaded = load_model(str(tmp_path))
     assert type(loaded.model).__name__ == loaded.topology.architecture == architecture
     assert not loaded.topology.is_decoder
@@ -86,7 +79,7 @@ def test_role_names_reach_the_topology(llama_folder: Path) -> None:
     assert "valve" in load_topology(str(llama_folder), role_names=names).roles
 
 
-def test_nothing_global_changes(llama_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_changes_no_global_state(llama_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def state() -> list[object]:
         import gguf
         from transformers import modeling_gguf_pytorch_utils as gguf_module
@@ -160,7 +153,7 @@ def only_gguf(*names: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("divergence", "message"),
+    ("damage", "message"),
     [
         (truncate_weights, "cannot be loaded"),
         (write("model.safetensors", b""), "cannot be loaded"),
@@ -169,7 +162,7 @@ def only_gguf(*names: str) -> Callable[[Path], None]:
         (write("config.json", b"\xff\xfe"), "cannot be loaded"),
         (write("tokenizer.json", b"{}"), "the tokenizer of .* cannot be loaded"),
         (without("tokenizer.json", "tokenizer_config.json"), "tokenizer.*save_pretrained"),
-        (without("model.safetensors"), "must lie beside the config as .safetensors.*dse cost"),
+        (without("model.safetensors"), "must be .safetensors files beside the config.*dse cost"),
         (without("config.json"), "must hold a config.json"),
         (only_pickles, "PyTorch files only, which are never opened"),
         (only_gguf("a.gguf"), "cannot be loaded"),
@@ -184,21 +177,21 @@ def only_gguf(*names: str) -> Callable[[Path], None]:
         (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised .gptq."),
         (
             edit_config(model_type="new", auto_map={"AutoConfig": "config.New", "AutoModelForCausalLM": "model.New"}),
-            "needs Python code of its own.*trust_remote_code: true",
+            "needs its own Python code.*trust_remote_code: true",
         ),
     ],
 )
-def test_a_damaged_folder_gets_one_clear_line(
-    llama_folder: Path, divergence: Callable[[Path], None], message: str
+def test_a_damaged_folder_is_reported_in_one_line(
+    llama_folder: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    divergence(llama_folder)
+    damage(llama_folder)
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(llama_folder))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(llama_folder))
 
 
-def test_code_beside_a_model_is_not_run_unless_asked(llama_folder: Path, tmp_path: Path) -> None:
+def test_model_code_runs_only_with_trust_remote_code(llama_folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "the-code-ran"
     (llama_folder / "configuration_new.py").write_text(f"open({str(trace)!r}, 'w')\n")
     edit_config(model_type="new", auto_map={"AutoConfig": "configuration_new.New"})(llama_folder)
@@ -226,7 +219,7 @@ def test_code_beside_a_model_is_not_run_unless_asked(llama_folder: Path, tmp_pat
         (str(Path(__file__).parent), "must hold a config.json or one .gguf file"),
     ],
 )
-def test_a_reference_to_nothing_gets_one_clear_line(ref: str, message: str) -> None:
+def test_an_invalid_reference_is_reported_in_one_line(ref: str, message: str) -> None:
     for load in (load_model, load_topology):
         with pytest.raises(ModelError, match=message) as caught:
             load(ref)
@@ -234,7 +227,7 @@ def test_a_reference_to_nothing_gets_one_clear_line(ref: str, message: str) -> N
         assert len(str(caught.value)) < 400
 
 
-def test_a_misspelt_folder_names_its_neighbour(llama_folder: Path) -> None:
+def test_a_misspelt_folder_gets_a_suggestion(llama_folder: Path) -> None:
     with pytest.raises(ModelError, match="did you mean 'tiny-llama'"):
         load_topology(str(llama_folder.parent / "tiny-lama"))
 
@@ -244,7 +237,7 @@ def test_a_misspelt_folder_names_its_neighbour(llama_folder: Path) -> None:
     st.text(max_size=40).filter(lambda text: "/" in text or not text.strip(" \t\r\n")).filter(lambda t: ":" not in t)
 )
 def test_any_text_with_a_slash_resolves_or_is_refused(text: str) -> None:
-    # Left out: plain words, which may be hub ids and would ask the network.
+    # Plain words are excluded: they may be hub ids and would need the network.
     try:
         resolve(f"./no/such/folder/{text}/x")
     except UserError:
@@ -253,25 +246,25 @@ def test_any_text_with_a_slash_resolves_or_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float64", "", None, ["float32"], torch.float32])
-def test_dtypes_are_named(llama_folder: Path, dtype: str) -> None:
+def test_unsupported_dtypes_are_refused(llama_folder: Path, dtype: str) -> None:
     with pytest.raises(ModelError, match="`dtype` must be one of float32, float16, bfloat16"):
         load_model(str(llama_folder), dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "meta", "cuda:-3", "cpu:x"])
-def test_devices_that_are_none(llama_folder: Path, device: str) -> None:
+def test_unsupported_devices_are_refused(llama_folder: Path, device: str) -> None:
     with pytest.raises(ModelError, match="`device` must"):
         load_model(str(llama_folder), device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_a_gpu_says_so(llama_folder: Path) -> None:
+def test_cuda_without_a_gpu_is_refused(llama_folder: Path) -> None:
     with pytest.raises(ModelError, match="sees no CUDA device; use device='cpu'"):
         load_model(str(llama_folder), device="cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_holds_the_same_model(llama_folder: Path) -> None:
+def test_the_model_is_the_same_on_cuda(llama_folder: Path) -> None:
     on_gpu, on_cpu = load_model(str(llama_folder), device="cuda"), load_model(str(llama_folder))
     assert {parameter.device.type for parameter in on_gpu.model.parameters()} == {"cuda"}
     assert on_gpu.model.lm_head.weight is on_gpu.model.model.embed_tokens.weight
@@ -280,12 +273,12 @@ def test_cuda_holds_the_same_model(llama_folder: Path) -> None:
         load_model(str(llama_folder), device="cuda:99")
 
 
-def test_a_revision_is_for_the_hub(llama_folder: Path) -> None:
-    with pytest.raises(ModelError, match="revision is for models of the hub"):
+def test_a_revision_is_refused_for_local_models(llama_folder: Path) -> None:
+    with pytest.raises(ModelError, match="revision is for hub models only"):
         load_model(str(llama_folder), revision="main")
 
 
-def test_fingerprint_is_of_the_dense_model_only(llama_folder: Path) -> None:
+def test_the_fingerprint_requires_the_dense_model(llama_folder: Path) -> None:
     first, second = load_model(str(llama_folder)), load_model(str(llama_folder))
     layer = first.model.model.layers[0].mlp
     dense, layer.up_proj = layer.up_proj, torch.nn.Identity()
@@ -294,10 +287,10 @@ def test_fingerprint_is_of_the_dense_model_only(llama_folder: Path) -> None:
     layer.up_proj = dense
     assert first.fingerprint == second.fingerprint
     layer.up_proj = torch.nn.Identity()
-    assert first.fingerprint == second.fingerprint  # once known it stays
+    assert first.fingerprint == second.fingerprint  # it is cached
 
 
-def test_fingerprint_is_refused_after_weights_changed(llama_folder: Path) -> None:
+def test_the_fingerprint_is_refused_after_weights_changed(llama_folder: Path) -> None:
     loaded: LoadedModel = load_model(str(llama_folder))
     with torch.no_grad():
         loaded.model.model.layers[2].self_attn.q_proj.weight.mul_(2)

@@ -1,4 +1,4 @@
-"""Architectures that the rules do not know, mixtures of experts, and roles that the user names."""
+"""Architectures without built-in rules, mixtures of experts, and user-defined roles."""
 
 from __future__ import annotations
 
@@ -9,42 +9,20 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_model
 from torch import nn
 
 from dse.errors import ModelError, UnknownArchitectureError
 from dse.models import topology_of
 from dse.models.roles import ROLE_SUFFIXES, role_of
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
 
 def mamba() -> hf.PreTrainedModel:
-    return hf.MambaForCausalLM(
-        hf.MambaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=3,
-            state_size=4,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    return tiny_model("mamba")
 
 
-def llama(**keywords: object) -> hf.PreTrainedModel:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, **keywords}))
+def llama(**changes: object) -> hf.PreTrainedModel:
+    return tiny_model("llama", vocab_size=64, pad_token_id=0, **changes)
 
 
 def test_unknown_architecture_lists_what_was_found_and_how_to_name_it() -> None:
@@ -67,16 +45,20 @@ def test_the_remedy_of_the_error_works() -> None:
     assert [t.module for t in topology.tensors] == [f"backbone.layers.{i}.mixer.in_proj" for i in range(3)]
 
 
-def test_named_roles_follow_the_known_ones_and_leave_the_rest_unmapped() -> None:
+def test_user_roles_follow_known_roles_and_other_modules_stay_unmapped() -> None:
     topology = topology_of(mamba(), {"mixer.out_proj": "output", "mixer.in_proj": "input", "x_proj": "selection"})
-    assert topology.roles == ("output", "input", "selection")  # `output` is a known role; the others as registered
+    assert topology.roles == (
+        "output",
+        "input",
+        "selection",
+    )  # `output` is a known role; the others follow in registration order
     assert topology.tensors[0].module == "backbone.layers.0.mixer.out_proj"
     assert set(topology.unmapped) == {
         f"backbone.layers.{i}.mixer{module}" for i in range(3) for module in ("", ".conv1d", ".dt_proj")
     }
 
 
-def test_a_head_of_its_own_can_be_named() -> None:
+def test_an_untied_head_can_be_given_a_role() -> None:
     topology = topology_of(llama(tie_word_embeddings=False), {"lm_head": "head"})
     head = topology["head"]
     assert (head.module, head.layer, head.shape) == ("lm_head", None, (64, 32))
@@ -115,16 +97,16 @@ def test_tied_weights_are_never_untied(inside: bool) -> None:
         ({"q_proj.": "query"}, "end of a module path"),
         ({"q_proj": 3}, "lower-case"),
         ({3: "query"}, "end of a module path"),
-        ({"mlp.up_proj": "gate"}, "'gate' fits both.*tell them apart"),
+        ({"mlp.up_proj": "gate"}, "'gate' fits both.*give them different roles"),
     ],
 )
-def test_role_names_that_cannot_hold_are_refused(names: dict[str, str], message: str) -> None:
+def test_invalid_role_names_are_refused(names: dict[str, str], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         topology_of(llama(), names)
 
 
 def test_one_role_for_two_modules_outside_the_layers_is_refused() -> None:
-    model = hf.RobertaForMaskedLM(hf.RobertaConfig(**SMALL))
+    model = tiny_model("roberta")
     assert topology_of(model, {"lm_head.dense": "transform"})["transform"].module == "lm_head.dense"
     model.lm_head.extra = nn.Module()
     model.lm_head.extra.dense = nn.Linear(8, 8)
@@ -133,10 +115,7 @@ def test_one_role_for_two_modules_outside_the_layers_is_refused() -> None:
 
 
 def test_encoder_decoders_are_ambiguous_until_named() -> None:
-    config = hf.T5Config(
-        vocab_size=64, d_model=32, d_ff=48, num_layers=3, num_heads=4, d_kv=8, decoder_start_token_id=0
-    )
-    model = hf.T5ForConditionalGeneration(config)
+    model = tiny_model("t5")
     with pytest.raises(UnknownArchitectureError, match=r"SelfAttention\.q \(32 x 32\)"):
         topology_of(model)
     topology = topology_of(model, {"EncDecAttention.q": "cross_query", "SelfAttention.q": "query"})
@@ -144,16 +123,8 @@ def test_encoder_decoders_are_ambiguous_until_named() -> None:
 
 
 def test_layers_that_share_weights_are_refused() -> None:
-    config = hf.AlbertConfig(
-        vocab_size=64,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-    )
     with pytest.raises(UnknownArchitectureError, match="runs 3 layers over 1 blocks"):
-        topology_of(hf.AlbertForMaskedLM(config))
+        topology_of(tiny_model("albert"))
 
 
 def test_a_model_without_layers_is_refused() -> None:
@@ -163,13 +134,12 @@ def test_a_model_without_layers_is_refused() -> None:
         topology_of(model)
 
 
-def test_layers_of_linear_subclasses_alone_are_refused_without_a_false_remedy() -> None:
-    config = hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+def test_layers_of_linear_subclasses_are_refused_without_a_false_remedy() -> None:
     with pytest.raises(UnknownArchitectureError, match=r"hold FalconLinear only.*not supported"):
-        topology_of(hf.FalconForCausalLM(config))
+        topology_of(tiny_model("falcon"))
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
+def test_subclasses_of_linear_are_not_decomposable() -> None:
     class Scaled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
@@ -182,33 +152,29 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     assert topology.other_matmul_parameters == 32 * 32
 
 
-def test_routers_are_left_alone_and_experts_no_matrices_but_both_are_counted() -> None:
-    config = hf.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
-    topology = topology_of(hf.MixtralForCausalLM(config))
+def test_routers_and_experts_are_not_matrices_but_are_counted() -> None:
+    topology = topology_of(tiny_model("mixtral"))
     assert topology.roles == ("query", "key", "value", "attention_output")
     assert set(topology.unmapped) == {f"model.layers.{i}.mlp.gate" for i in range(3)}
-    # A token meets the router (4 x 32) and two of the four experts, each of three 48 x 32 matrices.
+    # A token uses the router (4 x 32) and two of the four experts, each of three 48 x 32 matrices.
     assert topology.other_matmul_parameters == 3 * (4 * 32 + 2 * 3 * 48 * 32)
 
 
-def test_shared_experts_have_roles_of_their_own() -> None:
-    config = hf.Qwen2MoeConfig(
-        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
-    )
-    topology = topology_of(hf.Qwen2MoeForCausalLM(config))
+def test_shared_experts_have_their_own_roles() -> None:
+    topology = topology_of(tiny_model("qwen2_moe"))
     assert topology.roles[-3:] == ("shared_gate", "shared_up", "shared_down")
     assert topology["layers.2.shared_up"].shape == (40, 32)
 
 
 @settings(deadline=None)
 @given(st.text(alphabet="abq_.proj", max_size=20))
-def test_longest_suffix_wins_whatever_comes_before(prefix: str) -> None:
+def test_the_longest_suffix_wins_for_any_prefix(prefix: str) -> None:
     assert role_of(f"{prefix}.attention.output.dense", {}) == "attention_output"
     assert role_of(f"{prefix}.output.dense", {}) == "output"
     assert role_of(f"{prefix}.output.dense", {"output.dense": "other"}) == "other"
     assert role_of(f"{prefix}xq_proj", {}) != "query"  # a suffix ends at a dot, not inside a word
 
 
-def test_no_suffix_means_two_roles() -> None:
+def test_every_suffix_has_one_role() -> None:
     suffixes = [suffix for known in ROLE_SUFFIXES.values() for suffix in known]
     assert len(suffixes) == len(set(suffixes))

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from dse.errors import ConfigError
 from dse.pareto import dominates, non_dominated, non_dominated_rank
 
-# Few different values, so that ties and repeats are common; NaN is one of them.
+# Few distinct values, including NaN, so that ties and repeats are common.
 CELLS = st.sampled_from([0.0, -0.0, 1.0, 2.0, 3.0, np.inf, np.nan])
 
 
@@ -24,14 +24,14 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, list[str]]:
 
 
 def _beats(a: np.ndarray, b: np.ndarray, directions: list[str]) -> bool:
-    """The definition, cell by cell."""
+    """Dominance by its definition, cell by cell."""
     better = [x < y if d == "minimize" else x > y for x, y, d in zip(a, b, directions, strict=True)]
     worse = [x > y if d == "minimize" else x < y for x, y, d in zip(a, b, directions, strict=True)]
     return any(better) and not any(worse)
 
 
 @given(tables())
-def test_the_front_agrees_with_the_definition(table: tuple[np.ndarray, list[str]]) -> None:
+def test_front_matches_the_definition(table: tuple[np.ndarray, list[str]]) -> None:
     values, directions = table
     measured = ~np.isnan(values).any(axis=1)
     expected = [
@@ -42,7 +42,7 @@ def test_the_front_agrees_with_the_definition(table: tuple[np.ndarray, list[str]
 
 
 @given(tables())
-def test_pairs_agree_with_the_definition(table: tuple[np.ndarray, list[str]]) -> None:
+def test_pairwise_dominance_matches_the_definition(table: tuple[np.ndarray, list[str]]) -> None:
     values, directions = table
     rows = values[~np.isnan(values).any(axis=1)]
     for a, b in itertools.permutations(rows, 2):
@@ -51,29 +51,29 @@ def test_pairs_agree_with_the_definition(table: tuple[np.ndarray, list[str]]) ->
 
 @given(tables())
 @settings(max_examples=50)
-def test_ranks_peel_the_fronts(table: tuple[np.ndarray, list[str]]) -> None:
+def test_ranks_are_successive_fronts(table: tuple[np.ndarray, list[str]]) -> None:
     values, directions = table
     ranks = non_dominated_rank(values, directions)
     assert ((ranks == -1) == np.isnan(values).any(axis=1)).all()
     assert ((ranks == 0) == non_dominated(values, directions)).all()
     for index, rank in enumerate(ranks):
-        # The longest chain of points that beat one another down to this one is its rank.
+        # The rank is the length of the longest chain of points that dominate one another and end at this one.
         above = [r for r, row in zip(ranks, values, strict=True) if r >= 0 and _beats(row, values[index], directions)]
         assert rank == (-1 if rank < 0 else max(above, default=-1) + 1)
 
 
-def test_a_worked_example() -> None:
+def test_worked_example() -> None:
     values = [[0.7, 10], [0.6, 8], [0.6, 9], [0.7, 10], [0.5, 8], [np.nan, 1]]
     assert non_dominated(values, ["maximize", "minimize"]).tolist() == [True, True, False, True, False, False]
     assert non_dominated_rank(values, ["maximize", "minimize"]).tolist() == [0, 0, 1, 0, 1, -1]
 
 
-def test_a_point_does_not_dominate_itself_or_what_was_not_measured() -> None:
+def test_point_dominates_neither_itself_nor_unmeasured_points() -> None:
     assert not dominates([1.0, 2.0], [1.0, 2.0], ["minimize", "minimize"])
     assert dominates([1.0, 2.0], [1.0, 3.0], ["minimize", "minimize"])
     assert not dominates([1.0, 2.0], [1.0, np.nan], ["minimize", "minimize"])
 
 
-def test_shapes_must_fit() -> None:
+def test_shape_mismatch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"shape \(n, 2\)"):
         non_dominated([[1.0, 2.0, 3.0]], ["minimize", "minimize"])

@@ -21,21 +21,21 @@ def test_one_box() -> None:
     assert hypervolume([[1.0, 2.0, 3.0]], [4.0, 4.0, 5.0], _minimise(3)) == pytest.approx(3 * 2 * 2)
 
 
-def test_two_boxes_are_counted_once_where_they_overlap() -> None:
+def test_overlap_of_two_boxes_is_counted_once() -> None:
     assert hypervolume([[1.0, 2.0], [2.0, 1.0]], [3.0, 3.0], _minimise(2)) == pytest.approx(2 + 2 - 1)
     assert hypervolume([[0, 0, 1], [0, 1, 0], [1, 0, 0]], [2, 2, 2], _minimise(3)) == pytest.approx(3 * 4 - 3 * 2 + 1)
 
 
-def test_a_maximised_column_is_measured_from_below() -> None:
+def test_maximised_column_has_its_reference_below() -> None:
     assert hypervolume([[0.6, 2.0], [0.8, 5.0]], [0.0, 10.0], ["maximize", "minimize"]) == pytest.approx(
         0.6 * 8 + 0.2 * 5
     )
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 5])
-def test_the_simplex_lattice_dominates_the_cells_above_it(columns: int) -> None:
-    # Of the unit cells of the cube [0, n]^k the lattice points with coordinate sum n - 1 dominate exactly those whose
-    # lower corner has a sum of n - 1 or more.
+def test_simplex_lattice_dominates_the_cells_above_it(columns: int) -> None:
+    # Of the unit cells of the cube [0, n]^k, the lattice points with coordinate sum n - 1 dominate exactly those whose
+    # lower corner has a coordinate sum of at least n - 1.
     size = 4
     lattice = np.array([p for p in np.ndindex(*(size,) * columns) if sum(p) == size - 1], dtype=float)
     cells = sum(sum(cell) >= size - 1 for cell in np.ndindex(*(size,) * columns))
@@ -47,10 +47,8 @@ def test_the_simplex_lattice_dominates_the_cells_above_it(columns: int) -> None:
 def test_agrees_with_optuna(columns: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     directions = np.abs(random.normal(size=(30, columns)))
-    points = 1.0 - directions / np.linalg.norm(directions, axis=1, keepdims=True)  # a front: no point is dominated
-    points = np.concatenate(
-        [points, random.uniform(0.2, 1.3, size=(20, columns))]
-    )  # and some that add little or nothing
+    points = 1.0 - directions / np.linalg.norm(directions, axis=1, keepdims=True)  # a front
+    points = np.concatenate([points, random.uniform(0.2, 1.3, size=(20, columns))])  # points that add little or nothing
     inside = points[(points < 1.1).all(axis=1)]
     expected = compute_hypervolume(inside, np.full(columns, 1.1))
     assert hypervolume(points, [1.1] * columns, _minimise(columns)) == pytest.approx(expected, rel=1e-10)
@@ -78,7 +76,7 @@ POINTS = st.integers(1, 4).flatmap(
 
 @given(POINTS)
 @settings(max_examples=60)
-def test_more_points_never_lose_volume_and_order_does_not_matter(points: np.ndarray) -> None:
+def test_volume_is_monotonic_and_independent_of_order(points: np.ndarray) -> None:
     columns = points.shape[1]
     whole = normalised_hypervolume(points, [1.0] * columns, [0.0] * columns)
     assert 0.0 <= whole <= 1.0
@@ -91,15 +89,15 @@ def test_more_points_never_lose_volume_and_order_does_not_matter(points: np.ndar
 
 @given(POINTS, st.floats(0.01, 1000), st.floats(-10, 10))
 @settings(max_examples=40)
-def test_units_do_not_matter_once_normalised(points: np.ndarray, scale: float, shift: float) -> None:
+def test_normalised_volume_is_independent_of_units(points: np.ndarray, scale: float, shift: float) -> None:
     columns = points.shape[1]
     plain = normalised_hypervolume(points, [1.0] * columns, [0.0] * columns)
-    # Turned round too: a negative scale makes what was minimised maximised.
+    # A negative scale also turns minimised columns into maximised ones.
     turned = normalised_hypervolume(-points * scale + shift, [-scale + shift] * columns, [shift] * columns)
     assert turned == pytest.approx(plain, abs=1e-6)
 
 
-def test_what_is_outside_adds_nothing_and_what_is_beyond_the_ideal_is_clipped() -> None:
+def test_points_outside_add_nothing_and_points_beyond_the_ideal_are_clipped() -> None:
     assert normalised_hypervolume([[0.5, 1.0], [2.0, 0.0], [np.nan, 0.0]], [1.0, 1.0], [0.0, 0.0]) == 0.0
     assert normalised_hypervolume([[-3.0, -3.0]], [1.0, 1.0], [0.0, 0.0]) == 1.0
     assert normalised_hypervolume([[-3.0, 0.5]], [1.0, 1.0], [0.0, 0.0]) == pytest.approx(0.5)
@@ -107,7 +105,7 @@ def test_what_is_outside_adds_nothing_and_what_is_beyond_the_ideal_is_clipped() 
     assert normalised_hypervolume([[np.inf, 0.5], [0.5, 0.5]], [1.0, 1.0], [0.0, 0.0]) == pytest.approx(0.25)
 
 
-def test_bad_boxes_are_refused() -> None:
+def test_invalid_boxes_are_refused() -> None:
     with pytest.raises(ConfigError, match="must differ"):
         normalised_hypervolume([[0.5, 0.5]], [1.0, 0.0], [0.0, 0.0])
     with pytest.raises(ConfigError, match="finite numbers"):

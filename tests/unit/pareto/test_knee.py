@@ -8,17 +8,17 @@ from dse.pareto import knee_distances, knee_index
 BOTH = ["minimize", "minimize"]
 
 
-def test_the_bulge_of_a_quarter_circle_is_its_middle() -> None:
+def test_knee_of_a_quarter_circle_is_its_middle() -> None:
     angles = np.linspace(0, np.pi / 2, 91)
     arc = np.column_stack([1 - np.cos(angles), 1 - np.sin(angles)])
     distances = knee_distances(arc, BOTH)
     assert knee_index(arc, BOTH) == 45
-    # The circle's middle (1, 1) is 1/sqrt 2 from the line x + y = 1, and the arc 1 from the circle's middle.
+    # The centre (1, 1) is 1/sqrt 2 from the line x + y = 1, and the arc is 1 from the centre.
     assert distances[45] == pytest.approx(1 - 1 / np.sqrt(2))
     assert distances[[0, -1]] == pytest.approx([0, 0], abs=1e-12)
 
 
-def test_units_and_directions_do_not_matter() -> None:
+def test_knee_is_independent_of_units_and_directions() -> None:
     plain = np.array([[0, 10], [1, 4], [2, 3], [6, 1], [10, 0]], dtype=float)
     turned = np.column_stack([1 - plain[:, 0] / 50, plain[:, 1] * 1e6 + 3])
     assert (
@@ -26,7 +26,7 @@ def test_units_and_directions_do_not_matter() -> None:
     )  # 1 + 4 = 2 + 3: first objective
 
 
-def test_dominated_and_unmeasured_points_take_no_part() -> None:
+def test_dominated_and_unmeasured_points_are_ignored() -> None:
     values = np.array([[0, 10], [3, 3], [10, 0], [0.5, 30], [3, 3.1], [np.nan, 0], [-np.inf, np.inf]])
     distances = knee_distances(values, BOTH)
     assert np.isnan(distances).tolist() == [False, False, False, True, True, True, True]
@@ -41,9 +41,9 @@ def test_three_objectives_use_the_plane_through_the_extremes() -> None:
     assert knee_index(values, ["minimize"] * 3) == 3
 
 
-def test_of_points_equally_good_in_an_objective_the_best_in_the_others_is_its_extreme() -> None:
+def test_extreme_of_an_objective_is_the_best_in_the_others_among_ties() -> None:
     # Points 0 and 1 are both best in the first objective; 1 has the smaller sum, so the plane goes through points 1,
-    # 2 and 3. Its normal by Cramer's rule.
+    # 2 and 3. Its normal follows from Cramer's rule.
     values = np.array([[0, 1, 0.9], [0, 0.2, 1], [1, 0, 1], [1, 1, 0], [0.4, 0.3, 0.5]], dtype=float)
     extremes = values[1:4]
     volume = np.linalg.det(extremes)
@@ -53,8 +53,8 @@ def test_of_points_equally_good_in_an_objective_the_best_in_the_others_is_its_ex
     assert knee_distances(values, ["minimize"] * 3) == pytest.approx(expected)
 
 
-def test_extremes_that_coincide_fall_back_to_equal_weights() -> None:
-    # The first point is best in two of the three objectives, so that three extremes span no plane.
+def test_coinciding_extremes_fall_back_to_equal_weights() -> None:
+    # The first point is best in two of the three objectives, so the extremes span no plane.
     values = np.array([[0, 0, 1], [0.4, 0.3, 0.2], [1, 1, 0]], dtype=float)
     assert knee_distances(values, ["minimize"] * 3) == pytest.approx((1 - values.sum(axis=1)) / np.sqrt(3))
 
@@ -66,12 +66,12 @@ def test_small_fronts() -> None:
     assert knee_index([[1.0, 2.0], [1.0, 2.0]], BOTH) in (0, 1)
 
 
-def test_an_objective_in_which_all_agree_is_left_out() -> None:
+def test_constant_objective_is_ignored() -> None:
     values = np.array([[0, 10, 7], [1, 2, 7], [10, 0, 7]], dtype=float)
     assert knee_index(values, ["minimize"] * 3) == 1
 
 
-def test_only_the_rows_asked_for_may_be_the_knee() -> None:
+def test_knee_is_restricted_to_eligible_rows() -> None:
     values = np.array([[0, 10], [1, 2], [4, 1], [10, 0]], dtype=float)
     assert knee_index(values, BOTH) == 1
     assert knee_index(values, BOTH, [True, False, True, True]) == 2

@@ -10,13 +10,13 @@ from dse.pareto import OBJECTIVES, objective_named, objectives_named, reference_
 from dse.pareto.objective import signs
 
 
-def test_the_listing_is_what_the_package_exports() -> None:
+def test_all_lists_exactly_the_exported_names() -> None:
     assert len(set(dse.pareto.__all__)) == len(dse.pareto.__all__)
     for name in dse.pareto.__all__:
         assert hasattr(dse.pareto, name)
 
 
-def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None:
+def test_objectives_of_study_files_and_their_properties() -> None:
     assert list(OBJECTIVES) == [
         "accuracy",
         "perplexity",
@@ -55,34 +55,38 @@ def test_every_objective_of_the_study_file_is_there_under_its_own_name() -> None
         ("weight_bytes", 2e8, 2.2e8),
     ],
 )
-def test_the_reference_follows_from_the_dense_value(name: str, dense: float, reference: float) -> None:
+def test_reference_follows_from_the_dense_value(name: str, dense: float, reference: float) -> None:
     assert reference_value(OBJECTIVES[name], dense) == pytest.approx(reference)
     assert reference_point([OBJECTIVES[name]], {name: dense}) == {name: pytest.approx(reference)}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_dense_value_that_is_not_finite_fixes_nothing(value: float) -> None:
+def test_non_finite_dense_value_is_refused(value: float) -> None:
     with pytest.raises(NonFiniteError, match="decode_latency_s must be finite"):
         reference_value(OBJECTIVES["decode_latency_s"], value)
 
 
-def test_a_missing_dense_value_is_refused() -> None:
+def test_missing_dense_value_is_refused() -> None:
     with pytest.raises(NonFiniteError, match="parameters"):
         reference_point(objectives_named(["accuracy", "parameters"]), {"accuracy": 0.5})
 
 
-def test_a_reference_no_worse_than_the_ideal_is_refused() -> None:
+def test_reference_no_worse_than_the_ideal_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be worse than its ideal"):
         reference_value(OBJECTIVES["decode_latency_s"], 0.0)
 
 
-def test_unknown_names_name_the_nearest() -> None:
+def test_name_of_version_0_1_is_accepted() -> None:
+    assert objective_named("gold_log_likelihood").name == "target_log_likelihood"
+
+
+def test_unknown_name_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'decode_latency_s'"):
         objective_named("decode_latency")
 
 
-@pytest.mark.parametrize(("names", "rule"), [([], "at least one"), (["accuracy", "accuracy"], "named once")])
-def test_the_list_must_have_one_and_no_repeats(names: list[str], rule: str) -> None:
+@pytest.mark.parametrize(("names", "rule"), [([], "at least one"), (["accuracy", "accuracy"], "given once")])
+def test_list_of_objectives_must_be_nonempty_without_repeats(names: list[str], rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
         objectives_named(names)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dse.pareto import Objective, front_table
-from dse.report.page import front_html
-from dse.report.point_map import MapCell, PointMap
+from dse.pareto import Objective
+from dse.report.front_page import front_html
+from dse.report.point_maps import MapCell, PointMap
+from dse.report.trials_table import front_table
 
 EVIL = "</script><script>alert('x')</script>"
 
@@ -28,7 +29,7 @@ def evil_trials(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> pd.
 
 
 def maps_of(trials: pd.DataFrame, objectives: tuple[Objective, ...]) -> list[PointMap]:
-    """A map of every front point but the dense model, all words of them hostile."""
+    """A map of every front point except the dense model, with hostile text everywhere."""
     numbers = [int(trial) for trial in front_table(trials, objectives)["trial"] if trial]
     cells = ((MapCell("svd", 8, 0.4), MapCell()), (MapCell("removed", 0, 0.0), MapCell("svd", 2, 0.1, EVIL)))
     return [PointMap(n, f"Trial {n}", (EVIL,), ("0", "1"), ("query", EVIL), cells, (EVIL,)) for n in numbers]
@@ -47,7 +48,7 @@ def page(evil_trials: pd.DataFrame, three: tuple[Objective, ...]) -> str:
 
 
 class _Reader(HTMLParser):
-    """Collects what a browser would: scripts apart from text, tags counted, addresses noted."""
+    """Collects scripts, text, tags, link targets and event handlers of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,37 +84,37 @@ def read(page: str) -> _Reader:
     return reader
 
 
-def test_everything_from_outside_is_escaped(read: _Reader) -> None:
-    assert len(read.scripts) == 4, "plotly.js, the figure's JSON, and the two scripts of the page"
+def test_all_text_from_outside_is_escaped(read: _Reader) -> None:
+    assert len(read.scripts) == 4, "plotly.js, the figure as JSON, and the page's two scripts"
     assert not any("alert('x')" in script for script in read.scripts[:1] + read.scripts[2:])
     maps = read.tags.count("figure")
     assert maps == 14
-    # Title twice, point, reason, fact's name and value, command; of each map: role, two cells, stack, note, text.
+    # Title twice, point, reason, label and text of a fact, command; per map: role, two cells, stack, note, ranks.
     assert "".join(read.text).count(EVIL) == 7 + 6 * maps
     assert read.handlers == []
 
 
-def test_the_page_needs_nothing_but_itself(page: str, read: _Reader) -> None:
-    assert all(address.startswith("#map-") for address in read.addresses), "places on the page itself"
+def test_page_is_self_contained(page: str, read: _Reader) -> None:
+    assert all(address.startswith("#map-") for address in read.addresses), "links stay on the page"
     assert len(read.addresses) == 14
     assert all(f'id="{address[1:]}"' in page for address in read.addresses)
     assert "link" not in read.tags
     assert "iframe" not in read.tags
 
 
-def test_the_policy_admits_exactly_the_scripts_of_the_page(read: _Reader) -> None:
+def test_content_security_policy_allows_exactly_the_scripts_of_the_page(read: _Reader) -> None:
     directives = dict(part.strip().split(" ", 1) for part in read.policy.split(";"))
     assert directives["default-src"] == "'none'"
     hashes = {
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in read.scripts
-        if not script.lstrip().startswith("{")  # the figure is data, and never runs
+        if not script.lstrip().startswith("{")  # the figure is data and never runs
     }
     assert len(hashes) == 3
     assert set(directives["script-src"].split()) == hashes
 
 
-def test_the_table_holds_the_front_and_the_dense_reference(
+def test_table_contains_the_front_and_the_dense_model(
     page: str, read: _Reader, evil_trials: pd.DataFrame, three: tuple[Objective, ...]
 ) -> None:
     front = front_table(evil_trials, three)
@@ -128,20 +129,20 @@ def test_the_table_holds_the_front_and_the_dense_reference(
         assert part in text
 
 
-def test_a_study_of_nothing_makes_a_page_too(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+def test_page_of_a_study_without_trials(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     page = front_html(study_trials[:0], three, title="empty", study_facts={}, next_commands=[])
     assert "0 trials" in page
-    assert "<h2>Next</h2>" not in page
+    assert "<h2>Next steps</h2>" not in page
 
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH to open the page with")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on PATH")
 
 
 def _open(path: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page as the browser has it after its scripts ran, and what its console said."""
+    """The document after its scripts ran, and the browser's console messages."""
     assert BROWSER is not None
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
     command = [BROWSER, *quiet, "--enable-logging=stderr", "--dump-dom", path.as_uri()]
@@ -150,7 +151,7 @@ def _open(path: Path, profile: Path) -> tuple[str, list[str]]:
 
 
 @needs_browser
-def test_a_real_browser_draws_the_page_without_an_error(page: str, tmp_path: Path) -> None:
+def test_browser_renders_the_page_without_errors(page: str, tmp_path: Path) -> None:
     path = tmp_path / "front.html"
     path.write_text(page, encoding="utf-8")
     document, console = _open(path, tmp_path / "profile")
@@ -162,10 +163,10 @@ def test_a_real_browser_draws_the_page_without_an_error(page: str, tmp_path: Pat
 
 
 @needs_browser
-def test_a_real_browser_sorts_the_table_when_a_head_is_clicked(
+def test_clicking_a_column_title_sorts_the_table(
     page: str, tmp_path: Path, evil_trials: pd.DataFrame, three: tuple[Objective, ...]
 ) -> None:
-    # The policy would refuse the clicking script, as it should; here it is lifted.
+    # The policy would block the test's own script, so it is removed here.
     clicks = "<script>for (const _ of [0, 1]) document.querySelectorAll('#front th button')[3].click();</script>"
     path = tmp_path / "front.html"
     lifted = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
@@ -179,7 +180,7 @@ def test_a_real_browser_sorts_the_table_when_a_head_is_clicked(
 
 
 def _scripted(page: str, script: str, folder: Path) -> tuple[str, list[str]]:
-    """The page after a script of the test's own, which its policy would refuse, as it should."""
+    """Open the page with a script of the test's own, and without the policy that would block it."""
     path = folder / "front.html"
     lifted = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     path.write_text(lifted.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
@@ -187,10 +188,10 @@ def _scripted(page: str, script: str, folder: Path) -> tuple[str, list[str]]:
 
 
 @needs_browser
-def test_a_click_on_a_point_leads_to_its_map(
+def test_clicking_a_point_focuses_its_map(
     page: str, tmp_path: Path, evil_trials: pd.DataFrame, three: tuple[Objective, ...]
 ) -> None:
-    """Where each trace's points say which trial they are, as the page's own script reads it of an event."""
+    """Every point carries its trial number, which the page's script reads from the click event."""
     script = """
       const plot = document.getElementById("plot"), seen = [];
       for (const trace of plot.data) for (const trial of trace.customdata || []) {
@@ -212,12 +213,12 @@ def test_a_click_on_a_point_leads_to_its_map(
 
 
 @needs_browser
-def test_maps_are_reached_and_opened_without_a_mouse(page: str, tmp_path: Path) -> None:
+def test_maps_are_accessible_by_keyboard(page: str, tmp_path: Path) -> None:
     script = """
       const link = document.querySelector("#front tbody a"), figure = document.querySelector("figure");
       link.focus();
       document.body.dataset.focused = document.activeElement === link;
-      link.click();  // what Enter does to a link
+      link.click();  // as Enter does
       document.body.dataset.target = location.hash === "#" + figure.id && document.querySelector("figure:target").id;
       figure.querySelector("summary").click();
       document.body.dataset.open = figure.querySelector("details").open;

@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 
 from dse.errors import ConfigError
-from dse.pareto import Objective, front_table, objectives_named
+from dse.pareto import Objective, objectives_named
+from dse.report.front_figure import domains, figure_json, plot_front
+from dse.report.front_panels import front_panels
 from dse.report.front_png import front_png
-from dse.report.panels import Palette, panels
-from dse.report.plots import domains, figure_json, plot_front
+from dse.report.palette import Palette
+from dse.report.trials_table import front_table
 
 MakeTrials = Callable[..., pd.DataFrame]
 
@@ -24,17 +26,17 @@ def small(make_trials: MakeTrials) -> pd.DataFrame:
         [
             {"accuracy": 0.7, "decode_latency_s": 0.040, "parameters": 100e6},
             {"accuracy": 0.6, "decode_latency_s": 0.030, "parameters": 90e6},
-            {"accuracy": 0.5, "decode_latency_s": 0.035, "parameters": 80e6},  # on the front for its parameters alone
+            {"accuracy": 0.5, "decode_latency_s": 0.035, "parameters": 80e6},  # on the front because of its parameters
             {"accuracy": 0.4, "decode_latency_s": 0.050, "parameters": 110e6},
             {"accuracy": 0.9, "decode_latency_s": 0.010, "parameters": 10e6, "state": "failed"},
         ]
     )
 
 
-def test_panels_hold_every_complete_trial_once_in_shown_units(
+def test_panels_contain_every_complete_trial_once_in_shown_units(
     small: pd.DataFrame, three: tuple[Objective, ...]
 ) -> None:
-    latency, parameters = panels(small, three)
+    latency, parameters = front_panels(small, three)
     assert [panel.x.objective.name for panel in (latency, parameters)] == ["decode_latency_s", "parameters"]
     assert latency.x.title == "Decode latency (ms), lower is better"
     assert latency.y.title == "Accuracy, higher is better"
@@ -47,38 +49,38 @@ def test_panels_hold_every_complete_trial_once_in_shown_units(
     assert latency.front.colour == pytest.approx([90.0, 80.0])
 
 
-def test_the_staircase_joins_what_is_best_in_its_own_plane(small: pd.DataFrame, three: tuple[Objective, ...]) -> None:
-    latency, parameters = panels(small, three)
+def test_staircase_is_the_front_of_the_two_shown_objectives(small: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+    latency, parameters = front_panels(small, three)
     assert latency.staircase == pytest.approx(np.array([[30, 0.6], [40, 0.7]]))
     assert parameters.staircase == pytest.approx(np.array([[80, 0.5], [90, 0.6], [100, 0.7]]))
     assert latency.steps_after
-    (reduction,) = panels(small, three, x="reduction")
+    (reduction,) = front_panels(small, three, x="reduction")
     assert not reduction.steps_after
 
 
-def test_error_bars_reach_the_ends_of_the_interval(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+def test_error_bars_span_the_interval(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     trials = study_trials.assign(accuracy_high=study_trials["accuracy_high"] + 0.02)
-    panel = panels(trials, three)[0]
+    panel = front_panels(trials, three)[0]
     row = trials.iloc[panel.front.rows[0]]
     assert panel.front.x[0] - panel.front.x_error[0, 0] == pytest.approx(1000 * row["decode_latency_s_low"])
     assert panel.front.y[0] + panel.front.y_error[1, 0] == pytest.approx(row["accuracy_high"])
 
 
-def test_numbers_avoid_each_other(make_trials: MakeTrials) -> None:
+def test_trial_numbers_do_not_overlap(make_trials: MakeTrials) -> None:
     two = objectives_named(["accuracy", "parameters"])
     near = [{"accuracy": 0.6 + 0.001 * i, "parameters": 80.0 + 0.1 * i} for i in range(3)]
     trials = make_trials([{"accuracy": 0.9, "parameters": 100.0}, *near, {"accuracy": 0.1, "parameters": 50.0}])
-    (panel,) = panels(trials, two)
+    (panel,) = front_panels(trials, two)
     sides = dict(zip(panel.front.trials.tolist(), panel.label_sides(), strict=True))
-    assert sides[4] == ("left", "top"), "a point on its own has its number towards the ideal"
+    assert sides[4] == ("left", "top"), "an isolated point has its number on the side of the ideal"
     assert len({sides[1], sides[2], sides[3]}) == 3
 
 
-def test_the_figure_draws_each_group_in_each_panel(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+def test_figure_has_every_group_in_every_panel(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     figure = plot_front(study_trials, three)
     assert [trace.name for trace in figure.data] == 2 * [
         "Other trials",
-        "Best in this plane",
+        "Two-objective front",
         "Pareto front",
         "Dense model",
         "Knee",
@@ -94,7 +96,7 @@ def test_the_figure_draws_each_group_in_each_panel(study_trials: pd.DataFrame, t
     assert sum(bool(trace.showlegend) for trace in figure.data) == 5
 
 
-def test_hovering_tells_everything_and_escapes_it(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+def test_hover_text_is_complete_and_escaped(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     trials = study_trials.copy()
     number = int(front_table(trials, three)["trial"].iloc[1])
     trials.loc[trials["trial"] == number, "point_id"] = "<b>bad</b></script>"
@@ -128,12 +130,10 @@ def _count(pixels: np.ndarray, colour: str) -> int:
     return int((np.abs(pixels - wanted).max(axis=-1) <= 2).sum())
 
 
-def test_the_png_shows_the_dense_model_the_trials_and_the_staircase(
-    study_trials: pd.DataFrame, three: tuple[Objective, ...]
-) -> None:
+def test_png_is_deterministic_and_shows_every_group(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     png = front_png(study_trials, three, title="costs $5 & <b> $x_1$", dpi=60)
     assert png == front_png(study_trials, three, title="costs $5 & <b> $x_1$", dpi=60), (
-        "the same trials, the same bytes"
+        "the same trials give the same bytes"
     )
     pixels = _pixels(png)
     assert pixels.shape[1] > 1.5 * pixels.shape[0]
@@ -143,7 +143,7 @@ def test_the_png_shows_the_dense_model_the_trials_and_the_staircase(
     assert _count(without, Palette.DENSE) == 0
 
 
-def test_one_panel_of_chosen_axes(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+def test_single_panel_with_chosen_axes(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     figure = plot_front(study_trials, three, x="reduction", y="decode_latency_s")
     assert figure.layout.xaxis.title.text == "Reduction (%), higher is better"
     assert figure.layout.yaxis.title.text == "Decode latency (ms), lower is better"
@@ -153,13 +153,13 @@ def test_one_panel_of_chosen_axes(study_trials: pd.DataFrame, three: tuple[Objec
 
 @pytest.mark.parametrize("names", [["accuracy"], ["accuracy", "parameters"], ["decode_latency_s", "parameters"]])
 @pytest.mark.parametrize("rows", [0, 1, 24])
-def test_any_study_can_be_drawn(study_trials: pd.DataFrame, names: list[str], rows: int) -> None:
+def test_any_study_can_be_plotted(study_trials: pd.DataFrame, names: list[str], rows: int) -> None:
     objectives = objectives_named(names)
     assert len(plot_front(study_trials[:rows], objectives).data) == 5
     assert _pixels(front_png(study_trials[:rows], objectives, dpi=40)).size
 
 
-def test_an_unknown_axis_names_the_nearest(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
+def test_unknown_axis_is_refused_with_a_suggestion(study_trials: pd.DataFrame, three: tuple[Objective, ...]) -> None:
     with pytest.raises(ConfigError, match="did you mean 'parameters'"):
         plot_front(study_trials, three, x="parameter")
     with pytest.raises(ConfigError, match="'perplexity'"):

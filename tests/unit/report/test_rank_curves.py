@@ -1,4 +1,4 @@
-"""Curves of time by rank: what they say, where they stand, and that words from outside stay words."""
+"""Curves of time against rank: text, coordinates and escaping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def circles(page: str) -> list[tuple[float, float]]:
 
 
 def even(page: str) -> tuple[float, float]:
-    """Height of the line at 1 and place of the break-even rank."""
+    """y of the line at a ratio of 1, and x of the break-even rank."""
     across = re.search(r'class="even" d="M46 ([\d.]+)h', page)
     upward = re.search(r'class="even dotted" d="M([\d.]+) 12v', page)
     assert across is not None
@@ -24,11 +24,11 @@ def even(page: str) -> tuple[float, float]:
     return float(across[1]), float(upward[1])
 
 
-def test_points_stand_on_the_side_of_the_lines_that_they_belong_to() -> None:
+def test_points_are_on_the_right_side_of_the_reference_lines() -> None:
     page = rank_curves_html([RankPanel("query, 64 x 64", 32, (CURVE,))], title="t")
     one, break_even = even(page)
     dots = circles(page)
-    assert [y > one for _, y in dots] == [True, True, False]  # downwards is faster
+    assert [y > one for _, y in dots] == [True, True, False]  # below the line is faster
     assert [x < break_even for x, _ in dots] == [True, True, False]
     assert abs(dots[2][0] - break_even) < 0.1
     # Ranks and ratios are linear: rank 16 is twice as far as rank 8.
@@ -36,14 +36,14 @@ def test_points_stand_on_the_side_of_the_lines_that_they_belong_to() -> None:
     assert "faster than dense at ranks 8, 16" in page
 
 
-def test_what_is_never_faster_says_so_and_stays_in_the_frame() -> None:
+def test_slow_curve_is_clipped_at_the_frame() -> None:
     slow = RankCurve("prefill, batch 1", (1,), (90.0,), "1 us")
     page = rank_curves_html([RankPanel("key, 4 x 4", 2, (slow,))], title="t")
-    assert "at no rank faster than dense" in page
-    assert circles(page)[0][1] == 12.0  # cut off at the top
+    assert "faster than dense at no rank" in page
+    assert circles(page)[0][1] == 12.0  # clipped at the top
 
 
-def test_all_words_are_escaped() -> None:
+def test_all_text_is_escaped() -> None:
     evil = "<script>alert(1)</script>"
     page = rank_curves_html([RankPanel(evil, 2, (RankCurve(evil, (1,), (1.0,), evil),))], title=evil, notes=(evil,))
     assert "<script" not in page

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _caches(own_cache: Path) -> None:
-    """Every study of these tests keeps to the session's own caches."""
+    """Use the caches of the test session."""

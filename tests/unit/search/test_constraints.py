@@ -1,4 +1,4 @@
-"""Constraints of the space and of the study: one meaning for every origin, refused where they exclude each other."""
+"""Constraints of spaces and studies: they hold for points of every origin, and contradictory ones are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from study_support import evaluated
 from tiny_study import tiny_study, write_study
+from topologies import topology_of_shapes
 
 from dse.cli import main
 from dse.config import parse_search_space, parse_study
@@ -15,23 +16,20 @@ from dse.errors import ConfigError
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.limits import measured_violations
 from dse.study import run_study
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 
 SPACE: dict[str, Any] = {"name": "s", "methods": ["svd"], "ranks": {"absolute": [1, 2]}}
 
 
 def topology() -> Topology:
-    tensors = tuple(
-        DecomposableTensor(f"layers.{i}.{role}", role, i, role, 12, 12) for i in range(3) for role in ("query", "up")
-    )
-    return Topology("Tiny", "tiny", 3, tensors, parameters_dense=6 * 144 + 136, buffers_bytes=40)
+    return topology_of_shapes([{"query": (12, 12), "up": (12, 12)}] * 3, other=136, buffers_bytes=40)
 
 
 def space_of(**config: Any) -> SearchSpace:
     return SearchSpace.from_config(parse_search_space({**SPACE, **config}), topology())
 
 
-def test_weight_bytes_are_a_limit_on_the_reduction() -> None:
+def test_a_limit_on_weight_bytes_limits_the_reduction() -> None:
     # 1000 parameters of 4 bytes and 40 bytes of buffers: 3640 bytes are a reduction of 10 %.
     space = space_of(limits={"weight_bytes": {"max": 3640}})
     assert space.limits[0] == pytest.approx(0.1)
@@ -47,22 +45,22 @@ def test_weight_bytes_are_a_limit_on_the_reduction() -> None:
     ("config", "words"),
     [
         ({"keep_layers": [3]}, "`0 <= layer < 3` must hold for Tiny, but `keep_layers`"),
-        ({"keep_layers": [0, 1, 2]}, "keeps every layer that `layers` offers"),
-        ({"layers": [1], "keep_layers": [1]}, "keeps every layer that `layers` offers"),
-        ({"keep_roles": ["query", "up"]}, "keeps every role that `roles` offers"),
+        ({"keep_layers": [0, 1, 2]}, "keeps every layer in `layers` dense"),
+        ({"layers": [1], "keep_layers": [1]}, "keeps every layer in `layers` dense"),
+        ({"keep_roles": ["query", "up"]}, "keeps every role in `roles` dense"),
         ({"keep_roles": ["querry"]}, "did you mean 'query'?"),
-        ({"limits": {"weight_bytes": {"max": 3000}, "reduction": {"max": 0.1}}}, "exclude each other"),
+        ({"limits": {"weight_bytes": {"max": 3000}, "reduction": {"max": 0.1}}}, "contradict each other"),
         ({"keep_layers": [0, 1], "limits": {"reduction": {"min": 0.5}}}, "(keep_layers [0, 1]) reaches reductions"),
     ],
 )
-def test_constraints_that_exclude_each_other_are_refused(config: dict[str, Any], words: str) -> None:
+def test_contradictory_constraints_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         space_of(**config)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_studys_constraints_join_those_of_its_space(tiny_folder: Path) -> None:
+def test_constraints_of_a_study_are_combined_with_those_of_its_space(tiny_folder: Path) -> None:
     config = tiny_study(tiny_folder, constraints={"reduction": {"max": 0.3}, "keep_layers": [2], "keep_roles": ["key"]})
     config["space"]["keep_layers"] = [0]
     space = parse_study(config).constrained_space
@@ -71,13 +69,13 @@ def test_a_studys_constraints_join_those_of_its_space(tiny_folder: Path) -> None
     assert space.keep_roles == ["key"]
     resolved = parse_study(config).to_yaml()
     assert "constraints:" in resolved
-    with pytest.raises(ConfigError, match="those on reduction exclude each other"):
+    with pytest.raises(ConfigError, match="must hold for the constraints on reduction"):
         parse_study(tiny_study(tiny_folder, constraints={"reduction": {"min": 0.6}}))
     with pytest.raises(ConfigError, match="a limit on decode_latency_s needs the objective of that name"):
         parse_study(tiny_study(tiny_folder, constraints={"decode_latency_s": {"max": 0.1}}))
 
 
-def test_a_contradiction_ends_with_one_line(
+def test_contradictory_constraints_end_a_run_with_one_line(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for constraints in ({"reduction": {"min": 0.6}}, {"keep_layers": [0, 1, 2]}):
@@ -89,7 +87,7 @@ def test_a_contradiction_ends_with_one_line(
     assert not (tmp_path / "run" / "study.db").exists()
 
 
-def test_every_origin_keeps_the_constraints(tiny_folder: Path, tmp_path: Path) -> None:
+def test_points_of_every_origin_satisfy_the_constraints(tiny_folder: Path, tmp_path: Path) -> None:
     config = tiny_study(
         tiny_folder,
         sampler={"name": "tpe"},
@@ -101,10 +99,10 @@ def test_every_origin_keeps_the_constraints(tiny_folder: Path, tmp_path: Path) -
     for record in evaluated(study)[1:]:
         assert record.feasible
         assert 0.02 <= record.cost["reduction"] <= 0.25
-        assert not any(name.startswith("layers.1.") or name.endswith(".query") for name in record.point["tensors"])
+        assert not any(name.startswith("layers.1.") or name.endswith(".query") for name in record.point.by_name)
 
 
-def test_a_limit_on_what_is_measured_keeps_a_trial_off_the_front(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_limit_on_a_measured_quantity_keeps_trials_off_the_front(tiny_folder: Path, tmp_path: Path) -> None:
     base = {"objectives": ["accuracy", "parameters", "decode_latency_s"], "budget": {"trials": 3}}
     study = run_study(
         tiny_study(tiny_folder, constraints={"decode_latency_s": {"max": 1e-9}}, **base), out=tmp_path / "a"
@@ -119,7 +117,7 @@ def test_a_limit_on_what_is_measured_keeps_a_trial_off_the_front(tiny_folder: Pa
     assert wide.front_records
 
 
-def test_measured_limits_are_relative_distances() -> None:
+def test_constraint_values_of_measured_quantities_are_relative() -> None:
     limits = parse_search_space(
         {**SPACE, "limits": {"decode_latency_s": {"max": 0.02}, "peak_memory_bytes": {"min": 10}}}
     )

@@ -1,4 +1,4 @@
-"""Search spaces and studies of mixtures of experts."""
+"""Search spaces and studies of mixture-of-experts models."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from study_support import Watcher, evaluated
 from test_space import BRUTE, ROOT, all_points, space_of
-from tiny_experts import EXPERT_ROLES, TINY_EXPERTS, save_tiny_experts, tiny_mixtral
+from tiny_models import EXPERT_FAMILIES, EXPERT_ROLES, save_tiny_model, tiny_model
 from tiny_study import save_choice_task, tiny_study
 
 from dse.cli import main
 from dse.config import load_search_space
-from dse.cost import cost, factor_parameters, point_problems
+from dse.cost import factor_parameters, point_cost, point_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
 from dse.expert_tensor import ExpertTensor
@@ -32,7 +32,7 @@ ATTENTION = ["query", "key", "value", "attention_output"]
 
 
 def mixture(layers: int, experts: int, sizes: list[int], *, shared: bool) -> Topology:
-    """Layers of a query, fused experts and perhaps a shared expert's tensor, with their MLP blocks."""
+    """Layers with a query, fused experts and optionally a tensor of a shared expert, with their MLP blocks."""
     tensors, fused, blocks = [], [], []
     m, n, inner = sizes
     for i in range(layers):
@@ -90,11 +90,11 @@ def expert_spaces(draw: st.DrawFn) -> SearchSpace:
 
 @given(expert_spaces(), st.integers(0, 2**32))
 @BRUTE
-def test_points_are_counted_exactly_and_experts_take_tucker_alone(space: SearchSpace, seed: int) -> None:
+def test_points_are_counted_exactly_and_experts_use_tucker_only(space: SearchSpace, seed: int) -> None:
     points = all_points(space)
     assert space.number_of_points() == len(points)
     for point in points.values():
-        # Tiny tensors of other methods may not save anything even at rank 1, which is no matter of experts.
+        # With other methods, tiny tensors may not save anything even at rank 1; only problems of experts count here.
         assert not [p for p in point_problems(space.topology, point) if "expert" in str(p)]
         assert space.point(space.levels_of(point)) == point
         for name, choice in point:
@@ -112,8 +112,8 @@ def test_points_are_counted_exactly_and_experts_take_tucker_alone(space: SearchS
     assert repaired is None or not space.point(repaired).is_dense
 
 
-def test_kept_fractions_are_shares_of_the_fused_tensor() -> None:
-    topology = topology_of(tiny_mixtral())
+def test_kept_fractions_apply_to_the_fused_tensor() -> None:
+    topology = topology_of(tiny_model("mixtral"))
     fractions = [0.9, 0.6, 0.3]
     space = space_of(
         topology, roles=EXPERT_ROLES, ranks={"kept_fractions": fractions}, groups={"roles": "separate"}, layers=[1]
@@ -130,37 +130,37 @@ def test_kept_fractions_are_shares_of_the_fused_tensor() -> None:
 
 
 def test_a_group_of_all_experts_of_a_layer_removes_its_block() -> None:
-    topology = topology_of(tiny_mixtral())
+    topology = topology_of(tiny_model("mixtral"))
     groups = {"roles": {"mlp": EXPERT_ROLES, "attention": ATTENTION}}
     space = space_of(topology, roles=[*ATTENTION, *EXPERT_ROLES], groups=groups, removal=True, ranks={"absolute": [4]})
     assert space.dimensions == {f"layers.{i}.{kind}": 3 for i in range(3) for kind in ("mlp", "attention")}
     point = space.point({**space.dense_levels, "layers.1.mlp": 2})
     assert point == DesignPoint.of({"layers.1.mlp": TensorChoice.removal()})
     alone = space_of(topology, roles=["expert_down"], removal=True, ranks={"absolute": [4]})
-    assert set(alone.dimensions.values()) == {2}  # half of a block removes nothing
+    assert set(alone.dimensions.values()) == {2}  # half of a block cannot remove it
 
 
-@pytest.mark.parametrize("family", TINY_EXPERTS)
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_spaces_leave_experts_alone(family: str, path: Path) -> None:
-    topology = topology_of(TINY_EXPERTS[family]())
+def test_shipped_spaces_keep_experts_dense(family: str, path: Path) -> None:
+    topology = topology_of(tiny_model(family))
     config = load_search_space(path)
     space = SearchSpace.from_config(config.model_copy(update={"limits": type(config.limits)()}), topology)
     assert space.roles
     assert not any("expert" in name for name in space.tensor_names())
     levels = space.draw_feasible(random.Random(0))
     assert levels is not None
-    assert cost(topology, space.point(levels)).reduction > 0
+    assert point_cost(topology, space.point(levels)).reduction > 0
 
 
-def test_expert_roles_out_of_place_are_refused() -> None:
-    topology = topology_of(tiny_mixtral())
+def test_unsupported_uses_of_expert_roles_are_refused() -> None:
+    topology = topology_of(tiny_model("mixtral"))
     for kind, methods in (("subset", ["tucker"]), ("depth_profile", ["fisher_svd"])):
         with pytest.raises(ConfigError, match=rf"`kind: levels`, but space 's' of kind '{kind}' names 'expert_down'"):
             space_of(topology, kind=kind, methods=methods, roles=["query", "expert_down"])
     with pytest.raises(ConfigError, match=r"methods that do not refit.*use 'fisher_svd'"):
         space_of(topology, methods=["fisher_svd_refit"], roles=["query", "expert_down"])
-    # A role that is kept dense, or that the model does not have, is no obstacle.
+    # Roles that are kept dense are allowed.
     space_of(topology, kind="subset", roles=["query", "expert_down"], keep_roles=["expert_down"])
     space = space_of(topology, roles=["query", "expert_down"])
     foreign = DesignPoint.of({"layers.0.expert_down": TensorChoice("tucker", 1, 2)})
@@ -181,10 +181,10 @@ def experts_study(folder: Path, **changes: Any) -> dict[str, Any]:
     return tiny_study(folder, **{"space": space, **changes})
 
 
-@pytest.fixture(scope="module", params=TINY_EXPERTS)
+@pytest.fixture(scope="module", params=EXPERT_FAMILIES)
 def experts_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    save_tiny_experts(folder / "model", request.param)
+    save_tiny_model(folder / "model", request.param, seed=0)
     save_choice_task(folder)
     return folder
 
@@ -193,9 +193,9 @@ def study_topology(folder: Path) -> Topology:
     return load_topology(str(folder / "model"))
 
 
-def test_a_whole_study_of_a_mixture_of_experts(experts_folder: Path, tmp_path: Path) -> None:
+def test_a_study_of_a_mixture_of_experts(experts_folder: Path, tmp_path: Path) -> None:
     watcher = Watcher()
-    # A point of the user's own may truncate the expert mode, for which the space has no level.
+    # A user's point may truncate the expert mode, although the space has no level for it.
     own = {"method": "tucker", "rank": 6, "expert_rank": 2, "roles": EXPERT_ROLES, "layers": [0, 1]}
     removed = {"method": "removed", "rank": 0, "roles": ["mlp"], "layers": [1]}
     config = experts_study(experts_folder, budget={"trials": 7}, enqueue=[own, removed])
@@ -203,23 +203,23 @@ def test_a_whole_study_of_a_mixture_of_experts(experts_folder: Path, tmp_path: P
     records = evaluated(study)
     assert [record.state for record in records] == 7 * ["complete"]
     assert len({record.point_id for record in records}) == 7
-    assert {choice["expert_rank"] for choice in records[1].point["tensors"].values()} == {2}
-    assert records[2].point == {"tensors": {"layers.1.mlp": {"method": "removed", "rank": 0}}}
+    assert {choice.expert_rank for _, choice in records[1].point} == {2}
+    assert records[2].point.to_json() == {"tensors": {"layers.1.mlp": {"method": "removed", "rank": 0}}}
     shape = study.attributes["facts"]["shape"]
-    assert {rank_map_of(records[1], shape)[0][role] for role in EXPERT_ROLES} == {"6"}
-    placed = placed_choices(records[1], shape)[0, "expert_down"]
+    assert {rank_map_of(records[1].point, shape)[0][role] for role in EXPERT_ROLES} == {"6"}
+    placed = placed_choices(records[1].point, shape)[0, "expert_down"]
     tensor = study_topology(experts_folder).experts_by_name["layers.0.expert_down"]
-    assert placed.kept == tensor.factor_parameters(6, 2) / tensor.parameters
-    assert {rank_map_of(records[2], shape)[1][role] for role in EXPERT_ROLES} == {"gone"}
-    tensors = [dict(record.point["tensors"]) for record in records]
+    assert placed.parameter_ratio == tensor.factor_parameters(6, 2) / tensor.parameters
+    assert {rank_map_of(records[2].point, shape)[1][role] for role in EXPERT_ROLES} == {"removed"}
+    tensors = [dict(record.point.by_name) for record in records]
     touched = {name.rpartition(".")[2]: choice["method"] for own in tensors for name, choice in own.items()}
     assert touched["expert_down"] == touched["expert_gate_up"] == "tucker"
     assert touched["query"] == "svd"
     assert all(math.isfinite(record.quantities["accuracy"].value or math.nan) for record in records)
 
 
-def test_a_searched_study_with_more_trials(experts_folder: Path, tmp_path: Path) -> None:
-    """Warm starts from a measured profile, refinements and allocations see expert groups as any other."""
+def test_a_study_with_all_proposers(experts_folder: Path, tmp_path: Path) -> None:
+    """Warm starts from a measured profile, refinement and allocations support expert groups."""
     config = experts_study(experts_folder, sampler={"name": "tpe"}, budget={"trials": 14})
     config["space"]["limits"] = {"reduction": {"min": 0.02, "max": 0.7}}
     watcher = Watcher()

@@ -1,4 +1,4 @@
-"""Warm starts and allocations under a predicted latency limit; the seconds of products are scripted."""
+"""Warm starts and allocations under a limit on predicted latency; the timings of products are scripted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,22 +13,22 @@ from tiny_study import tiny_study
 
 from dse.config import LimitsConfig, Range, SearchParts, parse_search_space
 from dse.design_point import DesignPoint
+from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import LatencySpec
-from dse.measurement.device_profile import model_profile
-from dse.measurement.device_profile.model_profile import ModelProfile
-from dse.measurement.device_profile.product_timings import ProductShape, ProductTimings
+from dse.measurement.device_profile import ModelProfile, ProductShape, ProductTimings, profile_model
 from dse.models import LoadedModel, load_model
 from dse.pareto import objectives_named
 from dse.search.latency_forecast import LatencyForecast
+from dse.search.proposal import Proposal
 from dse.search.search_session import SearchSession
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
 from dse.search.spaces.table_space import constraints_of
 from dse.sensitivity.allocation import allocate
-from dse.study.evaluate_point import blank_record
 from dse.study.measurement_plan import MeasurementPlan
-from dse.trial_record import Interval, TrialRecord
+from dse.study.trial import new_record
+from dse.trial_record import TrialRecord
 
 DENSE_S = 1e-3
 
@@ -37,7 +36,7 @@ DENSE_S = 1e-3
 class ScriptedTimings(ProductTimings):
     """A start of 3 us, and 10 ns for each entry and row."""
 
-    def seconds(self, shape: ProductShape, layout: Any) -> float:
+    def seconds(self, shape: ProductShape) -> float:
         return 3e-6 + 1e-8 * shape.weight_entries * shape.rows
 
 
@@ -49,8 +48,8 @@ def loaded(tiny_folder: Path) -> LoadedModel:
 @pytest.fixture
 def plan(loaded: LoadedModel, tmp_path: Path, own_cache: Path) -> MeasurementPlan:
     timings = ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path)
-    made = MeasurementPlan((LatencySpec(mode="fast", prompt_tokens=8),), predicts_latency=True)
-    made.profile = model_profile(loaded, timings)
+    made = MeasurementPlan((LatencySpec(prompt_tokens=8),), predicts_latency=True)
+    made.profile = profile_model(loaded, timings)
     return made
 
 
@@ -62,7 +61,7 @@ def space_of(loaded: LoadedModel) -> LevelSpace:
 
 
 def dense_record(loaded: LoadedModel) -> TrialRecord:
-    blank = blank_record(0, DesignPoint.dense(), loaded.topology, "dense")
+    blank = new_record(Proposal({}, "dense", trial=0), DesignPoint.dense(), loaded.topology)
     return replace(blank, state="complete", quantities={"decode_latency_s": Interval(DENSE_S)})
 
 
@@ -88,11 +87,13 @@ def predicted(profile: ModelProfile | None, plan: MeasurementPlan, point: Design
     return profile.predicted_seconds(point, plan.phases()["decode_latency_s"], DENSE_S)
 
 
-def test_allocations_keep_the_limit_that_they_would_break(loaded: LoadedModel, plan: MeasurementPlan) -> None:
+def test_allocations_satisfy_a_limit_that_they_would_otherwise_violate(
+    loaded: LoadedModel, plan: MeasurementPlan
+) -> None:
     free = session_of(loaded, plan, None, latencies=())
     assert free.forecast is None
     free.begin({}, dense_record(loaded))
-    assert not any("time" in candidate.why for candidate in free.first())
+    assert not any("latency" in candidate.why for candidate in free.first())
     points = [free.space.point(c.levels) for c in free.first() if c.origin == "allocation"]
     latencies = sorted(predicted(plan.profile, plan, point) for point in points)
     assert latencies[0] < latencies[-1]
@@ -104,14 +105,14 @@ def test_allocations_keep_the_limit_that_they_would_break(loaded: LoadedModel, p
     for candidate in found:
         point = limited.space.point(candidate.levels)
         assert predicted(plan.profile, plan, point) <= most_s * (1 + 1e-9)
-        assert "within the latency limit as predicted" in candidate.why
-    # The same session made anew, as for a resumed study, proposes the same.
+        assert "within the limit on predicted latency" in candidate.why
+    # A new session, as in a resumed study, proposes the same points.
     again = session_of(loaded, plan, most_s)
     again.begin({}, dense_record(loaded))
     assert [candidate.levels for candidate in again.first()] == [candidate.levels for candidate in limited.first()]
 
 
-def test_the_table_tells_the_latency_of_its_points(loaded: LoadedModel, plan: MeasurementPlan) -> None:
+def test_the_table_predicts_the_latency_of_its_points(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     session = session_of(loaded, plan, 1.0)
     session.begin({}, dense_record(loaded))
     table = session.divergences
@@ -127,7 +128,7 @@ def test_the_table_tells_the_latency_of_its_points(loaded: LoadedModel, plan: Me
         assert total == pytest.approx(predicted(plan.profile, plan, point), rel=1e-9)
 
 
-def test_every_other_allocation_saves_time_where_time_is_an_objective(
+def test_every_other_allocation_saves_latency_if_latency_is_an_objective(
     loaded: LoadedModel, plan: MeasurementPlan
 ) -> None:
     session = session_of(loaded, plan, None)
@@ -135,13 +136,13 @@ def test_every_other_allocation_saves_time_where_time_is_an_objective(
     assert session.forecast is not None
     assert session.forecast.most_s is None
     found = [candidate for candidate in session.first() if candidate.origin == "allocation"]
-    timed = [candidate for candidate in found if "of the dense model's time" in candidate.why]
+    timed = [candidate for candidate in found if "of the dense model's latency" in candidate.why]
     assert 0 < len(timed) < len(found)
     for candidate in timed:
         share = float(candidate.why.split(" of the dense")[0].split()[-1])
         point = session.space.point(candidate.levels)
         assert predicted(plan.profile, plan, point) <= (share + 0.0005) * DENSE_S
-        # The words tell the budget; no point of less divergence keeps it.
+        # `why` names the budget; no point within it has less divergence.
         assert session.divergences is not None
         budget_s = (share - 0.0005) * DENSE_S
         least = allocate(session.divergences, latency_s=budget_s, constraints=constraints_of(session.space))
@@ -149,7 +150,7 @@ def test_every_other_allocation_saves_time_where_time_is_an_objective(
         assert chosen <= least.divergence * (1 + 1e-4)
 
 
-def test_a_limited_latency_comes_first(loaded: LoadedModel, plan: MeasurementPlan) -> None:
+def test_a_limited_latency_takes_precedence(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     limits = LimitsConfig(decode_latency_s=Range(max=1.0))
     both = objectives_named(["accuracy", "prefill_latency_s", "decode_latency_s"])
     found = LatencyForecast.of(plan, limits, both)
@@ -160,14 +161,14 @@ def test_a_limited_latency_comes_first(loaded: LoadedModel, plan: MeasurementPla
     assert (found.quantity, found.most_s) == ("prefill_latency_s", None)
 
 
-def test_without_a_predicted_objective_nothing_changes(loaded: LoadedModel, plan: MeasurementPlan) -> None:
+def test_without_a_predicted_objective_there_is_no_forecast(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     limits = LimitsConfig(decode_latency_s=Range(max=1.0))
     timed, untimed = (objectives_named(["accuracy", name]) for name in ("decode_latency_s", "parameters"))
     assert LatencyForecast.of(replace(plan, predicts_latency=False), limits, timed) is None
     assert LatencyForecast.of(plan, LimitsConfig(peak_memory_bytes=Range(max=1.0)), untimed) is None
 
 
-def test_where_the_dense_latency_is_not_known_allocations_do_not_claim_to_keep_a_limit(
+def test_without_a_baseline_latency_allocations_do_not_claim_to_satisfy_a_limit(
     loaded: LoadedModel, plan: MeasurementPlan
 ) -> None:
     session = session_of(loaded, plan, 1e-12)

@@ -1,4 +1,4 @@
-"""The levels that a sampler is told of a point that lies beside them, against a search through all points."""
+"""Levels nearest to points outside a space, against exhaustive search."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_space import BRUTE, UNEVEN, UNIFORM, all_points, small_space, space_of, spaces, topology_of_shapes
+from test_space import BRUTE, UNEVEN, UNIFORM, all_points, small_space, space_of, spaces
 from test_structured_space import small, structured_spaces
+from topologies import topology_of_shapes
 
 from dse.config import parse_search_space
 from dse.cost import break_even_rank, factor_parameters, has_core
@@ -22,7 +23,7 @@ from dse.topology import Topology
 
 @given(spaces())
 @BRUTE
-def test_a_point_of_the_space_has_its_own_levels(drawn: tuple[Topology, dict[str, Any]]) -> None:
+def test_points_of_the_space_have_their_own_levels(drawn: tuple[Topology, dict[str, Any]]) -> None:
     space = small_space(drawn)
     for point in all_points(space).values():
         assert space.nearest_levels(point) == space.levels_of(point)
@@ -30,7 +31,7 @@ def test_a_point_of_the_space_has_its_own_levels(drawn: tuple[Topology, dict[str
 
 @st.composite
 def foreign_points(draw: st.DrawFn, topology: Topology, names: tuple[str, ...]) -> DesignPoint:
-    """Any method and rank for some of these tensors."""
+    """Points with any method and rank for some of these tensors."""
     choices = {}
     for name in draw(st.lists(st.sampled_from(names), min_size=1, unique=True)):
         method = draw(st.sampled_from(["svd", "tucker", "whitened_svd"]))
@@ -41,7 +42,7 @@ def foreign_points(draw: st.DrawFn, topology: Topology, names: tuple[str, ...]) 
 
 @given(st.data())
 @BRUTE
-def test_levels_are_nearest_in_what_each_group_saves(data: st.DataObject) -> None:
+def test_nearest_levels_save_the_most_similar_number_of_parameters(data: st.DataObject) -> None:
     space = small_space(data.draw(spaces().filter(lambda drawn: drawn[1]["kind"] == "levels")))
     assert isinstance(space, LevelSpace)
     topology = space.topology
@@ -65,7 +66,7 @@ def test_levels_are_nearest_in_what_each_group_saves(data: st.DataObject) -> Non
 
 @given(structured_spaces())
 @BRUTE
-def test_whole_blocks_are_levels_that_remove_them(space: SearchSpace) -> None:
+def test_removed_blocks_have_the_levels_that_remove_them(space: SearchSpace) -> None:
     for point in all_points(space).values():
         if point.removed and not any(not choice.is_removal for _, choice in point):
             assert space.point(space.nearest_levels(point)) == point
@@ -73,12 +74,13 @@ def test_whole_blocks_are_levels_that_remove_them(space: SearchSpace) -> None:
     assert set(space.nearest_levels(everything)) == set(space.dimensions)
 
 
-def test_a_subset_takes_what_is_touched_at_the_nearest_rank() -> None:
+def test_a_subset_has_the_changed_layers_and_roles_at_the_nearest_rank() -> None:
     space = space_of(UNIFORM, kind="subset", ranks={"absolute": [1, 3]})
     outside = DesignPoint.of({"layers.1.up": TensorChoice("tucker", 2), "layers.1.query": TensorChoice("svd", 1)})
     levels = space.nearest_levels(outside)
     assert {name for name, level in levels.items() if level} == {"layers.1", "roles.up", "roles.query", "rank"}
-    assert space.point(levels).by_name["layers.1.up"] == TensorChoice("svd", 1)  # one rank: nearer to 2 and 1 than 3
+    # Of the ranks 1 and 3, 1 is nearer to ranks 2 and 1.
+    assert space.point(levels).by_name["layers.1.up"] == TensorChoice("svd", 1)
 
 
 def test_a_stack_counts_as_its_members() -> None:
@@ -92,7 +94,7 @@ def test_a_stack_counts_as_its_members() -> None:
 
 
 @pytest.mark.parametrize("topology", [UNIFORM, UNEVEN, topology_of_shapes([{"query": (9, 9)}] * 2)])
-def test_a_table_takes_the_option_of_most_nearly_the_same_size(topology: Topology) -> None:
+def test_a_table_takes_the_options_of_the_most_similar_size(topology: Topology) -> None:
     config = parse_search_space(
         {"name": "t", "kind": "depth_profile", "methods": ["svd"], "ranks": {"absolute": [1, 2]}}
     )

@@ -1,4 +1,4 @@
-"""What origins earn, and who proposes next, by closed forms."""
+"""Hypervolume gains of origins and selection probabilities of proposers, by closed forms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dse.evaluation.statistics.intervals import Interval
 from dse.pareto import objectives_named
-from dse.search.bandit import chances, choose
-from dse.search.origins import credited_origins, origin_shares
-from dse.trial_record import Interval, TrialRecord
+from dse.search.origins import choose_proposer, credited_origins, origin_shares, selection_probabilities
+from dse.trial_record import TrialRecord
 
 OBJECTIVES = objectives_named(["accuracy", "parameters"])
 REFERENCE = {"accuracy": 0.0, "parameters": 110.0}
@@ -31,8 +31,8 @@ def record(trial: int, origin: str, accuracy: float, parameters: float, **change
     return TrialRecord(trial=trial, origin=origin, point=point, point_text="", **values)
 
 
-def test_hypervolume_is_credited_to_whoever_added_it() -> None:
-    # Gains of accuracy a and parameters p against the corner (0, 110) and the ideal (1, 0): rectangles a x (1 - p/110).
+def test_hypervolume_is_credited_to_the_origin_that_added_it() -> None:
+    # Between the reference (0, 110) and the ideal (1, 0), accuracy a and parameters p span a rectangle a x (1 - p/110).
     records = [
         record(0, "dense", 0.8, 99.0),
         record(1, "ladder", 0.4, 55.0),
@@ -50,7 +50,7 @@ def test_hypervolume_is_credited_to_whoever_added_it() -> None:
     assert refined.hypervolume_gained == pytest.approx(0.2 * 0.4)
 
 
-def test_a_retried_trial_is_its_first_proposers() -> None:
+def test_a_retried_trial_is_credited_to_its_first_origin() -> None:
     records = [
         record(1, "refined", 0.5, 60.0, state="interrupted", point_id="same"),
         record(2, "retried", 0.5, 60.0, state="interrupted", point_id="same"),
@@ -64,21 +64,23 @@ GAINS = st.lists(st.tuples(st.sampled_from(["a", "b", "other"]), st.floats(0, 1)
 
 
 @given(GAINS, st.integers(0, 99))
-def test_chances_are_chances_and_the_same_history_chooses_the_same(gains: list[tuple[str, float]], seed: int) -> None:
-    found = chances(gains, ["a", "b"])
+def test_probabilities_sum_to_one_and_selection_is_deterministic(gains: list[tuple[str, float]], seed: int) -> None:
+    found = selection_probabilities(gains, ["a", "b"])
     assert sum(found.values()) == pytest.approx(1.0)
     assert min(found.values()) >= 0.15 - 1e-12
-    assert choose(gains, ["a", "b"], random.Random(seed)) == choose(gains, ["a", "b"], random.Random(seed))
+    assert choose_proposer(gains, ["a", "b"], random.Random(seed)) == choose_proposer(
+        gains, ["a", "b"], random.Random(seed)
+    )
 
 
-def test_who_gains_more_per_evaluation_proposes_more_often() -> None:
-    assert chances([], ["a", "b"]) == {"a": 0.5, "b": 0.5}
-    assert chances([("a", 0.0), ("b", 0.0)], ["a", "b"]) == {"a": 0.5, "b": 0.5}
-    found = chances([("a", 0.1), ("b", 0.0)] * 10, ["a", "b"])
+def test_proposers_with_more_gain_per_evaluation_are_selected_more_often() -> None:
+    assert selection_probabilities([], ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    assert selection_probabilities([("a", 0.0), ("b", 0.0)], ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    found = selection_probabilities([("a", 0.1), ("b", 0.0)] * 10, ["a", "b"])
     assert found["a"] > 0.7
-    # Half the gain per evaluation is half the reward, however many evaluations it took.
-    even = chances([("a", 0.1), ("b", 0.1), ("b", 0.1)] * 5, ["a", "b"])
+    # The gain counts per evaluation, whatever the number of evaluations.
+    even = selection_probabilities([("a", 0.1), ("b", 0.1), ("b", 0.1)] * 5, ["a", "b"])
     assert even["a"] == pytest.approx(0.5, abs=0.02)
-    # What was gained long ago fades.
-    late = chances([("a", 0.1)] * 5 + [("b", 0.0), ("a", 0.0)] * 20 + [("b", 0.1)], ["a", "b"])
+    # Old gains are discounted.
+    late = selection_probabilities([("a", 0.1)] * 5 + [("b", 0.0), ("a", 0.0)] * 20 + [("b", 0.1)], ["a", "b"])
     assert late["b"] > late["a"]

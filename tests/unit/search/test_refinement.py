@@ -1,4 +1,4 @@
-"""Refinement of front points: feasible, new, as large as aimed at, and led by what is expected to be lost."""
+"""Refined points are feasible, new, near the goal's reduction, and prefer a low expected divergence."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from topologies import topology_of_shapes
 
 from dse.config import parse_search_space
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.design_point import DesignPoint
-from dse.search.goals import FrontPoint, goal
-from dse.search.refinement import refine
+from dse.search.refinement import FrontPoint, draw_goal, refine
 from dse.search.spaces.base import SearchSpace
-from dse.topology import DecomposableTensor, Topology
 
 ROLES = {"query": (16, 16), "up": (32, 16), "down": (16, 32)}
-TENSORS = tuple(
-    DecomposableTensor(f"layers.{i}.{role}", f"m.{i}.{role}", i, role, *shape)
-    for i in range(6)
-    for role, shape in ROLES.items()
-)
-TOPOLOGY = Topology("Tiny", "tiny", 6, TENSORS, parameters_dense=sum(t.parameters for t in TENSORS) + 500)
+TOPOLOGY = topology_of_shapes([ROLES] * 6, other=500)
 LEVELS: dict[str, Any] = {
     "groups": {"layers": 1, "roles": {"attention": ["query"], "mlp": ["up", "down"]}},
     "ranks": {"absolute": [1, 3, 5]},
@@ -42,7 +36,7 @@ def front_of(space: SearchSpace, seed: int, size: int = 4) -> list[FrontPoint]:
         levels = space.draw_feasible(generator)
         assert levels is not None
         point = space.point(levels)
-        reduction = cost(TOPOLOGY, point).reduction
+        reduction = point_cost(TOPOLOGY, point).reduction
         members.append(FrontPoint(trial, point, reduction, reduction**2))
     return members
 
@@ -55,7 +49,7 @@ def front_of(space: SearchSpace, seed: int, size: int = 4) -> list[FrontPoint]:
     st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
-def test_refined_points_keep_every_constraint_and_are_new(
+def test_refined_points_satisfy_all_constraints_and_are_new(
     kind: dict[str, Any], limits: tuple[float, float], keep_layers: set[int], keep_roles: set[str], seed: int
 ) -> None:
     low, high = limits[0] / 2, limits[0] / 2 + limits[1]
@@ -66,7 +60,7 @@ def test_refined_points_keep_every_constraint_and_are_new(
             keep_layers=sorted(keep_layers),
             keep_roles=sorted(keep_roles),
         )
-    except Exception as error:  # noqa: BLE001 - the limits may lie beyond what the rest can reach
+    except Exception as error:  # noqa: BLE001 - the limits may be out of reach
         assert "some point must lie within" in str(error)  # noqa: PT017
         return
     front = front_of(space, seed)
@@ -79,7 +73,7 @@ def test_refined_points_keep_every_constraint_and_are_new(
         point = space.point(found.levels)
         assert point.id not in seen
         assert not point.is_dense
-        assert low <= cost(TOPOLOGY, point).reduction <= high
+        assert low <= point_cost(TOPOLOGY, point).reduction <= high
         names = [TOPOLOGY[name] for name, _ in point]
         assert not {t.layer for t in names} & keep_layers
         assert not {t.role for t in names} & keep_roles
@@ -88,7 +82,7 @@ def test_refined_points_keep_every_constraint_and_are_new(
         seen.add(point.id)
 
 
-def test_the_same_state_refines_the_same() -> None:
+def test_refinement_is_deterministic() -> None:
     space = space_of(**LEVELS)
     front = front_of(space, 3)
     first, second = (refine(space, front, set(), random.Random(7)) for _ in range(2))
@@ -98,26 +92,26 @@ def test_the_same_state_refines_the_same() -> None:
     assert shuffled == first
 
 
-def test_the_reduction_is_as_aimed_at() -> None:
+def test_refined_points_are_near_the_reduction_of_the_goal() -> None:
     space = space_of(**LEVELS)
     front = front_of(space, 5, size=2)
     missed = []
     for seed in range(30):
-        found, aim = refine(space, front, set(), random.Random(seed)), goal(front, random.Random(seed))
+        found, goal = refine(space, front, set(), random.Random(seed)), draw_goal(front, random.Random(seed))
         assert found is not None
-        missed.append(abs(cost(TOPOLOGY, space.point(found.levels)).reduction - aim.reduction))
+        missed.append(abs(point_cost(TOPOLOGY, space.point(found.levels)).reduction - goal.reduction))
     smallest_step = min(
-        abs(cost(TOPOLOGY, space.point({**space.dense_levels, name: 1})).reduction) for name in space.dimensions
+        abs(point_cost(TOPOLOGY, space.point({**space.dense_levels, name: 1})).reduction) for name in space.dimensions
     )
     assert sorted(missed)[len(missed) // 2] < smallest_step
 
 
-def test_expected_divergence_leads() -> None:
+def test_low_expected_divergence_is_preferred() -> None:
     space = space_of(**LEVELS)
     front = front_of(space, 1)
 
     def divergence(point: DesignPoint) -> float:
-        """Layers 0 to 2 are all that matters."""
+        """Only layers 0 to 2 matter."""
         return sum((TOPOLOGY[name].layer or 0) < 3 for name, _ in point)
 
     def mean(**keywords: Any) -> float:
@@ -127,7 +121,7 @@ def test_expected_divergence_leads() -> None:
     assert mean(divergence=divergence) < mean() - 0.5
 
 
-def test_nothing_to_refine_gives_nothing() -> None:
+def test_without_a_front_point_in_the_space_nothing_is_refined() -> None:
     space = space_of(**LEVELS)
     assert refine(space, [FrontPoint(0, DesignPoint.dense(), 0.0, 0.0)], set(), random.Random(0)) is None
     outside = DesignPoint.uniform(TOPOLOGY, "svd", 2)
@@ -138,6 +132,7 @@ def test_goals_prefer_wide_gaps() -> None:
     space = space_of(**LEVELS)
     point = front_of(space, 1)[1].point
     front = [FrontPoint(t, point, r, r) for t, r in enumerate((0.05, 0.06, 0.07, 0.30))]
-    middles = [aim.reduction for seed in range(200) if "gap" in (aim := goal(front, random.Random(seed))).words]
+    goals = [draw_goal(front, random.Random(seed)) for seed in range(200)]
+    middles = [goal.reduction for goal in goals if "gap" in goal.why]
     assert 60 < len(middles) < 140
     assert middles.count(pytest.approx(0.185)) > 0.9 * len(middles)

@@ -1,45 +1,32 @@
-"""Search spaces against brute force on small models, and the shipped ones on the real models' configs."""
+"""Search spaces against brute force on small models, and the shipped spaces on the configs of real models."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers as hf
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from topologies import PUBLISHED, save_published_config, topology_of_shapes
 
 from dse.config import RankConfig, load_search_space, load_study, parse_search_space
-from dse.cost import break_even_rank, cost, factor_parameters, has_core, point_problems
+from dse.cost import break_even_rank, factor_parameters, has_core, point_cost, point_problems
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
 from dse.models import load_topology
-from dse.search.spaces.base import KNOWN_ROLES, SearchSpace
-from dse.search.spaces.rank_grid import rank_at
+from dse.search.spaces.base import SearchSpace
+from dse.search.spaces.rank_levels import rank_at
+from dse.search.spaces.scope import KNOWN_ROLES
 from dse.search.start_up_points import first_points, unseen_feasible_levels
 from dse.study.objectives import resolve_objectives
 from dse.topology import DecomposableTensor, Topology
 
 ROOT = Path(__file__).resolve().parents[3]
-Shapes = Mapping[str, tuple[int, int]]
-
-
-def topology_of_shapes(layers: Sequence[Shapes], outside: Shapes | None = None, other: int = 50) -> Topology:
-    """A model of these layers, role to shape, with `other` parameters that are never decomposed."""
-    tensors = [
-        DecomposableTensor(f"layers.{i}.{role}", f"m.{i}.{role}", i, role, *shape)
-        for i, roles in enumerate(layers)
-        for role, shape in roles.items()
-    ]
-    tensors += [DecomposableTensor(role, role, None, role, *shape) for role, shape in (outside or {}).items()]
-    total = sum(tensor.parameters for tensor in tensors) + other
-    return Topology("Tiny", "tiny", len(layers), tuple(tensors), parameters_dense=total)
 
 
 def space_of(topology: Topology, *, check: bool = True, **config: Any) -> SearchSpace:
@@ -52,7 +39,7 @@ def space_of(topology: Topology, *, check: bool = True, **config: Any) -> Search
 
 
 def all_points(space: SearchSpace) -> dict[str, DesignPoint]:
-    """Every point by its id, from every combination of levels."""
+    """Id to point, for all points of the space."""
     names, sizes = list(space.dimensions), list(space.dimensions.values())
     points = {}
     for levels in itertools.product(*map(range, sizes)):
@@ -74,7 +61,7 @@ def topologies(draw: st.DrawFn) -> Topology:
     size = st.integers(3, 12)  # below 3 even rank 1 with a core saves nothing
     shapes = {role: (draw(size), draw(size)) for role in roles}
     layers = [dict(shapes) for _ in range(draw(st.integers(1, 3)))]
-    if draw(st.booleans()):  # layers of several makes: a role missing here, another shape there
+    if draw(st.booleans()):  # layers of several types: a role is missing or has another shape
         for layer in layers[1:]:
             for role in roles:
                 action = draw(st.sampled_from(["keep", "keep", "drop", "reshape"]))
@@ -122,7 +109,7 @@ def spaces(draw: st.DrawFn) -> tuple[Topology, dict[str, Any]]:
 
 
 def small_space(drawn: tuple[Topology, dict[str, Any]]) -> SearchSpace:
-    """The space, where it holds a tensor and is small enough to list."""
+    """The space, if it has a tensor and is small enough to list."""
     try:
         space = space_of(drawn[0], check=False, **drawn[1])
     except ConfigError as error:
@@ -137,7 +124,7 @@ BRUTE = settings(max_examples=120, deadline=None, suppress_health_check=[HealthC
 
 @given(spaces())
 @BRUTE
-def test_points_are_counted_exactly_and_written_as_levels(drawn: tuple[Topology, dict[str, Any]]) -> None:
+def test_points_are_counted_exactly_and_have_levels(drawn: tuple[Topology, dict[str, Any]]) -> None:
     space = small_space(drawn)
     points = all_points(space)
     assert space.number_of_points() == len(points)
@@ -147,7 +134,7 @@ def test_points_are_counted_exactly_and_written_as_levels(drawn: tuple[Topology,
         assert list(levels) == list(space.dimensions)
         assert all(0 <= levels[name] < size for name, size in space.dimensions.items())
         assert space.point(levels) == point
-        # Every rank is at most break-even, so every point can be applied.
+        # All ranks are at most break-even, so all points are applicable.
         assert point_problems(space.topology, point) == []
 
 
@@ -156,7 +143,7 @@ def test_points_are_counted_exactly_and_written_as_levels(drawn: tuple[Topology,
 def test_reduction_range_and_largest_ranks(drawn: tuple[Topology, dict[str, Any]]) -> None:
     space = small_space(drawn)
     points = [point for point in all_points(space).values() if not point.is_dense]
-    reductions = [cost(space.topology, point).reduction for point in points]
+    reductions = [point_cost(space.topology, point).reduction for point in points]
     smallest, largest = space.reduction_range()
     assert smallest == pytest.approx(min(reductions), abs=1e-12)
     assert largest == pytest.approx(max(reductions), abs=1e-12)
@@ -185,7 +172,7 @@ def test_draws_and_repairs_are_feasible(
     feasible = {
         identity
         for identity, point in points.items()
-        if limits.get("min", -9) <= cost(topology, point).reduction <= limits.get("max", 9) and not point.is_dense
+        if limits.get("min", -9) <= point_cost(topology, point).reduction <= limits.get("max", 9) and not point.is_dense
     }
     assert feasible == {i for i, point in points.items() if space.is_feasible(point) and not point.is_dense}
     if not feasible:
@@ -203,7 +190,7 @@ def test_draws_and_repairs_are_feasible(
     assert repaired is None or space.point(repaired).id in feasible
     if space.point(proposed).id in feasible:
         assert repaired == proposed
-    # Whatever has been seen, an unseen point is found as long as there is one.
+    # An unseen point is found as long as there is one.
     seen = {DesignPoint.dense().id}
     for _ in range(min(12, len(feasible))):
         levels = unseen_feasible_levels(space, seen, generator)
@@ -241,7 +228,7 @@ def test_first_points(drawn: tuple[Topology, dict[str, Any]], trials: int, seed:
     st.sampled_from([1, 2, 8, 64]),
 )
 @settings(deadline=None)
-def test_a_kept_fraction_is_the_largest_rank_that_keeps_no_more(
+def test_a_kept_fraction_yields_the_largest_rank_within_it(
     m: int, n: int, method: str, kept: float, multiple: int
 ) -> None:
     tensor = DecomposableTensor("t", "t", 0, "up", m, n)
@@ -255,21 +242,21 @@ def test_a_kept_fraction_is_the_largest_rank_that_keeps_no_more(
 
 def test_kept_fractions_on_known_shapes() -> None:
     square, core = DecomposableTensor("t", "t", 0, "up", 4096, 4096), RankConfig(kept_fractions=[0.25, 0.5])
-    # r(m + n) = f mn gives r = f n / 2 for a square matrix; levels go from the largest fraction to the smallest.
+    # r(m + n) = f mn yields r = f n / 2 for a square matrix; levels go from the largest fraction to the smallest.
     assert [rank_at(core, i, square, "svd") for i in (0, 1)] == [1024, 512]
-    # With a core r^2 + 2nr = n^2 / 2 gives r = (sqrt(3/2) - 1) n = 920.57.
+    # With a core, r^2 + 2nr = n^2 / 2 yields r = (sqrt(3/2) - 1) n = 920.57.
     assert rank_at(core, 0, square, "tucker") == 920
     assert rank_at(RankConfig(kept_fractions=[0.5], multiple=64), 0, square, "tucker") == 896
 
 
-def test_absolute_ranks_are_capped_at_break_even_and_snapped() -> None:
+def test_absolute_ranks_are_capped_at_break_even_and_rounded_to_multiples() -> None:
     tensor = DecomposableTensor("t", "t", 0, "up", 10, 10)
     grid = RankConfig(absolute=[1, 100, 4])
     assert [rank_at(grid, i, tensor, "svd") for i in range(3)] == [5, 4, 1]
     assert [rank_at(RankConfig(absolute=[1, 100, 4], multiple=2), i, tensor, "svd") for i in range(3)] == [4, 4, 2]
 
 
-def test_levels_that_come_to_the_same_ranks_are_one() -> None:
+def test_levels_with_equal_ranks_are_merged() -> None:
     space = space_of(topology_of_shapes([{"query": (4, 4)}, {"query": (30, 30)}]), ranks={"absolute": [20, 10, 2, 1]})
     # Break-even is 2 for 4 x 4 and 15 for 30 x 30: ranks 2 and 1 remain there, and 15, 10, 2, 1 here.
     assert dict(space.dimensions) == {"layers.0": 3, "layers.1": 5}
@@ -289,7 +276,7 @@ def test_dimensions_of_groups() -> None:
     assert list(subset.dimensions) == ["layers.0", "layers.1", "layers.2", "roles.up", "rank", "method"]
 
 
-def test_a_tensor_outside_the_layers_is_a_group_of_its_own() -> None:
+def test_a_tensor_outside_the_layers_forms_its_own_group() -> None:
     topology = topology_of_shapes([{"up": (6, 6)}], {"head": (20, 6)})
     space = space_of(topology)
     assert list(space.dimensions) == ["layers.0", "head"]
@@ -298,15 +285,15 @@ def test_a_tensor_outside_the_layers_is_a_group_of_its_own() -> None:
         space_of(topology, kind="subset", roles=["head"])
 
 
-def test_the_ladder_climbs_one_role_group_at_a_time() -> None:
+def test_uniform_points_change_one_role_group_at_a_time() -> None:
     groups = {"layers": 2, "roles": {"attention": ["query", "key"], "mlp": ["up"]}}
     space = space_of(UNIFORM, groups=groups, ranks={"absolute": [1, 2]})
-    ladder = [space.point(levels) for levels in space.ladder()]
+    uniform = [space.point(levels) for levels in space.uniform_points()]
     expected = [
         DesignPoint.uniform(UNIFORM, "svd", rank, "all", roles)
         for rank, roles in ((2, ["query", "key"]), (2, ["up"]), (1, ["query", "key"]), (1, ["up"]))
     ]
-    assert ladder == expected
+    assert uniform == expected
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -363,10 +350,10 @@ def test_points_outside_the_space_have_no_levels(point: dict[str, Any], words: s
         subset.levels_of(DesignPoint.from_json(point, UNIFORM))
 
 
-def test_violations_are_signed_distances_to_the_limits() -> None:
+def test_constraint_values_are_signed_distances_to_the_limits() -> None:
     space = space_of(UNIFORM, limits={"reduction": {"min": 0.1, "max": 0.3}})
     point = DesignPoint.uniform(UNIFORM, "svd", 1, [0])
-    reduction = cost(UNIFORM, point).reduction
+    reduction = point_cost(UNIFORM, point).reduction
     assert space.violations(point) == pytest.approx(
         {"reduction_min": 0.1 - reduction, "reduction_max": reduction - 0.3}
     )
@@ -385,42 +372,14 @@ def test_description() -> None:
 # --- the shipped files on the real models -----------------------------------------------------------------------------
 
 
-def config_only(folder: Path, config: hf.PreTrainedConfig, architecture: str) -> Topology:
-    config.architectures = [architecture]
-    config.save_pretrained(folder)
-    assert [file.name for file in folder.iterdir()] == ["config.json"]
-    return load_topology(str(folder))
-
-
 @pytest.fixture(scope="module")
 def real_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Topology]:
-    """Hub ids to topologies, from the hyper-parameters that the models' own configs state."""
-    llama2 = hf.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
-    )  # fmt: skip
-    llama3 = hf.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
-    )  # fmt: skip
-    qwen3 = hf.Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=True,
-    )  # fmt: skip
-    smollm2 = hf.LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
+    """Model references to topologies, from configs alone."""
     folder = tmp_path_factory.mktemp("configs")
-    return {
-        "meta-llama/Llama-2-7b-chat-hf": config_only(folder / "llama2", llama2, "LlamaForCausalLM"),
-        "meta-llama/Llama-3.1-8B-Instruct": config_only(folder / "llama3", llama3, "LlamaForCausalLM"),
-        "Qwen/Qwen3-0.6B": config_only(folder / "qwen3", qwen3, "Qwen3ForCausalLM"),
-        "demo:smollm2-135m-instruct": config_only(folder / "smollm2", smollm2, "LlamaForCausalLM"),
-    }
+    return {ref: load_topology(str(save_published_config(folder / str(i), ref))) for i, ref in enumerate(PUBLISHED)}
 
 
-def test_the_configs_are_the_real_ones(real_models: dict[str, Topology]) -> None:
+def test_the_configs_are_those_of_the_real_models(real_models: dict[str, Topology]) -> None:
     assert [topology.parameters_dense for topology in real_models.values()] == [
         6_738_415_616,
         8_030_261_248,
@@ -463,7 +422,7 @@ def test_the_papers_space_on_its_model(real_models: dict[str, Topology]) -> None
     assert space.number_of_configurations() == 2**39
     assert space.number_of_points() == (2**32 - 1) * (2**7 - 1) + 1
     assert len(space.dimensions) == 39
-    # Rank 1 of everything leaves the embeddings, the head and the norms.
+    # Rank 1 everywhere keeps the embeddings, the head and the norms.
     left = 2 * 32000 * 4096 + 65 * 4096 + sum(m + n + 1 for m, n in (t.shape for t in topology.tensors))
     assert space.reduction_range()[1] == pytest.approx(1 - left / topology.parameters_dense)
 
@@ -481,8 +440,8 @@ def test_the_papers_ten_layer_sets_are_in_the_space(real_models: dict[str, Topol
         assert [int(name[7:]) for name in space.dimensions if name.startswith("layers.") and levels[name]] == entry[
             "layers"
         ]
-    # The paper labels its sets by the share of parameters removed; its first is 6 %, its last 96 %.
-    reductions = [cost(topology, DesignPoint.from_json(entry, topology)).reduction for entry in study.enqueue]
+    # The paper labels its sets by the reduction; the first is 6 %, the last 96 %.
+    reductions = [point_cost(topology, DesignPoint.from_json(entry, topology)).reduction for entry in study.enqueue]
     assert reductions == sorted(reductions)
     assert [round(100 * r) for r in (reductions[0], reductions[-1])] == [6, 96]
 

@@ -1,4 +1,4 @@
-"""Spaces with stacks and removed blocks, against brute force on small models and on a real architecture."""
+"""Spaces with stacks and removed blocks, against brute force on small models, and on a real architecture."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers as hf
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_space import BRUTE, all_points, space_of, topology_of_shapes
+from test_space import BRUTE, all_points, space_of
+from tiny_models import tiny_model
+from topologies import topology_of_shapes
 
 from dse.config import load_search_space
-from dse.cost import cost, point_problems
+from dse.cost import point_cost, point_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
 from dse.models import topology_of
@@ -26,7 +27,7 @@ GROUPS: list[Any] = ["together", "separate", {"attention": ["query", "key"], "ml
 
 
 def structured(layers: int, kinds: list[str], *, rest: int, stacked: bool, widths: list[int]) -> Topology:
-    """Layers of query, key and up, with blocks around them; `widths` makes layers differ."""
+    """Layers of query, key and up tensors in blocks; `widths` makes the layers differ."""
     shapes = [{"query": (6, 8), "key": (4, 8), "up": (widths[i], 8)} for i in range(layers)]
     topology = topology_of_shapes(shapes, other=400)
     by_name, blocks = topology.by_name, []
@@ -69,7 +70,7 @@ def structured_spaces(draw: st.DrawFn) -> SearchSpace:
 
 @given(structured_spaces())
 @BRUTE
-def test_points_can_be_applied_and_are_counted_exactly(space: SearchSpace) -> None:
+def test_points_are_applicable_and_counted_exactly(space: SearchSpace) -> None:
     points = all_points(space)
     assert space.number_of_points() == len(points)
     for point in points.values():
@@ -83,7 +84,7 @@ def test_points_can_be_applied_and_are_counted_exactly(space: SearchSpace) -> No
 @BRUTE
 def test_reach_ranks_draws_and_repairs(space: SearchSpace, seed: int) -> None:
     points = [point for point in all_points(space).values() if not point.is_dense]
-    reductions = [cost(space.topology, point).reduction for point in points]
+    reductions = [point_cost(space.topology, point).reduction for point in points]
     assert space.reduction_range() == pytest.approx((min(reductions), max(reductions)), abs=1e-12)
     ranks: dict[str, dict[str, int]] = {method: {} for method in space.config.methods}
     for point in points:
@@ -103,8 +104,8 @@ def small(**changes: Any) -> Topology:
     return structured(2, ["full", "full"], **({"rest": 3, "stacked": True, "widths": [9, 9]} | changes))
 
 
-def test_without_the_keys_nothing_changes() -> None:
-    """Roles of stacks that a space lists beside the members' are passed over, as before."""
+def test_stacks_are_ignored_by_default() -> None:
+    """Without `stacks`, roles of stacks in a space are ignored."""
     roles = ["query", "key", "query_key_value", "up"]
     space = space_of(small(), roles=roles, groups={"roles": {"attention": roles[:3], "mlp": ["up"]}})
     assert space.dimensions == dict.fromkeys(
@@ -114,7 +115,7 @@ def test_without_the_keys_nothing_changes() -> None:
     assert set(deepest.by_name) == {f"layers.{i}.{role}" for i in (0, 1) for role in ("query", "key", "up")}
 
 
-def test_a_stack_takes_the_place_of_its_members() -> None:
+def test_a_stack_replaces_its_members() -> None:
     together = space_of(small(), stacks=True)
     assert set(together.tensor_names()) == {f"layers.{i}.{role}" for i in (0, 1) for role in ("query_key_value", "up")}
     separate = space_of(small(), stacks=True, groups={"roles": "separate"})
@@ -128,11 +129,11 @@ def test_a_stack_takes_the_place_of_its_members() -> None:
         space_of(small(), stacks=True, groups={"roles": {"a": ["query"], "b": ["query_key_value"]}})
 
 
-def test_the_last_level_of_a_whole_block_removes_it() -> None:
+def test_the_last_level_of_a_group_removes_the_block_that_consists_of_it() -> None:
     roles = {"attention": ["query", "key"], "part": ["up"]}
     space = space_of(small(), removal=True, groups={"roles": roles})
     last = {name: size - 1 for name, size in space.dimensions.items()}
-    # The attention of one layer stays, at its deepest rank.
+    # The attention of one layer stays, at its lowest rank.
     assert space.point(last) == DesignPoint.of(
         {name: TensorChoice.removal() for name in ("layers.0.attention", "layers.0.mlp", "layers.1.mlp")}
         | {f"layers.1.{role}": TensorChoice("svd", 1) for role in roles["attention"]}
@@ -145,17 +146,14 @@ def test_the_last_level_of_a_whole_block_removes_it() -> None:
         wide.levels_of(DesignPoint.of({"layers.0.mlp": TensorChoice.removal()}))
 
 
-def test_a_subset_has_neither() -> None:
+def test_a_subset_has_neither_stacks_nor_removal() -> None:
     for key in ("stacks", "removal"):
         with pytest.raises(ConfigError, match="are for `kind: levels`"):
             space_of(small(), kind="subset", **{key: True})
 
 
-def test_a_shipped_space_with_both_keys_on_a_real_architecture() -> None:
-    config = hf.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
-    )
-    topology = topology_of(hf.LlamaForCausalLM(config))
+def test_a_shipped_space_with_stacks_and_removal_on_a_real_architecture() -> None:
+    topology = topology_of(tiny_model(num_hidden_layers=4))
     shipped = load_search_space(ROOT / "search_spaces" / "layer_role_rank.yaml")
     changed = shipped.model_copy(update={"stacks": True, "removal": True})
     space = SearchSpace.from_config(changed, topology)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dse.cost import cost
+from dse.cost import point_cost
 from dse.models import LoadedModel
 from dse.sensitivity import expected_table
 from dse.sensitivity.allocation import allocate
@@ -11,7 +11,7 @@ from dse.sensitivity.allocation_curves import allocate_curves
 
 
 def curves_of(loaded: LoadedModel) -> dict[str, np.ndarray]:
-    """Convex, of another height for every tensor."""
+    """Convex curves with a different height for each tensor."""
     generator = np.random.default_rng(0)
     return {
         tensor.name: generator.uniform(0.1, 10) * np.linspace(1, 0, min(tensor.shape) + 1) ** 2
@@ -21,11 +21,11 @@ def curves_of(loaded: LoadedModel) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("reduction", [0.05, 0.15])
-def test_its_allocation_is_near_that_of_the_curves(tiny: LoadedModel, reduction: float) -> None:
+def test_allocations_are_near_those_over_the_curves(tiny: LoadedModel, reduction: float) -> None:
     curves = curves_of(tiny)
     table = expected_table(tiny.topology, curves)
     found = allocate(table, reduction=reduction)
-    assert cost(tiny.topology, found.point).reduction == pytest.approx(found.reduction)
+    assert point_cost(tiny.topology, found.point).reduction == pytest.approx(found.reduction)
     assert found.reduction >= reduction
     summed = sum(float(curves[name][choice.rank]) for name, choice in found.point)
     assert found.divergence == pytest.approx(summed)
@@ -33,7 +33,7 @@ def test_its_allocation_is_near_that_of_the_curves(tiny: LoadedModel, reduction:
     assert 0.9 * least <= found.divergence <= 1.3 * least
 
 
-def test_blocks_are_removed_only_when_asked(tiny: LoadedModel) -> None:
+def test_removals_are_options_only_on_request(tiny: LoadedModel) -> None:
     curves = curves_of(tiny)
     removed = [u for u in expected_table(tiny.topology, curves, removal=True).units if u.options[-1].removes_block]
     assert len(removed) == 2 * tiny.topology.layer_count

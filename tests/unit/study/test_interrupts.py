@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from dse.study.interrupts import noticing_interrupts
+from dse.study.listener import watching_interrupts
 
 
 def test_an_interrupt_that_a_library_swallowed_is_noticed() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with noticing_interrupts() as interrupts:
+    with watching_interrupts() as interrupts:
         try:
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000):
@@ -23,7 +23,7 @@ def test_an_interrupt_that_a_library_swallowed_is_noticed() -> None:
 
 
 def test_the_exception_is_raised_as_ever() -> None:
-    with pytest.raises(KeyboardInterrupt), noticing_interrupts():
+    with pytest.raises(KeyboardInterrupt), watching_interrupts():
         signal.raise_signal(signal.SIGINT)
 
 
@@ -31,7 +31,7 @@ def test_other_threads_are_left_alone() -> None:
     seen: list[bool] = []
 
     def work() -> None:
-        with noticing_interrupts() as interrupts:
+        with watching_interrupts() as interrupts:
             seen.append(interrupts.requested)
 
     thread = threading.Thread(target=work)

@@ -1,7 +1,8 @@
-"""The storage of a study: what is asked, told and found again, after a kill and on a damaged file too."""
+"""The storage of a study: proposals and records survive kills, resuming, and damaged files."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import signal
 import sqlite3
@@ -14,18 +15,21 @@ from typing import Any
 import optuna
 import pytest
 
+from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import StorageFullError, StudyError, UserError
+from dse.evaluation.statistics.intervals import Interval
+from dse.search.proposal import Proposal
 from dse.study import SAMPLERS
-from dse.study.storage import Proposal, StudyStorage
-from dse.trial_record import Interval, TrialRecord
+from dse.study.storage import StudyStorage
+from dse.trial_record import TrialRecord
 
 DIMENSIONS = {f"x{i}": 4 for i in range(4)}
-DIRECTIONS = ("maximize", "minimize")
+METRICS = {"accuracy": "maximize", "parameters": "minimize"}
 
 
 def record_of(proposal: Proposal, state: str = "complete", **changes: Any) -> TrialRecord:
-    point = {"tensors": {name: {"method": "svd", "rank": level} for name, level in proposal.levels.items()}}
-    return TrialRecord(proposal.trial, state, proposal.origin, point, f"id{proposal.trial}", "{}", **changes)
+    choices = {name: TensorChoice("svd", level) for name, level in proposal.levels.items() if level}
+    return TrialRecord(proposal.trial or 0, state, proposal.origin, DesignPoint.of(choices), "{}", **changes)
 
 
 def values_of(levels: Any) -> list[float]:
@@ -39,7 +43,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., StudyStorage]]:
     storages: list[StudyStorage] = []
 
     def open_(name: str = "study.db", **keywords: Any) -> StudyStorage:
-        storages.append(StudyStorage.open(tmp_path / name, DIRECTIONS, **keywords))
+        storages.append(StudyStorage.open(tmp_path / name, "test", METRICS, **keywords))
         return storages[-1]
 
     yield open_
@@ -50,10 +54,10 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., StudyStorage]]:
 Opener = Callable[..., StudyStorage]
 
 
-def test_what_is_told_is_found_again(opened: Opener, tmp_path: Path) -> None:
+def test_stored_trials_are_found_again(opened: Opener, tmp_path: Path) -> None:
     storage = opened(sampler="random", seed=3)
     storage.set_attribute("objectives", ["accuracy", "parameters"])
-    storage.enqueue(dict.fromkeys(DIMENSIONS, 0), "dense")
+    storage.enqueue(Proposal(dict.fromkeys(DIMENSIONS, 0), "dense"))
     assert storage.enqueued == 1
     proposals = [storage.ask(DIMENSIONS) for _ in range(5)]
     assert [p.trial for p in proposals] == list(range(5))
@@ -66,113 +70,129 @@ def test_what_is_told_is_found_again(opened: Opener, tmp_path: Path) -> None:
         record_of(proposals[2], "infeasible", reason="reduction_max exceeded", feasible=False),
         record_of(proposals[3], "duplicate", duplicate_of=0),
     ]
-    storage.tell(records[0], [0.5, 10.0], {"reduction_max": -0.1})
-    storage.tell(records[1], None, {"reduction_max": -0.1})
-    storage.tell(records[2], None, {"reduction_max": 0.2})
-    storage.tell(records[3], [0.5, 10.0], {"reduction_max": -0.1})
+    storage.finish(records[0], [0.5, 10.0], {"reduction_max": -0.1})
+    storage.finish(records[1], None, {"reduction_max": -0.1})
+    storage.finish(records[2], None, {"reduction_max": 0.2})
+    storage.finish(records[3], [0.5, 10.0], {"reduction_max": -0.1})
     assert storage.records() == records
-    assert storage.unfinished() == [proposals[4]]
+    assert storage.unfinished(DIMENSIONS) == [proposals[4]]
     storage.close()
 
     again = StudyStorage.open_existing(tmp_path / "study.db")
     assert again.records() == records
-    assert again.unfinished() == [proposals[4]]
-    assert again.attributes == {"objectives": ["accuracy", "parameters"], "queue": []}
+    assert again.unfinished(DIMENSIONS) == [proposals[4]]
+    assert again.attributes == {"objectives": ["accuracy", "parameters"]}
     again.close()
-    # An ordinary Optuna storage, for whoever wants to look with Optuna's own tools.
+    # An ordinary Optuna storage, named after the study, for Optuna's own tools and optuna-dashboard.
     database = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/study.db")
-    study = optuna.load_study(study_name="dse", storage=database)
+    study = optuna.load_study(study_name="test", storage=database)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE", "RUNNING"]
-    assert study.trials[2].constraints == {"reduction_max": 0.2}
+    assert study.metric_names == ["accuracy", "parameters"]
+    assert list(study.trials[2].constraints.values()) == [0.2]
+    assert study.trials[2].system_attrs["constraints"] == [0.2]  # read by optuna-dashboard
+    assert study.trials[2].user_attrs["constraints"] == {"reduction_max": 0.2}
     database.engine.dispose()
 
 
-def test_the_repetition_of_a_failed_trial_has_no_values(opened: Opener) -> None:
+def test_a_duplicate_of_a_failed_trial_has_no_values(opened: Opener) -> None:
     storage = opened()
     proposal = storage.ask(DIMENSIONS)
-    storage.tell(record_of(proposal, "duplicate", duplicate_of=0, reason="it failed"), None, {})
+    storage.finish(record_of(proposal, "duplicate", duplicate_of=0, reason="it failed"), None, {})
     assert storage.records()[0].state == "duplicate"
 
 
-def test_many_writes_are_one(opened: Opener) -> None:
+def test_the_queue_keeps_its_order_and_knows_what_waits(opened: Opener) -> None:
     storage = opened()
-
-    def write_half() -> None:
-        with storage.at_once():
-            storage.set_attribute("a", 1)
-            storage.enqueue(dict.fromkeys(DIMENSIONS, 1), "enqueued")
-            proposal = storage.ask(DIMENSIONS)
-            storage.tell(record_of(proposal), [1.0, 1.0], {})
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_half()
+    points = [Proposal(dict.fromkeys(DIMENSIONS, level), "enqueued", why=f"level {level}") for level in (3, 1)]
+    beside = dataclasses.replace(points[0], point=DesignPoint.of({"a": TensorChoice("svd", 7)}))
+    for proposal in (*points, beside):
+        assert not storage.is_enqueued(proposal)
+        storage.enqueue(proposal)
+        assert storage.is_enqueued(proposal)
     storage.close()
-    fresh = opened()
-    assert fresh.attributes == {}
-    assert fresh.enqueued == 0
-    assert fresh.records() == []
-    assert fresh.unfinished() == []
-    for level in (1, 2):
-        fresh.enqueue(dict.fromkeys(DIMENSIONS, level), "enqueued")
-    fresh.enqueue(dict.fromkeys(DIMENSIONS, 3), "retried", first=True)
-    assert [fresh.ask(DIMENSIONS).levels["x0"] for _ in range(3)] == [3, 1, 2]
-    with fresh.at_once(), fresh.at_once():
-        fresh.set_attribute("a", 1)
-    fresh.close()
-    assert opened().attributes == {"queue": [], "a": 1}
+    storage = opened()
+    assert storage.enqueued == 3
+    assert [dataclasses.replace(storage.ask(DIMENSIONS), trial=None) for _ in range(3)] == [*points, beside]
+
+
+def test_the_queue_of_an_older_study_is_adopted(opened: Opener, tmp_path: Path) -> None:
+    storage = opened()
+    levels = dict.fromkeys(DIMENSIONS, 2)
+    point = {"tensors": {"a": {"method": "svd", "rank": 7}}}
+    storage.set_attribute("queue", [[levels, "ladder"], [levels, "enqueued", "because", point]])
+    storage.close()
+    storage = opened()
+    assert storage.ask(DIMENSIONS) == Proposal(levels, "ladder", trial=0)
+    assert storage.ask(DIMENSIONS) == Proposal(
+        levels, "enqueued", "because", DesignPoint.of({"a": TensorChoice("svd", 7)}), trial=1
+    )
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dse.trial_record import TrialRecord
+from dse.design_point import DesignPoint
+from dse.search.proposal import Proposal
 from dse.study.storage import StudyStorage
-storage = StudyStorage.open(Path(sys.argv[1]), ("maximize", "minimize"), sampler="random")
+from dse.trial_record import TrialRecord
+metrics = {"accuracy": "maximize", "parameters": "minimize"}
+storage = StudyStorage.open(Path(sys.argv[1]), "test", metrics, sampler="random")
 dimensions = {f"x{i}": 4 for i in range(4)}
-def tell(proposal):
-    storage.tell(TrialRecord(proposal.trial, "complete", "sampler", {"tensors": {}}, "i", "{}"), [1.0, 2.0], {})
-tell(storage.ask(dimensions))
+first = storage.ask(dimensions)
+storage.finish(TrialRecord(first.trial, "complete", "sampler", DesignPoint.dense(), "{}"), [1.0, 2.0], {})
 storage.ask(dimensions)
-with storage.at_once():
-    tell(storage.ask(dimensions))
-    storage.set_attribute("reference", 1)
-    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "queued":
+    storage.enqueue(Proposal(dict.fromkeys(dimensions, 2), "enqueued"))
+import optuna.trial
+suggest = optuna.trial.Trial.suggest_int
+def suggest_until_killed(self, name, low, high):
+    if name == "x2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return suggest(self, name, low, high)
+optuna.trial.Trial.suggest_int = suggest_until_killed
+storage.ask(dimensions)
 """
 
 
-def test_a_kill_keeps_what_was_finished_and_nothing_half(opened: Opener, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "study.db")], capture_output=True, check=False)
+@pytest.mark.parametrize("origin", ["sampler", "queued"])
+def test_a_kill_keeps_finished_trials_and_abandons_half_a_proposal(opened: Opener, tmp_path: Path, origin: str) -> None:
+    """A queued point is known whatever is missing of it; the rest of a sampler's proposal would be another one."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "study.db"), origin]
+    done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    storage = opened()
+    storage = opened(sampler="random")
+    unfinished = storage.unfinished(DIMENSIONS)
     assert [record.trial for record in storage.records()] == [0]
-    assert [proposal.trial for proposal in storage.unfinished()] == [1]
-    assert len(storage.unfinished()[0].levels) == len(DIMENSIONS)
-    assert storage.attributes == {}
+    assert [proposal.trial for proposal in unfinished] == ([1, 2] if origin == "queued" else [1])
+    assert all(len(proposal.levels) == len(DIMENSIONS) for proposal in unfinished)
+    if origin == "queued":
+        assert set(unfinished[1].levels.values()) == {2}
+    # The proposal after the kill is the one that the kill cut short.
+    undisturbed = opened("undisturbed.db", sampler="random")
+    expected = [undisturbed.ask(DIMENSIONS).levels for _ in range(3)]
+    if origin == "sampler":
+        assert storage.ask(DIMENSIONS).levels == expected[2]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_proposals_do_not_depend_on_being_resumed(opened: Opener, sampler: str) -> None:
-    """A storage that is opened anew for every trial, and whose trials are at times repeated, proposes the same."""
+    """A storage that is reopened for every trial, some of which are interrupted, gives the same proposals."""
 
     def search(name: str, *, stopped: bool) -> list[dict[str, int]]:
         storage = opened(name, sampler=sampler, seed=5, trials=12)
         for level in (0, 1, 2, 3, 2):
-            storage.enqueue(dict.fromkeys(DIMENSIONS, level), "enqueued")
+            storage.enqueue(Proposal(dict.fromkeys(DIMENSIONS, level), "enqueued"))
         points: list[dict[str, int]] = []
         while len(points) < 12:
             if stopped:
                 storage.close()
                 storage = opened(name, sampler=sampler, seed=5, trials=12)
             proposal = storage.ask(DIMENSIONS)
-            if stopped and proposal.trial in (2, 9):  # as after a kill
+            if stopped and proposal.trial in (2, 9):  # killed during this trial
                 storage.close()
                 storage = opened(name, sampler=sampler, seed=5, trials=12)
-                assert storage.unfinished() == [proposal]
-                storage.tell(record_of(proposal, "interrupted"), None, {})
-                storage.enqueue(proposal.levels, "retried", first=True)
-                continue
-            storage.tell(record_of(proposal), values_of(proposal.levels), {"limit": -1.0})
+                assert storage.unfinished(DIMENSIONS) == [proposal]
+            storage.finish(record_of(proposal), values_of(proposal.levels), {"limit": -1.0})
             points.append(dict(proposal.levels))
         return points
 
@@ -180,17 +200,17 @@ def test_proposals_do_not_depend_on_being_resumed(opened: Opener, sampler: str) 
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
-def test_queued_and_repaired_points_take_part_in_the_generations(opened: Opener, tmp_path: Path, sampler: str) -> None:
-    """Where every proposal is infeasible and only its repair is evaluated, the algorithm must still get on."""
+def test_queued_and_repaired_points_join_the_generations(opened: Opener, tmp_path: Path, sampler: str) -> None:
+    """The algorithm must make progress even if every proposal is infeasible and only its repair is evaluated."""
     storage = opened(sampler=sampler, seed=0, trials=40)
     generator = random.Random(0)
     for _ in range(30):
         proposal = storage.ask(DIMENSIONS)
-        storage.tell(record_of(proposal, "infeasible"), None, {"limit": 1.0})
-        storage.enqueue({name: generator.randrange(4) for name in DIMENSIONS}, "repaired")
+        storage.finish(record_of(proposal, "infeasible"), None, {"limit": 1.0})
+        storage.enqueue(Proposal({name: generator.randrange(4) for name in DIMENSIONS}, "repaired"))
         proposal = storage.ask(DIMENSIONS)
         assert proposal.origin == "repaired"
-        storage.tell(record_of(proposal), values_of(proposal.levels), {"limit": -1.0})
+        storage.finish(record_of(proposal), values_of(proposal.levels), {"limit": -1.0})
     storage.close()
     database = sqlite3.connect(tmp_path / "study.db")
     keys = [row[0] for row in database.execute("select key from study_system_attributes")]
@@ -200,7 +220,7 @@ def test_queued_and_repaired_points_take_part_in_the_generations(opened: Opener,
 
 
 def test_samplers_learn(opened: Opener) -> None:
-    """Model-based samplers come nearer to the good corner than random ones, or their results would not reach them."""
+    """A model-based sampler that receives results gets nearer to the good corner than a random one."""
 
     def mean_cost(sampler: str) -> float:
         storage = opened(f"{sampler}.db", sampler=sampler, seed=1, trials=30)
@@ -208,62 +228,62 @@ def test_samplers_learn(opened: Opener) -> None:
         for _ in range(30):
             proposal = storage.ask(DIMENSIONS)
             cost = float(sum(proposal.levels.values()))
-            storage.tell(record_of(proposal), [-cost, cost], {})
+            storage.finish(record_of(proposal), [-cost, cost], {})
             costs.append(cost)
         return sum(costs[10:]) / 20
 
     assert mean_cost("tpe") < mean_cost("random") - 1
 
 
-def test_a_path_may_hold_what_a_url_may_not(opened: Opener, tmp_path: Path) -> None:
+def test_a_path_with_characters_that_a_url_reserves(opened: Opener, tmp_path: Path) -> None:
     folder = tmp_path / "a?b #{x} 50% ü"
     folder.mkdir()
-    storage = StudyStorage.open(folder / "study.db", DIRECTIONS)
+    storage = StudyStorage.open(folder / "study.db", "test", METRICS)
     storage.set_attribute("a", 1)
     storage.close()
     assert [path.name for path in folder.iterdir()] == ["study.db"]
     assert {path.name for path in tmp_path.iterdir()} == {folder.name}
 
 
-def test_a_storage_that_never_began(opened: Opener, tmp_path: Path) -> None:
+def test_a_storage_without_a_started_study(opened: Opener, tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.touch()
-    assert not StudyStorage.is_begun(path)
+    assert not StudyStorage.has_started(path)
     with pytest.raises(StudyError, match="holds a study that never started; run `dse run` again"):
         StudyStorage.open_existing(path)
     storage = opened()
-    assert not StudyStorage.is_begun(path)
+    assert not StudyStorage.has_started(path)
     storage.close()
-    # Begun with other objectives by a process that was killed before it wrote anything: made anew.
-    other = StudyStorage.open(path, ("minimize",))
+    # Created with other objectives by a process that was killed before it wrote anything: replaced.
+    other = StudyStorage.open(path, "test", {"parameters": "minimize"})
     other.set_attribute("objectives", ["parameters"])
     other.close()
-    assert StudyStorage.is_begun(path)
-    with pytest.raises(StudyError, match="must be of the study's 2 objectives"):
-        StudyStorage.open(path, DIRECTIONS)
+    assert StudyStorage.has_started(path)
+    with pytest.raises(StudyError, match="with these 2 objectives"):
+        StudyStorage.open(path, "test", METRICS)
 
 
-def test_files_that_are_no_storage(tmp_path: Path) -> None:
+def test_files_that_are_not_a_storage(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"must hold study\.db"):
         StudyStorage.open_existing(tmp_path / "study.db")
     with pytest.raises(StorageFullError, match="unable to open"):
-        StudyStorage.open(tmp_path / "no such folder" / "study.db", DIRECTIONS)
+        StudyStorage.open(tmp_path / "no such folder" / "study.db", "test", METRICS)
     (tmp_path / "text.db").write_text("not a database, but long enough to look at" * 100)
     with pytest.raises(StudyError, match="not a database"):
-        StudyStorage.open(tmp_path / "text.db", DIRECTIONS)
+        StudyStorage.open(tmp_path / "text.db", "test", METRICS)
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("create table version_info (a)")
     other.commit()
     other.close()
     with pytest.raises(StudyError):
-        StudyStorage.open(tmp_path / "other.db", DIRECTIONS)
+        StudyStorage.open(tmp_path / "other.db", "test", METRICS)
 
 
-def test_a_damaged_storage_is_told_in_one_line(opened: Opener, tmp_path: Path) -> None:
+def test_a_damaged_storage_is_reported_in_one_line(opened: Opener, tmp_path: Path) -> None:
     storage = opened(sampler="random")
     for _ in range(6):
         proposal = storage.ask(DIMENSIONS)
-        storage.tell(record_of(proposal), [1.0, 2.0], {"limit": -1.0})
+        storage.finish(record_of(proposal), [1.0, 2.0], {"limit": -1.0})
     storage.set_attribute("objectives", ["accuracy"])
     storage.close()
     whole = (tmp_path / "study.db").read_bytes()
@@ -278,7 +298,7 @@ def test_a_damaged_storage_is_told_in_one_line(opened: Opener, tmp_path: Path) -
         damaged.write_bytes(content[: generator.choice([None, None, None, start])])
         try:
             reader = StudyStorage.open_existing(damaged)
-            _ = reader.attributes, reader.records(), reader.unfinished()
+            _ = reader.attributes, reader.records(), reader.unfinished(DIMENSIONS)
             reader.close()
         except UserError as error:
             refused += 1

@@ -1,4 +1,4 @@
-"""Packing is exact whatever the sequences: each query can be read back from its row, and nothing is stored twice."""
+"""Packing is exact for any sequences: each query can be read back from its row, and no prefix is stored twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dse.evaluation.scoring.packing import balanced
 
 @st.composite
 def queries(draw: st.DrawFn) -> list[Query]:
-    """Sequences over a tiny alphabet, so that they share beginnings of every length."""
+    """Sequences over a tiny alphabet, so that they share prefixes of every length."""
     found = []
     for tokens in draw(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=9), max_size=12)):
         found.append(Query(tuple(tokens), draw(st.integers(1, len(tokens) - 1))))
@@ -52,7 +52,7 @@ def test_every_query_can_be_read_back(asked: list[Query], pair_cost: float, most
 
 
 @given(queries(), st.floats(0, 0.1))
-def test_a_node_attends_to_its_ancestors_and_itself(asked: list[Query], pair_cost: float) -> None:
+def test_node_attends_to_its_ancestors_and_itself(asked: list[Query], pair_cost: float) -> None:
     for row in pack(asked, pair_cost=pair_cost, least_saved=-math.inf):
         expected = np.zeros((len(row), len(row)), dtype=bool)
         for node in range(len(row)):
@@ -62,16 +62,16 @@ def test_a_node_attends_to_its_ancestors_and_itself(asked: list[Query], pair_cos
 
 
 @given(queries())
-def test_with_nothing_in_the_way_every_beginning_is_stored_once(asked: list[Query]) -> None:
+def test_without_limits_every_prefix_is_stored_once(asked: list[Query]) -> None:
     rows = pack(asked, pair_cost=0.0, most_nodes=sys.maxsize, least_saved=-math.inf)
-    beginnings = {query.inputs[:end] for query in asked for end in range(1, len(query.inputs) + 1)}
-    assert sum(map(len, rows)) == len(beginnings)
+    prefixes = {query.inputs[:end] for query in asked for end in range(1, len(query.inputs) + 1)}
+    assert sum(map(len, rows)) == len(prefixes)
     assert len(rows) == len({query.inputs[0] for query in asked})
 
 
-def test_sharing_must_be_worth_the_pairs() -> None:
-    asked = [Query((*range(40), 50 + i), 1) for i in range(2)]  # alike to the last input
-    other = [Query((0, *range(100 + 50 * i, 140 + 50 * i)), 1) for i in range(2)]  # alike in the first token only
+def test_sequences_join_only_if_sharing_saves_more_than_pairs_cost() -> None:
+    asked = [Query((*range(40), 50 + i), 1) for i in range(2)]  # equal up to the last input
+    other = [Query((0, *range(100 + 50 * i, 140 + 50 * i)), 1) for i in range(2)]  # equal in the first token only
     assert [len(row) for row in pack(asked, pair_cost=1e-4)] == [40]
     assert [len(row) for row in pack(other, pair_cost=1e-4)] == [40, 40]
     half = [Query((*range(20), *range(100 + 50 * i, 121 + 50 * i)), 1) for i in range(2)]
@@ -80,7 +80,7 @@ def test_sharing_must_be_worth_the_pairs() -> None:
 
 
 @given(queries().filter(bool), st.integers(1, 60))
-def test_joined_trees_stay_what_they_were(asked: list[Query], nodes: int) -> None:
+def test_joining_preserves_trees(asked: list[Query], nodes: int) -> None:
     rows = pack(asked, pair_cost=0.0, most_nodes=12)
     joined = balanced(rows, nodes)
     assert sum(map(len, joined)) == sum(map(len, rows))

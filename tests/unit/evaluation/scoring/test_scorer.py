@@ -1,4 +1,4 @@
-"""Every architecture is scored as lm-eval's own `HFLM` scores it, by whatever way its attention allows."""
+"""Every architecture against lm-eval's `HFLM`, with the strategy that its attention allows."""
 
 from __future__ import annotations
 
@@ -10,87 +10,48 @@ import pytest
 import torch
 from evaluation_support import byte_tokenizer
 from lm_eval.models.huggingface import HFLM
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
 from dse.evaluation.scoring import Query, Scorer, Strategy
 
-VOCABULARY = 257
-_LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+SETTINGS = {
+    "vocab_size": 257,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 96,
     "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": 256,
-    "pad_token_id": None,
 }
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "initializer_range": 0.3}
-_GEMMA = _LLAMA | {"head_dim": 8, "pad_token_id": 0}
 
-# model type, config, the way it is scored, the way it is scored where a window cuts.
+# Family, changes to its config, strategy, and strategy for rows deeper than the sliding window.
 SHAPES: dict[str, tuple[str, dict[str, object], Strategy, Strategy | None]] = {
-    "llama": ("llama", _LLAMA, "packed", None),
-    "gpt2": ("gpt2", _GPT2 | {"bos_token_id": None, "eos_token_id": 256}, "packed", None),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, "packed", None),
-    "opt": (
-        "opt",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "init_std": 0.3}
-        | {"num_attention_heads": 4, "max_position_embeddings": 96, "word_embed_proj_dim": 32, "pad_token_id": 1},
-        "packed",
-        None,
-    ),
-    "qwen3": ("qwen3", _LLAMA | {"head_dim": 8}, "packed", None),
-    "phi3": ("phi3", _LLAMA | {"pad_token_id": 0}, "packed", None),
-    "mistral, sliding window": ("mistral", _LLAMA | {"sliding_window": 16}, "packed", "packed"),
+    "llama": ("llama", {}, "packed", None),
+    "gpt2": ("gpt2", {}, "packed", None),
+    "gpt_neox": ("gpt_neox", {}, "packed", None),
+    "opt": ("opt", {"init_std": 0.3, "word_embed_proj_dim": 32, "pad_token_id": 1}, "packed", None),
+    "qwen3": ("qwen3", {"head_dim": 8}, "packed", None),
+    "phi3": ("phi3", {}, "packed", None),
+    "mistral, sliding window": ("mistral", {"sliding_window": 16}, "packed", "packed"),
     "gemma2, soft caps and sliding window": (
         "gemma2",
-        _GEMMA | {"sliding_window": 16, "attn_implementation": "eager"},
+        {"head_dim": 8, "sliding_window": 16, "attn_implementation": "eager"},
         "packed",
         "packed",
     ),
-    "gemma3, sliding window": ("gemma3_text", _GEMMA | {"sliding_window": 16}, "packed", "packed"),
-    "bloom, biases instead of positions": (
-        "bloom",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
-        "cached",
-        None,
-    ),
-    "mamba, no attention": (
-        "mamba",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "state_size": 4,
-            "initializer_range": 0.3,
-        },
-        "plain",
-        None,
-    ),
+    "gemma3, sliding window": ("gemma3_text", {"head_dim": 8, "sliding_window": 16}, "packed", "packed"),
+    "bloom, biases instead of positions": ("bloom", {}, "cached", None),
+    "mamba, no attention": ("mamba", {}, "plain", None),
 }
 
 
 def build(shape: str) -> PreTrainedModel:
-    kind, settings, _, _ = SHAPES[shape]
-    settings = dict(settings)
-    implementation = settings.pop("attn_implementation", None)
-    torch.manual_seed(3)
-    config = AutoConfig.for_model(kind, **settings)
-    keywords = {} if implementation is None else {"attn_implementation": implementation}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **keywords)
-    return model.eval().requires_grad_(False)
+    family, changes, _, _ = SHAPES[shape]
+    return tiny_model(family, seed=3, **{**SETTINGS, **changes})
 
 
 def requests(seed: int = 0) -> list[tuple[None, list[int], list[int]]]:
-    """Multiple choice, choices of one token, equal contexts of other tasks, one continuation after several contexts,
+    """Multiple choice, single-token choices, equal contexts of several tasks, one continuation after several contexts,
     minimal pairs, and whole texts."""
     generator = random.Random(seed)
 
@@ -112,7 +73,7 @@ def requests(seed: int = 0) -> list[tuple[None, list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scores_equal_those_of_lm_eval(shape: str) -> None:
+def test_scores_agree_with_lm_eval(shape: str) -> None:
     model = build(shape)
     asked = requests()
     theirs = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=5, max_length=96, softmax_dtype="float32")
@@ -122,13 +83,13 @@ def test_scores_equal_those_of_lm_eval(shape: str) -> None:
     for (ours, is_greedy), (truth, was_greedy) in zip(found, expected, strict=True):
         assert math.isclose(ours, truth, abs_tol=1e-3)
         assert is_greedy == was_greedy
-    _, _, way, cut_way = SHAPES[shape]
-    assert scorer.strategies[True, False] == way
-    assert scorer.strategies.get((True, True)) == cut_way  # contexts are shorter and longer than the windows of 16
+    _, _, strategy, windowed_strategy = SHAPES[shape]
+    assert scorer.strategies[True, False] == strategy
+    assert scorer.strategies.get((True, True)) == windowed_strategy  # some contexts exceed the window of 16
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
-def test_batches_do_not_matter(batch_tokens: int) -> None:
+def test_scores_do_not_depend_on_the_batch_size(batch_tokens: int) -> None:
     model = build("llama")
     queries = [Query((*context, *scored), len(scored)) for _, context, scored in requests(1)]
     expected = Scorer(model).score(queries)
@@ -150,8 +111,8 @@ def test_shared_tokens_are_computed_once() -> None:
     assert count() == 40 + 4
 
 
-def test_a_model_that_is_not_finite_proves_nothing() -> None:
-    """The first state that is scored may be a wreck; the way must then be found with the next."""
+def test_non_finite_scores_verify_no_strategy() -> None:
+    """If the first state has non-finite scores, the strategy is chosen with the next state."""
     model = build("llama")
     queries = [Query((*context, *scored), len(scored)) for _, context, scored in requests(2)]
     scorer = Scorer(model)
@@ -164,7 +125,7 @@ def test_a_model_that_is_not_finite_proves_nothing() -> None:
     assert set(scorer.strategies.values()) == {"packed"}
 
 
-def test_a_lack_of_memory_is_no_reason_to_change_the_way() -> None:
+def test_out_of_memory_does_not_change_the_strategy() -> None:
     model = build("llama")
 
     def fail(*_: object) -> None:
@@ -179,7 +140,7 @@ def test_a_lack_of_memory_is_no_reason_to_change_the_way() -> None:
 
 
 class counted_tokens:  # noqa: N801 - reads as a verb
-    """Counts the tokens, padding included, of every forward pass."""
+    """Counts the tokens of every forward pass, including padding."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._total = model, 0

@@ -1,0 +1,67 @@
+"""`dse export`: write the models of trials as folders for transformers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dse.cli.options import EXIT_OK, add_command
+
+if TYPE_CHECKING:
+    from dse.export import ExportResult
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> None:
+    """Add `dse export`."""
+    parser = add_command(
+        commands,
+        "export",
+        run,
+        summary="write the model of a trial as a folder for transformers",
+        example="dse export runs/quickstart --trial 12 --out exports/smollm2-small",
+    )
+    parser.add_argument("directory", metavar="DIR", help="folder of the study")
+    parser.add_argument("--trial", type=int, action="append", required=True, metavar="N", help="trial; repeatable")
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="new folder; with several trials, one subfolder per trial"
+    )
+    parser.add_argument(
+        "--dense", action="store_true", help="write merged dense weights, which run in any engine but save nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export the trials and print the results."""
+    from dse.cli.printing import as_json, print_json
+    from dse.cli.terminal_listener import TerminalListener
+    from dse.export import export_trials
+
+    with TerminalListener() as listener:
+        results = export_trials(options.directory, options.trial, options.out, dense=options.dense, listener=listener)
+    if options.json:
+        print_json([as_json(result) for result in results])
+    else:
+        for result in results:
+            _print_result(result)
+    return EXIT_OK
+
+
+def _print_result(result: ExportResult) -> None:
+    from dse.report.units import percent
+
+    print(
+        f"{result.folder}: {result.weight_file_bytes / 1e6:.1f} MB of weights"
+        f" (dense: {result.dense_weight_bytes / 1e6:.1f} MB)"
+    )
+    if result.is_dense:
+        print("  merged dense weights: run in any engine, save nothing")
+    else:
+        print(f"  {percent(result.reduction)} of the parameters removed")
+        print(f'  load: AutoModelForCausalLM.from_pretrained("{result.folder}", trust_remote_code=True)')
+    if result.max_logit_difference is not None:
+        print(
+            f"  reloaded in a fresh process: largest logit difference {result.max_logit_difference:.2g}"
+            f" (limit {result.tolerance:.2g})"
+        )

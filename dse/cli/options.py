@@ -1,0 +1,145 @@
+"""Exit codes, common options and option types of the commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dse.defaults import CALIBRATION_TOKENS
+
+if TYPE_CHECKING:
+    from dse.standalone import CalibrationText, ModelRequest
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_NOTHING_FITS",
+    "EXIT_OK",
+    "EXIT_USER_ERROR",
+    "POINT_HELP",
+    "add_calibration",
+    "add_command",
+    "add_device",
+    "add_model",
+    "calibration_text",
+    "count",
+    "model_request",
+    "positive",
+    "positive_list",
+]
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+POINT_HELP = (
+    'design point: JSON text, a JSON file, or "dense"; compact form {"method": "tucker", "rank": 1, "layers": [2, 17],'
+    ' "roles": "all"} or expanded form {"tensors": {"layers.2.query": {"method": "svd", "rank": 64}}}'
+)
+_MODEL_HELP = "hub id, local folder, .gguf file, or demo:smollm2-135m-instruct"
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    example: str,
+    details: str = "",
+) -> argparse.ArgumentParser:
+    """Add a command with the option `--json`.
+
+    Args:
+        commands: The result of `add_subparsers`.
+        name: Name of the command.
+        run: Called with the parsed options; returns the exit code.
+        summary: One line, shown by `dse --help` and `dse NAME --help`.
+        example: One or more example commands, shown by `dse NAME --help`.
+        details: Text below the example.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}" + (f"\n\n{details}" if details else ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON document to stdout and nothing else")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select a model."""
+    parser.add_argument("--model", required=True, metavar="REF", help=_MODEL_HELP)
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_device(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the device and the dtype of the model."""
+    devices = "auto, cpu, cuda or cuda:<index>" + (", or several GPUs: cuda:0,cuda:1" if several else "")
+    parser.add_argument("--device", default="auto", help=f"{devices} (auto)")
+    parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select the calibration text."""
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        default="general",
+        help="text for calibrated methods: general, grammar, facts, python_docs, or a text file (general)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=positive,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help=f"calibration tokens ({CALIBRATION_TOKENS})",
+    )
+
+
+def model_request(options: argparse.Namespace) -> ModelRequest:
+    """The options of `add_model` and `add_device` as a request."""
+    from dse.standalone import ModelRequest
+
+    return ModelRequest(
+        options.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        dtype=getattr(options, "dtype", "float32"),
+        device=getattr(options, "device", "auto"),
+    )
+
+
+def calibration_text(options: argparse.Namespace) -> CalibrationText:
+    """The options of `add_calibration` as a value."""
+    from dse.standalone import CalibrationText
+
+    return CalibrationText(options.calibration, options.calibration_tokens)
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but got '{text}'") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but got {value}")
+    return value
+
+
+def positive_list(text: str) -> tuple[int, ...]:
+    """Parse a comma-separated list of different integers of at least 1."""
+    values = tuple(positive(part) for part in text.split(","))
+    if len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"must list each number once, but got '{text}'")
+    return values
+
+
+def count(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, but got '{text}'")
+    return int(text)

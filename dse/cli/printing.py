@@ -1,0 +1,49 @@
+"""Printing helpers that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["as_json", "console", "plain_table", "print_json", "wide_console"]
+
+_PIPE_WIDTH = 160  # rich assumes 80 columns if stdout is not a terminal
+
+
+def print_json(document: Any) -> None:
+    """Print the JSON document of `--json`."""
+    print(json.dumps(document, indent=2, allow_nan=False, default=str))
+
+
+def as_json(value: Any) -> Any:
+    """A dataclass as JSON values; paths become strings."""
+    return json.loads(json.dumps(dataclasses.asdict(value), default=str))
+
+
+def console() -> Console:
+    """A console for text, without automatic highlighting and line breaks."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def wide_console() -> Console:
+    """A console for wide tables; in a pipe it does not wrap at 80 columns."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def plain_table(columns: Sequence[str], left: Sequence[str]) -> Table:
+    """A table without borders.
+
+    Args:
+        columns: Headings.
+        left: Headings of the left-aligned columns; the others are right-aligned.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table

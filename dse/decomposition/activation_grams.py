@@ -1,0 +1,177 @@
+"""Gram matrices of calibration activations, in memory that does not grow with the number of layers.
+
+The Gram matrix of an input of width n holds n^2 numbers, however many tokens there are. But one matrix for every input
+of every layer would need as much memory as the model. So layers are processed in groups that fit a budget. Each group
+costs one pass over the calibration windows, which stops after the group's last layer. Tensors that read the same input
+(query, key and value; gate and up; their stack) share one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dse.decomposition.calibration_text import CalibrationWindows
+from dse.errors import CalibrationError, NonFiniteError
+from dse.progress import ProgressCallback, ignore_progress
+from dse.topology import Topology
+
+__all__ = ["DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "forward_body", "iterate_grams"]
+
+DEFAULT_GRAM_BUDGET_BYTES = 512 * 2**20
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class _SharedInput:
+    """One input and the tensors that read it, in forward order."""
+
+    names: tuple[str, ...]
+    width: int
+
+    @property
+    def gram_bytes(self) -> int:
+        return 4 * self.width**2
+
+
+class StopForward(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
+    """Raised by a hook to end a forward pass early."""
+
+
+def iterate_grams(
+    model: nn.Module,
+    topology: Topology,
+    names: tuple[str, ...],
+    windows: CalibrationWindows,
+    *,
+    budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
+    progress: ProgressCallback = ignore_progress,
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Yield (tensor names, Gram matrix of the input they share) in forward order.
+
+    Args:
+        model: The dense model, in evaluation mode.
+        topology: Its topology.
+        names: Tensors and stacks whose inputs are needed.
+        windows: Calibration windows.
+        budget_bytes: Memory for the matrices of one group; a group holds at least one matrix.
+        progress: Called per batch as ("calibrate", done, total) in tokens.
+
+    Yields:
+        Names and their Gram matrix X X^T / tokens, shape (in_features, in_features), float32 on the model's device.
+
+    Raises:
+        CalibrationError: A tensor received no input.
+        NonFiniteError: An activation is NaN or infinite.
+    """
+    inputs = _find_shared_inputs(model, topology, names, windows.token_ids[:1, :8])
+    groups = _group_by_budget(inputs, budget_bytes)
+    for index, group in enumerate(groups):
+        grams = _accumulate(model, topology, group, windows, progress, (index, len(groups)))
+        for shared in group:
+            gram = grams.pop(shared.names[0])
+            if not bool(torch.isfinite(gram).all()):
+                raise NonFiniteError(
+                    f"calibration activations must be finite, but the input of '{shared.names[0]}' is not"
+                )
+            yield shared.names, gram / windows.tokens
+
+
+def _find_shared_inputs(
+    model: nn.Module, topology: Topology, names: tuple[str, ...], probe: Tensor
+) -> list[_SharedInput]:
+    """Run a few tokens and find the tensors that receive the same tensor object."""
+    readers: list[tuple[Tensor, list[str]]] = []  # keeps inputs alive, so that no object id is reused
+
+    def remember(name: str, value: Tensor) -> None:
+        for seen, sharing in reversed(readers):
+            if seen is value:
+                sharing.append(name)
+                return
+        readers.append((value, [name]))
+
+    handles = [_hook(model, topology.matrix(name).modules[0], partial(remember, name)) for name in names]
+    try:
+        forward_body(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = set(names) - {name for _, sharing in readers for name in sharing}
+    if missed:
+        raise CalibrationError(
+            f"every tensor to be calibrated must take part in a forward pass, but {sorted(missed)[0]} (and"
+            f" {len(missed) - 1} more) did not; remove it from the space"
+        )
+    return [_SharedInput(tuple(sharing), value.shape[-1]) for value, sharing in readers]
+
+
+def _group_by_budget(inputs: list[_SharedInput], budget_bytes: int) -> list[list[_SharedInput]]:
+    groups: list[list[_SharedInput]] = []
+    used = 0
+    for shared in inputs:
+        if not groups or used + shared.gram_bytes > budget_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(shared)
+        used += shared.gram_bytes
+    return groups
+
+
+def _accumulate(
+    model: nn.Module,
+    topology: Topology,
+    group: list[_SharedInput],
+    windows: CalibrationWindows,
+    progress: ProgressCallback,
+    part: tuple[int, int],
+) -> dict[str, Tensor]:
+    """One pass over the windows.
+
+    Returns:
+        The unscaled sums, by the first name that reads each input.
+    """
+    device = next(model.parameters()).device
+    # float32 sums are enough: the rounding error is relative to each pair of channels, which whitening rescales.
+    grams = {s.names[0]: torch.zeros(s.width, s.width, device=device, dtype=torch.float32) for s in group}
+    last = group[-1].names[0]
+
+    def add(name: str, value: Tensor) -> None:
+        rows = value.detach().reshape(-1, value.shape[-1]).to(torch.float32)
+        grams[name].addmm_(rows.T, rows)
+        if name == last:
+            raise StopForward
+
+    handles = [_hook(model, topology.matrix(name).modules[0], partial(add, name)) for name in grams]
+    batches = torch.split(windows.token_ids, max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
+    done, total = part[0] * windows.tokens, part[1] * windows.tokens
+    try:
+        for batch in batches:
+            progress("calibrate", done, total)
+            forward_body(model, batch.to(device))
+            done += batch.numel()
+        progress("calibrate", done, total)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
+
+
+def _hook(model: nn.Module, module: str, see: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+    def before_forward(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        see(arguments[0])
+
+    return model.get_submodule(module).register_forward_pre_hook(before_forward)
+
+
+def forward_body(model: nn.Module, token_ids: Tensor) -> None:
+    """Run the model without its output head, until it ends or a hook raises `StopForward`."""
+    body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    with torch.inference_mode():
+        try:
+            body(token_ids.to(next(model.parameters()).device))
+        except StopForward:
+            return

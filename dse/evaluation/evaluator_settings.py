@@ -1,0 +1,86 @@
+"""Settings that both evaluators share: limits, batch size with out-of-memory handling, and shares of the documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dse.errors import ConfigError, OutOfMemoryError
+from dse.out_of_memory import out_of_memory_errors
+
+__all__ = ["TOKENS_PER_ROW", "BatchSize", "check_positive", "last_place"]
+
+_ResultT = TypeVar("_ResultT")
+
+TOKENS_PER_ROW = 128
+"""`batch_size` counts rows of this length, since batches are filled by tokens."""
+
+_AUTO_ROWS = {"cuda": 64}
+_AUTO_ROWS_ELSEWHERE = 16
+
+
+class BatchSize:
+    """The number of rows of 128 tokens in a batch; "auto" halves it whenever the device runs out of memory.
+
+    Args:
+        batch_size: Rows, at least 1, or "auto", which starts with 64 on a GPU and 16 elsewhere.
+        device_type: Such as "cuda" or "cpu".
+
+    Attributes:
+        rows: The present number of rows.
+
+    Raises:
+        ConfigError: `batch_size` is below 1 or neither a number nor "auto".
+    """
+
+    def __init__(self, batch_size: int | str, device_type: str) -> None:
+        self._is_auto = batch_size == "auto"
+        rows = _AUTO_ROWS.get(device_type, _AUTO_ROWS_ELSEWHERE) if self._is_auto else batch_size
+        check_positive(batch_size=rows)
+        self.rows = int(rows)
+
+    def run(self, work: Callable[[int], _ResultT]) -> _ResultT:
+        """Call `work(rows)`; after an out-of-memory error, "auto" calls it again with half the rows.
+
+        Raises:
+            OutOfMemoryError: The device has no room for a batch.
+        """
+        while True:
+            try:
+                batch = f"an evaluation batch of `batch_size` {self.rows}"
+                with out_of_memory_errors(batch, "lower `batch_size` or `max_length`"):
+                    return work(self.rows)
+            except OutOfMemoryError:
+                if not self._is_auto or self.rows == 1:
+                    raise
+                self.rows //= 2
+
+
+def check_positive(**values: int | str | None) -> None:
+    """Check that each named value is an integer of at least 1, or None.
+
+    Raises:
+        ConfigError: A value is not.
+    """
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"`{name} >= 1` must hold for an evaluation, but got {name}={value!r}")
+
+
+def last_place(places: Sequence[int], share: float) -> int:
+    """The last place in the order of drawing that belongs to a share of the documents, which has at least one.
+
+    A smaller share is a subset of every larger one.
+
+    Args:
+        places: Place of each document in the order of drawing.
+        share: Above 0 and at most 1.
+
+    Raises:
+        ConfigError: The share is outside its interval.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"`0 < share <= 1` must hold for a share of the documents, but got {share!r}")
+    count = min(len(places), max(1, math.ceil(share * len(places) - 1e-9)))
+    return sorted(places)[count - 1]

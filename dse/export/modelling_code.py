@@ -1,0 +1,110 @@
+"""The modelling file of an export, and the transformers auto classes that load its architecture.
+
+The file is a template plus the source of the library's own modules: each `from dse... import` line of the template is
+replaced by the body of that module, so the exported classes and the library's are the same code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from importlib import resources
+from types import ModuleType
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from dse.errors import ExportError
+
+__all__ = ["MODELLING_MODULE", "MODEL_TYPE_PREFIX", "auto_classes", "modelling_code"]
+
+MODEL_TYPE_PREFIX = "lowrank-"
+MODELLING_MODULE = "modeling_lowrank"
+
+_LIBRARY_IMPORTS = re.compile(r"^\n*(?:from dse\S+ import .+\n)+", re.MULTILINE)
+_EXPERT_MODULE = "dse.decomposition.expert_modules"
+_EXPERT_SECTIONS = re.compile(r"^ *# <experts>\n.*?# </experts>\n", re.MULTILINE | re.DOTALL)
+_EXPERT_MARKS = re.compile(r"^ *# </?experts>\n", re.MULTILINE)
+
+_GENERAL_CLASSES = ("AutoModelForPreTraining", "AutoModel", "AutoModelForTextEncoding")
+"""Auto classes that list a model class beside its task-specific one."""
+
+
+def modelling_code(model_class: type[PreTrainedModel], config_class: type, *, has_experts: bool = False) -> str:
+    """The modelling file for one architecture: the Llama template with the names of the architecture.
+
+    Args:
+        model_class: The base model's class.
+        config_class: Its config's class.
+        has_experts: Whether fused expert tensors are decomposed. Otherwise their code is omitted.
+    """
+    template = resources.files("dse.export").joinpath("templates", f"{MODELLING_MODULE}.py").read_text(encoding="utf-8")
+    template = (_EXPERT_MARKS if has_experts else _EXPERT_SECTIONS).sub("", template)
+    template = _LIBRARY_IMPORTS.sub(lambda match: _library_source(match[0], has_experts), template).rstrip() + "\n"
+    names = {
+        "from transformers import LlamaConfig, LlamaForCausalLM": _imports(model_class, config_class),
+        "LlamaForCausalLM": model_class.__name__,
+        "LlamaConfig": config_class.__name__,
+        "lowrank-llama": MODEL_TYPE_PREFIX + config_class.model_type,  # type: ignore[attr-defined]
+        "Llama model": f"{model_class.__name__.split('For')[0]} model",
+    }
+    # One pass, so that an inserted name is never replaced again.
+    return re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], template)
+
+
+def auto_classes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the auto classes that list this model's class, the most specific first.
+
+    Raises:
+        ExportError: The model's code is not part of transformers, or no auto class loads it.
+    """
+    model_class, config_class = type(model), type(model.config)
+    if not (model_class.__module__ + ".").startswith("transformers."):
+        raise ExportError(
+            f"the architecture must be part of transformers to be exported, but {model_class.__name__} comes with code"
+            f" of its own; export a point of the model that transformers itself implements"
+        )
+    found = []
+    for name in modeling_auto.__all__:
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and config_class in mapping:
+            entry = mapping[config_class]
+            if model_class in (entry if isinstance(entry, (tuple, list)) else (entry,)):
+                found.append(name)
+    if not found:
+        raise ExportError(
+            f"an auto class of transformers must load {model_class.__name__}, but none does; load the model with the"
+            f" class for its task, for example AutoModelForCausalLM"
+        )
+    return tuple(
+        sorted(found, key=lambda name: (_GENERAL_CLASSES.index(name) if name in _GENERAL_CLASSES else -1, name))
+    )
+
+
+def _library_source(imports: str, has_experts: bool) -> str:
+    """The bodies of the modules that the template imports from this package."""
+    names = re.findall(r"^from (dse\S+) import", imports, re.MULTILINE)
+    modules = [importlib.import_module(name) for name in names if has_experts or name != _EXPERT_MODULE]
+    return "".join(f"\n\n{_body(module)}\n" for module in modules)
+
+
+def _body(module: ModuleType) -> str:
+    """A module's source without its docstring, imports and `__all__`."""
+    source = inspect.getsource(module)
+    header = 0
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)):
+            break
+        header = node.end_lineno or 0
+    return "\n".join(source.splitlines()[header:]).strip()
+
+
+def _imports(model_class: type, config_class: type) -> str:
+    lines = []
+    for cls in sorted((model_class, config_class), key=lambda cls: cls.__name__):
+        home = "transformers" if getattr(transformers, cls.__name__, None) is cls else cls.__module__
+        lines.append(f"from {home} import {cls.__name__}")
+    return "\n".join(lines)

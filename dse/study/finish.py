@@ -1,0 +1,95 @@
+"""The end of a study: promising stopped trials resume, then the front is evaluated on final documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dse.search.multi_fidelity import EarlyStopping
+from dse.study.driver import StudyDriver
+from dse.study.final_documents import reevaluate_front
+from dse.study.objectives import measured_limit_violations, with_objective_values
+from dse.trial_record import EvaluatedTrial, TrialRecord
+
+__all__ = ["finish_study", "has_resumed_stopped"]
+
+logger = logging.getLogger("dse")
+
+_RESUMED, _RESUMED_BEFORE = "resume_stopped", "second_look"
+"""Attribute of the study: the number of trials when stopped trials were resumed; its name in version 0.1."""
+
+
+def has_resumed_stopped(attributes: Mapping[str, Any], trials: int) -> bool:
+    """Whether stopped trials were already resumed when the study had this many trials."""
+    return bool(attributes.get(_RESUMED, attributes.get(_RESUMED_BEFORE)) == trials)
+
+
+def finish_study(driver: StudyDriver) -> None:
+    """Resume promising stopped trials, then evaluate the front on the final documents; safe to repeat after a kill."""
+    baseline = driver.baseline
+    if baseline is None:
+        return
+    fidelity, trials = driver.fidelity, len(driver.records)
+    if fidelity.resumes_stopped and not has_resumed_stopped(driver.storage.attributes, trials):
+        stopped = [record for record in driver.records if record.state == "stopped"]
+        if stopped:
+            driver.listener.on_message(f"reconsidering {len(stopped)} stopped trials with all results known now")
+        fidelity.resume_stopped_trials(
+            stopped, baseline, lambda record, rule: _resume_trial(driver, record, baseline, rule)
+        )
+        driver.storage.set_attribute(_RESUMED, trials)
+    _evaluate_final_documents(driver, baseline.record)
+
+
+def _resume_trial(driver: StudyDriver, before: TrialRecord, baseline: EvaluatedTrial, rule: EarlyStopping) -> None:
+    """Evaluate a stopped trial further, from its stored answers, and replace its record."""
+    why = f"{before.why}; " if before.why else ""
+    record = TrialRecord(
+        trial=before.trial,
+        state="failed",
+        origin=before.origin,
+        why=f"{why}stopped at rung {before.rung}, resumed at the end",
+        point=before.point,
+        point_text=before.point_text,
+        feasible=before.feasible,
+        cost=before.cost,
+    )
+    driver.listener.on_trial_start(driver.progress(), record)
+    logger.info("trial %d: resuming from rung %s", before.trial, before.rung)
+    record, evaluation = driver.prepared.evaluator.evaluate(record, baseline, rule, driver.idle)
+    driver.interrupts.check()
+    record, _ = with_objective_values(driver.prepared.objectives, record)
+    violations = measured_limit_violations(driver.prepared.space.config.limits, record)
+    phases = dict.fromkeys([*before.seconds, *record.seconds])
+    record = dataclasses.replace(
+        record,
+        feasible=record.feasible and all(value <= 0 for value in violations.values()),
+        seconds={phase: before.seconds.get(phase, 0.0) + record.seconds.get(phase, 0.0) for phase in phases},
+    )
+    if evaluation is not None:
+        driver.folder.write_evaluation(record.trial, evaluation)
+    driver.storage.revise(record)
+    driver.records[driver.records.index(before)] = record
+    driver.fidelity.add(record, evaluation)
+    driver.report_trial(record)
+
+
+def _evaluate_final_documents(driver: StudyDriver, baseline: TrialRecord) -> None:
+    if driver.prepared.final is None:
+        return
+
+    def progress(done: int, total: int) -> None:
+        driver.interrupts.check()
+        driver.listener.on_phase("evaluate the front", done, total)
+
+    driver.listener.on_message("evaluating the front on documents that the search did not see")
+    reevaluate_front(
+        driver.prepared.final,
+        baseline,
+        lambda: driver.study().front_records,
+        driver.storage.attributes.get("final", {}),
+        lambda known: driver.storage.set_attribute("final", known),
+        progress,
+    )
