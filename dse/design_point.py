@@ -63,8 +63,8 @@ class TensorChoice:
             raise PointError(f"`expert_rank >= 0` must hold and be an integer, but got expert_rank={kept!r}")
         if kept and self.method != "tucker":
             raise PointError(
-                f"`expert_rank` applies to method 'tucker' on fused expert tensors only, but got expert_rank={kept} with"
-                f" method '{self.method}'; remove it"
+                f"`expert_rank` applies to method 'tucker' on fused expert tensors only, but got expert_rank={kept}"
+                f" with method '{self.method}'; remove it"
             )
 
     @classmethod

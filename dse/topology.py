@@ -131,8 +131,8 @@ Decomposable = Matrix | ExpertTensor
 class RemovableBlock:
     """An attention or MLP block that a point can remove, so that the residual stream bypasses it.
 
-    `dse.models.removable_blocks` verifies when it builds the topology that the layer without the block computes the same output
-    as with a block that returns zeros.
+    When it builds the topology, `dse.models.removable_blocks` verifies that the layer without the block computes the
+    same output as with a block that returns zeros.
 
     Attributes:
         name: Canonical name, `layers.<layer>.attention` or `layers.<layer>.mlp`.
@@ -145,7 +145,7 @@ class RemovableBlock:
         parameters: All parameters removed with it: matrices, biases, norms.
         matmul_parameters: Entries of its matrices that multiply one token (of routed experts, the chosen ones only).
         buffers_bytes: Bytes of its persistent buffers.
-        returned_items: Number of values its module returns: 1 for a tensor, n for a tuple whose first item is the output.
+        returned_items: Number of values its module returns: 1 for a tensor, n for a tuple that starts with the output.
         rest_parameters: Parameters of the layer outside its removable blocks (a norm shared by both, for example); they
             are removed when the layer's attention and MLP are both removed and the whole layer is bypassed.
         layer_returned_items: Number of values the layer returns, counted as in `returned_items`.

@@ -104,3 +104,18 @@ def finished_study(tiny_folder: Path, cache_folder: Path, tmp_path_factory: pyte
         config = tiny_study(tiny_folder, objectives=objectives, measurement={"blocks": 4}, budget={"trials": 6})
         run_study(config, out=out)
     return out
+
+
+class DenseSwap:
+    """The dense model as both candidate and baseline of a measurement."""
+
+    def use_candidate(self) -> None:
+        pass
+
+    def use_baseline(self) -> None:
+        pass
+
+
+@pytest.fixture
+def dense_swap() -> DenseSwap:
+    return DenseSwap()

@@ -1,5 +1,5 @@
-"""Evaluation tasks and calibration text that ship with the package, and the scripts that generate them.
+"""The evaluation tasks and calibration texts that ship with `dse`, and the scripts that generate them.
 
-`tasks/` holds lm-eval task files with their documents, `calibration/` text of the same kinds that shares no sentence
-with them, `sources/` the lexicon and the facts both are generated from. The lowest layer: it imports nothing of dse.
+`tasks/` holds lm-eval task files with their documents. `calibration/` holds similar texts that share no sentence with
+the tasks. Both are generated from the lexicon and the facts in `sources/`. The scripts import nothing else of `dse`.
 """

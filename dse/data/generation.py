@@ -1,4 +1,4 @@
-"""What the generating scripts share: an order that looks random and never changes, and writing or checking files."""
+"""Shared by the generating scripts: a fixed pseudo-random order, and writing or checking the files."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ CALIBRATION_FOLDER = DATA_FOLDER / "calibration"
 
 
 def scattered(items: Iterable[T], salt: str) -> list[T]:
-    """Return `items` ordered by the SHA-256 of `salt` and their repr.
+    """Return `items` in a fixed pseudo-random order: by the SHA-256 of `salt` and their repr.
 
-    Not `random.shuffle`, whose result is not promised to be the same in every Python version.
+    `random.shuffle` does not guarantee the same result in every Python version.
     """
     return sorted(items, key=lambda item: hashlib.sha256(f"{salt}|{item!r}".encode()).digest())
 
 
 def json_lines(documents: Iterable[Mapping[str, object]]) -> str:
-    """Return one JSON object per line, keys in their own order, with a newline at the end."""
+    """Return one JSON object per line, with keys in their given order and a final newline."""
     return "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
 
 
 def write_or_check(files: Mapping[Path, str], arguments: Sequence[str] | None, description: str) -> int:
-    """Write the generated files, or with `--check` compare them with those on disk.
+    """Write the generated files, or with `--check` compare them with the files on disk.
 
     Args:
-        files: Generated text by the path it belongs to.
-        arguments: Command line without the program's name; None reads `sys.argv`.
+        files: Path -> generated text.
+        arguments: Command line without the program name; None means `sys.argv`.
         description: First line of `--help`.
 
     Returns:
-        Exit status: 0, or 1 when `--check` found a file that is missing or differs.
+        Exit status: 1 if `--check` found a missing or different file, else 0.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file on disk differs")
@@ -52,6 +52,6 @@ def write_or_check(files: Mapping[Path, str], arguments: Sequence[str] | None, d
             path.write_bytes(content)
             print(f"wrote {path} ({len(text.splitlines())} lines)")
         elif not path.is_file() or path.read_bytes() != content:
-            print(f"differs from what the script generates: {path}; run it without --check")
+            print(f"{path} must be what the script generates, but differs; run it without --check")
             stale += 1
     return 1 if stale else 0

@@ -1,11 +1,11 @@
 """Generate the four-choice questions of dse_facts and the sentences of calibration/facts.txt from sources/facts.yaml.
 
     python -m dse.data.make_facts            # writes both files
-    python -m dse.data.make_facts --check    # exit 1 if they differ from what would be written
+    python -m dse.data.make_facts --check    # exit 1 if a file is out of date
 
-The test facts of a category are dealt into groups of four, and the four answers of a group are the choices of each of
-its questions. So every word is right once and wrong three times in the same company, and whatever ranks the words
-regardless of the question, by how frequent they are for example, gets exactly one question of the four right: 25 %.
+The test facts of a category are divided into groups of four, and the four answers of a group are the choices of each of
+its questions. Every answer is therefore correct once and wrong three times among the same choices, so a scorer that
+ignores the question, for example by word frequency, gets exactly one of the four questions right: 25 %.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATTEMPTS = 2_000
 
 @dataclass(frozen=True)
 class Category:
-    """Facts of one kind; `test` and `calibration` map a subject to its answer."""
+    """Facts of one kind. `test` and `calibration` map a subject to its answer; `apart` lists answers never combined."""
 
     name: str
     question: str
@@ -37,7 +37,7 @@ class Category:
 
 
 def read_categories(path: Path = SOURCES_FOLDER / "facts.yaml") -> list[Category]:
-    """Read the categories in the order of the file."""
+    """Read the categories in file order."""
     return [
         Category(
             name=name,
@@ -52,24 +52,24 @@ def read_categories(path: Path = SOURCES_FOLDER / "facts.yaml") -> list[Category
 
 
 def phrase(template: str, subject: str, answer: str = "") -> str:
-    """Put subject and answer into a template; {X} and {Y} begin with a capital letter."""
+    """Insert subject and answer into a template; {X} and {Y} are capitalised."""
     return template.format(x=subject, X=subject[0].upper() + subject[1:], y=answer, Y=answer[:1].upper() + answer[1:])
 
 
 def _may_share_a_question(group: Sequence[tuple[str, str]], apart: Sequence[frozenset[str]]) -> bool:
-    """Tell whether the four answers differ and no two of them are to be kept apart."""
+    """Return whether the four answers differ and no two of them must be kept apart."""
     answers = {answer for _, answer in group}
     return len(answers) == CHOICES and all(len(answers & kept) < 2 for kept in apart)
 
 
 def deal(category: Category) -> list[list[tuple[str, str]]]:
-    """Deal the test facts of a category into groups of four (subject, answer).
+    """Divide the test facts of a category into groups of four (subject, answer).
 
-    Facts are taken in a scattered order; each group opens with the first fact left and takes the next ones that may
-    join it. An order that leads to a dead end is given up for another.
+    Facts are taken in a pseudo-random order. Each group starts with the first remaining fact and takes the next facts
+    that may join it. If an order leads to a dead end, another order is tried.
 
     Raises:
-        ValueError: The number of facts is no multiple of four, or no order that was tried leads to the end.
+        ValueError: The number of facts is not a multiple of four, or no tried order succeeds.
     """
     if len(category.test) % CHOICES:
         raise ValueError(
@@ -93,11 +93,11 @@ def deal(category: Category) -> list[list[tuple[str, str]]]:
             left = [fact for fact in left if fact not in group]
         else:
             return groups
-    raise ValueError(f"the answers of {category.name} cannot be dealt into groups of four; keep fewer of them apart")
+    raise ValueError(f"the answers of {category.name} cannot be divided into groups of four; keep fewer of them apart")
 
 
 def _ask(category: Category, group: Sequence[tuple[str, str]], number: int) -> list[dict[str, object]]:
-    """Return the four questions of a group, with the right answer at each of the four positions once."""
+    """Return the four questions of a group; the correct answer is once at each of the four positions."""
     documents: list[dict[str, object]] = []
     golds = scattered(range(CHOICES), f"{category.name}|{number}|gold")
     for (subject, answer), gold in zip(group, golds, strict=True):
@@ -114,7 +114,7 @@ def _ask(category: Category, group: Sequence[tuple[str, str]], number: int) -> l
 
 
 def make_documents(categories: Sequence[Category]) -> list[dict[str, object]]:
-    """Return the task's documents: groups of four stand together, and the categories take turns."""
+    """Return the task's documents: the four questions of a group are adjacent, and the categories alternate."""
     by_category = [
         [_ask(category, group, number) for number, group in enumerate(deal(category))] for category in categories
     ]
@@ -123,7 +123,7 @@ def make_documents(categories: Sequence[Category]) -> list[dict[str, object]]:
 
 
 def make_calibration(categories: Sequence[Category]) -> str:
-    """Return every calibration fact in all phrasings but one, the one left out taking turns; one sentence per line."""
+    """Return each calibration fact in all phrasings except one, in rotation; one sentence per line."""
     sentences = [
         phrase(phrasing, subject, answer)
         for category in categories
@@ -135,7 +135,7 @@ def make_calibration(categories: Sequence[Category]) -> str:
 
 
 def make_files() -> dict[Path, str]:
-    """Return the text of every file of this script by its path."""
+    """Return path -> text of every generated file."""
     categories = read_categories()
     return {
         TASKS_FOLDER / "dse_facts.jsonl": json_lines(make_documents(categories)),

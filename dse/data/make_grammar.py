@@ -1,13 +1,13 @@
 """Generate the minimal pairs of dse_grammar and the sentences of calibration/grammar.txt from the lexicon.
 
     python -m dse.data.make_grammar            # writes both files
-    python -m dse.data.make_grammar --check    # exit 1 if they differ from what would be written
+    python -m dse.data.make_grammar --check    # exit 1 if a file is out of date
 
-A frame such as ``the [{animal.one}|{animal.many}] {place.it} the tree => is|are => very old`` gives, for each filling
-of its slots, a pair of documents: "The cat near the tree" with the answer "is", "The cats near the tree" with "are".
-Each document offers both answers, so whatever prefers one answer regardless of the prefix gets exactly one document of
-each pair right: knowing how frequent words are is worth 50 %, not more. Where a frame allows it, the last word before
-the answer is the same in both sentences, so that knowing which word follows which is worth no more either.
+A frame such as ``the [{animal.one}|{animal.many}] {place.it} the tree => is|are => very old`` yields one pair of
+documents per filling of its slots: "The cat near the tree" with the answer "is", and "The cats near the tree" with
+"are". Each document offers both answers, so a scorer that ignores the prefix gets exactly one document of each pair
+right: word frequencies alone score 50 %. If the frame allows it, the last word before the answer is the same in both
+sentences, so that word bigrams alone score 50 % too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DIFFERENCE = re.compile(r"\[([^|\]]*)\|([^|\]]*)\]")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Slots by split and name, each a list of rows (column -> words), and the frames of each phenomenon."""
+    """The rows (column -> words) of each slot by split and slot name, and the frames of each phenomenon."""
 
     rows: Mapping[Split, Mapping[str, Sequence[Row]]]
     frames: Mapping[str, Sequence[str]]
@@ -43,7 +43,7 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One side of a pair: `prefix good` is grammatical, `prefix bad` is not; `ending` completes it after `good`."""
+    """One side of a pair: `prefix good` is grammatical, `prefix bad` is not. `ending` follows `good`."""
 
     phenomenon: str
     prefix: str
@@ -53,7 +53,7 @@ class Sentence:
 
 
 def read_lexicon(path: Path = SOURCES_FOLDER / "grammar_lexicon.yaml") -> Lexicon:
-    """Read slots and frames; rows marked `both` serve either split."""
+    """Read slots and frames. Rows marked `both` belong to both splits."""
     source = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows: dict[Split, dict[str, list[Row]]] = {"test": {}, "calibration": {}}
     for name, slot in source["slots"].items():
@@ -65,14 +65,14 @@ def read_lexicon(path: Path = SOURCES_FOLDER / "grammar_lexicon.yaml") -> Lexico
 
 
 def _fillings(frame: str, split: Split, lexicon: Lexicon, salt: str) -> Iterator[dict[str, Row]]:
-    """Yield fillings of a frame's slots, using every row before any comes again; keys are such as 'person', 'person2'.
+    """Yield fillings of a frame's slots, each slot using all its rows before it repeats one.
 
-    Each slot steps through its rows in an order of its own, and slot number i slips i rows further after each round, so
-    that the same rows do not meet again and again.
+    Keys are slot names such as 'person' and 'person2'. Each slot has its own order of rows, and slot number i is
+    shifted by i rows after each round, so that the combinations of rows vary.
     """
     slots = {base + number: base for base, number, _ in _SLOT.findall(frame)}
     orders = {
-        # 'person' and 'person2' share one order, and their distance in it keeps them different rows.
+        # 'person' and 'person2' share one order, at an offset that keeps their rows different.
         slot: scattered(lexicon.rows[split][base], f"{salt}|{frame}|{base}")
         for slot, base in slots.items()
     }
@@ -86,7 +86,7 @@ def _fillings(frame: str, split: Split, lexicon: Lexicon, salt: str) -> Iterator
 
 
 def _pair(phenomenon: str, frame: str, filling: Mapping[str, Row]) -> tuple[Sentence, Sentence]:
-    """Fill a frame and split it into its two sentences."""
+    """Fill a frame and return its two sentences."""
     text = _SLOT.sub(lambda match: filling[match[1] + match[2]][match[3]], frame)
     prefix, answers, *rest = (part.strip() for part in text.split("=>"))
     ending = rest[0] if rest else ""
@@ -101,14 +101,14 @@ def _pair(phenomenon: str, frame: str, filling: Mapping[str, Row]) -> tuple[Sent
 def make_sentences(split: Split, lexicon: Lexicon) -> list[Sentence]:
     """Return both sentences of every pair of a split.
 
-    Pairs stand together, and the phenomena take turns, so that the first n sentences of the list are a fair sample.
+    The sentences of a pair are adjacent and the phenomena alternate, so the first n sentences are a balanced sample.
     """
     by_phenomenon = []
     for phenomenon, frames in lexicon.frames.items():
         sources = [(frame, _fillings(frame, split, lexicon, phenomenon)) for frame in frames]
         pairs: list[tuple[Sentence, Sentence]] = []
         prefixes: set[str] = set()
-        # A slot's rows can come round to the same sentence again; the bound turns too small a lexicon into an error.
+        # Fillings can repeat a sentence; the bound makes a lexicon that is too small an error.
         for frame, source in itertools.islice(itertools.cycle(sources), 1000):
             pair = _pair(phenomenon, frame, next(source))
             if prefixes.isdisjoint(sentence.prefix for sentence in pair):
@@ -125,8 +125,8 @@ def make_sentences(split: Split, lexicon: Lexicon) -> list[Sentence]:
 def make_documents(lexicon: Lexicon) -> list[dict[str, object]]:
     """Return the task's documents.
 
-    The two choices stand in alphabetical order, so that each position is right once per pair: a model that gives the
-    same score to everything, NaN for example, is credited with 50 %.
+    The two choices are in alphabetical order, so that each position is correct once per pair: a model whose scores are
+    all equal, or NaN, gets 50 %.
     """
     documents = []
     for sentence in make_sentences("test", lexicon):
@@ -145,14 +145,14 @@ def make_documents(lexicon: Lexicon) -> list[dict[str, object]]:
 
 
 def make_calibration(lexicon: Lexicon) -> str:
-    """Return grammatical sentences, one per line."""
+    """Return the grammatical sentences, one per line."""
     sentences = make_sentences("calibration", lexicon)
     lines = [" ".join(filter(None, (sentence.prefix, sentence.good, sentence.ending))) for sentence in sentences]
     return "".join(line + ".\n" for line in scattered(lines, "grammar"))
 
 
 def make_files() -> dict[Path, str]:
-    """Return the text of every file of this script by its path."""
+    """Return path -> text of every generated file."""
     lexicon = read_lexicon()
     return {
         TASKS_FOLDER / "dse_grammar.jsonl": json_lines(make_documents(lexicon)),

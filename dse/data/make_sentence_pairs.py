@@ -1,11 +1,11 @@
 """Generate the sentence pairs of dse_sentence_pairs from the lexicon of dse_grammar.
 
     python -m dse.data.make_sentence_pairs            # writes the file
-    python -m dse.data.make_sentence_pairs --check    # exit 1 if it differs from what would be written
+    python -m dse.data.make_sentence_pairs --check    # exit 1 if the file is out of date
 
-The pairs are unlabelled: they are for comparing a sentence encoder with its dense self. They come in three degrees, so
-that their similarities spread: the two sides of a minimal pair, which differ in a word or two; two sentences of one
-phenomenon, alike in form with other words; and two sentences of different phenomena.
+The pairs have no labels: the task compares a decomposed sentence encoder with the dense one. Three degrees spread the
+similarities: the two sides of a minimal pair, which differ in one or two words; two sentences of one phenomenon, which
+have the same form but different words; and two sentences of different phenomena.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dse.data.make_grammar import Lexicon, Sentence, make_sentences, read_lexico
 __all__ = ["PAIRS_PER_PHENOMENON", "make_files", "make_pairs"]
 
 PAIRS_PER_PHENOMENON = 5
-"""Pairs of each degree that begin in a phenomenon."""
+"""Number of pairs per degree whose first sentence is of a given phenomenon."""
 
 
 def make_pairs(lexicon: Lexicon) -> list[dict[str, str]]:
-    """Return the pairs, degrees and phenomena taking turns in an order that looks random."""
+    """Return the pairs in a fixed pseudo-random order of degrees and phenomena."""
     by_phenomenon: dict[str, list[Sentence]] = {}
     for sentence in make_sentences("test", lexicon):
         by_phenomenon.setdefault(sentence.phenomenon, []).append(sentence)
@@ -32,7 +32,7 @@ def make_pairs(lexicon: Lexicon) -> list[dict[str, str]]:
     for position, name in enumerate(names):
         own, other = by_phenomenon[name], by_phenomenon[names[(position + 1) % len(names)]]
         for index in range(PAIRS_PER_PHENOMENON):
-            first = own[2 * index]  # both sides of a minimal pair stand together
+            first = own[2 * index]  # the two sides of a minimal pair are adjacent
             for degree, second in (
                 ("minimal_pair", own[2 * index + 1]),
                 ("same_phenomenon", own[2 * index + 2]),
@@ -43,7 +43,7 @@ def make_pairs(lexicon: Lexicon) -> list[dict[str, str]]:
 
 
 def make_files() -> dict[Path, str]:
-    """Return the text of every file of this script by its path."""
+    """Return path -> text of every generated file."""
     return {TASKS_FOLDER / "dse_sentence_pairs.jsonl": json_lines(make_pairs(read_lexicon()))}
 
 

@@ -1,7 +1,7 @@
-"""Cut general_heldout.txt into the documents of dse_text, a perplexity task over text of many kinds.
+"""Split general_heldout.txt into the documents of dse_text, a perplexity task on varied text.
 
 python -m dse.data.make_text            # writes the file
-python -m dse.data.make_text --check    # exit 1 if it differs from what would be written
+python -m dse.data.make_text --check    # exit 1 if the file is out of date
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_WORDS = 350
 
 
 def _pieces(passage: str) -> Iterator[str]:
-    """Yield a passage in lines, and a line of more than MAX_WORDS words in parts of at most that many."""
+    """Yield the lines of a passage; split a line of more than MAX_WORDS words into parts of at most MAX_WORDS."""
     for line in passage.splitlines(keepends=True):
         words = re.findall(r"\s*\S+\s*", line)
         for start in range(0, len(words), MAX_WORDS):
@@ -27,8 +27,8 @@ def _pieces(passage: str) -> Iterator[str]:
 def make_documents(text: str) -> list[dict[str, str]]:
     """Return the passages of a text as documents of at most MAX_WORDS words.
 
-    Passages are parted by blank lines, and two never share a document, because they have nothing to do with each other.
-    One that is too long is cut at the end of a line where that is possible.
+    Blank lines separate passages. Passages are unrelated, so a document holds text of one passage only. A passage that
+    is too long is split at the end of a line if possible.
     """
     documents: list[str] = []
     for passage in re.split(r"\n\s*\n", text.strip()):
@@ -43,7 +43,7 @@ def make_documents(text: str) -> list[dict[str, str]]:
 
 
 def make_files() -> dict[Path, str]:
-    """Return the text of the one file of this script by its path."""
+    """Return path -> text of the generated file."""
     text = (DATA_FOLDER / "general_heldout.txt").read_text(encoding="utf-8")
     return {TASKS_FOLDER / "dse_text.jsonl": json_lines(make_documents(text))}
 

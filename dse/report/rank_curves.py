@@ -165,9 +165,9 @@ class _Frame:
 
 
 _HOW_TO_READ = (
-    "Each plot shows one matrix together with the matrices that share its input: the time of the factors relative to"
-    " dense, by rank. Below the dashed line at 1 the factors are faster. The dotted line is the break-even rank, where"
-    " the factors have as many parameters as the dense matrix."
+    "Each plot shows one matrix: the time of the factors relative to dense, by rank. Below the dashed line at 1 the"
+    " factors are faster. The dotted line is the break-even rank, where the factors have as many parameters as the"
+    " dense matrix."
 )
 
 _STYLE = (

@@ -10,23 +10,13 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from dse.errors import OutOfMemoryError
-from dse.measurement import LatencySpec, Workload, measure_latency, measure_peak_memory
+from dse.measurement import LatencySpec, ModelSwap, Workload, measure_latency, measure_peak_memory
 from dse.measurement.clock import CudaEventStopwatch, MonotonicStopwatch, stopwatch_for
 from dse.measurement.device_lock import lock_file
 from dse.measurement.device_profile import ProductShape, ProductTimings
 from dse.out_of_memory import out_of_memory_errors
 
 SPEC = LatencySpec(prompt_tokens=16, new_tokens=4, blocks=2, warmup_blocks=0)
-
-
-class DenseSwap:
-    """The dense model as both candidate and baseline."""
-
-    def use_candidate(self) -> None:
-        pass
-
-    def use_baseline(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -52,8 +42,8 @@ def test_every_mode_decodes_the_tokens_of_eager(llama: PreTrainedModel, mode: st
     assert decoded_tokens(llama, mode) == decoded_tokens(llama, "eager")
 
 
-def test_latency_is_measured_with_cuda_events(llama: PreTrainedModel) -> None:
-    result = measure_latency(llama, SPEC, DenseSwap())
+def test_latency_is_measured_with_cuda_events(llama: PreTrainedModel, dense_swap: ModelSwap) -> None:
+    result = measure_latency(llama, SPEC, dense_swap)
     assert (result.clock, result.device) == ("cuda_events", "cuda:0")
     assert result.device_name == torch.cuda.get_device_name(0)
     assert result.decode is not None

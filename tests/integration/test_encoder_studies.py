@@ -19,7 +19,7 @@ from dse.models import head_of, load_model, load_topology
 from dse.models.transformers_patches import quiet_transformers
 from dse.search.spaces.base import SearchSpace
 from dse.study import Study, StudyListener, load_study_model, run_study, study_bank
-from dse.study.objectives import check_tasks_serve, resolve_objectives
+from dse.study.objectives import check_tasks, resolve_objectives
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = ("classification", "question_answering", "embedding", "masked_lm")
@@ -163,7 +163,9 @@ def test_every_checkpoint_loads_as_an_embedding_model(tmp_path: Path, family: st
 
 def test_tasks_with_different_heads_are_refused(tmp_path: Path) -> None:
     tasks = [*tasks_for("classification", tmp_path), "arc_easy"]
-    with pytest.raises(ConfigError, match="a model has one head, but the tasks ask for"):
+    with pytest.raises(
+        ConfigError, match="all tasks must use the same model head, but they use classification, language model"
+    ):
         parse_study(study_of(tmp_path, tasks))
 
 
@@ -174,7 +176,7 @@ def test_objectives_and_settings_that_encoders_cannot_serve_are_refused(tmp_path
     chat = {"apply_chat_template": True}
     for study, message in (
         (study_of(model, tasks, objectives=["accuracy", "decode_latency_s"]), "needs a model that generates"),
-        (study_of(model, tasks, evaluation=chat), "`apply_chat_template` is for lm-eval's tasks"),
+        (study_of(model, tasks, evaluation=chat), "`apply_chat_template` is for lm-eval tasks"),
         (study_of(model, tasks, objectives=["perplexity"]), "'perplexity' needs a task whose metric is of that kind"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -218,7 +220,7 @@ def test_shipped_bert_studies_match_its_config(tmp_path: Path, name: str, model_
     objectives, dropped = resolve_objectives(study, meter_problem="there is no meter")
     assert {entry.name for entry in objectives} == {"accuracy", "prefill_latency_s", "parameters"}
     assert set(dropped) == {"prefill_energy_j"}
-    check_tasks_serve(objectives, {task.task_name: task.chosen_metric}, {task.task_name: ()})
+    check_tasks(objectives, {task.task_name: task.chosen_metric}, {task.task_name: ()})
     # The columns of the dataset, in a local file, on a tiny model of the same class.
     rows = rows_for(task.head)
     data = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""Cost against closed forms, brute force, the paper's own labels, and models that are really decomposed."""
+"""Cost compared with closed forms, brute force, the paper's reductions, and models that are actually decomposed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_tensor(out_features: int, in_features: int) -> Topology:
 
 @settings(deadline=None)
 @given(sizes, sizes, st.sampled_from(METHOD_NAMES))
-def test_break_even_is_the_largest_rank_that_does_not_cost_more(m: int, n: int, method: str) -> None:
+def test_break_even_is_the_largest_rank_without_more_parameters(m: int, n: int, method: str) -> None:
     tensor = one_tensor(m, n)["layers.0.up"]
     limit = break_even_rank(m, n, core=has_core(method))
     fitting = [r for r in range(1, min(m, n) + 1) if factor_parameters(tensor, TensorChoice(method, r)) <= m * n]
@@ -54,14 +54,14 @@ def test_break_even_closed_forms() -> None:
     assert break_even_rank(4096, 4096) == 2048
     # r^2 + 2nr = n^2 gives r = (sqrt(2) - 1) n = 1696.6 for n = 4096
     assert break_even_rank(4096, 4096, core=True) == 1696
-    n = 10**40  # exact where floating point is not: floor((sqrt(8) - 2) n / 2)
+    n = 10**40  # exact beyond floating point: floor((sqrt(8) - 2) n / 2)
     r = break_even_rank(n, n, core=True)
     assert r * r + 2 * n * r <= n * n < (r + 1) ** 2 + 2 * n * (r + 1)
 
 
 @settings(deadline=None)
 @given(sizes, sizes, st.integers(1, 50))
-def test_factors_are_counted_by_shape(m: int, n: int, rank: int) -> None:
+def test_factor_parameters_match_the_shapes(m: int, n: int, rank: int) -> None:
     tensor = one_tensor(m, n)["layers.0.up"]
     left, right, core = torch.empty(m, rank), torch.empty(rank, n), torch.empty(rank, rank)
     assert factor_parameters(tensor, TensorChoice("svd", rank)) == left.numel() + right.numel()
@@ -70,7 +70,7 @@ def test_factors_are_counted_by_shape(m: int, n: int, rank: int) -> None:
     assert factor_parameters(tensor, TensorChoice("tucker", rank)) == left.numel() + right.numel() + core.numel()
 
 
-def test_dense_costs_what_llama_2_7b_holds(llama2_7b: Topology) -> None:
+def test_dense_cost_of_llama_2_7b(llama2_7b: Topology) -> None:
     dense = point_cost(llama2_7b, DesignPoint.dense(), prompt_tokens=128)
     assert dense.parameters == dense.parameters_dense == 6_738_415_616
     assert dense.reduction == 0
@@ -89,7 +89,7 @@ def test_dense_costs_what_llama_2_7b_holds(llama2_7b: Topology) -> None:
     }
 
 
-def test_the_papers_layer_sets_give_the_papers_reductions(llama2_7b: Topology) -> None:
+def test_the_layer_sets_of_the_paper_have_its_reductions(llama2_7b: Topology) -> None:
     file = SHARED / "reference" / "moar2024_accuracy.csv"
     if not file.is_file():
         pytest.skip(f"the published measurements are not at {file}; set DSE_SHARED to their folder")
@@ -99,7 +99,7 @@ def test_the_papers_layer_sets_give_the_papers_reductions(llama2_7b: Topology) -
     for row in rows:
         layers = [int(layer) for layer in row["layers"].split()]
         found = point_cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, layers))
-        # A layer holds 4 x 4096^2 + 3 x 4096 x 11008 entries; rank 1 leaves 4 x 8192 + 3 x 15104 + 7 of them.
+        # A layer has 4 x 4096^2 + 3 x 4096 x 11008 entries; at rank 1 it has 4 x 8192 + 3 x 15104 + 7.
         saved = len(layers) * (4 * 4096**2 + 3 * 4096 * 11008 - (4 * 8192 + 3 * 15104 + 7))
         assert Fraction(found.parameters_dense - found.parameters, 1) == saved
         assert 100 * found.reduction == pytest.approx(float(row["nominal_reduction_percent"]), abs=0.75)
@@ -108,8 +108,8 @@ def test_the_papers_layer_sets_give_the_papers_reductions(llama2_7b: Topology) -
 tiny = partial(tiny_model, attn_implementation="eager")  # its matrix products are counted
 
 
-def really_decompose(model: nn.Module, topology: Topology, point: DesignPoint) -> None:
-    """Put chains of plain linear layers where the point says; the values do not matter here."""
+def insert_linear_chains(model: nn.Module, topology: Topology, point: DesignPoint) -> None:
+    """Replace the tensors of the point by chains of linear layers with arbitrary weights."""
     for name, choice in point:
         tensor = topology[name]
         chain = [nn.Linear(tensor.in_features, choice.rank, bias=False)]
@@ -141,12 +141,12 @@ def points_of(topology: Topology) -> list[DesignPoint]:
     [tiny, partial(tiny, tie_word_embeddings=True), partial(tiny, mlp_bias=True), partial(tiny_model, "gpt2")],
 )
 @pytest.mark.parametrize("which", range(4))
-def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which: int, tmp_path: Path) -> None:
+def test_cost_matches_the_parameters_and_flops_of_a_decomposed_model(make: object, which: int, tmp_path: Path) -> None:
     model = make().requires_grad_()  # type: ignore[operator]  # torch may count products of frozen weights as bmm
     topology = topology_of(model)
     point, tokens = points_of(topology)[which], 16
     found = point_cost(topology, point, prompt_tokens=tokens)
-    really_decompose(model, topology, point)
+    insert_linear_chains(model, topology, point)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.reduction == pytest.approx(1 - found.parameters / found.parameters_dense)
     unique = {p.data_ptr(): p for p in model.parameters()}
@@ -157,7 +157,7 @@ def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which:
         model(input_ids=torch.ones(1, tokens, dtype=torch.long), logits_to_keep=1)
     seen = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     matrices = seen.get("aten.mm", 0) + seen.get("aten.addmm", 0)
-    # What eager attention computes is the whole square of 2 products; a causal prompt needs (tokens + 1) / 2 of it.
+    # Eager attention computes the whole square in two products; a causal prompt needs (tokens + 1) / 2 per token.
     causal = Fraction(4 * 3 * 32 * tokens * (tokens + 1), 2)
     assert abs(tokens * found.flops_prefill_per_token - (matrices + causal)) <= tokens / 2  # rounded per token
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -167,14 +167,14 @@ def test_cost_is_what_a_decomposed_model_holds_and_computes(make: object, which:
     assert one_token == seen.get("aten.mm", 0) + seen.get("aten.addmm", 0)
 
 
-def test_removed_blocks_save_what_they_hold_compute_and_cache() -> None:
+def test_removed_blocks_save_their_parameters_flops_and_cache() -> None:
     model = tiny()
     topology = topology_of(model)
     removed = ("layers.0.attention", "layers.1.attention", "layers.1.mlp", "layers.2.mlp")
     point = DesignPoint.of(dict.fromkeys(removed, TensorChoice.removal()) | {"layers.2.query": TensorChoice("svd", 3)})
     found = point_cost(topology, point, prompt_tokens=16)
     dense = point_cost(topology, DesignPoint.dense(), prompt_tokens=16)
-    really_decompose(model, topology, DesignPoint.of({"layers.2.query": TensorChoice("svd", 3)}))
+    insert_linear_chains(model, topology, DesignPoint.of({"layers.2.query": TensorChoice("svd", 3)}))
     layers = model.model.layers
     gone = [layers[0].self_attn, layers[0].input_layernorm, *layers[1].children()]
     gone += [layers[2].mlp, layers[2].post_attention_layernorm]
@@ -188,7 +188,7 @@ def test_removed_blocks_save_what_they_hold_compute_and_cache() -> None:
     assert found.kv_cache_bytes_per_token * 3 == dense.kv_cache_bytes_per_token
 
 
-def test_a_decomposed_head_saves_where_the_head_works() -> None:
+def test_a_decomposed_head_saves_flops_where_the_head_runs() -> None:
     model = tiny(tie_word_embeddings=False)
     topology = topology_of(model, {"lm_head": "head"})
     point = DesignPoint.of({"head": TensorChoice("svd", 8)})
@@ -197,11 +197,11 @@ def test_a_decomposed_head_saves_where_the_head_works() -> None:
     assert dense.parameters - found.parameters == saved
     assert dense.flops_decode_per_token - found.flops_decode_per_token == 2 * saved
     assert dense.flops_prefill_per_token - found.flops_prefill_per_token == 2 * saved / 512
-    really_decompose(model, topology, point)
+    insert_linear_chains(model, topology, point)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_encoders_see_both_ways_and_decode_nothing_else() -> None:
+def test_encoders_attend_in_both_directions_and_have_no_decode() -> None:
     topology = topology_of(tiny_model("bert", num_hidden_layers=2))
     found = point_cost(topology, DesignPoint.dense(), prompt_tokens=10)
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 48) + 32 * 32 + 320 * 32  # layers, transform, head on every token
@@ -210,7 +210,7 @@ def test_encoders_see_both_ways_and_decode_nothing_else() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=6, max_size=6))
-def test_more_rank_never_costs_less(ranks: list[int]) -> None:
+def test_a_higher_rank_never_costs_less(ranks: list[int]) -> None:
     topology = topology_of_shapes([{"up": (96, 80)}] * 6, other=11, head_parameters=64)
     names = topology.by_name
     smaller, larger = (
@@ -225,7 +225,7 @@ def test_more_rank_never_costs_less(ranks: list[int]) -> None:
     assert 0 < larger.reduction < smaller.reduction < 1
 
 
-def test_all_problems_come_in_one_error(llama2_7b: Topology) -> None:
+def test_all_problems_are_in_one_error(llama2_7b: Topology) -> None:
     over = TensorChoice("svd", 2049)
     one = DesignPoint.of({"layers.3.query": over})
     with pytest.raises(RankError) as caught:
@@ -245,7 +245,7 @@ def test_all_problems_come_in_one_error(llama2_7b: Topology) -> None:
     assert point_problems(llama2_7b, DesignPoint.uniform(llama2_7b, "svd", 2048, roles=["query"])) == []
 
 
-def test_a_cost_is_a_value(llama2_7b: Topology) -> None:
+def test_costs_compare_by_value_and_convert_to_json(llama2_7b: Topology) -> None:
     found = point_cost(llama2_7b, DesignPoint.uniform(llama2_7b, "tucker", 1, [2, 29]))
     assert isinstance(found, Cost)
     assert json.loads(json.dumps(found.to_json())) == found.to_json()

@@ -47,13 +47,13 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize(("method", "rank"), [("removed", 1), ("removed", -1), ("removed", False), ("svd", 0)])
-def test_rank_0_goes_with_removal_and_nothing_else(method: str, rank: int) -> None:
+def test_rank_0_is_for_removal_only(method: str, rank: int) -> None:
     with pytest.raises(PointError, match=r"`rank (= 0|>= 1)` must hold"):
         TensorChoice(method, rank)
     assert TensorChoice("removed", 0) == TensorChoice.removal()
 
 
-def test_removed_blocks_read_back_in_both_forms() -> None:
+def test_removed_blocks_round_trip_in_both_forms() -> None:
     block = RemovableBlock("layers.2.mlp", "model.layers.2.mlp", 2, "mlp", "model.layers.2", (), (), 7, 7)
     reasons = {"layers.1.mlp": "it is not alone"}
     topology = dataclasses.replace(TOPOLOGY, blocks=(block,), blocks_refused=reasons)
@@ -73,7 +73,7 @@ def test_removed_blocks_read_back_in_both_forms() -> None:
 
 @settings(deadline=None)
 @given(points)
-def test_the_expanded_form_reads_back(point: DesignPoint) -> None:
+def test_the_expanded_form_round_trips(point: DesignPoint) -> None:
     assert DesignPoint.from_json(point.to_json(), TOPOLOGY) == point
     assert DesignPoint.from_json(json.dumps(point.to_json()), TOPOLOGY) == point
     assert DesignPoint.read(point.canonical_json, TOPOLOGY) == point
@@ -82,7 +82,7 @@ def test_the_expanded_form_reads_back(point: DesignPoint) -> None:
 
 @settings(deadline=None)
 @given(choices, st.sets(st.integers(0, 3), min_size=1), st.sets(st.sampled_from(ROLES), min_size=1))
-def test_the_compact_form_reads_back(choice: TensorChoice, layers: set[int], roles: set[str]) -> None:
+def test_the_compact_form_round_trips(choice: TensorChoice, layers: set[int], roles: set[str]) -> None:
     point = DesignPoint.uniform(TOPOLOGY, choice.method, choice.rank, sorted(layers), sorted(roles))
     compact = point.compact(TOPOLOGY)
     assert compact is not None
@@ -98,7 +98,7 @@ def test_compact_is_exact_or_none(point: DesignPoint) -> None:
     if compact is not None:
         assert DesignPoint.from_json(compact, TOPOLOGY) == point
         return
-    # By another way: no single (method, rank) over a full grid of layers x roles gives this point.
+    # Independent check: the point is not one choice over a full grid of layers x roles.
     tensors = [TOPOLOGY[name] for name, _ in point]
     layers, roles = {t.layer for t in tensors}, {t.role for t in tensors}
     is_grid = len(tensors) == len(layers) * len(roles) and None not in layers
@@ -135,12 +135,12 @@ def test_order_does_not_matter(chosen: dict[str, TensorChoice], random: Any) -> 
 
 @settings(deadline=None)
 @given(points, points)
-def test_ids_tell_points_apart(first: DesignPoint, second: DesignPoint) -> None:
+def test_ids_are_unique(first: DesignPoint, second: DesignPoint) -> None:
     assert (first.id == second.id) == (first == second)
 
 
 def test_ids_stay_the_same_between_versions() -> None:
-    # Stored in studies and exports: a change here makes every stored point a stranger.
+    # Studies and exports store ids: a change here would orphan every stored point.
     point = DesignPoint.of({"layers.0.up": TensorChoice("svd", 8), "layers.0.down": TensorChoice("tucker", 1)})
     assert point.canonical_json == (
         '{"tensors":{"layers.0.down":{"method":"tucker","rank":1},"layers.0.up":{"method":"svd","rank":8}}}'
@@ -193,14 +193,14 @@ def test_a_tensor_is_named_once() -> None:
         ("\ud800", "readable JSON file"),
     ],
 )
-def test_what_is_no_point_gets_one_clear_line(text: str, message: str) -> None:
+def test_invalid_points_are_one_error_line(text: str, message: str) -> None:
     with pytest.raises(PointError, match=message) as caught:
         DesignPoint.read(text, TOPOLOGY)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
 
-def test_files_are_read_and_folders_and_bytes_refused(tmp_path: Path) -> None:
+def test_files_are_read_and_folders_and_binary_files_rejected(tmp_path: Path) -> None:
     file = tmp_path / "point.json"
     file.write_text('{"method": "svd", "rank": 4, "layers": [0], "roles": ["up"]}\n')
     assert DesignPoint.read(str(file), TOPOLOGY).by_name == {"layers.0.up": TensorChoice("svd", 4)}

@@ -1,4 +1,4 @@
-"""What `dse` offers to a notebook, and that the listings of names are true."""
+"""The public names of `dse`, and that every `__all__` equals the exports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exported(source: str) -> set[str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dse"):
             names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.If):  # `if TYPE_CHECKING:` lists what `__getattr__` loads
+        elif isinstance(node, ast.If):  # `if TYPE_CHECKING:` lists the names that `__getattr__` loads
             names |= exported(ast.unparse(ast.Module(node.body, [])))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
@@ -42,7 +42,7 @@ def exported(source: str) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def test_all_of_dse_is_what_it_exports() -> None:
+def test_all_of_dse_equals_its_exports() -> None:
     assert set(dse.__all__) == exported((ROOT / "__init__.py").read_text()) | {"__version__"}
     assert dse.__all__ == sorted(dse.__all__)
     assert dir(dse) == dse.__all__
@@ -52,7 +52,7 @@ def test_all_of_dse_is_what_it_exports() -> None:
         _ = dse.load_modell
 
 
-def test_the_names_that_the_commands_stand_for_are_there() -> None:
+def test_the_functions_behind_the_commands_exist() -> None:
     for name in ("load_model", "FactorBank", "decompose", "point_cost", "run_study", "open_study", "export_trials"):
         assert callable(getattr(dse, name))
     assert callable(dse.DesignPoint.uniform)
@@ -62,7 +62,7 @@ def test_the_names_that_the_commands_stand_for_are_there() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
-def test_all_of_a_package_is_what_it_exports(package: Path) -> None:
+def test_all_of_a_package_equals_its_exports(package: Path) -> None:
     module = importlib.import_module(f"dse.{package.name}")
     names = exported((package / "__init__.py").read_text())
     if hasattr(module, "__all__"):
@@ -71,14 +71,14 @@ def test_all_of_a_package_is_what_it_exports(package: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_all_of_a_module_is_there(path: Path) -> None:
+def test_every_listed_name_of_a_module_exists(path: Path) -> None:
     listed = getattr(importlib.import_module(module_name(path)), "__all__", [])
     assert len(set(listed)) == len(listed)
     module = sys.modules[module_name(path)]
     assert [name for name in listed if not hasattr(module, name)] == []
 
 
-def test_importing_costs_nothing() -> None:
+def test_importing_dse_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'optuna', 'lm_eval', 'pandas', 'plotly', 'pydantic', 'tensorly'}"
     program = f"import sys, dse, dse.errors; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -97,13 +97,13 @@ def test_the_example_of_the_docstring_works(tiny_folder: Path, own_cache: Path) 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "docstring", "exec"), {})
-    # Two layers, up and down of 48 x 32 at rank 4.
+    # Up and down (48 x 32) of two layers at rank 4.
     topology = dse.load_topology(str(tiny_folder / "model"))
     saved = 4 * (48 * 32 - 4 * (48 + 32))
     assert float(printed.getvalue()) == pytest.approx(saved / topology.parameters_dense)
 
 
-def test_the_drawn_tree_of_errors_is_the_real_one() -> None:
+def test_the_error_tree_in_the_docstring_is_complete() -> None:
     drawn: dict[str, str | None] = {}
     above: list[str] = []
     for line in str(errors.__doc__).split("```")[1].strip().splitlines():

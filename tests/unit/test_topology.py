@@ -11,7 +11,7 @@ ROLES = ("query", "up", "down")
 
 
 def topology(layers: int = 3, *, skip: tuple[str, ...] = ()) -> Topology:
-    """`layers` layers of three tensors and a head outside; `skip` names tensors that this model lacks."""
+    """`layers` layers of three tensors and a head; `skip` names tensors that the model lacks."""
     tensors = [
         DecomposableTensor(f"layers.{i}.{role}", f"model.layers.{i}.{role}_proj", i, role, 8, 4)
         for i in range(layers)
@@ -22,13 +22,13 @@ def topology(layers: int = 3, *, skip: tuple[str, ...] = ()) -> Topology:
     return Topology("TinyForCausalLM", "tiny", layers, kept, parameters_dense=1000)
 
 
-def test_a_tensor_knows_its_shape_and_size() -> None:
+def test_shape_and_size_of_a_tensor() -> None:
     tensor = topology()["layers.1.up"]
     assert (tensor.layer, tensor.role, tensor.shape, tensor.parameters) == (1, "up", (8, 4), 32)
     assert topology()["head"].parameters == 128
 
 
-def test_roles_are_those_inside_the_layers_in_order() -> None:
+def test_roles_are_those_inside_the_layers_in_order_of_appearance() -> None:
     assert topology().roles == ROLES
     assert topology(skip=("layers.0.query",)).roles == ("up", "down", "query")
 
@@ -41,14 +41,14 @@ def test_roles_are_those_inside_the_layers_in_order() -> None:
         ("", "dse space"),
     ],
 )
-def test_an_unknown_tensor_names_the_nearest(name: str, hint: str) -> None:
+def test_an_unknown_tensor_is_an_error_that_names_the_closest(name: str, hint: str) -> None:
     with pytest.raises(PointError) as caught:
         topology()[name]
     assert hint in str(caught.value)
     assert "10 decomposable tensors" in str(caught.value)
 
 
-def test_all_means_inside_the_layers() -> None:
+def test_all_selects_the_tensors_inside_the_layers() -> None:
     assert topology().select() == tuple(f"layers.{i}.{role}" for i in range(3) for role in ROLES)
     assert "head" not in topology().select("all", "all")
 
@@ -62,24 +62,24 @@ def test_selection_is_the_product_of_layers_and_roles(layers: set[int], roles: s
     assert list(selected) == sorted(selected, key=order.index)
 
 
-def test_a_layer_without_the_role_is_passed_over() -> None:
+def test_a_layer_without_the_role_is_skipped() -> None:
     assert topology(skip=("layers.1.up",)).select([0, 1], ["up"]) == ("layers.0.up",)
 
 
 @pytest.mark.parametrize("layer", [-1, 3, 10**30])
-def test_a_layer_that_does_not_exist(layer: int) -> None:
+def test_a_layer_that_does_not_exist_is_rejected(layer: int) -> None:
     with pytest.raises(PointError, match=rf"`0 <= layer < 3` .* got layer={layer}$"):
         topology().select([0, layer])
 
 
-def test_a_role_that_does_not_exist() -> None:
+def test_a_role_that_does_not_exist_is_rejected() -> None:
     with pytest.raises(PointError, match=r"one of query, up, down .* got 'quer'; did you mean 'query'"):
         topology().select("all", ["quer"])
-    with pytest.raises(PointError, match="got 'head'"):  # outside the layers: only by its own name
+    with pytest.raises(PointError, match="got 'head'"):  # outside the layers, so only selectable by its name
         topology().select("all", ["head"])
 
 
 @pytest.mark.parametrize(("layers", "roles"), [("none", "all"), ("0", "all"), ("all", "query"), ("all", "")])
-def test_a_word_that_is_not_all(layers: str, roles: str) -> None:
+def test_a_word_other_than_all_is_rejected(layers: str, roles: str) -> None:
     with pytest.raises(PointError, match="must be 'all' or a list"):
         topology().select(layers, roles)

@@ -66,6 +66,11 @@ class TargetHead:
         """The present head of the model."""
         return self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the logits are a matrix product without a transformation afterwards."""
+        return type(self.module) is nn.Linear and not self._after
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the whole vocabulary, float32, shape (..., vocabulary), for states of shape (..., width)."""
         return self._finish(self.module(hidden))

@@ -87,17 +87,17 @@ def test_only_faster_tensors_are_decomposed(
     study, free = open_study(out), run_study(plain, out=tmp_path / "plain")
     assert study.evaluated_trials == 7
     assert points_and_accuracies(run_study(asked, out=tmp_path / "whole")) == points_and_accuracies(study)
-    named = {name: choice["rank"] for r in evaluated(study) for name, choice in r.point.by_name.items()}
+    named = {name: choice.rank for r in evaluated(study) for name, choice in r.point.by_name.items()}
     assert named
     for record in evaluated(study):
         for name, choice in record.point.by_name.items():
-            assert scripted.is_faster(name, TensorChoice("svd", choice["rank"]), PHASES[1])
+            assert scripted.is_faster(name, choice, PHASES[1])
     # Without the option the same sampler decomposes keys at rank 6, which the profile calls slower.
     slow = [
-        (name, choice["rank"])
+        (name, choice.rank)
         for record in evaluated(free)
         for name, choice in record.point.by_name.items()
-        if not scripted.is_faster(name, TensorChoice("svd", choice["rank"]), PHASES[1])
+        if not scripted.is_faster(name, choice, PHASES[1])
     ]
     assert slow
     capsys.readouterr()
@@ -113,7 +113,7 @@ def test_a_space_without_faster_tensors_is_refused(
     study = {**study_of(tiny_folder, ["accuracy", "parameters"], only_if_faster=True), "space": space}
     file = write_study(tmp_path / "study.yaml", study)
     assert main(["run", str(file), "--out", str(tmp_path / "run")]) == 2
-    assert "needs something that is faster decomposed" in capsys.readouterr().err
+    assert "needs a tensor that is faster when decomposed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -202,7 +202,7 @@ def test_a_space_with_rank_multiple_device_has_no_size_without_a_device(
     file.write_text(json.dumps(space))
     model = str(tiny_folder / "model")
     assert main(["space", str(file), "--model", model]) == 2
-    assert "`dse profile-device --space` tells the number" in capsys.readouterr().err
+    assert "run `dse profile-device --space` and write the number" in capsys.readouterr().err
     arguments = ["profile-device", "--space", str(file), "--model", model, "--prompt", "8", "--json"]
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["rank_multiple"] == 1

@@ -1,4 +1,4 @@
-"""The shipped prose: large enough, clean, without repetition, and held-out text disjoint from calibration text."""
+"""The shipped texts: size, encoding, no repetition, and no overlap of held-out and calibration text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CALIBRATION = DATA / "calibration" / "general.txt"
 HELD_OUT = DATA / "general_heldout.txt"
 BOTH = pytest.mark.parametrize("path", [CALIBRATION, HELD_OUT], ids=lambda path: path.stem)
 
-# A sentence of five words or fewer ("It was raining.") may recur by chance; a longer one is a leak.
+# Sentences of up to five words ("It was raining.") may recur by chance; a longer one is a leak.
 LONGEST_CHANCE_SENTENCE_WORDS = 5
-# Two texts on different topics share idioms, but hardly ever eight words in a row.
+# Texts on different topics share idioms, but almost never eight consecutive words.
 LEAK_WINDOW_WORDS = 8
 
 
@@ -29,7 +29,7 @@ def passages(path: Path) -> list[str]:
 
 
 def sentences(text: str) -> list[tuple[str, ...]]:
-    """Sentences as word tuples, so that neither case, spacing nor quotation marks hide a repetition."""
+    """Sentences as word tuples, so that case, spacing and quotation marks do not hide a repetition."""
     pieces = (tuple(words(piece)) for piece in re.split(r"[.!?;:]+[\s\"”’)]+|\n", text))
     return [piece for piece in pieces if len(piece) > LONGEST_CHANCE_SENTENCE_WORDS]
 
@@ -76,19 +76,19 @@ def test_no_passage_or_sentence_repeats(path: Path) -> None:
 
 def test_held_out_shares_no_sentence_with_calibration() -> None:
     calibration, held_out = (path.read_text(encoding="utf-8") for path in (CALIBRATION, HELD_OUT))
-    assert len(sentences(held_out)) > 200  # the splitter does find sentences
+    assert len(sentences(held_out)) > 200  # the splitter works
     assert set(sentences(calibration)) & set(sentences(held_out)) == set()
-    # An independent criterion, blind to where sentences end.
+    # An independent criterion that does not depend on sentence boundaries.
     assert windows(calibration, LEAK_WINDOW_WORDS) & windows(held_out, LEAK_WINDOW_WORDS) == set()
 
 
 @BOTH
 def test_is_diverse(path: Path) -> None:
-    """No template prose: most passages open differently and the vocabulary is broad for the length."""
+    """No template text: all passages start differently, and the vocabulary is large for the length."""
     blocks = passages(path)
     openings = {tuple(words(block)[:3]) for block in blocks}
     assert len(openings) == len(blocks)
     tokens = words(path.read_text(encoding="utf-8"))
-    # Every thousand-word stretch of ordinary mixed prose has well over 400 distinct words.
+    # A thousand words of ordinary mixed text have well over 400 distinct words.
     stretches = [tokens[i : i + 1000] for i in range(0, len(tokens) - 999, 1000)]
     assert min(len(set(stretch)) for stretch in stretches) > 400

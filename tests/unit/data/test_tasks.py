@@ -1,4 +1,4 @@
-"""The shipped tasks are what their scripts generate, and chance is what the documentation says."""
+"""The shipped tasks match their generating scripts, and their chance levels match the documentation."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def facts() -> Documents:
 
 
 def sentences(documents: Documents, stem: str) -> set[str]:
-    """Every document completed with each of its choices, the wrong ones too."""
+    """Every document with each of its choices, including the wrong ones."""
     return {f"{document[stem]} {choice}" for document in documents for choice in document["choices"]}
 
 
 @pytest.mark.parametrize("module", [make_grammar, make_facts, make_text, make_sentence_pairs])
-def test_committed_files_are_what_the_script_generates(module: ModuleType) -> None:
+def test_committed_files_match_the_generating_script(module: ModuleType) -> None:
     for path, text in module.make_files().items():
         assert path.read_text(encoding="utf-8") == text, f"run python -m {module.__name__}"
 
 
-def test_check_tells_a_stale_file_from_a_fresh_one(tmp_path: Path) -> None:
+def test_check_detects_an_outdated_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     assert generation.write_or_check({path: "a\n"}, ["--check"], "") == 1
     assert not path.exists()
@@ -64,12 +64,12 @@ def test_check_tells_a_stale_file_from_a_fresh_one(tmp_path: Path) -> None:
     assert path.read_bytes() == b"a\n"
 
 
-def test_the_command_checks_the_committed_files() -> None:
+def test_the_check_commands_accept_the_committed_files() -> None:
     for script in ("make_grammar", "make_facts", "make_text", "make_sentence_pairs"):
         subprocess.run([sys.executable, "-m", f"dse.data.{script}", "--check"], check=True, timeout=60)
 
 
-def test_sentence_pairs_are_of_three_degrees_and_unlike_the_calibration_text() -> None:
+def test_sentence_pairs_have_three_degrees_and_no_overlap_with_the_calibration_text() -> None:
     pairs = read_documents("dse_sentence_pairs")
     degrees = collections.Counter(pair["degree"] for pair in pairs)
     assert degrees == dict.fromkeys(("minimal_pair", "same_phenomenon", "different_phenomena"), 110)
@@ -117,7 +117,7 @@ def test_facts_are_enough_questions_of_enough_categories(facts: Documents) -> No
     assert len({document["category"] for document in facts}) >= 10
 
 
-def test_fact_groups_share_choices_and_each_is_right_once(facts: Documents) -> None:
+def test_the_choices_of_a_fact_group_are_each_correct_once(facts: Documents) -> None:
     for start in range(0, len(facts), 4):
         group = facts[start : start + 4]
         assert len({document["category"] for document in group}) == 1
@@ -127,7 +127,7 @@ def test_fact_groups_share_choices_and_each_is_right_once(facts: Documents) -> N
         assert sorted(document["gold"] for document in group) == [0, 1, 2, 3]
 
 
-def test_fact_choices_are_distinct_and_answers_true_to_the_source(facts: Documents) -> None:
+def test_fact_choices_are_distinct_and_answers_match_the_source(facts: Documents) -> None:
     known = {
         (category.name, make_facts.phrase(category.question, subject)): answer
         for category in make_facts.read_categories()
@@ -141,7 +141,7 @@ def test_fact_choices_are_distinct_and_answers_true_to_the_source(facts: Documen
         assert choices[document["gold"]] == known[(document["category"], document["question"])]
 
 
-def test_fact_answers_kept_apart_never_meet(facts: Documents) -> None:
+def test_fact_answers_kept_apart_are_never_combined(facts: Documents) -> None:
     apart = {category.name: category.apart for category in make_facts.read_categories()}
     for document in facts:
         for kept in apart[str(document["category"])]:
@@ -152,7 +152,7 @@ def test_fact_answers_kept_apart_never_meet(facts: Documents) -> None:
     ("name", "stem", "chance"), [("dse_grammar", "prefix", 1 / 2), ("dse_facts", "question", 1 / 4)]
 )
 @pytest.mark.parametrize("seed", range(5))
-def test_a_scorer_that_ignores_the_prefix_is_at_chance_exactly(name: str, stem: str, chance: float, seed: int) -> None:
+def test_a_scorer_that_ignores_the_prefix_scores_exactly_chance(name: str, stem: str, chance: float, seed: int) -> None:
     documents = read_documents(name)
     words = sorted({word for document in documents for word in document["choices"]})
     rank = {word: position for position, word in enumerate(generation.scattered(words, str(seed)))}
@@ -164,14 +164,14 @@ def test_a_scorer_that_ignores_the_prefix_is_at_chance_exactly(name: str, stem: 
 
 
 @pytest.mark.parametrize(("name", "chance"), [("dse_grammar", 1 / 2), ("dse_facts", 1 / 4)])
-def test_always_the_same_position_is_at_chance_exactly(name: str, chance: float) -> None:
+def test_a_fixed_position_scores_exactly_chance(name: str, chance: float) -> None:
     documents = read_documents(name)
     golds = collections.Counter(document["gold"] for document in documents)
     assert set(golds.values()) == {chance * len(documents)}
 
 
 @pytest.mark.parametrize(("name", "stem"), [("dse_grammar", "prefix"), ("dse_facts", "question")])
-def test_documents_are_single_tidy_lines_without_duplicates(name: str, stem: str) -> None:
+def test_documents_are_clean_single_lines_without_duplicates(name: str, stem: str) -> None:
     documents = read_documents(name)
     assert len({document[stem] for document in documents}) == len(documents)
     for document in documents:
@@ -181,12 +181,12 @@ def test_documents_are_single_tidy_lines_without_duplicates(name: str, stem: str
 
 
 @pytest.mark.parametrize("name", ["grammar", "facts"])
-def test_calibration_lines_are_tidy_sentences_without_duplicates(name: str) -> None:
+def test_calibration_lines_are_clean_sentences_without_duplicates(name: str) -> None:
     lines = read_calibration(name)
     assert len(set(lines)) == len(lines)
     for line in lines:
         assert re.fullmatch(r"[A-Z][A-Za-z0-9,:]*( [A-Za-z0-9,:]+)*\.", line), line
-    # 4 to 6 thousand tokens, at three words to four tokens.
+    # 4,000 to 6,000 tokens, at four tokens per three words.
     assert 3000 < sum(len(line.split()) for line in lines) < 5500
 
 
@@ -235,7 +235,7 @@ def test_every_grammar_frame_has_one_difference_and_two_answers() -> None:
             assert answers.count("|") == 1, phenomenon
 
 
-def test_text_documents_hold_the_whole_text_in_pieces_of_bounded_length() -> None:
+def test_text_documents_contain_the_whole_text_in_bounded_pieces() -> None:
     documents = [str(document["text"]) for document in read_documents("dse_text")]
     source = (generation.DATA_FOLDER / "general_heldout.txt").read_text(encoding="utf-8")
     assert " ".join(documents).split() == source.split()
@@ -243,7 +243,7 @@ def test_text_documents_hold_the_whole_text_in_pieces_of_bounded_length() -> Non
 
 
 @given(st.lists(st.lists(st.integers(1, 800), min_size=1, max_size=4), min_size=1, max_size=4))
-def test_text_is_cut_without_loss(lengths: list[list[int]]) -> None:
+def test_text_is_split_without_loss(lengths: list[list[int]]) -> None:
     text = "\n\n".join("\n".join(" ".join(f"w{i}" for i in range(count)) for count in passage) for passage in lengths)
     documents = [document["text"] for document in make_text.make_documents(text)]
     assert " ".join(documents).split() == text.split()
@@ -252,7 +252,7 @@ def test_text_is_cut_without_loss(lengths: list[list[int]]) -> None:
 
 
 def test_scattered_is_a_fixed_permutation() -> None:
-    # Written out, so that a change of the order, which would change every task, is noticed.
+    # Explicit, because a different order would change every task.
     assert generation.scattered("abcdef", "salt") == SCATTERED
     assert generation.scattered("fedcba", "salt") == SCATTERED
     assert generation.scattered("abcdef", "other") != SCATTERED
@@ -275,21 +275,21 @@ def category(answers: list[str], apart: list[set[str]]) -> make_facts.Category:
     ("answers", "apart", "message"),
     [
         (list("abc"), [], "multiple of 4"),
-        (list("aabc"), [], "cannot be dealt"),
-        (list("abcd"), [{"a", "b"}], "cannot be dealt"),
+        (list("aabc"), [], "cannot be divided"),
+        (list("abcd"), [{"a", "b"}], "cannot be divided"),
     ],
 )
-def test_facts_that_cannot_be_dealt_are_refused(answers: list[str], apart: list[set[str]], message: str) -> None:
+def test_facts_that_cannot_be_grouped_are_rejected(answers: list[str], apart: list[set[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_facts.deal(category(answers, apart))
 
 
-def test_dealing_honours_what_is_kept_apart() -> None:
+def test_grouping_keeps_answers_apart() -> None:
     groups = make_facts.deal(category(list("abcdefgh"), [{"a", "b"}, {"a", "c"}, {"a", "d"}, {"a", "e"}]))
     assert [{answer for _, answer in group} for group in groups if "a" in {a for _, a in group}] == [set("afgh")]
 
 
-def test_too_small_a_lexicon_is_refused() -> None:
+def test_a_lexicon_that_is_too_small_is_rejected() -> None:
     rows = {"noun": [{"one": "cat", "many": "cats"}]}
     lexicon = make_grammar.Lexicon(
         {"test": rows, "calibration": rows}, {"p": ["the [{noun.one}|{noun.many}] => is|are"]}

@@ -23,18 +23,3 @@ def bert() -> PreTrainedModel:
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the scripted NVML library, compiled once."""
     return build_library(tmp_path_factory.mktemp("nvml"))
-
-
-class DenseSwap:
-    """The dense model as both candidate and baseline: nothing to swap."""
-
-    def use_candidate(self) -> None:
-        pass
-
-    def use_baseline(self) -> None:
-        pass
-
-
-@pytest.fixture
-def dense_swap() -> DenseSwap:
-    return DenseSwap()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from space_support import BRUTE, all_points, space_of
 from study_support import Watcher, evaluated
-from test_space import BRUTE, ROOT, all_points, space_of
 from tiny_models import EXPERT_FAMILIES, EXPERT_ROLES, save_tiny_model, tiny_model
 from tiny_study import save_choice_task, tiny_study
 
@@ -28,6 +28,7 @@ from dse.search.spaces.base import SearchSpace
 from dse.study import run_study
 from dse.topology import DecomposableTensor, RemovableBlock, Topology
 
+ROOT = Path(__file__).resolve().parents[3]
 ATTENTION = ["query", "key", "value", "attention_output"]
 
 

@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_space import BRUTE, UNEVEN, UNIFORM, all_points, small_space, space_of, spaces
-from test_structured_space import small, structured_spaces
+from space_support import (
+    BRUTE,
+    UNEVEN,
+    UNIFORM,
+    all_points,
+    small,
+    small_space,
+    space_of,
+    spaces,
+    structured_spaces,
+)
 from topologies import topology_of_shapes
 
 from dse.config import parse_search_space

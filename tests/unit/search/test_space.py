@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from space_support import BRUTE, UNEVEN, UNIFORM, all_points, small_space, space_of, spaces
 from topologies import PUBLISHED, save_published_config, topology_of_shapes
 
-from dse.config import RankConfig, load_search_space, load_study, parse_search_space
+from dse.config import RankConfig, load_search_space, load_study
 from dse.cost import break_even_rank, factor_parameters, has_core, point_cost, point_problems
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
@@ -27,99 +28,6 @@ from dse.study.objectives import resolve_objectives
 from dse.topology import DecomposableTensor, Topology
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def space_of(topology: Topology, *, check: bool = True, **config: Any) -> SearchSpace:
-    parsed = parse_search_space({"name": "s", "methods": ["svd"], "ranks": {"absolute": [1]}, **config})
-    if check:
-        return SearchSpace.from_config(parsed, topology)
-    from dse.search.spaces import SPACES
-
-    return SPACES[parsed.kind](parsed, topology)
-
-
-def all_points(space: SearchSpace) -> dict[str, DesignPoint]:
-    """Id to point, for all points of the space."""
-    names, sizes = list(space.dimensions), list(space.dimensions.values())
-    points = {}
-    for levels in itertools.product(*map(range, sizes)):
-        point = space.point(dict(zip(names, levels, strict=True)))
-        points[point.id] = point
-    return points
-
-
-UNIFORM = topology_of_shapes([{"query": (6, 6), "key": (3, 6), "up": (12, 6)}] * 3)
-UNEVEN = topology_of_shapes([{"query": (6, 6), "up": (12, 6)}, {"query": (6, 6)}, {"up": (4, 9), "down": (5, 5)}])
-
-
-# --- brute force ------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def topologies(draw: st.DrawFn) -> Topology:
-    roles = draw(st.lists(st.sampled_from(["query", "key", "up", "down"]), min_size=1, max_size=3, unique=True))
-    size = st.integers(3, 12)  # below 3 even rank 1 with a core saves nothing
-    shapes = {role: (draw(size), draw(size)) for role in roles}
-    layers = [dict(shapes) for _ in range(draw(st.integers(1, 3)))]
-    if draw(st.booleans()):  # layers of several types: a role is missing or has another shape
-        for layer in layers[1:]:
-            for role in roles:
-                action = draw(st.sampled_from(["keep", "keep", "drop", "reshape"]))
-                if action == "drop" and len(layer) > 1:
-                    del layer[role]
-                elif action == "reshape" and role in layer:
-                    layer[role] = (draw(size), draw(size))
-    outside = {"head": (draw(size), draw(size))} if draw(st.booleans()) else None
-    return topology_of_shapes(layers, outside, other=draw(st.integers(0, 200)))
-
-
-@st.composite
-def spaces(draw: st.DrawFn) -> tuple[Topology, dict[str, Any]]:
-    topology = draw(topologies())
-    kind = draw(st.sampled_from(["levels", "subset"]))
-    config: dict[str, Any] = {
-        "kind": kind,
-        "methods": draw(st.lists(st.sampled_from(METHOD_NAMES), min_size=1, max_size=2, unique=True)),
-        "ranks": draw(
-            st.fixed_dictionaries(
-                {
-                    "absolute": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True),
-                    "multiple": st.sampled_from([1, 1, 2]),
-                }
-            )
-            | st.fixed_dictionaries(
-                {
-                    "kept_fractions": st.lists(st.floats(0.05, 1), min_size=1, max_size=3, unique=True),
-                    "multiple": st.sampled_from([1, 2, 3]),
-                }
-            )
-        ),
-    }
-    if kind == "levels":
-        grouping = draw(st.sampled_from(["together", "separate", "named"]))
-        named = {"a": ["query", "key"], "b": ["up"]}
-        config["groups"] = {"layers": draw(st.integers(1, 3)), "roles": named if grouping == "named" else grouping}
-    if draw(st.booleans()):
-        config["layers"] = draw(st.lists(st.integers(0, topology.layer_count - 1), min_size=1, unique=True))
-    if draw(st.booleans()):
-        config["roles"] = draw(
-            st.lists(st.sampled_from(sorted({t.role for t in topology.tensors})), min_size=1, unique=True)
-        )
-    return topology, config
-
-
-def small_space(drawn: tuple[Topology, dict[str, Any]]) -> SearchSpace:
-    """The space, if it has a tensor and is small enough to list."""
-    try:
-        space = space_of(drawn[0], check=False, **drawn[1])
-    except ConfigError as error:
-        assume("must hold at least one tensor" not in str(error))
-        raise
-    assume(space.number_of_configurations() <= 1500)
-    return space
-
-
-BRUTE = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 @given(spaces())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from test_space import BRUTE, all_points, space_of
+from space_support import BRUTE, all_points, small, space_of, structured_spaces
 from tiny_models import tiny_model
-from topologies import topology_of_shapes
 
 from dse.config import load_search_space
 from dse.cost import point_cost, point_problems
@@ -20,52 +17,8 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
 from dse.models import topology_of
 from dse.search.spaces.base import SearchSpace
-from dse.topology import RemovableBlock, TensorStack, Topology
 
 ROOT = Path(__file__).resolve().parents[3]
-GROUPS: list[Any] = ["together", "separate", {"attention": ["query", "key"], "mlp": ["up"]}, {"part": ["query"]}]
-
-
-def structured(layers: int, kinds: list[str], *, rest: int, stacked: bool, widths: list[int]) -> Topology:
-    """Layers of query, key and up tensors in blocks; `widths` makes the layers differ."""
-    shapes = [{"query": (6, 8), "key": (4, 8), "up": (widths[i], 8)} for i in range(layers)]
-    topology = topology_of_shapes(shapes, other=400)
-    by_name, blocks = topology.by_name, []
-    for i in range(layers):
-        for role, inside in (("attention", ("query", "key")), ("mlp", ("up",))):
-            tensors = tuple(f"layers.{i}.{tensor}" for tensor in inside)
-            size = sum(by_name[name].parameters for name in tensors)
-            is_attention = role == "attention"
-            blocks.append(
-                RemovableBlock(
-                    f"layers.{i}.{role}", f"m.{i}.{role}", i, role, f"m.{i}", tensors, (), size + 5, size,
-                    rest_parameters=rest,
-                    cache_module=f"m.{i}.{role}" if is_attention else "",
-                    cache_kind=kinds[i] if is_attention else "",
-                )
-            )  # fmt: skip
-    role = "query_key_value"
-    members = [(by_name[f"layers.{i}.query"], by_name[f"layers.{i}.key"]) for i in range(layers)]
-    stacks = tuple(TensorStack(f"layers.{i}.{role}", i, role, members[i]) for i in range(layers))
-    return dataclasses.replace(topology, blocks=tuple(blocks), stacks=stacks if stacked else ())
-
-
-@st.composite
-def structured_spaces(draw: st.DrawFn) -> SearchSpace:
-    layers = draw(st.integers(1, 3))
-    kinds = draw(st.lists(st.sampled_from(["full", "window"]), min_size=layers, max_size=layers))
-    widths = draw(st.lists(st.sampled_from([4, 9]), min_size=layers, max_size=layers))
-    topology = structured(layers, kinds, rest=draw(st.sampled_from([0, 3])), stacked=draw(st.booleans()), widths=widths)
-    config = {
-        "methods": draw(st.sampled_from([["svd"], ["tucker", "svd"]])),
-        "ranks": {"absolute": draw(st.lists(st.integers(1, 4), min_size=1, max_size=2, unique=True))},
-        "groups": {"layers": draw(st.integers(1, 2)), "roles": draw(st.sampled_from(GROUPS))},
-        "stacks": draw(st.booleans()),
-        "removal": draw(st.booleans()),
-    }
-    space = space_of(topology, check=False, **config)
-    assume(space.number_of_configurations() <= 2000)
-    return space
 
 
 @given(structured_spaces())
@@ -98,10 +51,6 @@ def test_reach_ranks_draws_and_repairs(space: SearchSpace, seed: int) -> None:
     repaired = space.repair({n: generator.randrange(size) for n, size in space.dimensions.items()}, generator)
     for levels in (drawn, repaired):
         assert levels is None or not space.point(levels).is_dense
-
-
-def small(**changes: Any) -> Topology:
-    return structured(2, ["full", "full"], **({"rest": 3, "stacked": True, "widths": [9, 9]} | changes))
 
 
 def test_stacks_are_ignored_by_default() -> None:

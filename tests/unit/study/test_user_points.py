@@ -1,4 +1,4 @@
-"""A user's own points, inside the space's levels or beside them: evaluated first, checked, resumed, exported."""
+"""The user's own points, inside or outside the levels of the space: evaluated first, checked, resumed, exported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dse.errors import ConfigError
 from dse.models import load_model
 from dse.study import Study, open_study, run_study
 
-BESIDE: dict[str, Any] = {
+OUTSIDE: dict[str, Any] = {
     "tensors": {
         "layers.0.query": {"method": "svd", "rank": 3},
         "layers.1.up": {"method": "tucker", "rank": 5},
@@ -33,30 +33,30 @@ def own(study: Study) -> list[dict[str, Any]]:
     return [record.point.to_json() for record in study.records if record.origin == "enqueued"]
 
 
-def test_a_point_beside_the_levels_is_evaluated_first_and_as_it_is(
+def test_a_point_outside_the_levels_is_evaluated_first_and_unchanged(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "points").mkdir()
-    (tmp_path / "points" / "beside.json").write_text(json.dumps(BESIDE))
+    (tmp_path / "points" / "outside.json").write_text(json.dumps(OUTSIDE))
     study_file = write_study(
-        tmp_path / "study.yaml", tiny_study(tiny_folder, enqueue=["points/beside.json", INSIDE], budget={"trials": 4})
+        tmp_path / "study.yaml", tiny_study(tiny_folder, enqueue=["points/outside.json", INSIDE], budget={"trials": 4})
     )
     assert main(["run", str(study_file), "--out", str(tmp_path / "run")]) == 0
     study = open_study(tmp_path / "run")
     assert [record.origin for record in study.records[:3]] == ["dense", "enqueued", "enqueued"]
-    beside, inside = study.records[1:3]
-    assert beside.state == "complete"
-    assert beside.point.to_json() == BESIDE
-    assert "outside the levels of space 'tiny_space'" in beside.why
+    outside, inside = study.records[1:3]
+    assert outside.state == "complete"
+    assert outside.point.to_json() == OUTSIDE
+    assert "outside the levels of space 'tiny_space'" in outside.why
     assert inside.why == ""
     assert {choice.rank for _, choice in inside.point} == {6}
-    # The resolved study holds the point itself, so that it goes on without the file.
-    assert study.config.enqueue[0] == BESIDE
+    # The resolved study holds the point itself, so that it resumes without the file.
+    assert study.config.enqueue[0] == OUTSIDE
     capsys.readouterr()
     assert main(["front", str(tmp_path / "run"), "--explain", "1"]) == 0
-    told = capsys.readouterr().out
-    assert "origin: enqueued (asked for by the study file)" in told
-    assert "gone" in told
+    shown = capsys.readouterr().out
+    assert "origin: enqueued (requested by the u" in shown
+    assert "removed" in shown
     row = study.trials().set_index("trial").loc[1]
     assert (row["origin"], row["state"]) == ("enqueued", "complete")
 
@@ -70,25 +70,25 @@ def test_python_takes_design_points(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
-def test_every_sampler_goes_on_behind_it(tiny_folder: Path, tmp_path: Path, sampler: str) -> None:
-    config = tiny_study(tiny_folder, enqueue=[BESIDE], sampler={"name": sampler}, budget={"trials": 5})
+def test_every_sampler_continues_after_it(tiny_folder: Path, tmp_path: Path, sampler: str) -> None:
+    config = tiny_study(tiny_folder, enqueue=[OUTSIDE], sampler={"name": sampler}, budget={"trials": 5})
     study = run_study(config, out=tmp_path / "run")
     assert study.evaluated_trials == 5
-    assert own(study) == [BESIDE]
+    assert own(study) == [OUTSIDE]
 
 
 @pytest.mark.parametrize("kind", ["subset", "depth_profile"])
-def test_every_kind_of_space_takes_it(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_space_accepts_it(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
     space = {"name": kind, "kind": kind, "methods": ["svd"], "ranks": {"absolute": [2, 6]}}
-    config = tiny_study(tiny_folder, enqueue=[BESIDE], space=space, sampler={"name": "tpe"}, budget={"trials": 14})
+    config = tiny_study(tiny_folder, enqueue=[OUTSIDE], space=space, sampler={"name": "tpe"}, budget={"trials": 14})
     study = run_study(config, out=tmp_path / "run")
-    assert own(study) == [BESIDE]
+    assert own(study) == [OUTSIDE]
     assert study.records[1].state == "complete"
     assert study.evaluated_trials == 14
 
 
-def test_a_stopped_study_goes_on_with_the_same_point(tiny_folder: Path, tmp_path: Path) -> None:
-    config = tiny_study(tiny_folder, enqueue=[BESIDE, INSIDE], sampler={"name": "tpe"}, budget={"trials": 8})
+def test_a_stopped_study_resumes_with_the_same_point(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_study(tiny_folder, enqueue=[OUTSIDE, INSIDE], sampler={"name": "tpe"}, budget={"trials": 8})
     whole = run_study(config, out=tmp_path / "whole")
     for watcher in (Watcher(during={1: interrupt}), Watcher(before={1: interrupt}), Watcher(during={4: interrupt})):
         with pytest.raises(KeyboardInterrupt):
@@ -96,19 +96,19 @@ def test_a_stopped_study_goes_on_with_the_same_point(tiny_folder: Path, tmp_path
     resumed = run_study(config, out=tmp_path / "stopped")
     assert points_and_accuracies(resumed) == points_and_accuracies(whole)
     first = next(record for record in evaluated(resumed) if record.trial > 0)
-    assert (first.trial, first.origin, first.point.to_json()) == (1, "enqueued", BESIDE)
+    assert (first.trial, first.origin, first.point.to_json()) == (1, "enqueued", OUTSIDE)
     assert first.why == whole.records[1].why
 
 
-def test_a_point_may_be_added_to_a_study_that_has_begun(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_point_can_be_added_to_a_started_study(tiny_folder: Path, tmp_path: Path) -> None:
     config = tiny_study(tiny_folder, budget={"trials": 3}, enqueue=[INSIDE])
     first = run_study(config, out=tmp_path / "run")
-    longer = {**config, "enqueue": [BESIDE, INSIDE], "budget": {"trials": 5}}
+    longer = {**config, "enqueue": [OUTSIDE, INSIDE], "budget": {"trials": 5}}
     with pytest.raises(KeyboardInterrupt):
         run_study(longer, out=tmp_path / "run", listener=Watcher(before={3: interrupt}))
     second = run_study(longer, out=tmp_path / "run")
     assert second.records[: len(first.records)] == first.records
-    assert evaluated(second)[3].point.to_json() == BESIDE
+    assert evaluated(second)[3].point.to_json() == OUTSIDE
     assert sum(record.point_id == evaluated(second)[3].point_id for record in evaluated(second)) == 1
     assert second.evaluated_trials == 5
     with pytest.raises(Exception, match=re.escape("holds another study (different: enqueue)")):
@@ -118,7 +118,7 @@ def test_a_point_may_be_added_to_a_study_that_has_begun(tiny_folder: Path, tmp_p
 def test_an_own_point_is_exported(tiny_folder: Path, tmp_path: Path) -> None:
     from dse.export import export_trials
 
-    study = run_study(tiny_study(tiny_folder, enqueue=[BESIDE], budget={"trials": 2}), out=tmp_path / "run")
+    study = run_study(tiny_study(tiny_folder, enqueue=[OUTSIDE], budget={"trials": 2}), out=tmp_path / "run")
     result = export_trials(study, 1, out=tmp_path / "model")[0]
     assert result.parameters == study.records[1].cost["parameters"]
 
@@ -134,9 +134,9 @@ def _space(**changes: Any) -> dict[str, Any]:
         ({"tensors": {"layers.0.query": {"method": "svd", "rank": 17}}}, {}, "`rank <= 16` must hold"),
         ({"tensors": {"layers.0.gate": {"method": "svd", "rank": 3}}}, {}, "does not hold layers.0.gate"),
         ({"tensors": {"layers.0.mlp": {"method": "removed", "rank": 0}}}, {}, "names 'layers.0.mlp', and"),
-        (BESIDE, {"constraints": {"keep_layers": [1]}}, "`keep_layers` [1] keeps layer 1 dense"),
-        (BESIDE, {"constraints": {"keep_roles": ["value"]}}, "`keep_roles` ['value'] keeps value dense"),
-        (BESIDE, {"constraints": {"reduction": {"min": 0.3}}}, "breaks reduction_min by 0."),
+        (OUTSIDE, {"constraints": {"keep_layers": [1]}}, "`keep_layers` [1] keeps layer 1 dense"),
+        (OUTSIDE, {"constraints": {"keep_roles": ["value"]}}, "`keep_roles` ['value'] keeps value dense"),
+        (OUTSIDE, {"constraints": {"reduction": {"min": 0.3}}}, "breaks reduction_min by 0."),
         ("none.json", {}, "none.json: No such file"),
         ({"tensors": {f"layers.{i}.attention": {"method": "removed", "rank": 0} for i in range(3)}}, {}, "must remain"),
     ],
@@ -158,7 +158,7 @@ def test_points_that_break_a_constraint_are_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_dense_model_may_be_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_dense_point_can_be_enqueued(tiny_folder: Path, tmp_path: Path) -> None:
     study = run_study(tiny_study(tiny_folder, enqueue=[{}], budget={"trials": 2}), out=tmp_path / "run")
     assert own(study) == []
     with pytest.raises(ConfigError, match="`tensors` must map tensor names to choices"):
