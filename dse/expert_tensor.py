@@ -71,7 +71,7 @@ class ExpertTensor:
 
     @property
     def reads_token(self) -> bool:
-        """Whether the chosen experts of a token share their input (gate_up); otherwise their outputs are summed (down)."""
+        """Whether a token's chosen experts share their input (gate_up); if not, their outputs are added (down)."""
         return self.role == "expert_gate_up"
 
     def ranks(self, rank: int, expert_rank: int = 0) -> tuple[int, int, int]:

@@ -50,7 +50,7 @@ def resume_or_start(driver: StudyDriver) -> list[Proposal]:
         driver.remember(record)
     unfinished = storage.unfinished(driver.search.space.dimensions)
     if baseline is not None:
-        _enqueue_added(driver)
+        _enqueue_added(driver, unfinished)
     elif not unfinished and storage.enqueued == 0:
         storage.enqueue(Proposal(prepared.space.dense_levels, "dense"))
     if records or unfinished:
@@ -66,9 +66,9 @@ def _baseline(driver: StudyDriver, records: Sequence[TrialRecord]) -> EvaluatedT
     return EvaluatedTrial(record, driver.folder.read_evaluation(record.trial) if record.tasks else None)
 
 
-def _enqueue_added(driver: StudyDriver) -> None:
+def _enqueue_added(driver: StudyDriver, unfinished: Sequence[Proposal]) -> None:
     """Queue points that were added to the study file's `enqueue` since the study started."""
-    known = {record.point_id for record in driver.records}
+    known = {record.point_id for record in driver.records} | {driver.point_of(entry).id for entry in unfinished}
     for point in driver.prepared.enqueued:
         proposal = driver.search.user_proposal(point)
         if driver.point_of(proposal).id not in known and not driver.storage.is_enqueued(proposal):

@@ -233,7 +233,7 @@ def test_graded_metrics_are_objectives_of_their_own(tiny_folder: Path, tmp_path:
         ({"model": {"ref": "./no/such/model"}}, UserError, "no/such/model"),
         ({"model": {"ref": "MODEL", "device": "abacus"}}, ConfigError, "`model.device` must be auto"),
         ({"model": {"ref": "MODEL", "device": "cuda:77"}}, UserError, "cuda:77"),
-        ({"enqueue": [{"method": "svd", "rank": 3}]}, ConfigError, "does not hold layers.0.down"),
+        ({"enqueue": [{"method": "svd", "rank": 3}]}, ConfigError, "does not contain layers.0.down"),
         ({"enqueue": [{"method": "svd", "rank": 0}]}, ConfigError, "`rank >= 1` must hold"),
         ({"enqueue": [{"method": "svd", "rank": 6, "layers": [9]}]}, ConfigError, "layer=9"),
         ({"space": MILD_SPACE, "enqueue": [MILD_POINT]}, ConfigError, "must satisfy the space's limits"),

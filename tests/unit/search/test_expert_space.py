@@ -213,7 +213,7 @@ def test_a_study_of_a_mixture_of_experts(experts_folder: Path, tmp_path: Path) -
     assert placed.parameter_ratio == tensor.factor_parameters(6, 2) / tensor.parameters
     assert {rank_map_of(records[2].point, shape)[1][role] for role in EXPERT_ROLES} == {"removed"}
     tensors = [dict(record.point.by_name) for record in records]
-    touched = {name.rpartition(".")[2]: choice["method"] for own in tensors for name, choice in own.items()}
+    touched = {name.rpartition(".")[2]: choice.method for own in tensors for name, choice in own.items()}
     assert touched["expert_down"] == touched["expert_gate_up"] == "tucker"
     assert touched["query"] == "svd"
     assert all(math.isfinite(record.quantities["accuracy"].value or math.nan) for record in records)

@@ -17,7 +17,7 @@ from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import LatencySpec
 from dse.measurement.device_profile import ModelProfile, ProductShape, ProductTimings, profile_model
 from dse.models import LoadedModel, load_model
-from dse.pareto import objectives_named
+from dse.pareto import Objective, objectives_named
 from dse.search.latency_forecast import LatencyForecast
 from dse.search.proposal import Proposal
 from dse.search.search_session import SearchSession
@@ -48,9 +48,12 @@ def loaded(tiny_folder: Path) -> LoadedModel:
 @pytest.fixture
 def plan(loaded: LoadedModel, tmp_path: Path, own_cache: Path) -> MeasurementPlan:
     timings = ScriptedTimings(torch.device("cpu"), torch.float32, 2**20, tmp_path)
-    made = MeasurementPlan((LatencySpec(prompt_tokens=8),), predicts_latency=True)
-    made.profile = profile_model(loaded, timings)
-    return made
+    cells = (LatencySpec(prompt_tokens=8),)
+    return MeasurementPlan(cells, profile=profile_model(loaded, timings), predicts_latency=True)
+
+
+def forecast_of(plan: MeasurementPlan, limits: LimitsConfig, objectives: Sequence[Objective]) -> LatencyForecast | None:
+    return LatencyForecast.of(plan.profile, plan.phases(), limits, objectives)
 
 
 def space_of(loaded: LoadedModel) -> LevelSpace:
@@ -66,10 +69,10 @@ def dense_record(loaded: LoadedModel) -> TrialRecord:
 
 
 def session_of(
-    loaded: LoadedModel, plan: MeasurementPlan, most_s: float | None, latencies: Sequence[str] = ("decode_latency_s",)
+    loaded: LoadedModel, plan: MeasurementPlan, max_s: float | None, latencies: Sequence[str] = ("decode_latency_s",)
 ) -> SearchSession:
     space = space_of(loaded)
-    limits = LimitsConfig(decode_latency_s=Range(max=most_s))
+    limits = LimitsConfig(decode_latency_s=Range(max=max_s))
     parts = SearchParts(warm_starts=True, start_up=True, refinement=True, refit=True)
     return SearchSession(
         space,
@@ -77,8 +80,8 @@ def session_of(
         parts,
         seed=0,
         trials=24,
-        divergences=level_table(space, "svd"),
-        forecast=LatencyForecast.of(plan, limits, objectives_named(["accuracy", *latencies])),
+        table=level_table(space, "svd"),
+        forecast=forecast_of(plan, limits, objectives_named(["accuracy", *latencies])),
     )
 
 
@@ -97,17 +100,17 @@ def test_allocations_satisfy_a_limit_that_they_would_otherwise_violate(
     points = [free.space.point(c.levels) for c in free.first() if c.origin == "allocation"]
     latencies = sorted(predicted(plan.profile, plan, point) for point in points)
     assert latencies[0] < latencies[-1]
-    most_s = latencies[len(latencies) // 2]
-    limited = session_of(loaded, plan, most_s)
+    max_s = latencies[len(latencies) // 2]
+    limited = session_of(loaded, plan, max_s)
     limited.begin({}, dense_record(loaded))
     found = [candidate for candidate in limited.first() if candidate.origin == "allocation"]
     assert found
     for candidate in found:
         point = limited.space.point(candidate.levels)
-        assert predicted(plan.profile, plan, point) <= most_s * (1 + 1e-9)
+        assert predicted(plan.profile, plan, point) <= max_s * (1 + 1e-9)
         assert "within the limit on predicted latency" in candidate.why
     # A new session, as in a resumed study, proposes the same points.
-    again = session_of(loaded, plan, most_s)
+    again = session_of(loaded, plan, max_s)
     again.begin({}, dense_record(loaded))
     assert [candidate.levels for candidate in again.first()] == [candidate.levels for candidate in limited.first()]
 
@@ -115,7 +118,7 @@ def test_allocations_satisfy_a_limit_that_they_would_otherwise_violate(
 def test_the_table_predicts_the_latency_of_its_points(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     session = session_of(loaded, plan, 1.0)
     session.begin({}, dense_record(loaded))
-    table = session.divergences
+    table = session.table
     assert table is not None
     assert table.latency_dense_s == DENSE_S
     generator = random.Random(0)
@@ -134,7 +137,7 @@ def test_every_other_allocation_saves_latency_if_latency_is_an_objective(
     session = session_of(loaded, plan, None)
     session.begin({}, dense_record(loaded))
     assert session.forecast is not None
-    assert session.forecast.most_s is None
+    assert session.forecast.max_s is None
     found = [candidate for candidate in session.first() if candidate.origin == "allocation"]
     timed = [candidate for candidate in found if "of the dense model's latency" in candidate.why]
     assert 0 < len(timed) < len(found)
@@ -143,29 +146,29 @@ def test_every_other_allocation_saves_latency_if_latency_is_an_objective(
         point = session.space.point(candidate.levels)
         assert predicted(plan.profile, plan, point) <= (share + 0.0005) * DENSE_S
         # `why` names the budget; no point within it has less divergence.
-        assert session.divergences is not None
+        assert session.table is not None
         budget_s = (share - 0.0005) * DENSE_S
-        least = allocate(session.divergences, latency_s=budget_s, constraints=constraints_of(session.space))
-        chosen = sum(option.divergence for option in session.divergences.options_of(point).values())
+        least = allocate(session.table, latency_s=budget_s, constraints=constraints_of(session.space))
+        chosen = sum(option.divergence for option in session.table.options_of(point).values())
         assert chosen <= least.divergence * (1 + 1e-4)
 
 
 def test_a_limited_latency_takes_precedence(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     limits = LimitsConfig(decode_latency_s=Range(max=1.0))
     both = objectives_named(["accuracy", "prefill_latency_s", "decode_latency_s"])
-    found = LatencyForecast.of(plan, limits, both)
+    found = forecast_of(plan, limits, both)
     assert found is not None
-    assert (found.quantity, found.most_s) == ("decode_latency_s", 1.0)
-    found = LatencyForecast.of(plan, LimitsConfig(), both)
+    assert (found.quantity, found.max_s) == ("decode_latency_s", 1.0)
+    found = forecast_of(plan, LimitsConfig(), both)
     assert found is not None
-    assert (found.quantity, found.most_s) == ("prefill_latency_s", None)
+    assert (found.quantity, found.max_s) == ("prefill_latency_s", None)
 
 
 def test_without_a_predicted_objective_there_is_no_forecast(loaded: LoadedModel, plan: MeasurementPlan) -> None:
     limits = LimitsConfig(decode_latency_s=Range(max=1.0))
     timed, untimed = (objectives_named(["accuracy", name]) for name in ("decode_latency_s", "parameters"))
-    assert LatencyForecast.of(replace(plan, predicts_latency=False), limits, timed) is None
-    assert LatencyForecast.of(plan, LimitsConfig(peak_memory_bytes=Range(max=1.0)), untimed) is None
+    assert LatencyForecast.of(None, plan.phases(), limits, timed) is None
+    assert forecast_of(plan, LimitsConfig(peak_memory_bytes=Range(max=1.0)), untimed) is None
 
 
 def test_without_a_baseline_latency_allocations_do_not_claim_to_satisfy_a_limit(

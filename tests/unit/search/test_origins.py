@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dse.design_point import DesignPoint, TensorChoice
 from dse.evaluation.statistics.intervals import Interval
 from dse.pareto import objectives_named
 from dse.search.origins import choose_proposer, credited_origins, origin_shares, selection_probabilities
@@ -18,17 +19,16 @@ OBJECTIVES = objectives_named(["accuracy", "parameters"])
 REFERENCE = {"accuracy": 0.0, "parameters": 110.0}
 
 
-def record(trial: int, origin: str, accuracy: float, parameters: float, **changes: Any) -> TrialRecord:
-    quantities = {"accuracy": Interval(accuracy)}
-    point = {"tensors": {} if origin == "dense" else {"a": {"method": "svd", "rank": trial + 1}}}
+def record(
+    trial: int, origin: str, accuracy: float, parameters: float, rank: int | None = None, **changes: Any
+) -> TrialRecord:
+    point = DesignPoint.of({} if origin == "dense" else {"a": TensorChoice("svd", rank or trial + 1)})
     values: dict[str, Any] = {
         "state": "complete",
-        "point_id": f"p{trial}",
         "cost": {"parameters": parameters},
-        "quantities": quantities,
+        "quantities": {"accuracy": Interval(accuracy)},
     }
-    values |= changes
-    return TrialRecord(trial=trial, origin=origin, point=point, point_text="", **values)
+    return TrialRecord(trial=trial, origin=origin, point=point, **(values | changes))
 
 
 def test_hypervolume_is_credited_to_the_origin_that_added_it() -> None:
@@ -52,10 +52,10 @@ def test_hypervolume_is_credited_to_the_origin_that_added_it() -> None:
 
 def test_a_retried_trial_is_credited_to_its_first_origin() -> None:
     records = [
-        record(1, "refined", 0.5, 60.0, state="interrupted", point_id="same"),
-        record(2, "retried", 0.5, 60.0, state="interrupted", point_id="same"),
-        record(3, "retried", 0.5, 60.0, point_id="same"),
-        record(4, "retried", 0.5, 60.0, point_id="another"),
+        record(1, "refined", 0.5, 60.0, state="interrupted", rank=1),
+        record(2, "retried", 0.5, 60.0, state="interrupted", rank=1),
+        record(3, "retried", 0.5, 60.0, rank=1),
+        record(4, "retried", 0.5, 60.0, rank=9),
     ]
     assert credited_origins(records, OBJECTIVES) == {1: "refined", 2: "refined", 3: "refined", 4: "retried"}
 

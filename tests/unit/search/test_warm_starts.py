@@ -258,10 +258,10 @@ def test_explain_prints_origin_and_ranks_of_a_trial(explained: Study, capsys: py
         assert set(found.rank_map) == {0, 1, 2}
         for name, choice in record.point.by_name.items():
             layer, role = int(name.split(".")[1]), name.split(".")[2]
-            if choice["method"] == "removed":
+            if choice.is_removal:
                 assert "removed" in found.rank_map[layer].values()
             else:
-                assert found.rank_map[layer][role] == str(choice["rank"])
+                assert found.rank_map[layer][role] == str(choice.rank)
         assert set(found.rank_map[1].values()) == {"."}
     assert main(["front", directory, "--explain", "99"]) == 2
     assert "a trial must be one of this study's" in capsys.readouterr().err

@@ -115,5 +115,5 @@ def test_non_finite_outputs_and_transformed_logits_are_refused(tiny: LoadedModel
         found.measure(point_of(tiny, 0), 0)
     bent = llama()
     bent.model.register_forward_hook(lambda _m, _i, output: type(output)(logits=3 * output.logits))
-    with pytest.raises(ModelError, match="logits are its output head's"):
+    with pytest.raises(ModelError, match="logits are the output of its head"):
         DivergenceMeter(bent, windows(), bank)
