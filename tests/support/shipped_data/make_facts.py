@@ -1,7 +1,7 @@
 """Generate the four-choice questions of dse_facts and the sentences of calibration/facts.txt from sources/facts.yaml.
 
-    python -m dse.data.make_facts            # writes both files
-    python -m dse.data.make_facts --check    # exit 1 if a file is out of date
+    python -m shipped_data.make_facts            # writes both files
+    python -m shipped_data.make_facts --check    # exit 1 if a file is out of date
 
 The test facts of a category are divided into groups of four, and the four answers of a group are the choices of each of
 its questions. Every answer is therefore correct once and wrong three times among the same choices, so a scorer that
@@ -18,7 +18,14 @@ from pathlib import Path
 
 import yaml
 
-from dse.data.generation import CALIBRATION_FOLDER, SOURCES_FOLDER, TASKS_FOLDER, json_lines, scattered, write_or_check
+from shipped_data.generation import (
+    CALIBRATION_FOLDER,
+    SOURCES_FOLDER,
+    TASKS_FOLDER,
+    json_lines,
+    scattered,
+    write_or_check,
+)
 
 CHOICES = 4
 _ATTEMPTS = 2_000

@@ -1,7 +1,7 @@
 """Split general_heldout.txt into the documents of dse_text, a perplexity task on varied text.
 
-python -m dse.data.make_text            # writes the file
-python -m dse.data.make_text --check    # exit 1 if the file is out of date
+python -m shipped_data.make_text            # writes the file
+python -m shipped_data.make_text --check    # exit 1 if the file is out of date
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dse.data.generation import DATA_FOLDER, TASKS_FOLDER, json_lines, write_or_check
+from shipped_data.generation import DATA_FOLDER, TASKS_FOLDER, json_lines, write_or_check
 
 MAX_WORDS = 350
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-DATA_FOLDER = Path(__file__).parent
-SOURCES_FOLDER = DATA_FOLDER / "sources"
+DATA_FOLDER = Path(__file__).resolve().parents[3] / "dse" / "data"
+SOURCES_FOLDER = Path(__file__).parent / "sources"
 TASKS_FOLDER = DATA_FOLDER / "tasks"
 CALIBRATION_FOLDER = DATA_FOLDER / "calibration"
 

@@ -1,7 +1,7 @@
 """Generate the minimal pairs of dse_grammar and the sentences of calibration/grammar.txt from the lexicon.
 
-    python -m dse.data.make_grammar            # writes both files
-    python -m dse.data.make_grammar --check    # exit 1 if a file is out of date
+    python -m shipped_data.make_grammar            # writes both files
+    python -m shipped_data.make_grammar --check    # exit 1 if a file is out of date
 
 A frame such as ``the [{animal.one}|{animal.many}] {place.it} the tree => is|are => very old`` yields one pair of
 documents per filling of its slots: "The cat near the tree" with the answer "is", and "The cats near the tree" with
@@ -22,7 +22,14 @@ from typing import Literal
 
 import yaml
 
-from dse.data.generation import CALIBRATION_FOLDER, SOURCES_FOLDER, TASKS_FOLDER, json_lines, scattered, write_or_check
+from shipped_data.generation import (
+    CALIBRATION_FOLDER,
+    SOURCES_FOLDER,
+    TASKS_FOLDER,
+    json_lines,
+    scattered,
+    write_or_check,
+)
 
 Split = Literal["test", "calibration"]
 Row = Mapping[str, str]

@@ -1,7 +1,7 @@
 """Generate the sentence pairs of dse_sentence_pairs from the lexicon of dse_grammar.
 
-    python -m dse.data.make_sentence_pairs            # writes the file
-    python -m dse.data.make_sentence_pairs --check    # exit 1 if the file is out of date
+    python -m shipped_data.make_sentence_pairs            # writes the file
+    python -m shipped_data.make_sentence_pairs --check    # exit 1 if the file is out of date
 
 The pairs have no labels: the task compares a decomposed sentence encoder with the dense one. Three degrees spread the
 similarities: the two sides of a minimal pair, which differ in one or two words; two sentences of one phenomenon, which
@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dse.data.generation import TASKS_FOLDER, json_lines, scattered, write_or_check
-from dse.data.make_grammar import Lexicon, Sentence, make_sentences, read_lexicon
+from shipped_data.generation import TASKS_FOLDER, json_lines, scattered, write_or_check
+from shipped_data.make_grammar import Lexicon, Sentence, make_sentences, read_lexicon
 
 __all__ = ["PAIRS_PER_PHENOMENON", "make_files", "make_pairs"]
 
