@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dse.cli.options import EXIT_OK, add_command, count, positive
+from dse.cli.options import add_command, count, positive
 from dse.cli.sensitivity import add_profile_options, sensitivity_request
 
 __all__ = ["add_parser", "run"]
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Allocate and print one line per point."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.sensitivity import AllocationConstraints
     from dse.standalone import AllocationRequest, LatencyBudget, allocate_points
@@ -77,11 +77,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with TerminalListener() as listener:
         documents = allocate_points(request, listener)
-    if options.json:
-        print_json(documents)
-    else:
-        _print_allocations(documents)
-    return EXIT_OK
+    return print_result(options, documents, _print_allocations)
 
 
 def _print_allocations(documents: Sequence[Mapping[str, Any]]) -> None:

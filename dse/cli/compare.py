@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_OK, add_command
+from dse.cli.options import add_command
 
 if TYPE_CHECKING:
     from dse.evaluation.paired_comparison import Comparison
@@ -39,24 +40,15 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the comparison."""
-    from dse.cli.printing import as_json, print_json
+    from dse.cli.printing import as_json, print_result
     from dse.study import open_study
 
     found = open_study(options.directory).compare(*options.trials)
-    if options.json:
-        print_json(as_json(found))
-    else:
-        print("\n".join(_lines(found, options.trials)))
-    return EXIT_OK
+    return print_result(options, found, partial(_print_comparison, options.trials), as_json)
 
 
-def _lines(found: TrialComparison, requested: Sequence[int]) -> list[str]:
-    """Two tables: quality paired by document, and costs.
-
-    Args:
-        found: The result of `Study.compare`.
-        requested: The requested trials; a duplicate stands for the trial that it repeats.
-    """
+def _print_comparison(requested: Sequence[int], found: TrialComparison) -> None:
+    """Print two tables: quality paired by document, and costs; a requested duplicate stands for its original."""
     from dse.report.text_tables import aligned
 
     trials = (found.first, found.second)
@@ -76,7 +68,7 @@ def _lines(found: TrialComparison, requested: Sequence[int]) -> list[str]:
             "in brackets: unpaired standard errors; detectable: smallest change that this many documents detect with",
             "80 % power; lost, gained: documents that only the first or only the second trial answers correctly",
         ]
-    return lines
+    print("\n".join(lines))
 
 
 def _quality_row(row: Comparison) -> list[str]:

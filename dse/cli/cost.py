@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_OK, POINT_HELP, add_command, add_model, model_request, positive
+from dse.cli.options import POINT_HELP, add_command, add_model, model_request, positive
 
 if TYPE_CHECKING:
     from dse.standalone import ModelCost
@@ -31,15 +32,11 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the cost."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.standalone import model_cost
 
     found = model_cost(model_request(options), options.point, prompt_tokens=options.prompt_tokens)
-    if options.json:
-        print_json(found.cost.to_json())
-    else:
-        _print_cost(options.model, found)
-    return EXIT_OK
+    return print_result(options, found, partial(_print_cost, options.model), lambda found: found.cost.to_json())
 
 
 def _print_cost(model: str, found: ModelCost) -> None:

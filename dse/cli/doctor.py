@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_OK, add_command
+from dse.cli.options import add_command
+
+if TYPE_CHECKING:
+    from dse.measurement import Check
 
 __all__ = ["add_parser", "run"]
 
@@ -27,19 +30,22 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the checks and print them."""
     from rich.console import Console
-    from rich.markup import escape
 
-    from dse.cli.printing import console, print_json
+    from dse.cli.printing import as_json, print_result
     from dse.measurement import run_checks
 
     with Console(stderr=True).status("checking"):
         checks = run_checks()
-    if options.json:
-        print_json([dataclasses.asdict(check) for check in checks])
-        return EXIT_OK
+    return print_result(options, checks, _print_checks, as_json)
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    from rich.markup import escape
+
+    from dse.cli.printing import console
+
     out = console()
     for check in checks:
         out.print(f"{_MARKS[check.status]:<22} {escape(check.name)}: {escape(check.detail)}")
         if check.remedy:
             out.print(f"        remedy: {escape(check.remedy)}")
-    return EXIT_OK

@@ -6,18 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from dse.cli.options import (
-    EXIT_OK,
-    POINT_HELP,
-    add_calibration,
-    add_command,
-    add_device,
-    add_model,
-    calibration_text,
-    count,
-    model_request,
-    positive,
-)
+from dse.cli.options import add_command, add_model_at_point, calibration_text, count, model_request, positive
 
 __all__ = ["add_parser", "run"]
 
@@ -31,22 +20,19 @@ def add_parser(commands: Any) -> None:
         summary="evaluate a model, dense or at a point, with lm-eval",
         example="dse evaluate --model demo:smollm2-135m-instruct --task dse_facts --limit 50",
     )
-    add_model(parser)
-    parser.add_argument("--point", default="dense", metavar="POINT", help=POINT_HELP)
+    add_model_at_point(parser)
     parser.add_argument(
         "--task", action="append", required=True, metavar="T", help="lm-eval task, dse_* task or task YAML; repeatable"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="documents per task, drawn by seed (all)")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="seed of the documents (0)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="documents per batch (16)")
-    add_device(parser)
-    add_calibration(parser)
     parser.add_argument("--no-cache", action="store_true", help="do not read or write evaluations in the user's cache")
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the results."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.config import EvaluationConfig
     from dse.standalone import evaluate_model
@@ -61,11 +47,7 @@ def run(options: argparse.Namespace) -> int:
             use_cache=not options.no_cache,
             listener=listener,
         )
-    if options.json:
-        print_json(document)
-    else:
-        _print_results(document)
-    return EXIT_OK
+    return print_result(options, document, _print_results)
 
 
 def _print_results(document: Mapping[str, Any]) -> None:

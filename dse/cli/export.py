@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_OK, add_command
+from dse.cli.options import add_command
 
 if TYPE_CHECKING:
     from dse.export import ExportResult
@@ -34,34 +35,26 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Export the trials and print the results."""
-    from dse.cli.printing import as_json, print_json
+    from dse.cli.printing import as_json, print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.export import export_trials
 
     with TerminalListener() as listener:
         results = export_trials(options.directory, options.trial, options.out, dense=options.dense, listener=listener)
-    if options.json:
-        print_json([as_json(result) for result in results])
-    else:
-        for result in results:
-            _print_result(result)
-    return EXIT_OK
+    return print_result(options, results, _print_exports, as_json)
 
 
-def _print_result(result: ExportResult) -> None:
+def _print_exports(results: Sequence[ExportResult]) -> None:
     from dse.report.units import percent
 
-    print(
-        f"{result.folder}: {result.weight_file_bytes / 1e6:.1f} MB of weights"
-        f" (dense: {result.dense_weight_bytes / 1e6:.1f} MB)"
-    )
-    if result.is_dense:
-        print("  merged dense weights: run in any engine, save nothing")
-    else:
-        print(f"  {percent(result.reduction)} of the parameters removed")
-        print(f'  load: AutoModelForCausalLM.from_pretrained("{result.folder}", trust_remote_code=True)')
-    if result.max_logit_difference is not None:
-        print(
-            f"  reloaded in a fresh process: largest logit difference {result.max_logit_difference:.2g}"
-            f" (limit {result.tolerance:.2g})"
-        )
+    for result in results:
+        size_mb, dense_mb = result.weight_file_bytes / 1e6, result.dense_weight_bytes / 1e6
+        print(f"{result.folder}: {size_mb:.1f} MB of weights (dense: {dense_mb:.1f} MB)")
+        if result.is_dense:
+            print("  merged dense weights: run in any engine, save nothing")
+        else:
+            print(f"  {percent(result.reduction)} of the parameters removed")
+            print(f'  load: AutoModelForCausalLM.from_pretrained("{result.folder}", trust_remote_code=True)')
+        if result.max_logit_difference is not None:
+            largest, limit = result.max_logit_difference, result.tolerance
+            print(f"  reloaded in a fresh process: largest logit difference {largest:.2g} (limit {limit:.2g})")

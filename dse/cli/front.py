@@ -6,11 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_OK, add_command
+from dse.cli.options import add_command
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dse.report.explanation import Explanation
     from dse.study import Study
 
 __all__ = ["add_parser", "print_front", "run"]
@@ -33,23 +34,20 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the front, or the explanation of a trial."""
-    from dse.cli.printing import as_json, print_json
-    from dse.report.rank_map import rank_map_text
+    from dse.cli.printing import as_json, print_result
     from dse.study import open_study
     from dse.study.study_document import study_document
 
     study = open_study(options.directory)
-    if options.explain is not None:
-        explanation = study.explain(options.explain)
-        if options.json:
-            print_json(as_json(explanation))
-        else:
-            print("\n".join([*explanation.lines, "", *rank_map_text(explanation.rank_map)]))
-    elif options.json:
-        print_json(study_document(study))
-    else:
-        print_front(study)
-    return EXIT_OK
+    if options.explain is None:
+        return print_result(options, study, print_front, study_document)
+    return print_result(options, study.explain(options.explain), _print_explanation, as_json)
+
+
+def _print_explanation(explanation: Explanation) -> None:
+    from dse.report.rank_map import rank_map_text
+
+    print("\n".join([*explanation.lines, "", *rank_map_text(explanation.rank_map)]))
 
 
 def print_front(study: Study) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from dse.cli import (
     allocate,
@@ -37,21 +37,8 @@ from dse.errors import DseError, UserError
 __all__ = ["build_parser", "main"]
 
 # In the order of `dse --help`.
-_COMMANDS = (
-    run,
-    front,
-    recommend,
-    compare,
-    export,
-    cost,
-    space,
-    sensitivity,
-    allocate,
-    evaluate,
-    measure,
-    profile_device,
-    doctor,
-)
+_STUDY_COMMANDS = (run, front, recommend, compare, export)
+_MODEL_COMMANDS = (cost, space, sensitivity, allocate, evaluate, measure, profile_device, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dse {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
-    for command in _COMMANDS:
+    for command in _STUDY_COMMANDS + _MODEL_COMMANDS:
         command.add_parser(commands)
     return parser
 
@@ -147,14 +134,7 @@ def _set_up_warnings() -> None:
 
     printed: set[str] = set()
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, *_arguments: object, **_options: object) -> None:
         if str(message) not in printed:
             printed.add(str(message))
             print(f"dse: notice: {message}", file=sys.stderr)
@@ -174,7 +154,3 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
         print(self.format(record), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

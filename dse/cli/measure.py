@@ -6,18 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dse.cli.options import (
-    EXIT_OK,
-    POINT_HELP,
-    add_calibration,
-    add_command,
-    add_device,
-    add_model,
-    calibration_text,
-    model_request,
-    positive,
-    positive_list,
-)
+from dse.cli.options import add_command, add_model_at_point, calibration_text, model_request, positive, positive_list
 
 __all__ = ["add_parser", "run"]
 
@@ -34,8 +23,7 @@ def add_parser(commands: Any) -> None:
         example="dse measure --model demo:smollm2-135m-instruct --point"
         """ '{"method": "svd", "rank": 64, "layers": [20, 21]}' --batch 1,8""",
     )
-    add_model(parser)
-    parser.add_argument("--point", default="dense", metavar="POINT", help=POINT_HELP)
+    add_model_at_point(parser, several_devices=True)
     parser.add_argument("--batch", type=positive_list, default=(1,), metavar="N,...", help="batch sizes (1)")
     parser.add_argument(
         "--prompt", type=positive_list, default=(128,), metavar="N,...", help="prompt lengths in tokens (128)"
@@ -48,7 +36,6 @@ def add_parser(commands: Any) -> None:
         metavar="METER",
         help="auto, rapl, nvml, nvml:<index or UUID>,..., replay:<trace.csv>, or none (auto)",
     )
-    add_device(parser, several=True)
     parser.add_argument("--blocks", type=positive, default=4, metavar="N", help="minimum number of ABBA blocks (4)")
     parser.add_argument(
         "--precision", type=float, default=0.02, metavar="P", help="target half-width of a ratio's interval (0.02)"
@@ -57,12 +44,11 @@ def add_parser(commands: Any) -> None:
         "--max-seconds", type=float, default=60.0, metavar="S", help="time limit per combination of sizes (60)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompt (0)")
-    add_calibration(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print the table."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.measurement import LatencySpec
     from dse.standalone import MeasurementRequest, measure_model
@@ -79,11 +65,7 @@ def run(options: argparse.Namespace) -> int:
         document = measure_model(
             model_request(options), options.point, request, calibration=calibration_text(options), listener=listener
         )
-    if options.json:
-        print_json(document)
-    else:
-        _print_measurement(document)
-    return EXIT_OK
+    return print_result(options, document, _print_measurement)
 
 
 def _print_measurement(document: Mapping[str, Any]) -> None:

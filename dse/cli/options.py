@@ -21,6 +21,7 @@ __all__ = [
     "add_command",
     "add_device",
     "add_model",
+    "add_model_at_point",
     "calibration_text",
     "count",
     "model_request",
@@ -38,13 +39,7 @@ _MODEL_HELP = "hub id, local folder, .gguf file, or demo:smollm2-135m-instruct"
 
 
 def add_command(
-    commands: Any,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    *,
-    summary: str,
-    example: str,
-    details: str = "",
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, example: str, details: str = ""
 ) -> argparse.ArgumentParser:
     """Add a command with the option `--json`.
 
@@ -80,6 +75,14 @@ def add_device(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
     devices = "auto, cpu, cuda or cuda:<index>" + (", or several GPUs: cuda:0,cuda:1" if several else "")
     parser.add_argument("--device", default="auto", help=f"{devices} (auto)")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
+
+
+def add_model_at_point(parser: argparse.ArgumentParser, *, several_devices: bool = False) -> None:
+    """Add the options that select a model, its device, a design point and the calibration text of its methods."""
+    add_model(parser)
+    parser.add_argument("--point", default="dense", metavar="POINT", help=POINT_HELP)
+    add_device(parser, several=several_devices)
+    add_calibration(parser)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

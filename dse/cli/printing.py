@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["as_json", "console", "plain_table", "print_json", "wide_console"]
+from dse.cli.options import EXIT_OK
+
+__all__ = ["as_json", "console", "plain_table", "print_json", "print_result", "wide_console"]
 
 _PIPE_WIDTH = 160  # rich assumes 80 columns if stdout is not a terminal
 
@@ -20,8 +23,21 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, allow_nan=False, default=str))
 
 
+def print_result(
+    options: argparse.Namespace, value: Any, show: Callable[[Any], None], to_json: Callable[[Any], Any] | None = None
+) -> int:
+    """Print the result of a command by `show`, or with `--json` the document that `to_json` makes of it."""
+    if options.json:
+        print_json(value if to_json is None else to_json(value))
+    else:
+        show(value)
+    return EXIT_OK
+
+
 def as_json(value: Any) -> Any:
-    """A dataclass as JSON values; paths become strings."""
+    """A dataclass, or a list of them, as JSON values; paths become strings."""
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
     return json.loads(json.dumps(dataclasses.asdict(value), default=str))
 
 

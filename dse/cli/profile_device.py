@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dse.cli.options import EXIT_OK, add_command, add_device, add_model, model_request, positive, positive_list
+from dse.cli.options import add_command, add_device, add_model, model_request, positive, positive_list
 
 __all__ = ["add_parser", "run"]
 
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Time the products and print their ratios."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.files import write_text
     from dse.standalone import RankTimingRequest, rank_timings_html, time_ranks
@@ -51,11 +51,7 @@ def run(options: argparse.Namespace) -> int:
         if options.plot is not None:
             write_text(Path(options.plot), rank_timings_html(document))
             listener.on_message(f"plot written to {options.plot}")
-    if options.json:
-        print_json(document)
-    else:
-        _print_timings(document)
-    return EXIT_OK
+    return print_result(options, document, _print_timings)
 
 
 def _print_timings(document: Mapping[str, Any]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_NOTHING_FITS, EXIT_OK, add_command
+from dse.cli.options import EXIT_NOTHING_FITS, add_command
 
 if TYPE_CHECKING:
     from dse.report.recommendation import Recommendation
@@ -38,16 +38,13 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the recommendation."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import as_json, print_result
     from dse.study import open_study
 
     study = open_study(options.directory)
     advice = study.recommend(options.max_accuracy_drop, options.min_reduction)
-    if options.json:
-        print_json(dataclasses.asdict(advice))
-    else:
-        print_recommendation(study, advice)
-    return EXIT_OK if advice.trial is not None else EXIT_NOTHING_FITS
+    code = print_result(options, advice, partial(print_recommendation, study), as_json)
+    return code if advice.trial is not None else EXIT_NOTHING_FITS
 
 
 def print_recommendation(study: Study, advice: Recommendation) -> None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import EXIT_INTERRUPTED, EXIT_OK, add_command, positive
+from dse.cli.options import EXIT_INTERRUPTED, add_command, positive
 from dse.shipped_files import shipped_names
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the study and print its front, files and recommendation."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.study import run_study
     from dse.study.study_document import study_document
@@ -52,11 +52,7 @@ def run(options: argparse.Namespace) -> int:
         again += ["--no-cache"] if options.no_cache else []
         print(f"stopped; every finished trial is stored. Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if options.json:
-        print_json(study_document(study))
-    else:
-        _print_study(study)
-    return EXIT_OK
+    return print_result(options, study, _print_study, study_document)
 
 
 def _print_study(study: Study) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dse.cli.options import (
-    EXIT_OK,
     add_calibration,
     add_command,
     add_device,
@@ -81,21 +81,17 @@ def sensitivity_request(options: argparse.Namespace) -> SensitivityRequest:
 
 def run(options: argparse.Namespace) -> int:
     """Measure the profile, write its files and print it."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
     from dse.standalone import run_sensitivity, write_profile
 
     with TerminalListener() as listener:
         profile = run_sensitivity(sensitivity_request(options), listener)
     written = write_profile(profile, options.out)
-    if options.json:
-        print_json(profile.to_json())
-    else:
-        _print_profile(profile, written)
-    return EXIT_OK
+    return print_result(options, profile, partial(_print_profile, written), lambda profile: profile.to_json())
 
 
-def _print_profile(profile: SensitivityProfile, written: Sequence[Path]) -> None:
+def _print_profile(written: Sequence[Path], profile: SensitivityProfile) -> None:
     from dse.report.sensitivity_heat_map import heat_map_of
 
     heat_map = heat_map_of(profile)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dse.cli.options import EXIT_OK, add_command, add_model, model_request
+from dse.cli.options import add_command, add_model, model_request
 from dse.shipped_files import shipped_names
 
 __all__ = ["add_parser", "run"]
@@ -30,15 +30,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the description."""
-    from dse.cli.printing import print_json
+    from dse.cli.printing import print_result
     from dse.standalone import describe_space
 
-    description = describe_space(options.space, model_request(options))
-    if options.json:
-        print_json(description)
-    else:
-        _print_description(description)
-    return EXIT_OK
+    return print_result(options, describe_space(options.space, model_request(options)), _print_description)
 
 
 def _print_description(description: Mapping[str, Any]) -> None:

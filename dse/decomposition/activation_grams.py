@@ -8,8 +8,8 @@ costs one pass over the calibration windows, which stops after the group's last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -20,22 +20,10 @@ from dse.errors import CalibrationError, NonFiniteError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Topology
 
-__all__ = ["DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "forward_body", "iterate_grams"]
+__all__ = ["DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "check_all_seen", "forward_body", "iterate_grams"]
 
 DEFAULT_GRAM_BUDGET_BYTES = 512 * 2**20
 _BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class _SharedInput:
-    """One input and the tensors that read it, in forward order."""
-
-    names: tuple[str, ...]
-    width: int
-
-    @property
-    def gram_bytes(self) -> int:
-        return 4 * self.width**2
 
 
 class StopForward(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
@@ -72,19 +60,17 @@ def iterate_grams(
     groups = _group_by_budget(inputs, budget_bytes)
     for index, group in enumerate(groups):
         grams = _accumulate(model, topology, group, windows, progress, (index, len(groups)))
-        for shared in group:
-            gram = grams.pop(shared.names[0])
+        for sharing in group:
+            gram = grams.pop(sharing[0])
             if not bool(torch.isfinite(gram).all()):
-                raise NonFiniteError(
-                    f"calibration activations must be finite, but the input of '{shared.names[0]}' is not"
-                )
-            yield shared.names, gram / windows.tokens
+                raise NonFiniteError(f"calibration activations must be finite, but the input of '{sharing[0]}' is not")
+            yield sharing, gram / windows.tokens
 
 
 def _find_shared_inputs(
     model: nn.Module, topology: Topology, names: tuple[str, ...], probe: Tensor
-) -> list[_SharedInput]:
-    """Run a few tokens and find the tensors that receive the same tensor object."""
+) -> dict[tuple[str, ...], int]:
+    """Run a few tokens; names of tensors that receive the same tensor object, in forward order, to its width."""
     readers: list[tuple[Tensor, list[str]]] = []  # keeps inputs alive, so that no object id is reused
 
     def remember(name: str, value: Tensor) -> None:
@@ -94,50 +80,52 @@ def _find_shared_inputs(
                 return
         readers.append((value, [name]))
 
-    handles = [_hook(model, topology.matrix(name).modules[0], partial(remember, name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(_hook(model, topology, name, partial(remember, name)))
         forward_body(model, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = set(names) - {name for _, sharing in readers for name in sharing}
-    if missed:
+    check_all_seen(names, {name for _, sharing in readers for name in sharing})
+    return {tuple(sharing): value.shape[-1] for value, sharing in readers}
+
+
+def check_all_seen(names: Iterable[str], seen: set[str]) -> None:
+    """Check that every tensor took part in a forward pass.
+
+    Raises:
+        CalibrationError: Some of `names` are not in `seen`.
+    """
+    if missed := sorted(set(names) - seen):
         raise CalibrationError(
-            f"every tensor to be calibrated must take part in a forward pass, but {sorted(missed)[0]} (and"
-            f" {len(missed) - 1} more) did not; remove it from the space"
+            f"every tensor to be calibrated must take part in a forward pass, but {missed[0]} (and {len(missed) - 1}"
+            " more) did not; remove it from the space"
         )
-    return [_SharedInput(tuple(sharing), value.shape[-1]) for value, sharing in readers]
 
 
-def _group_by_budget(inputs: list[_SharedInput], budget_bytes: int) -> list[list[_SharedInput]]:
-    groups: list[list[_SharedInput]] = []
+def _group_by_budget(inputs: dict[tuple[str, ...], int], budget_bytes: int) -> list[dict[tuple[str, ...], int]]:
+    groups: list[dict[tuple[str, ...], int]] = []
     used = 0
-    for shared in inputs:
-        if not groups or used + shared.gram_bytes > budget_bytes:
-            groups.append([])
+    for sharing, width in inputs.items():
+        if not groups or used + 4 * width**2 > budget_bytes:
+            groups.append({})
             used = 0
-        groups[-1].append(shared)
-        used += shared.gram_bytes
+        groups[-1][sharing] = width
+        used += 4 * width**2
     return groups
 
 
 def _accumulate(
     model: nn.Module,
     topology: Topology,
-    group: list[_SharedInput],
+    group: dict[tuple[str, ...], int],
     windows: CalibrationWindows,
     progress: ProgressCallback,
     part: tuple[int, int],
 ) -> dict[str, Tensor]:
-    """One pass over the windows.
-
-    Returns:
-        The unscaled sums, by the first name that reads each input.
-    """
+    """One pass over the windows; returns the unscaled sums, by the first name that reads each input."""
     device = next(model.parameters()).device
     # float32 sums are enough: the rounding error is relative to each pair of channels, which whitening rescales.
-    grams = {s.names[0]: torch.zeros(s.width, s.width, device=device, dtype=torch.float32) for s in group}
-    last = group[-1].names[0]
+    grams = {names[0]: torch.zeros(n, n, device=device, dtype=torch.float32) for names, n in group.items()}
+    last = list(grams)[-1]
 
     def add(name: str, value: Tensor) -> None:
         rows = value.detach().reshape(-1, value.shape[-1]).to(torch.float32)
@@ -145,26 +133,24 @@ def _accumulate(
         if name == last:
             raise StopForward
 
-    handles = [_hook(model, topology.matrix(name).modules[0], partial(add, name)) for name in grams]
     batches = torch.split(windows.token_ids, max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
     done, total = part[0] * windows.tokens, part[1] * windows.tokens
-    try:
+    with ExitStack() as hooks:
+        for name in grams:
+            hooks.enter_context(_hook(model, topology, name, partial(add, name)))
         for batch in batches:
             progress("calibrate", done, total)
             forward_body(model, batch.to(device))
             done += batch.numel()
         progress("calibrate", done, total)
-    finally:
-        for handle in handles:
-            handle.remove()
     return grams
 
 
-def _hook(model: nn.Module, module: str, see: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    def before_forward(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        see(arguments[0])
-
-    return model.get_submodule(module).register_forward_pre_hook(before_forward)
+def _hook(
+    model: nn.Module, topology: Topology, name: str, see: Callable[[Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    module = model.get_submodule(topology.matrix(name).modules[0])
+    return module.register_forward_pre_hook(lambda _module, arguments: see(arguments[0]))
 
 
 def forward_body(model: nn.Module, token_ids: Tensor) -> None:

@@ -33,14 +33,10 @@ class RemovalPlan:
 
 
 def removal_plan(topology: Topology, removed: Iterable[str]) -> RemovalPlan:
-    """Plan the removal of these blocks.
+    """Plan the removal of these blocks, given by name.
 
     A layer that loses both its blocks is skipped as a whole. The remaining attention blocks move up in the KV cache
     (see `cache_slots`).
-
-    Args:
-        topology: Topology of the dense model.
-        removed: Names of blocks.
     """
     names = tuple(removed)
     passed = topology.passed_layers(names)
@@ -55,13 +51,7 @@ def removal_plan(topology: Topology, removed: Iterable[str]) -> RemovalPlan:
 
 
 def removal_swaps(model: nn.Module, topology: Topology, removed: Iterable[str]) -> Iterator[Swap]:
-    """The swaps that make `model` skip these blocks.
-
-    Args:
-        model: The dense model.
-        topology: Its topology.
-        removed: Names of blocks.
-    """
+    """The swaps that make the dense `model` skip these blocks, given by name."""
     plan = removal_plan(topology, removed)
     for path, items in plan.blocks.items():
         yield module_swap(model, path, RemovedBlock(items))
@@ -75,15 +65,14 @@ def removal_swaps(model: nn.Module, topology: Topology, removed: Iterable[str]) 
 
 
 def cache_slots(topology: Topology, removed: Iterable[str]) -> dict[str, int]:
-    """Path of each attention module that must move to another slot of the KV cache, to that slot.
+    """Path of each attention module that must move to another slot of the KV cache if the named blocks are removed.
 
     Transformers sizes its caches by the config, with a kind per slot, and reads the sequence length from the first slot
     (for masks, from the first slot of each kind). So the remaining attention blocks of a kind fill the slots of that
     kind from the front; the last slots stay empty and use no memory.
 
-    Args:
-        topology: Topology of the dense model.
-        removed: Names of blocks.
+    Returns:
+        Module path to the new slot.
     """
     names = set(removed)
     attention = [block for block in topology.blocks if block.cache_module]
@@ -91,11 +80,8 @@ def cache_slots(topology: Topology, removed: Iterable[str]) -> dict[str, int]:
     for kind in {block.cache_kind for block in attention}:
         of_kind = [block for block in attention if block.cache_kind == kind]
         remaining = [block for block in of_kind if block.name not in names]
-        slots |= {
-            block.cache_module: slot.layer
-            for block, slot in zip(remaining, of_kind, strict=False)
-            if block.layer != slot.layer
-        }
+        moves = zip(remaining, of_kind, strict=False)
+        slots |= {block.cache_module: slot.layer for block, slot in moves if block.layer != slot.layer}
     return slots
 
 
@@ -109,10 +95,6 @@ def removal_problems(model: nn.Module, block: RemovableBlock) -> list[PointError
                 PointError(f"the model must have the module '{path}' ('{block.name}'), but it has none: another model?")
             ]
         if isinstance(module, (RemovedBlock, PassedLayer)):
-            return [
-                PointError(
-                    f"'{block.name}' must be in the model before a point is applied, but it is removed already; undo"
-                    " first"
-                )
-            ]
+            rule = f"'{block.name}' must be in the model before a point is applied"
+            return [PointError(f"{rule}, but it is removed already; undo first")]
     return []

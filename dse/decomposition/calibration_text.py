@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ class CalibrationWindows:
         return self.token_ids[torch.linspace(0, len(self.token_ids) - 1, count).long()]
 
 
-def _shipped(name: str) -> Callable[[], str]:
-    return lambda: (_DATA / f"{name}.txt").read_text(encoding="utf-8")
+def _shipped(name: str) -> str:
+    return (_DATA / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _python_docs() -> str:
@@ -77,9 +78,7 @@ def _python_docs() -> str:
 
 
 BUILTIN_TEXTS: dict[str, Callable[[], str]] = {
-    "general": _shipped("general"),
-    "grammar": _shipped("grammar"),
-    "facts": _shipped("facts"),
+    **{name: partial(_shipped, name) for name in ("general", "grammar", "facts")},
     "python_docs": _python_docs,
 }
 """Texts that need no network: three in this package, and the language reference of the Python installation."""
@@ -138,12 +137,11 @@ def held_out_windows(
     wanted = max(2, tokens // window)
     unused = [_cut(piece[count:], window) for piece, count in zip(pieces, counts, strict=True)]
     # A long source gives no more than its share, so that it does not dominate.
-    shares = _shares([len(piece) for piece in unused], [source.weight for source in config.sources], wanted)
+    shares = _shares(unused, config.sources, wanted)
     found = [piece[:share] for piece, share in zip(unused, shares, strict=True)]
     missing = wanted - sum(shares)
     if missing > 0:
-        general = _windows_of(tokenizer, _HELD_OUT_TEXT.read_text(encoding="utf-8"), window, config.seed)
-        found.append(general[:missing])
+        found.append(_windows_of(tokenizer, _HELD_OUT_TEXT.read_text(encoding="utf-8"), window, config.seed)[:missing])
     windows = torch.cat(found)
     if len(windows) < wanted:
         raise CalibrationError(
@@ -222,11 +220,7 @@ def _drawn(
     window = min(config.window, longest_window or config.window)
     pieces = [_windows_of(tokenizer, _read(source), window, config.seed) for source in config.sources]
     wanted = max(1, config.tokens // window)
-    return (
-        pieces,
-        _shares([len(piece) for piece in pieces], [source.weight for source in config.sources], wanted),
-        wanted,
-    )
+    return pieces, _shares(pieces, config.sources, wanted), wanted
 
 
 def _cut(windows: Tensor, window: int) -> Tensor:
@@ -237,23 +231,20 @@ def _cut(windows: Tensor, window: int) -> Tensor:
 
 def _windows_of(tokenizer: Any, text: str, window: int, seed: int) -> Tensor:
     """Whole windows of the text in an order drawn by `seed`, shape (windows, window)."""
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(
-        logging.ERROR
-    )  # hides "sequence longer than ..."
+    # Hides the warning about a sequence longer than the model's context.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     token_ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-    count = len(token_ids) // window
-    windows = token_ids[: count * window].reshape(count, window)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return windows[order]
+    windows = _cut(token_ids.unsqueeze(0), window)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _shares(available: list[int], weights: list[float], wanted: int) -> list[int]:
-    """Split `wanted` windows by weight; no source gives more than it has.
+def _shares(pieces: Sequence[Tensor], sources: Sequence[CalibrationSource], wanted: int) -> list[int]:
+    """Split `wanted` windows by the weights of the sources; no source gives more than its piece holds.
 
     Largest-remainder rounding over the sources that still have windows, repeated until all windows are assigned or no
     source has any left.
     """
-    counts = [0] * len(available)
+    counts, weights, available = [0] * len(pieces), [source.weight for source in sources], [len(p) for p in pieces]
     while sum(counts) < wanted:
         open_sources = [i for i, have in enumerate(available) if counts[i] < have]
         if not open_sources:
@@ -262,8 +253,7 @@ def _shares(available: list[int], weights: list[float], wanted: int) -> list[int
         exact = {i: missing * weights[i] / total for i in open_sources}
         added = {i: min(int(exact[i]), available[i] - counts[i]) for i in open_sources}
         if not any(added.values()):
-            first = max(open_sources, key=lambda i: exact[i])
-            added = {first: 1}
+            added = {max(open_sources, key=exact.__getitem__): 1}
         for i, number in added.items():
             counts[i] += number
     return counts

@@ -70,5 +70,5 @@ def expert_swaps(model: nn.Module, topology: Topology, point: DesignPoint, sourc
             if tensor.name in point.by_name and isinstance(source, ExpertFactorSource):
                 factors = source.expert_factors(tensor.name, point.by_name[tensor.name])
                 factors = factors.to(weight.device, weight.dtype)
-            weights.append(TuckerExpertWeight(factors.core, factors.experts, factors.left, factors.right))
+            weights.append(TuckerExpertWeight(**vars(factors)))
         yield module_swap(model, path, TuckerExperts(dense, *weights))

@@ -173,15 +173,8 @@ class FactorBank:
             store.put_experts(name, factors)
         return factors
 
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Methods in the bank."""
-        return tuple(self._stores)
-
     def identity(self, point: DesignPoint) -> str:
-        """Identity of the point's factors: model, method and calibration text of each method; "" for a point without
-        factors.
-        """
+        """Model, method and calibration text of each method of the point; "" for a point without factors."""
         methods = sorted({choice.method for _, choice in point if not choice.is_removal})
         names = [self._stores[method].folder.name for method in methods]
         return " ".join([*names, REFIT_VERSION] if is_refitted(point) else names)
@@ -245,28 +238,18 @@ def _fill(
         gradient_grams = GradientGrams(
             loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
         )
-    done = 0
-
-    def decompose(name: str, gram: Tensor | None) -> None:
-        nonlocal done
-        progress("decompose", done, len(names))
-        gradient_gram = None if gradient_grams is None else gradient_grams.take(name)
-        store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
-        done += 1
-        progress("decompose", done, len(names))
-
     for name in ranks:
         check_point(loaded.topology, DesignPoint.of({name: TensorChoice(method, ranks[name])}))
+    grams: Iterable[tuple[tuple[str, ...], Tensor | None]] = [(names, None)]
     if calibration is not None and METHODS[method].is_calibrated:
         grams = iterate_grams(
             loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
         )
-        for sharing, gram in grams:
-            for name in sharing:
-                decompose(name, gram)
-    else:
-        for name in names:
-            decompose(name, None)
+    for done, (name, gram) in enumerate((name, gram) for sharing, gram in grams for name in sharing):
+        progress("decompose", done, len(names))
+        gradient_gram = None if gradient_grams is None else gradient_grams.take(name)
+        store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
+        progress("decompose", done + 1, len(names))
 
 
 def _dense_weight(loaded: LoadedModel, name: str) -> Tensor:

@@ -39,13 +39,9 @@ class FactorStore:
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
         self.folder = folder
         self.identity = identity
+        self._manifest = folder / "manifest.json"
         self._entries: dict[str, dict[str, Any]] = {}
         self._verified: set[str] = set()
-
-    @property
-    def manifest_path(self) -> Path:
-        """Path of the manifest."""
-        return self.folder / "manifest.json"
 
     def open(self, names: Iterable[str]) -> None:
         """Read the manifest and verify the files of `names`. Damaged or absent files are dropped, to be built again."""
@@ -79,8 +75,7 @@ class FactorStore:
         Raises:
             StorageFullError: The disk is full or the folder cannot be written.
         """
-        kept = {"core": factors.core, "experts": factors.experts, "left": factors.left, "right": factors.right}
-        tensors = {key: factor.cpu().contiguous() for key, factor in kept.items() if factor is not None}
+        tensors = {key: factor.cpu().contiguous() for key, factor in vars(factors).items() if factor is not None}
         self._write(_at_ranks(name, factors.ranks), tensors, max(factors.ranks[1:]))
 
     def get_experts(self, name: str, ranks: Sequence[int]) -> TuckerFactors | None:
@@ -93,14 +88,13 @@ class FactorStore:
                 logger.warning("factor bank: %s of %s is damaged; it will be built again", key, self.folder)
                 return None
             self._verified.add(key)
-        found = safetensors.torch.load_file(self._path(key))
-        return TuckerFactors(found["core"], found.get("experts"), found.get("left"), found.get("right"))
+        return TuckerFactors(**safetensors.torch.load_file(self._path(key)))
 
     def _write(self, key: str, tensors: dict[str, Tensor], rank: int) -> None:
         content = safetensors.torch.save(tensors)
         write_bytes(self._path(key), content)
         self._entries[key] = {"rank": rank, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        write_json(self.manifest_path, {"schema": SCHEMA_VERSION, **self.identity, "tensors": self._entries})
+        write_json(self._manifest, {"schema": SCHEMA_VERSION, **self.identity, "tensors": self._entries})
 
     def get(self, name: str, rank: int) -> LowRankFactors:
         """The leading `rank` columns of this tensor's factors, float32 on the CPU."""
@@ -115,20 +109,18 @@ class FactorStore:
 
     def _read_manifest(self) -> dict[str, dict[str, Any]]:
         try:
-            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-            if manifest["schema"] != SCHEMA_VERSION or any(
-                manifest[key] != self.identity[key] for key in self.identity
-            ):
+            manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
+            expected = {"schema": SCHEMA_VERSION, **self.identity}
+            if any(manifest[key] != value for key, value in expected.items()):
                 return {}
-            entries = manifest["tensors"]
             return {
                 str(name): {"rank": int(e["rank"]), "bytes": int(e["bytes"]), "sha256": str(e["sha256"])}
-                for name, e in entries.items()
+                for name, e in manifest["tensors"].items()
             }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            logger.warning("factor bank: %s is damaged; the bank will be built again", self.manifest_path)
+            logger.warning("factor bank: %s is damaged; the bank will be built again", self._manifest)
             return {}
 
     def _is_intact(self, name: str) -> bool:

@@ -110,8 +110,7 @@ class TuckerFactors:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> TuckerFactors:
         """Copy to another device and dtype."""
-        moved = [None if t is None else t.to(device, dtype) for t in (self.core, self.experts, self.left, self.right)]
-        return TuckerFactors(*moved)  # type: ignore[arg-type]  # the core is never None
+        return TuckerFactors(**{name: t.to(device, dtype) for name, t in vars(self).items() if t is not None})
 
 
 def factors_of(module: LowRankLinear | StackedLinear) -> LowRankFactors:
@@ -123,8 +122,7 @@ def factors_of(module: LowRankLinear | StackedLinear) -> LowRankFactors:
 
 def expert_factors_of(module: TuckerExpertWeight) -> TuckerFactors:
     """The Tucker factors in a module."""
-    kept = [None if p is None else p.data for p in (module.core, module.experts, module.left, module.right)]
-    return TuckerFactors(*kept)  # type: ignore[arg-type]  # the core is never None
+    return TuckerFactors(**{name: parameter.data for name, parameter in module.named_parameters()})
 
 
 def as_matrix(module: nn.Module) -> Tensor:

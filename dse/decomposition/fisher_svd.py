@@ -53,22 +53,13 @@ def fisher_svd(weight: Tensor, rank: int, gram: Tensor, gradient_gram: Tensor) -
     2207.00112) for weighting a truncated SVD by Fisher information; SVD-LLM (arXiv 2403.07378) for whitening.
     """
     check_rank(weight, rank)
-    check_gram(gram, weight.shape[1])
-    check_gradient_gram(gradient_gram, weight.shape[0])
-    wide, moments = weight.to(torch.float64), gram.to(torch.float64)
-    metric = _damped(gradient_gram.to(torch.float64))
+    root, weighted, squares = _weighted(weight, gram, gradient_gram)
+    directions = leading_eigenvectors(squares, rank)
+    unweighted = torch.linalg.solve_triangular(root.T, directions, upper=True)
     if weight.shape[0] <= weight.shape[1]:
-        root = cholesky_with_damping(metric)
-        weighted = root.T @ wide
-        directions = leading_eigenvectors(weighted @ moments @ weighted.T, rank)
-        left = torch.linalg.solve_triangular(root.T, directions, upper=True)
-        right = directions.T @ weighted
+        left, right = unweighted, directions.T @ weighted
     else:
-        root = cholesky_with_damping(moments)
-        whitened = wide @ root
-        directions = leading_eigenvectors(whitened.T @ metric @ whitened, rank)
-        left = whitened @ directions
-        right = torch.linalg.solve_triangular(root.T, directions, upper=True).T
+        left, right = weighted @ directions, unweighted.T
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
 
 
@@ -89,19 +80,28 @@ def fisher_divergence(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Te
         CalibrationError: A Gram matrix has another size, or all activations are zero.
     """
     check_rank(weight, 1)
+    squares = torch.linalg.eigvalsh(_weighted(weight, gram, gradient_gram)[2])
+    mean = gradient_gram.diagonal().mean().to(squares)
+    left_out = torch.cat((squares.new_zeros(1), squares.clamp_min(0).cumsum(0)))  # eigenvalues ascend
+    return 0.5 * mean * left_out.flip(0)
+
+
+def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A Cholesky root, W weighted by it, and the symmetric matrix whose eigenvectors `fisher_svd` needs, in float64.
+
+    L, L^T W and L^T W G W^T L if out_features <= in_features; otherwise S, W S and S^T W^T D W S.
+    """
     check_gram(gram, weight.shape[1])
     check_gradient_gram(gradient_gram, weight.shape[0])
     wide, moments = weight.to(torch.float64), gram.to(torch.float64)
     metric = _damped(gradient_gram.to(torch.float64))
     if weight.shape[0] <= weight.shape[1]:
-        weighted = cholesky_with_damping(metric).T @ wide
-        squares = torch.linalg.eigvalsh(weighted @ moments @ weighted.T)
-    else:
-        whitened = wide @ cholesky_with_damping(moments)
-        squares = torch.linalg.eigvalsh(whitened.T @ metric @ whitened)
-    mean = gradient_gram.diagonal().mean().to(squares)
-    left_out = torch.cat((squares.new_zeros(1), squares.clamp_min(0).cumsum(0)))  # eigenvalues ascend
-    return 0.5 * mean * left_out.flip(0)
+        root = cholesky_with_damping(metric)
+        weighted = root.T @ wide
+        return root, weighted, weighted @ moments @ weighted.T
+    root = cholesky_with_damping(moments)
+    weighted = wide @ root
+    return root, weighted, weighted.T @ metric @ weighted
 
 
 def _damped(gradient_gram: Tensor) -> Tensor:

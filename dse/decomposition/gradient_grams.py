@@ -8,16 +8,15 @@ and however well the model knows it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dse.decomposition.activation_grams import DEFAULT_GRAM_BUDGET_BYTES
+from dse.decomposition.activation_grams import DEFAULT_GRAM_BUDGET_BYTES, check_all_seen
 from dse.decomposition.calibration_text import CalibrationWindows
-from dse.errors import CalibrationError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Topology
 
@@ -107,28 +106,20 @@ def _accumulate(
         if output.requires_grad:  # False if the output does not depend on the embeddings
             output.register_hook(partial(add, name, *member))  # type: ignore[no-untyped-call]
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(partial(after_forward, name, (i, len(paths))))
-        for name in names
-        for paths in (topology.matrix(name).modules,)
-        for i, path in enumerate(paths)
-    ]
     done = 0
-    try:
-        with _gradients_from_the_embeddings(model):
-            for batch in torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1])):
-                progress("gradients", done, token_ids.numel())
-                _backward(model(input_ids=batch.to(device)), generator)
-                done += batch.numel()
+    with ExitStack() as hooks:
+        for name in names:
+            paths = topology.matrix(name).modules
+            for i, path in enumerate(paths):
+                hook = partial(after_forward, name, (i, len(paths)))
+                hooks.enter_context(model.get_submodule(path).register_forward_hook(hook))
+        hooks.enter_context(_gradients_from_the_embeddings(model))
+        for batch in torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1])):
             progress("gradients", done, token_ids.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
-    if missed := sorted(set(names) - seen):
-        raise CalibrationError(
-            f"every tensor to be calibrated must take part in a forward pass, but {missed[0]} did not; remove it"
-            " from the space"
-        )
+            _backward(model(input_ids=batch.to(device)), generator)
+            done += batch.numel()
+        progress("gradients", done, token_ids.numel())
+    check_all_seen(names, seen)
     return {name: gram / token_ids.numel() for name, gram in grams.items()}
 
 
@@ -140,12 +131,8 @@ def _gradients_from_the_embeddings(model: nn.Module) -> Iterator[None]:
         return output.detach().requires_grad_().clone()  # not a leaf, so that models may scale it in place
 
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(begin)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        handle.remove()
+    with embeddings.register_forward_hook(begin), torch.enable_grad():
+        yield
 
 
 def _backward(outputs: Any, generator: torch.Generator) -> None:

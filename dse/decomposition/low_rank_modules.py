@@ -31,26 +31,12 @@ class LowRankLinear(nn.Module):
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None, core: Tensor | None = None) -> None:
         super().__init__()
         check_factor_shapes(left, right, core)
+        (self.out_features, self.rank), self.in_features = left.shape, right.shape[1]
         self.left = nn.Parameter(left, requires_grad=False)
         self.right = nn.Parameter(right, requires_grad=False)
         self.core = None if core is None else nn.Parameter(core, requires_grad=False)
         # Reuse the dense module's bias parameter, so that it exists only once.
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def out_features(self) -> int:
-        """Size of the last output dimension."""
-        return self.left.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Size of the last input dimension."""
-        return self.right.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors."""
-        return self.left.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -129,6 +115,7 @@ class StackedLinear(nn.Module):
     def __init__(self, left: Tensor, bias: Tensor | None, shared: SharedProduct, member: int) -> None:
         super().__init__()
         check_factor_shapes(left, shared.right, shared.core)
+        (self.out_features, self.rank), self.in_features = left.shape, shared.right.shape[1]
         self.left = nn.Parameter(left, requires_grad=False)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.member = member
@@ -141,21 +128,6 @@ class StackedLinear(nn.Module):
     def shared(self) -> SharedProduct:
         """The product of the stack."""
         return self._shared[0]
-
-    @property
-    def out_features(self) -> int:
-        """Size of the last output dimension."""
-        return self.left.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Size of the last input dimension."""
-        return self.shared.right.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors."""
-        return self.left.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""

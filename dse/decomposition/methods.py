@@ -21,7 +21,6 @@ class Method:
     """One decomposition method.
 
     Attributes:
-        name: The name in design points and study files.
         function: `(weight, rank)` to factors; `(weight, rank, gram)` for a calibrated method; `(weight, rank, gram,
             gradient_gram)` for a method that also uses gradients.
         is_calibrated: Whether it needs the Gram matrix of calibration activations.
@@ -31,7 +30,6 @@ class Method:
             tensor separately.
     """
 
-    name: str
     function: Callable[..., LowRankFactors]
     is_calibrated: bool = False
     needs_gradients: bool = False
@@ -39,14 +37,12 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "tucker": Method("tucker", tucker),
-    "tucker_merged": Method("tucker_merged", tucker_merged),
-    "svd": Method("svd", truncated_svd),
-    "whitened_svd": Method("whitened_svd", whitened_svd, is_calibrated=True),
-    "fisher_svd": Method("fisher_svd", fisher_svd, is_calibrated=True, needs_gradients=True),
-    "fisher_svd_refit": Method(
-        "fisher_svd_refit", fisher_svd, is_calibrated=True, needs_gradients=True, refit_of="fisher_svd"
-    ),
+    "tucker": Method(tucker),
+    "tucker_merged": Method(tucker_merged),
+    "svd": Method(truncated_svd),
+    "whitened_svd": Method(whitened_svd, is_calibrated=True),
+    "fisher_svd": Method(fisher_svd, is_calibrated=True, needs_gradients=True),
+    "fisher_svd_refit": Method(fisher_svd, is_calibrated=True, needs_gradients=True, refit_of="fisher_svd"),
 }
 
 

@@ -8,7 +8,7 @@ the part already refitted produces: a linear least-squares problem with a closed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -128,18 +128,14 @@ def _two_models_in_a_batch(
         first[len(first) // 2 :] = 0  # removing a removable block is the same as setting its output to zero
         return output
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for path in paths:
             module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(partial(before, path)))
-            handles.append(module.register_forward_hook(partial(after, path)))
+            hooks.enter_context(module.register_forward_pre_hook(partial(before, path)))
+            hooks.enter_context(module.register_forward_hook(partial(after, path)))
         for path in removed:
-            handles.append(model.get_submodule(path).register_forward_hook(zero_block))
+            hooks.enter_context(model.get_submodule(path).register_forward_hook(zero_block))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _decomposed_outputs(
@@ -147,12 +143,8 @@ def _decomposed_outputs(
 ) -> tuple[Tensor, LowRankFactors]:
     """Outputs of the decomposed tensor for its own inputs, and the factors that gave them.
 
-    Args:
-        module: The dense module.
-        inputs: Inputs in the decomposed model, shape (..., in_features).
-        dense: Outputs of the dense model, shape (..., out_features).
-        factors: The factors before the refit.
-        refit: Whether to refit the left factor.
+    `inputs` (..., in_features) are those in the decomposed model; `dense` (..., out_features) are the outputs of the
+    dense model.
     """
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)  # noqa: S101 - narrows the type
@@ -168,14 +160,10 @@ def _decomposed_outputs(
 
 
 def _refitted_left(weight: Tensor, inputs: Tensor, components: Tensor, dense: Tensor, left: Tensor) -> Tensor:
-    """The left factor with a share of the received error corrected, float32. Tokens are rows.
+    """The left factor (out_features, rank) with a share of the received error corrected, float32.
 
-    Args:
-        weight: Shape (out_features, in_features).
-        inputs: Inputs in the decomposed model, shape (tokens, in_features).
-        components: Inputs times the right factor, shape (tokens, rank).
-        dense: Outputs of the dense model without bias, shape (tokens, out_features).
-        left: Shape (out_features, rank).
+    Tokens are the rows of `inputs` (in the decomposed model), of `components` (`inputs` times the right factor), and of
+    `dense` (the dense model's outputs without bias).
     """
     # W (X' Z^T) rather than (W X') Z^T, which would cost as much as the dense forward pass.
     error = dense.T @ components - weight.to(torch.float32) @ (inputs.T @ components)

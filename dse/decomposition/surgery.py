@@ -42,9 +42,9 @@ class PointFactorSource(Protocol):
 class AppliedPoint:
     """A point that is applied to a model; `undo()` restores the original dense modules."""
 
-    def __init__(self, point: DesignPoint) -> None:
+    def __init__(self, point: DesignPoint, swaps: list[Swap]) -> None:
         self.point = point
-        self._swaps: list[Swap] = []
+        self._swaps = swaps
 
     @property
     def is_applied(self) -> bool:
@@ -65,9 +65,6 @@ class AppliedPoint:
         """Restore the dense modules permanently and release the factors."""
         self.use_baseline()
         self._swaps.clear()
-
-    def _add(self, swap: Swap) -> None:
-        self._swaps.append(swap)
 
 
 def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source: FactorSource) -> AppliedPoint:
@@ -103,13 +100,12 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         raise kind(head + " | ".join(str(problem) for problem in problems))
     if isinstance(source, PointFactorSource):
         source = source.of_point(point)
-    applied = AppliedPoint(point)
+    swaps: list[Swap] = []
     for name, choice in point:
         if not choice.is_removal and name not in topology.experts_by_name:
-            for swap in _factor_swaps(model, topology.matrix(name), source.factors(name, choice)):
-                applied._add(swap)
-    for swap in (*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)):
-        applied._add(swap)
+            swaps += _factor_swaps(model, topology.matrix(name), source.factors(name, choice))
+    swaps += [*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)]
+    applied = AppliedPoint(point, swaps)
     try:
         applied.use_candidate()
     except BaseException:  # an interrupt between two swaps must not leave half of the point applied

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,10 +38,11 @@ def tucker(weight: Tensor, rank: int) -> LowRankFactors:
 
     Source: Tucker (1966); Moar et al. (2024), section 2; computed by tensorly's higher-order orthogonal iteration.
     """
+    import tensorly
     from tensorly.decomposition import tucker as tensorly_tucker
 
     check_rank(weight, rank)
-    with _torch_backend():
+    with tensorly.backend_context("pytorch"):
         core, (left, right) = tensorly_tucker(
             weight.to(torch.float32), rank=[rank, rank], init="svd", svd="truncated_svd", n_iter_max=_ITERATIONS
         )
@@ -83,6 +83,7 @@ def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
 
     Sources: Tucker (1966); De Lathauwer, De Moor and Vandewalle (2000), the initialisation and the iteration.
     """
+    import tensorly
     from tensorly.decomposition import partial_tucker
 
     for size, rank in zip(weight.shape, ranks, strict=True):
@@ -98,7 +99,7 @@ def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
     modes = [mode for mode, rank in enumerate(ranks) if rank < tensor.shape[mode]]
     if not modes:
         return TuckerFactors(tensor.contiguous())
-    with _torch_backend():
+    with tensorly.backend_context("pytorch"):
         kept = [ranks[mode] for mode in modes]
         (core, found), _ = partial_tucker(
             tensor, rank=kept, modes=modes, init="svd", svd="truncated_svd", n_iter_max=_ITERATIONS
@@ -108,18 +109,3 @@ def tucker_of_experts(weight: Tensor, ranks: Sequence[int]) -> TuckerFactors:
     return TuckerFactors(
         core.contiguous(), factors.get(0), factors.get(1), None if right is None else right.T.contiguous()
     )
-
-
-@contextlib.contextmanager
-def _torch_backend() -> Iterator[None]:
-    """Set tensorly's global backend inside the block and restore it afterwards, so that other users of tensorly are not
-    affected.
-    """
-    import tensorly
-
-    before = tensorly.get_backend()
-    tensorly.set_backend("pytorch")
-    try:
-        yield
-    finally:
-        tensorly.set_backend(before)

@@ -102,28 +102,21 @@ class DenseDivergence:
         Raises:
             NonFiniteError: The divergence of a window is NaN or infinite.
         """
-        means: list[float] = []
-        for dense, hidden in zip(self._dense, self._hidden_states(progress), strict=True):
-            for dense_window, point_window in zip(dense, hidden, strict=True):
-                means.append(self._window(dense_window, point_window))
-        found = self.of_windows(means)
+        batches = zip(self._dense, self._hidden_states(progress), strict=True)
+        found = self.of_windows([self._window(*pair) for batch in batches for pair in zip(*batch, strict=True)])
         if not np.isfinite(found.windows).all():
             raise NonFiniteError("KL divergences must be finite, but that of a window is not; the trial is invalid")
         return found
 
     def _window(self, dense: Tensor, point: Tensor) -> float:
         """Mean over the positions of one window; both arguments have the shape (tokens, width)."""
-        rows = max(1, _CHUNK_BYTES // (4 * self._vocabulary))
+        rows = max(1, _CHUNK_BYTES // (4 * int(self._model.config.get_text_config().vocab_size)))
         total = 0.0
         with torch.inference_mode():
             for start in range(0, dense.shape[0], rows):
                 part = slice(start, start + rows)
                 total += float(kl_divergence_of_logits(self._head(dense[part]), self._head(point[part])).sum())
         return total / dense.shape[0]
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self._model.config.get_text_config().vocab_size)
 
     def _hidden_states(self, progress: ProgressCallback) -> Iterator[Tensor]:
         """Inputs of the output head, batch by batch, shape (windows, tokens, width)."""

@@ -1,16 +1,21 @@
-"""Settings that both evaluators share: limits, batch size with out-of-memory handling, and shares of the documents."""
+"""What both evaluators share: limits, batches, out-of-memory handling, shares of the documents, and progress."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from dse.errors import ConfigError, OutOfMemoryError
 from dse.out_of_memory import out_of_memory_errors
 
-__all__ = ["TOKENS_PER_ROW", "BatchSize", "check_positive", "last_place"]
+if TYPE_CHECKING:
+    from dse.models import LoadedModel
 
+__all__ = ["TOKENS_PER_ROW", "BatchSize", "answer_identity", "batches", "check_positive", "last_place", "ticker"]
+
+_ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
 TOKENS_PER_ROW = 128
@@ -55,6 +60,52 @@ class BatchSize:
                 if not self._is_auto or self.rows == 1:
                     raise
                 self.rows //= 2
+
+
+def batches(items: Iterable[_ItemT], length: Callable[[_ItemT], int], most_tokens: int) -> Iterator[list[_ItemT]]:
+    """Batches of at most `most_tokens` tokens, including padding to the first item, which is the longest of its batch.
+
+    Args:
+        items: Longest first.
+        length: Tokens of an item.
+        most_tokens: A longer item forms a batch of its own.
+    """
+    batch: list[_ItemT] = []
+    for item in items:
+        if batch and (len(batch) + 1) * length(batch[0]) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """A function that takes the number of items just finished and reports `progress(done, total)`."""
+    done = 0
+
+    def tick(finished: int) -> None:
+        nonlocal done
+        done += finished
+        if progress is not None and finished:
+            progress(done, total)
+
+    if progress is not None and not total:
+        progress(1, 1)  # everything was known: report completion
+    return tick
+
+
+def answer_identity(loaded: LoadedModel, point_id: str, factors: str, *packages: str, **details: str) -> dict[str, str]:
+    """Identity of a state of the model, with the `details` of the evaluator and the versions of all `packages`."""
+    return {
+        "model": loaded.fingerprint,
+        "point": point_id,
+        "factors": factors,
+        "dtype": str(loaded.dtype),
+        "device": loaded.device.type,
+        **details,
+        **{package: importlib.metadata.version(package) for package in ("torch", "transformers", *packages)},
+    }
 
 
 def check_positive(**values: int | str | None) -> None:

@@ -18,13 +18,7 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-__all__ = [
-    "CHOICE_PROBABILITY",
-    "GRADED_METRICS",
-    "TARGET_LOG_LIKELIHOOD",
-    "GradedMetric",
-    "choice_probability",
-]
+__all__ = ["CHOICE_PROBABILITY", "GRADED_METRICS", "TARGET_LOG_LIKELIHOOD", "GradedMetric", "choice_probability"]
 
 GradedMetric = Literal["choice_probability", "target_log_likelihood"]
 

@@ -60,7 +60,7 @@ class ModelEvaluator(Protocol):
 
         Raises:
             ConfigError: `0 < share <= 1` does not hold.
-            NonFiniteError: A score is NaN or infinite.
+            NonFiniteError: A score, an output or a metric is NaN or infinite.
             OutOfMemoryError: The device has no room for a batch.
         """
 
@@ -72,11 +72,7 @@ class ModelEvaluator(Protocol):
 
 
 def evaluator_for(
-    loaded: LoadedModel,
-    tasks: Sequence[TaskConfig | DatasetTaskConfig],
-    settings: EvaluationConfig,
-    *,
-    fresh: int = 0,
+    loaded: LoadedModel, tasks: Sequence[TaskConfig | DatasetTaskConfig], settings: EvaluationConfig, *, fresh: int = 0
 ) -> ModelEvaluator:
     """Load and check the tasks. The model must be dense at this time.
 

@@ -13,7 +13,7 @@ import numpy as np
 from dse.errors import TaskError
 from dse.evaluation.graded_metrics import GRADED_METRICS
 from dse.evaluation.result import EvaluationResult, TaskResult
-from dse.evaluation.statistics.intervals import PairedDrop, PairedRatio
+from dse.evaluation.statistics.intervals import PairedDrop, PairedRatio, standard_error
 from dse.evaluation.statistics.paired_tests import drop_with_test
 
 __all__ = ["HELD_OUT_TEXT", "MEAN", "Comparison", "compare_divergences", "compare_evaluations"]
@@ -96,9 +96,8 @@ def compare_divergences(first: Sequence[float], second: Sequence[float]) -> Comp
     """
     before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     paired = drop_with_test([before], [after])
-    errors = [float(w.std(ddof=1)) / math.sqrt(w.size) if w.size > 1 else None for w in (before, after)]
-    means = float(before.mean()), float(after.mean())
-    return _row(HELD_OUT_TEXT, "kl_divergence", means, (errors[0], errors[1]), paired)
+    means, errors = (float(before.mean()), float(after.mean())), (standard_error(before), standard_error(after))
+    return _row(HELD_OUT_TEXT, "kl_divergence", means, errors, paired)
 
 
 def _of_metric(before: TaskResult, after: TaskResult) -> Comparison:
@@ -116,14 +115,11 @@ def _of_metric(before: TaskResult, after: TaskResult) -> Comparison:
 def _of_graded(before: TaskResult, after: TaskResult) -> Iterator[Comparison]:
     for name in GRADED_METRICS:
         pair = [task.graded[name] for task in (before, after) if name in task.graded]
-        if len(pair) == 2 and not any(np.isnan(outcomes).all() for outcomes in pair):
-            means, errors = [], []
-            for outcomes in pair:
-                present = outcomes[~np.isnan(outcomes)]
-                means.append(float(present.mean()))
-                errors.append(float(present.std(ddof=1)) / math.sqrt(present.size) if present.size > 1 else None)
-            paired = drop_with_test([pair[0]], [pair[1]])
-            yield _row(before.task, name, (means[0], means[1]), (errors[0], errors[1]), paired)
+        present = [outcomes[~np.isnan(outcomes)] for outcomes in pair]
+        if len(pair) == 2 and all(outcomes.size for outcomes in present):
+            first, second = present
+            means, errors = (float(first.mean()), float(second.mean())), (standard_error(first), standard_error(second))
+            yield _row(before.task, name, means, errors, drop_with_test([pair[0]], [pair[1]]))
 
 
 def _means(first: EvaluationResult, second: EvaluationResult) -> Iterator[Comparison]:

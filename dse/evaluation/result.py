@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dse.defaults import RENAMED_OBJECTIVES
 from dse.errors import StudyError, TaskError
 from dse.evaluation.graded_metrics import GRADED_METRICS
-from dse.evaluation.statistics.intervals import Interval, PairedDrop, PairedRatio, mean_interval, perplexity_interval
+from dse.evaluation.statistics.intervals import (
+    Interval,
+    Outcomes,
+    PairedDrop,
+    PairedRatio,
+    mean_interval,
+    perplexity_interval,
+)
 from dse.evaluation.statistics.paired_tests import drop_with_test, perplexity_ratio_with_test
 from dse.files import write_bytes
 
@@ -35,6 +41,7 @@ PERPLEXITY_METRICS = ("word_perplexity", "perplexity", "byte_perplexity")
 
 Kind = Literal["accuracy", "perplexity", "other"]
 
+_STORED_FIELDS = ("task", "metric", "value", "stderr", "documents", "higher_is_better", "weight", "kind")
 _PREFERRED_METRICS = ("acc", "acc_norm", "exact_match", "f1", *PERPLEXITY_METRICS)
 
 
@@ -64,11 +71,11 @@ class TaskResult:
     stderr: float | None
     documents: int
     higher_is_better: bool
-    outcomes: NDArray[np.float64]
+    outcomes: Outcomes
     all_metrics: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     weight: float = 1.0
     kind: Kind = "other"
-    graded: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    graded: Mapping[str, Outcomes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +93,12 @@ class EvaluationResult:
     @property
     def accuracy(self) -> float | None:
         """Weighted mean over the tasks of kind `accuracy`; None without one."""
-        return _weighted_mean(self._accuracy_tasks, lambda task: task.value)
+        return _weighted_mean(self._of_kind("accuracy"), lambda task: task.value)
 
     @property
     def accuracy_stderr(self) -> float | None:
         """Standard error of `accuracy` for independent tasks; None if a task has none."""
-        tasks = self._accuracy_tasks
+        tasks = self._of_kind("accuracy")
         if not tasks or any(task.stderr is None for task in tasks):
             return None
         total = sum(task.weight for task in tasks)
@@ -100,20 +107,18 @@ class EvaluationResult:
     @property
     def perplexity(self) -> float | None:
         """Weighted geometric mean over the tasks of kind `perplexity`; None without one."""
-        mean = _weighted_mean(self._perplexity_tasks, lambda task: math.log(task.value))
+        mean = _weighted_mean(self._of_kind("perplexity"), lambda task: math.log(task.value))
         return None if mean is None else math.exp(mean)
 
     def accuracy_interval(self, confidence: float = 0.95) -> Interval | None:
         """`accuracy` with its confidence interval; None without an accuracy task."""
-        tasks = self._accuracy_tasks
-        return mean_interval([t.outcomes for t in tasks], [t.weight for t in tasks], confidence) if tasks else None
+        tasks = self._of_kind("accuracy")
+        return mean_interval(_outcomes(tasks), _weights(tasks), confidence) if tasks else None
 
     def perplexity_interval(self, confidence: float = 0.95) -> Interval | None:
         """`perplexity` with its confidence interval; None without a perplexity task."""
-        tasks = self._perplexity_tasks
-        return (
-            perplexity_interval([t.outcomes for t in tasks], [t.weight for t in tasks], confidence) if tasks else None
-        )
+        tasks = self._of_kind("perplexity")
+        return perplexity_interval(_outcomes(tasks), _weights(tasks), confidence) if tasks else None
 
     def accuracy_drop(self, baseline: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
         """Baseline accuracy minus this accuracy, paired by document; None without an accuracy task.
@@ -123,11 +128,8 @@ class EvaluationResult:
         Raises:
             TaskError: The baseline was evaluated on other tasks or documents.
         """
-        ours, theirs = _aligned(self._accuracy_tasks, baseline._accuracy_tasks)
-        if not ours:
-            return None
-        weights = [task.weight for task in ours]
-        return drop_with_test([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+        ours, theirs = _aligned(self._of_kind("accuracy"), baseline._of_kind("accuracy"))
+        return drop_with_test(_outcomes(theirs), _outcomes(ours), _weights(ours), confidence) if ours else None
 
     def perplexity_ratio(self, baseline: EvaluationResult, confidence: float = 0.95) -> PairedRatio | None:
         """This perplexity over the baseline's, tested by the paired bootstrap; None without a perplexity task.
@@ -135,17 +137,15 @@ class EvaluationResult:
         Raises:
             TaskError: The baseline was evaluated on other tasks or documents.
         """
-        ours, theirs = _aligned(self._perplexity_tasks, baseline._perplexity_tasks)
+        ours, theirs = _aligned(self._of_kind("perplexity"), baseline._of_kind("perplexity"))
         if not ours:
             return None
-        weights = [task.weight for task in ours]
-        return perplexity_ratio_with_test([t.outcomes for t in theirs], [t.outcomes for t in ours], weights, confidence)
+        return perplexity_ratio_with_test(_outcomes(theirs), _outcomes(ours), _weights(ours), confidence)
 
     def graded_interval(self, metric: str, confidence: float = 0.95) -> Interval | None:
         """Weighted mean of a graded metric over the tasks that have it; None without one."""
         tasks = self._graded_tasks(metric)
-        outcomes = [task.graded[metric] for task in tasks]
-        return mean_interval(outcomes, [t.weight for t in tasks], confidence) if tasks else None
+        return mean_interval([t.graded[metric] for t in tasks], _weights(tasks), confidence) if tasks else None
 
     def graded_drop(self, metric: str, baseline: EvaluationResult, confidence: float = 0.95) -> PairedDrop | None:
         """Baseline minus this in a graded metric, tested by the paired bootstrap; None without a task that has it.
@@ -156,8 +156,8 @@ class EvaluationResult:
         ours, theirs = _aligned(self._graded_tasks(metric), baseline._graded_tasks(metric))
         if not ours:
             return None
-        outcomes = [[task.graded[metric] for task in tasks] for tasks in (theirs, ours)]
-        return drop_with_test(outcomes[0], outcomes[1], [task.weight for task in ours], confidence)
+        before, after = ([task.graded[metric] for task in tasks] for tasks in (theirs, ours))
+        return drop_with_test(before, after, _weights(ours), confidence)
 
     @property
     def graded_metrics(self) -> tuple[str, ...]:
@@ -169,17 +169,8 @@ class EvaluationResult:
         return {
             "seconds": self.seconds,
             "tasks": [
-                {
-                    "task": task.task,
-                    "metric": task.metric,
-                    "value": task.value,
-                    "stderr": task.stderr,
-                    "documents": task.documents,
-                    "higher_is_better": task.higher_is_better,
-                    "weight": task.weight,
-                    "kind": task.kind,
-                    "all_metrics": {name: list(pair) for name, pair in task.all_metrics.items()},
-                }
+                {name: getattr(task, name) for name in _STORED_FIELDS}
+                | {"all_metrics": {name: list(pair) for name, pair in task.all_metrics.items()}}
                 for task in self.tasks
             ],
         }
@@ -188,8 +179,8 @@ class EvaluationResult:
     def from_json(
         cls,
         data: Mapping[str, Any],
-        outcomes: Mapping[str, NDArray[np.float64]] | None = None,
-        graded: Mapping[str, Mapping[str, NDArray[np.float64]]] | None = None,
+        outcomes: Mapping[str, Outcomes] | None = None,
+        graded: Mapping[str, Mapping[str, Outcomes]] | None = None,
     ) -> EvaluationResult:
         """Inverse of `to_json`.
 
@@ -214,29 +205,21 @@ class EvaluationResult:
             StorageFullError: The disk is full or the folder cannot be written.
         """
         arrays = {f"outcomes_{index}": task.outcomes for index, task in enumerate(self.tasks)}
-        arrays |= {
-            f"{name}_{index}": outcomes
-            for index, task in enumerate(self.tasks)
-            for name, outcomes in task.graded.items()
-        }
+        for index, task in enumerate(self.tasks):
+            arrays |= {f"{name}_{index}": outcomes for name, outcomes in task.graded.items()}
         names = np.asarray([task.task for task in self.tasks], dtype=np.str_)
         stream = io.BytesIO()
         np.savez_compressed(stream, allow_pickle=False, tasks=names, **arrays)
         write_bytes(path, stream.getvalue())
 
-    @property
-    def _accuracy_tasks(self) -> list[TaskResult]:
-        return [task for task in self.tasks if task.kind == "accuracy"]
-
-    @property
-    def _perplexity_tasks(self) -> list[TaskResult]:
-        return [task for task in self.tasks if task.kind == "perplexity"]
+    def _of_kind(self, kind: Kind) -> list[TaskResult]:
+        return [task for task in self.tasks if task.kind == kind]
 
     def _graded_tasks(self, metric: str) -> list[TaskResult]:
         return [task for task in self.tasks if metric in task.graded and not np.isnan(task.graded[metric]).all()]
 
 
-def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
+def read_outcomes(path: Path) -> dict[str, Outcomes]:
     """Read the outcomes that `EvaluationResult.write_outcomes` wrote: task name to outcomes.
 
     Raises:
@@ -249,7 +232,7 @@ def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
         raise _damaged(path) from error
 
 
-def read_graded(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
+def read_graded(path: Path) -> dict[str, dict[str, Outcomes]]:
     """Read the graded outcomes that `EvaluationResult.write_outcomes` wrote: task name to metric to outcomes.
 
     Files of version 0.1, which use the old metric names, are read as well.
@@ -259,17 +242,14 @@ def read_graded(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     """
     names, arrays = _read_arrays(path)
     stored_names: dict[str, str] = {**{name: name for name in GRADED_METRICS}, **RENAMED_OBJECTIVES}
+    keys = [{f"{stored}_{index}": metric for stored, metric in stored_names.items()} for index in range(len(names))]
     return {
-        task: {
-            metric: arrays[f"{stored}_{index}"]
-            for stored, metric in stored_names.items()
-            if f"{stored}_{index}" in arrays
-        }
-        for index, task in enumerate(names)
+        task: {metric: arrays[key] for key, metric in of_task.items() if key in arrays}
+        for task, of_task in zip(names, keys, strict=True)
     }
 
 
-def _read_arrays(path: Path) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
+def _read_arrays(path: Path) -> tuple[list[str], dict[str, Outcomes]]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             names = [str(name) for name in archive["tasks"]]
@@ -284,7 +264,7 @@ def _damaged(path: Path) -> StudyError:
     return StudyError(f"stored outcomes must be readable, but '{path}' is damaged; evaluate the trial again")
 
 
-def kind_of(metric: str, outcomes: NDArray[np.float64], *, is_mean: bool, higher_is_better: bool) -> Kind:
+def kind_of(metric: str, outcomes: Outcomes, *, is_mean: bool, higher_is_better: bool) -> Kind:
     """The kind of a metric, from its name, its outcomes and their aggregation."""
     if outcomes.ndim == 2:
         return "perplexity" if metric.partition(",")[0] in PERPLEXITY_METRICS else "other"
@@ -325,6 +305,14 @@ def _kind(value: object) -> Kind:
     raise ValueError(f"unknown kind {value!r}")
 
 
+def _outcomes(tasks: Sequence[TaskResult]) -> list[Outcomes]:
+    return [task.outcomes for task in tasks]
+
+
+def _weights(tasks: Sequence[TaskResult]) -> list[float]:
+    return [task.weight for task in tasks]
+
+
 def _weighted_mean(tasks: Sequence[TaskResult], value: Callable[[TaskResult], float]) -> float | None:
     total = sum(task.weight for task in tasks)
     return sum(task.weight * value(task) for task in tasks) / total if tasks else None
@@ -341,9 +329,7 @@ def _aligned(
 
 
 def _task_of_json(
-    data: Mapping[str, Any],
-    outcomes: Mapping[str, NDArray[np.float64]],
-    graded: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    data: Mapping[str, Any], outcomes: Mapping[str, Outcomes], graded: Mapping[str, Mapping[str, Outcomes]]
 ) -> TaskResult:
     stderr = data["stderr"]
     return TaskResult(

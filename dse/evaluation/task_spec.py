@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,8 +267,6 @@ def check_unique(names: Iterable[str]) -> None:
     Raises:
         TaskError: A name appears twice.
     """
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise TaskError(f"task names must be unique, but '{name}' appears twice; remove or rename one of them")
-        seen.add(name)

@@ -11,15 +11,3 @@ from dse.export.staging import stage as stage
 from dse.export.study_export import export_trials as export_trials
 from dse.export.verification import ReloadReport as ReloadReport
 from dse.export.verification import verify_folders as verify_folders
-
-__all__ = [
-    "ExportRequest",
-    "ExportResult",
-    "ReloadReport",
-    "StagedExport",
-    "export_point",
-    "export_points",
-    "export_trials",
-    "stage",
-    "verify_folders",
-]

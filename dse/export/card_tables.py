@@ -17,7 +17,6 @@ __all__ = ["code", "measured_figures", "table", "text"]
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 _TASK = re.compile(r"task\.(?P<task>.+)\.(?P<metric>[^.]+)")
-_NOT_METRICS = ("documents",)
 
 
 def text(value: object) -> str:
@@ -77,7 +76,7 @@ def _objective_cells(objective: Objective, row: pd.Series, dense: pd.Series) -> 
 
 def _task_cells(column: str, row: pd.Series, dense: pd.Series) -> tuple[str, str, str, str] | None:
     found = _TASK.fullmatch(column)
-    if found is None or found["metric"] in _NOT_METRICS or found["metric"].endswith("_stderr"):
+    if found is None or found["metric"] == "documents" or found["metric"].endswith("_stderr"):
         return None
     value = number(row, column)
     if value is None:

@@ -44,7 +44,10 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
             state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
     for path in dict.fromkeys(topology.experts_by_name[n].module for n, _ in point if n in topology.experts_by_name):
         state |= _merged_experts(state, topology, path, model.get_submodule(path))
-    return state | _zeros_of_removed(model, state) if point.removed else state
+    if point.removed:
+        dense = _shell(model).state_dict()
+        state |= {name: torch.zeros(t.shape, dtype=model.dtype) for name, t in dense.items() if name not in state}
+    return state
 
 
 def _merged_experts(state: dict[str, Tensor], topology: Topology, path: str, module: nn.Module) -> dict[str, Tensor]:
@@ -62,11 +65,6 @@ def _merged_experts(state: dict[str, Tensor], topology: Topology, path: str, mod
             weight = factors.to("cpu", torch.float64).product().to(factors.core.dtype)
         found[f"{path}.{tensor.parameter}"] = weight.contiguous()
     return found
-
-
-def _zeros_of_removed(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    dense = _shell(model).state_dict()
-    return {name: torch.zeros(t.shape, dtype=model.dtype) for name, t in dense.items() if name not in state}
 
 
 def _shell(model: PreTrainedModel) -> PreTrainedModel:

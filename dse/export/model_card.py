@@ -75,16 +75,8 @@ class CardContent:
 
 def model_card(content: CardContent) -> str:
     """The card as Markdown with a YAML header."""
-    sections = [
-        _front_matter(content),
-        _introduction(content),
-        _sizes(content),
-        _loading(content),
-        _point(content),
-        _measured(content),
-        _provenance(content),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    parts = (_front_matter, _introduction, _sizes, _loading, _point, _measured, _provenance)
+    return "\n\n".join(section for part in parts if (section := part(content))) + "\n"
 
 
 def _front_matter(content: CardContent) -> str:
@@ -133,15 +125,14 @@ def _removed(content: CardContent) -> str:
 
 
 def _sizes(content: CardContent) -> str:
-    files = f"weights on disk ({text(content.dtype)})"
+    files, dense, here = (
+        f"weights on disk ({text(content.dtype)})",
+        content.dense_weight_bytes,
+        content.weight_file_bytes,
+    )
     rows = [
         ("parameters", f"{content.topology.parameters_dense:,}", f"{content.parameters:,}", percent(content.reduction)),
-        (
-            files,
-            _megabytes(content.dense_weight_bytes),
-            _megabytes(content.weight_file_bytes),
-            percent(1 - content.weight_file_bytes / content.dense_weight_bytes),
-        ),
+        (files, dense, here, percent(saved)),
     ]
     return (
         "## Size\n\n"
@@ -152,8 +143,7 @@ def _sizes(content: CardContent) -> str:
 
 
 def _loading(content: CardContent) -> str:
-    is_plain = content.is_dense
-    remote = "" if is_plain else ", trust_remote_code=True"
+    remote = "" if content.is_dense else ", trust_remote_code=True"
     lines = [
         "## How to load it",
         "",
@@ -165,7 +155,7 @@ def _loading(content: CardContent) -> str:
         f"model = {content.auto_class}.from_pretrained(folder{remote})",
         "```",
     ]
-    if not is_plain:
+    if not content.is_dense:
         lines += [
             "",
             "`trust_remote_code=True` runs `modeling_lowrank.py` of this folder, a short file that you can read first."
@@ -179,16 +169,8 @@ def _point(content: CardContent) -> str:
     if not content.point.choices:
         return ""
     compact = content.point.compact(content.topology)
-    body = (
-        json.dumps(compact)
-        if compact is not None
-        else '{"tensors": {\n'
-        + ",\n".join(
-            f"  {json.dumps(name)}: {json.dumps({'method': choice.method, 'rank': choice.rank})}"
-            for name, choice in content.point
-        )
-        + "\n}}"
-    )
+    lines = (f"  {json.dumps(name)}: {json.dumps({'method': c.method, 'rank': c.rank})}" for name, c in content.point)
+    body = json.dumps(compact) if compact is not None else '{"tensors": {\n' + ",\n".join(lines) + "\n}}"
     return f"## Design point {content.point.id}\n\n```json\n{body}\n```"
 
 

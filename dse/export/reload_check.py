@@ -90,25 +90,19 @@ def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
     model = getattr(transformers, wanted["auto_class"]).from_pretrained(folder, **remote)
     model.eval()
     digests = tensor_digests(model.state_dict().items())
-    expected_digests = wanted["digests"]
-    differing = sorted(
-        name for name in digests.keys() | expected_digests.keys() if digests.get(name) != expected_digests.get(name)
-    )
+    # An item differs if only one side has the name, or both with different digests.
+    differing = {name for name, _ in digests.items() ^ wanted["digests"].items()}
     device = _place(model, wanted["device"])
-    differences = [
-        _difference(
-            main_output(model, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"]), tensors[f"output.{i}"]
-        )
-        for i in range(wanted["batches"])
-    ]
+    differences = []
+    for i in range(wanted["batches"]):
+        output = main_output(model, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"])
+        differences.append(_difference(output, tensors[f"output.{i}"]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **remote)
-    read = token_ids(tokenizer, wanted["texts"])
+    texts = zip(wanted["texts"], token_ids(tokenizer, wanted["texts"]), wanted["token_ids"], strict=True)
     return {
         "max_difference": max(differences),
-        "differing_weights": differing,
-        "differing_texts": [
-            t for t, now, then in zip(wanted["texts"], read, wanted["token_ids"], strict=True) if now != then
-        ],
+        "differing_weights": sorted(differing),
+        "differing_texts": [text for text, now, then in texts if now != then],
         "device": device,
     }
 

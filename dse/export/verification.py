@@ -62,13 +62,9 @@ def verify_folders(checks: Sequence[tuple[Path, Expectation]]) -> tuple[ReloadRe
         # -P keeps this folder off the module path. Full isolation (-I) would also hide a torch from the user's site
         # packages or PYTHONPATH; the script itself forbids `import dse`.
         command = [sys.executable, "-P", str(Path(reload_check.__file__)), str(request), str(result)]
+        environment = _environment(Path(temporary))
         process = subprocess.run(
-            command,
-            env=_environment(Path(temporary)),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            check=False,
+            command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
         )
         if process.returncode != 0 or not result.is_file():
             lines = process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"]
@@ -94,10 +90,7 @@ def _report(folder: Path, expectation: Expectation, result: Mapping[str, Any]) -
             f"the reloaded outputs must differ by at most {expectation.tolerance:g}, but differ by {difference:g}"
             f" (computed on {result['device']})"
         )
-    for key, what in (
-        ("differing_weights", "weights that changed"),
-        ("differing_texts", "texts with other token ids"),
-    ):
+    for key, what in (("differing_weights", "weights that changed"), ("differing_texts", "texts with other token ids")):
         if result[key]:
             problems.append(f"there must be no {what}, but there are {len(result[key])} (first: {result[key][0]!r})")
     return ReloadReport(folder, difference, expectation.tolerance, "; ".join(problems))

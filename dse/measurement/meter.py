@@ -56,26 +56,17 @@ class EnergyMeter(ABC):
         name: Kind of meter: "nvml", "rapl" or "replay".
         min_updates: Refreshes that a valid window must span: with 20, one refresh more or less is 5 %.
         is_replay: Whether it replays a recording; its values are never shown as measured.
+        source: What the meter reads, such as "NVML total-energy counter".
+        details: Details for the record: driver version, device names, folder.
+        period_s: Seconds between two refreshes; None if not known in advance.
     """
 
     name: ClassVar[str]
     min_updates: ClassVar[int] = 20
     is_replay: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """What the meter reads, such as "NVML total-energy counter"."""
-
-    @property
-    @abstractmethod
-    def details(self) -> Mapping[str, str]:
-        """Details for the record: driver version, device names, folder."""
-
-    @property
-    def period_s(self) -> float | None:
-        """Seconds between two refreshes; None if not known in advance."""
-        return None
+    source: str
+    details: Mapping[str, str]
+    period_s: float | None = None
 
     def probe_period_s(self) -> float | None:
         """The refresh period measured for up to a second; None if no change was seen."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pynvml
 import torch
 
 from dse.measurement.meter import DeviceCondition, EnergyMeter
@@ -61,33 +63,17 @@ class NvmlMeter(EnergyMeter):
         self._open()
 
     def _open(self) -> None:
-        self._driver_version = connect()
+        driver_version = connect()
         self._gpus = tuple(_open_gpu(device) for device in self._devices)
-        self._is_counter = all(gpu.has_counter for gpu in self._gpus) and not self._force_power
-        self._period_s = None if self._is_counter else (self.probe_period_s() or SENSOR_PERIOD_S)
-        self._is_stale = False
-
-    @property
-    def source(self) -> str:
-        """See `EnergyMeter.source`."""
-        if self._is_counter:
-            return "NVML total-energy counter"
-        instant = all(gpu.has_instant_power for gpu in self._gpus)
-        return f"NVML power{' (instantaneous)' if instant else ''}, integrated"
-
-    @property
-    def details(self) -> Mapping[str, str]:
-        """See `EnergyMeter.details`."""
-        facts = {"driver_version": self._driver_version} | {f"gpu {gpu.uuid}": gpu.name for gpu in self._gpus}
+        self.details = {"driver_version": driver_version} | {f"gpu {gpu.uuid}": gpu.name for gpu in self._gpus}
         without = [gpu.uuid for gpu in self._gpus if not gpu.has_counter]
         if without:
-            facts["no_counter"] = f"not supported by {', '.join(without)}"
-        return facts
-
-    @property
-    def period_s(self) -> float | None:
-        """See `EnergyMeter.period_s`; unknown for a counter."""
-        return self._period_s
+            self.details["no_counter"] = f"not supported by {', '.join(without)}"
+        self._is_counter = not without and not self._force_power
+        instant = " (instantaneous)" if all(gpu.has_instant_power for gpu in self._gpus) else ""
+        self.source = "NVML total-energy counter" if self._is_counter else f"NVML power{instant}, integrated"
+        self.period_s = None if self._is_counter else (self.probe_period_s() or SENSOR_PERIOD_S)
+        self._is_stale = False
 
     def channels(self) -> tuple[Channel, ...]:
         """See `EnergyMeter.channels`. Devices are looked up again after a restart of the driver."""
@@ -124,13 +110,13 @@ class NvmlMeter(EnergyMeter):
         return steps_s[len(steps_s) // 2] if len(steps_s) >= 3 else None
 
     def _new_readings(self) -> CounterReadings | PowerReadings:
-        return CounterReadings() if self._is_counter else PowerReadings(self._period_s or SENSOR_PERIOD_S)
+        return CounterReadings() if self._is_counter else PowerReadings(self.period_s or SENSOR_PERIOD_S)
 
     def _read(self, gpu: _Gpu) -> float:
-        import pynvml
-
         try:
-            return _counter_j(gpu) if self._is_counter else _power_w(gpu)
+            if self._is_counter:
+                return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)) * 1e-3  # millijoules
+            return _power_w(gpu)
         except pynvml.NVMLError as error:
             failure = _window_error(error, gpu, "energy" if self._is_counter else "power")
             self._is_stale = self._is_stale or isinstance(failure, DriverRestartedError)
@@ -138,8 +124,6 @@ class NvmlMeter(EnergyMeter):
 
 
 def _open_gpu(device: int | str) -> _Gpu:
-    import pynvml
-
     where = f"cuda:{device}" if isinstance(device, int) else f"GPU {device}"
     try:
         handle = find_handle(device)
@@ -150,10 +134,13 @@ def _open_gpu(device: int | str) -> _Gpu:
     if _is_mig(handle):
         reason = f"{where} ({name}) is split by MIG, and its energy is that of all instances together"
         raise MigDeviceError("nvml", reason, f"use a whole GPU (`sudo nvidia-smi -mig 0`), {ANOTHER_GPU}")
-    instant = _succeeds(lambda: _instant_power_w(handle))
+    has_instant = False
+    with contextlib.suppress(pynvml.NVMLError):
+        _instant_power_w(handle)
+        has_instant = True
     try:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        return _Gpu(handle, uuid, name, has_counter=True, has_instant_power=instant)
+        return _Gpu(handle, uuid, name, has_counter=True, has_instant_power=has_instant)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
         pass  # older than Volta, or an old driver: power may still be available
     except pynvml.NVMLError as error:
@@ -164,46 +151,24 @@ def _open_gpu(device: int | str) -> _Gpu:
     except pynvml.NVMLError as error:
         reason = f"{where} ({name}) has no energy counter, and its power cannot be read: {error}"
         raise EnergyNotSupportedError("nvml", reason, ANOTHER_GPU) from error
-    return _Gpu(handle, uuid, name, has_counter=False, has_instant_power=instant)
+    return _Gpu(handle, uuid, name, has_counter=False, has_instant_power=has_instant)
 
 
 def _is_mig(handle: Any) -> bool:
-    import pynvml
-
     try:
         return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
     except pynvml.NVMLError:
         return False  # GPUs and drivers without MIG reject the query
 
 
-def _succeeds(read: Any) -> bool:
-    import pynvml
-
-    try:
-        read()
-    except pynvml.NVMLError:
-        return False
-    return True
-
-
-def _counter_j(gpu: _Gpu) -> float:
-    import pynvml
-
-    return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)) * 1e-3  # millijoules
-
-
 def _power_w(gpu: _Gpu) -> float:
     """Instantaneous power if the driver reports it; the plain call averages over a second on Ampere and later."""
-    import pynvml
-
     if gpu.has_instant_power:
         return _instant_power_w(gpu.handle)
     return float(pynvml.nvmlDeviceGetPowerUsage(gpu.handle)) * 1e-3  # milliwatts
 
 
 def _instant_power_w(handle: Any) -> float:
-    import pynvml
-
     (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
     if field.nvmlReturn != pynvml.NVML_SUCCESS:
         raise pynvml.NVMLError(field.nvmlReturn)
@@ -212,8 +177,6 @@ def _instant_power_w(handle: Any) -> float:
 
 def _window_error(error: Any, gpu: _Gpu, what: str) -> EnergyWindowError:
     """The error for a failed reading, by its NVML code."""
-    import pynvml
-
     message = f"the {what} of {gpu.name} ({gpu.uuid}) could not be read: {error}"
     if isinstance(error, (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired, pynvml.NVMLError_NotFound)):
         return DeviceLostError(f"{message}; see `dmesg | grep -i xid`, and reset the device or reboot")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pynvml
 import torch
 
 from dse.measurement.meter import DeviceCondition
@@ -33,8 +34,6 @@ def condition_of(handle: Any, device: str) -> DeviceCondition:
         handle: NVML's handle of the GPU.
         device: Its name in records.
     """
-    import pynvml
-
     limits = _clock_limits(handle)
     return DeviceCondition(
         device=device,
@@ -48,8 +47,6 @@ def condition_of(handle: Any, device: str) -> DeviceCondition:
 
 
 def _clock_limits(handle: Any) -> tuple[str, ...]:
-    import pynvml
-
     bits = _queried(lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
     if bits is None:  # drivers before 535 use the old name
         bits = _queried(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
@@ -62,8 +59,6 @@ def _other_processes(handle: Any) -> tuple[int, ...]:
     In a container the driver lists process ids of the host, which do not include this process's own id. If this process
     uses CUDA and its id is not listed, one of the listed ids is its own; the last one is assumed to be.
     """
-    import pynvml
-
     try:
         pids = sorted(int(process.pid) for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except pynvml.NVMLError:
@@ -75,8 +70,6 @@ def _other_processes(handle: Any) -> tuple[int, ...]:
 
 
 def _queried(query: Callable[[], Any]) -> float | None:
-    import pynvml
-
     try:
         return float(query())
     except pynvml.NVMLError:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pynvml
 import torch
 
 from dse.measurement.meter_errors import DeviceNotListedError, MeterPermissionError, MigDeviceError, NoDriverError
@@ -16,6 +17,15 @@ __all__ = ["ANOTHER_GPU", "GpuFacts", "connect", "describe_gpus", "find_handle",
 ANOTHER_GPU = "choose another GPU, or remove energy from the objectives"
 _DRIVER_REMEDY = "install the NVIDIA driver, and start containers with --gpus (nvidia-container-toolkit)"
 _LIST_REMEDY = "change CUDA_VISIBLE_DEVICES or the device"
+
+_START_PROBLEMS = {
+    pynvml.NVMLError_LibraryNotFound: ("no NVIDIA driver (libnvidia-ml.so.1 is missing)", _DRIVER_REMEDY),
+    pynvml.NVMLError_DriverNotLoaded: ("the NVIDIA driver is not loaded", "load it: `sudo modprobe nvidia`"),
+    pynvml.NVMLError_LibRmVersionMismatch: (
+        "the NVIDIA driver and its library have different versions",
+        "reboot, or reload the driver",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -35,26 +45,15 @@ def connect() -> str:
         NoDriverError: The driver does not respond.
         MeterPermissionError: This user may not query the driver.
     """
-    import pynvml
-
     try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError_LibraryNotFound as error:
-        reason = "no NVIDIA driver (libnvidia-ml.so.1 is missing)"
-        raise NoDriverError("nvml", reason, _DRIVER_REMEDY) from error
-    except pynvml.NVMLError_DriverNotLoaded as error:
-        reason = "the NVIDIA driver is not loaded"
-        raise NoDriverError("nvml", reason, "load it: `sudo modprobe nvidia`") from error
-    except pynvml.NVMLError_LibRmVersionMismatch as error:
-        reason = "the NVIDIA driver and its library have different versions"
-        raise NoDriverError("nvml", reason, "reboot, or reload the driver") from error
     except pynvml.NVMLError_NoPermission as error:
         reason = "the NVIDIA driver may not be queried by this user"
         raise MeterPermissionError("nvml", reason, "give this user access to /dev/nvidia*") from error
     except pynvml.NVMLError as error:
-        reason = f"NVML does not start: {error}"
-        raise NoDriverError("nvml", reason, "check whether `nvidia-smi` works") from error
+        unknown = f"NVML does not start: {error}", "check whether `nvidia-smi` works"
+        raise NoDriverError("nvml", *_START_PROBLEMS.get(type(error), unknown)) from error
 
 
 def describe_gpus() -> list[GpuFacts]:
@@ -63,8 +62,6 @@ def describe_gpus() -> list[GpuFacts]:
     Raises:
         NoMeterError: NVML does not respond.
     """
-    import pynvml
-
     driver_version = connect()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -86,8 +83,6 @@ def find_handle(device: int | str) -> Any:
     Raises:
         NoMeterError: There is no such GPU, it is hidden, or it is a MIG instance.
     """
-    import pynvml
-
     if isinstance(device, str):
         return _handle_of(device, f"GPU {device}")
     where = f"cuda:{device}"
@@ -128,8 +123,6 @@ def visible_device(index: int, visible: str | None) -> int | str:
 
 
 def _handle_of(chosen: int | str, where: str) -> Any:
-    import pynvml
-
     if isinstance(chosen, str) and chosen.startswith("MIG-"):
         reason = f"{where} is the MIG instance {chosen}, which has no energy meter"
         raise MigDeviceError("nvml", reason, ANOTHER_GPU)

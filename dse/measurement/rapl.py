@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,6 @@ from dse.measurement.readings import Channel, CounterReadings
 __all__ = ["POWERCAP_ROOT", "RaplMeter"]
 
 POWERCAP_ROOT = Path("/sys/class/powercap")
-
-_PERIOD_S = 0.001  # Intel's manual (vol. 3B, 15.10.1): "updated at ~1 ms"
 
 
 @dataclass(frozen=True)
@@ -46,25 +43,13 @@ class RaplMeter(EnergyMeter):
     """
 
     name = "rapl"
+    period_s = 0.001  # Intel's manual (vol. 3B, 15.10.1): "updated at ~1 ms"
 
     def __init__(self, root: Path = POWERCAP_ROOT) -> None:
         self._domains = _domains(root)
-
-    @property
-    def source(self) -> str:
-        """See `EnergyMeter.source`."""
         has_dram = any(domain.name.startswith("dram") for domain in self._domains)
-        return "RAPL counters of the packages and their DRAM" if has_dram else "RAPL counters of the packages"
-
-    @property
-    def details(self) -> Mapping[str, str]:
-        """See `EnergyMeter.details`."""
-        return {domain.name: str(domain.energy_file) for domain in self._domains}
-
-    @property
-    def period_s(self) -> float | None:
-        """See `EnergyMeter.period_s`."""
-        return _PERIOD_S
+        self.source = "RAPL counters of the packages" + (" and their DRAM" if has_dram else "")
+        self.details = {domain.name: str(domain.energy_file) for domain in self._domains}
 
     def channels(self) -> tuple[Channel, ...]:
         """See `EnergyMeter.channels`."""

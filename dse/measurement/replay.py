@@ -6,7 +6,7 @@ import csv
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,30 +107,14 @@ class ReplayMeter(EnergyMeter):
     def __init__(self, path: Path) -> None:
         self.trace = PowerTrace.read(path)
         self.epoch_s = time.perf_counter()
-        self._path = path
-
-    @property
-    def source(self) -> str:
-        """See `EnergyMeter.source`."""
-        return f"replay of {self._path.name}: a recording, not a measurement"
-
-    @property
-    def details(self) -> Mapping[str, str]:
-        """See `EnergyMeter.details`."""
-        return {"trace": str(self._path), "repeats_every_s": f"{self.trace.duration_s:g}"}
-
-    @property
-    def period_s(self) -> float | None:
-        """See `EnergyMeter.period_s`."""
-        return self.trace.period_s
+        self.source = f"replay of {path.name}: a recording, not a measurement"
+        self.details = {"trace": str(path), "repeats_every_s": f"{self.trace.duration_s:g}"}
+        self.period_s = self.trace.period_s
 
     def channels(self) -> tuple[Channel, ...]:
         """See `EnergyMeter.channels`."""
-        devices: Sequence[str] = tuple(self.trace.power_w)
-        return tuple(
-            Channel(device, partial(self._read_w, device), partial(PowerReadings, self.trace.period_s))
-            for device in devices
-        )
+        new_readings = partial(PowerReadings, self.trace.period_s)
+        return tuple(Channel(device, partial(self._read_w, device), new_readings) for device in self.trace.power_w)
 
     def synchronize(self) -> None:
         """See `EnergyMeter.synchronize`. A recording has nothing to wait for."""

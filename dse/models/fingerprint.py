@@ -18,26 +18,11 @@ _CHUNK_BYTES = 8 * 2**20
 
 # The origin of the model, the program that wrote it, and the way it is run do not change what the weights compute.
 _IGNORED_CONFIG_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "name_or_path",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_experts_implementation",
-    }
+    {"_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map"}
+    | {"dtype", "torch_dtype", "quantization_config"}
+    | {"use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id"}
+    | {"_attn_implementation", "_attn_implementation_internal", "_experts_implementation"}
 )
 
 

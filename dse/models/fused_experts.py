@@ -120,11 +120,7 @@ def _computes_as_expected(module: nn.Module, experts: int) -> bool:
 
 
 def _expected(
-    gate: Callable[[Tensor], Tensor],
-    weights: tuple[Tensor, Tensor],
-    tokens: Tensor,
-    chosen: Tensor,
-    shares: Tensor,
+    gate: Callable[[Tensor], Tensor], weights: tuple[Tensor, Tensor], tokens: Tensor, chosen: Tensor, shares: Tensor
 ) -> Tensor:
     (gate_up, down), rows = weights, []
     for token, experts, own in zip(tokens, chosen, shares, strict=True):

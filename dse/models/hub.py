@@ -6,8 +6,6 @@ retries shows within seconds whether the hub answers, knows the model, grants ac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -20,26 +18,13 @@ from huggingface_hub.errors import (
 
 from dse.errors import ModelError
 
-__all__ = ["HubAnswer", "ask_hub", "short"]
+__all__ = ["ask_hub", "short"]
 
 _TIMEOUT_S = 6.0
 
 
-@dataclass(frozen=True)
-class HubAnswer:
-    """The hub's answer about a model.
-
-    Attributes:
-        reachable: Whether the hub answered. If not, the model is in the local cache.
-        files: Names of the repository's files; empty if the hub did not answer.
-    """
-
-    reachable: bool
-    files: tuple[str, ...] = ()
-
-
-def ask_hub(model_id: str, revision: str | None) -> HubAnswer:
-    """Ask the hub about `model_id`.
+def ask_hub(model_id: str, revision: str | None) -> tuple[str, ...] | None:
+    """Names of the files of `model_id` on the hub; None if the hub cannot be reached, but the model is in the cache.
 
     Raises:
         ModelError: The hub does not know the model or the revision, or denies access; or it cannot be reached and the
@@ -62,14 +47,14 @@ def ask_hub(model_id: str, revision: str | None) -> HubAnswer:
         ) from error
     except Exception as error:  # the hub client has changed its HTTP library and error types before
         if _is_cached(model_id, revision):
-            return HubAnswer(reachable=False)
+            return None
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else short(str(error))
         raise ModelError(
             f"'{model_id}' is neither a local folder nor in the local hub cache, and {constants.ENDPOINT} cannot be"
             f" reached ({reason or type(error).__name__}); connect to the network, or name a local folder, a .gguf"
             f" file or 'demo:smollm2-135m-instruct'"
         ) from error
-    return HubAnswer(reachable=True, files=tuple(file.rfilename for file in info.siblings or ()))
+    return tuple(file.rfilename for file in info.siblings or ())
 
 
 def short(text: str) -> str:

@@ -27,11 +27,7 @@ from dse.topology import Topology
 
 __all__ = ["DTYPES", "LoadedModel", "load_model", "load_topology"]
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The supported dtypes. "auto" is not one of them: a trial must not depend on how a checkpoint was saved."""
 
 
@@ -71,18 +67,15 @@ class LoadedModel:
             ModelError: It is read for the first time while a point is applied, or after weights were changed.
         """
         modules = dict(self.model.named_modules())
-        for tensor in self.topology.tensors:
-            if type(modules.get(tensor.module)).__name__ not in ("Linear", "Conv1D"):
-                raise ModelError(
-                    f"the fingerprint must be computed on the dense model, but '{tensor.name}' is not dense; undo the"
-                    f" point first, or read `.fingerprint` before applying it"
-                )
+        is_dense = {t.name: type(modules.get(t.module)).__name__ in ("Linear", "Conv1D") for t in self.topology.tensors}
         for expert in self.topology.experts:
-            if not isinstance(getattr(modules.get(expert.module), expert.parameter, None), torch.nn.Parameter):
-                raise ModelError(
-                    f"the fingerprint must be computed on the dense model, but '{expert.name}' is not dense; undo the"
-                    f" point first, or read `.fingerprint` before applying it"
-                )
+            weight = getattr(modules.get(expert.module), expert.parameter, None)
+            is_dense[expert.name] = isinstance(weight, torch.nn.Parameter)
+        if replaced := [name for name, dense in is_dense.items() if not dense]:
+            raise ModelError(
+                f"the fingerprint must be computed on the dense model, but '{replaced[0]}' is not dense; undo the"
+                f" point first, or read `.fingerprint` before applying it"
+            )
         if _in_place_changes(self.model) != self._versions:
             raise ModelError("the fingerprint must be computed on the model as loaded, but its weights were changed")
         return model_fingerprint(self.model)

@@ -127,13 +127,13 @@ def _local_source(path: Path) -> ModelSource:
 
 
 def _hub_source(model_id: str, revision: str | None) -> ModelSource:
-    answer = ask_hub(model_id, revision)
+    files = ask_hub(model_id, revision)
     return ModelSource(
         model_id,
         revision=revision,
-        local_files_only=not answer.reachable,
-        has_weights=not answer.files or any(name.endswith(".safetensors") for name in answer.files),
-        has_pickles=any(name.endswith(_PICKLES) for name in answer.files),
+        local_files_only=files is None,
+        has_weights=not files or any(name.endswith(".safetensors") for name in files),
+        has_pickles=any(name.endswith(_PICKLES) for name in files or ()),
     )
 
 

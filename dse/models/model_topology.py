@@ -10,6 +10,7 @@ FLOPs stay correct.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
@@ -136,11 +137,8 @@ def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | Conv1D]:
 
 def _tied_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters that have more than one name."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in names.items() if count > 1}
 
 
 def _is_replaceable(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +105,8 @@ def _all_attention_or_none(
     attention = [block for block in blocks if block.role == "attention"]
     if attention and attention[0].cache_module and len(attention) < layers:
         blocks = [block for block in blocks if block.role != "attention"]
-        refused |= {
-            b.name: "some other layer's attention is not removable, and they share a KV cache" for b in attention
-        }
+        reason = "some other layer's attention is not removable, and they share a KV cache"
+        refused |= dict.fromkeys((block.name for block in attention), reason)
     # A user-defined role may be called `mlp`; the name then means that tensor.
     kept = tuple(block for block in blocks if block.name not in taken)
     return kept, {name: reason for name, reason in refused.items() if name not in taken}
@@ -144,7 +145,7 @@ def _layer_blocks(
         raise _Unverified(f"layer {index} holds parts with matrices that are neither attention nor MLP")
     verified = _verify(layer, tuple(heavy), model.config.get_text_config().hidden_size)
     found = {}
-    single = {role: names[0] for role, names in roles.items() if len(names) == 1 and _is_block(heavy[names[0]])}
+    single = {role: names[0] for role, names in roles.items() if len(names) == 1 and list(heavy[names[0]].children())}
     for role, name in single.items():
         inside = [t for t in tensors if t.module.startswith(f"{path}.{name}.")]
         parts = [heavy[name], *(layer.get_submodule(norm) for norm in verified.norms[name])]
@@ -171,19 +172,9 @@ def _layer_blocks(
             cache_kind=(kinds[index] if kinds else _ATTENTION_KINDS[0]) if cache_module else "",
         )
         found[role] = (block, problem)
-    return _with_rest(found, layer)
-
-
-def _with_rest(found: dict[str, tuple[RemovableBlock, str]], layer: nn.Module) -> dict[str, tuple[RemovableBlock, str]]:
-    """Add the number of the layer's parameters that are in none of its blocks."""
+    # The layer's parameters that are in none of its blocks.
     rest = sum(p.numel() for p in layer.parameters()) - sum(block.parameters for block, _ in found.values())
-    return {
-        role: (RemovableBlock(**{**vars(block), "rest_parameters": rest}), why) for role, (block, why) in found.items()
-    }
-
-
-def _is_block(module: nn.Module) -> bool:
-    return any(True for _ in module.children())
+    return {role: (replace(block, rest_parameters=rest), problem) for role, (block, problem) in found.items()}
 
 
 def _children_of(
@@ -259,21 +250,16 @@ def _norms_by_block(
     read: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
 
-    def remember(name: str, arguments: tuple[object, ...], output: object) -> None:
+    def remember(name: str, _module: nn.Module, arguments: tuple[object, ...], output: object) -> None:
         if arguments and isinstance(arguments[0], Tensor) and isinstance(output, Tensor):
             read[name], written[name] = arguments[0], output
 
-    handles = [
-        child.register_forward_hook(lambda _m, arguments, output, name=name: remember(name, arguments, output))
-        for name, child in skeleton.named_children()
-        if name not in stubs
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, child in skeleton.named_children():
+            if name not in stubs:
+                hooks.enter_context(child.register_forward_hook(partial(remember, name)))
         if run_skeleton(skeleton, hidden) is None:
             return None
-    finally:
-        for handle in handles:
-            handle.remove()
     norms = {}
     for block, stub in stubs.items():
         others = [tensor for name, other in stubs.items() if name != block for tensor in other.seen]

@@ -43,24 +43,11 @@ ROLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "intermediate": ("intermediate.dense", "ffn.lin1"),
     "output": ("output.dense", "ffn.lin2"),
 }
-"""Role to the path suffixes that have it, for every supported family."""
+"""Role to the path suffixes that have it, for every supported family; roles in the order of a forward pass."""
 
 _SHARED_EXPERT_ROLES = ("shared_gate", "shared_up", "shared_down")
 
-ROLE_ORDER: tuple[str, ...] = (
-    "query",
-    "key",
-    "value",
-    "query_key_value",
-    "attention_output",
-    "gate",
-    "up",
-    "gate_up",
-    "down",
-    "intermediate",
-    "output",
-    *_SHARED_EXPERT_ROLES,
-)
+ROLE_ORDER: tuple[str, ...] = (*ROLE_SUFFIXES, *_SHARED_EXPERT_ROLES)
 """The roles in the order of a forward pass through a layer."""
 
 _ROLE_NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ __all__ = [
 
 _EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ROUTED_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _ONCE_PER_SEQUENCE = re.compile(r"(^|\.)(pooler|seq_relationship|classifier|pre_classifier)(\.|$)")
 
 
@@ -36,26 +36,17 @@ def repeated_paths(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in modules.items() if isinstance(module, nn.ModuleList))
 
 
-@dataclass(frozen=True)
-class _Experts:
-    """The share of the routed experts' entries that multiplies one token."""
-
-    share: float
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Experts:
-        config = model.config.get_text_config()
-        used = next((v for key in _EXPERTS_PER_TOKEN_KEYS if isinstance(v := getattr(config, key, None), int)), None)
-        total = next((v for key in _EXPERT_COUNT_KEYS if isinstance(v := getattr(config, key, None), int)), None)
-        return cls(used / total if used and total else 1.0)
-
-    def entries(self, path: str, entries: int) -> int:
-        return round(entries * self.share) if re.search(r"(^|\.)experts(\.|$)", path) else entries
+def _expert_share(model: PreTrainedModel) -> float:
+    """The share of the routed experts that multiplies one token, by the config; 1 if it does not say."""
+    config = model.config.get_text_config()
+    used = next((v for key in _EXPERTS_PER_TOKEN_KEYS if isinstance(v := getattr(config, key, None), int)), None)
+    total = next((v for key in _EXPERT_COUNT_KEYS if isinstance(v := getattr(config, key, None), int)), None)
+    return used / total if used and total else 1.0
 
 
 def experts_per_token(model: PreTrainedModel, experts: int) -> int:
     """How many of the routed experts multiply one token, by the config; all if it does not say."""
-    return round(experts * _Experts.of(model).share)
+    return round(experts * _expert_share(model))
 
 
 def other_in_layers(
@@ -70,22 +61,18 @@ def other_in_layers(
 
 def matmul_entries(model: PreTrainedModel, prefix: str, part: nn.Module, mapped: set[str]) -> Iterator[tuple[str, int]]:
     """Path and entries per token of each module in `part` (at `prefix`) that multiplies and is not in `mapped`."""
-    experts = _Experts.of(model)
+    share = _expert_share(model)
     counted: list[str] = []
     for path, module in part.named_modules(prefix=prefix):
         if type(module).__name__ == "TuckerExperts":  # in an export of dse
             counted.append(f"{path}.")
-            yield path, _entries_of_decomposed(module, experts.share)
-        if path.startswith(tuple(counted)):
-            continue
-        if path in mapped or isinstance(module, nn.Embedding):
+            yield path, _entries_of_decomposed(module, share)
+        if path.startswith(tuple(counted)) or path in mapped or isinstance(module, nn.Embedding):
             continue
         # Matrices have two dimensions, fused experts and convolutions three; norms and biases have one.
-        matrices = [
-            p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and not name.endswith("bias")
-        ]
-        if matrices:
-            yield path, experts.entries(path, sum(p.numel() for p in matrices))
+        parameters = module.named_parameters(recurse=False)
+        if entries := sum(p.numel() for name, p in parameters if p.ndim >= 2 and not name.endswith("bias")):
+            yield path, round(entries * share) if _ROUTED_EXPERT.search(path) else entries
 
 
 def _entries_of_decomposed(module: nn.Module, share: float) -> int:
@@ -105,9 +92,7 @@ def _entries_of_decomposed(module: nn.Module, share: float) -> int:
 def other_outside_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module], head: nn.Module | None) -> int:
     """Entries per token of matrices outside every repeated block: projections, and transforms before the head."""
     repeated = repeated_paths(modules)
-    per_sequence = any(
-        task in type(model).__name__ for task in ("SequenceClassification", "MultipleChoice", "NextSent")
-    )
+    per_sequence = re.search("SequenceClassification|MultipleChoice|NextSent", type(model).__name__)
     entries = 0
     for path, module in modules.items():
         if not isinstance(module, (nn.Linear, Conv1D)) or module is head or path.startswith(repeated):
@@ -175,9 +160,7 @@ def _config_attention_widths(model: PreTrainedModel) -> tuple[int, int]:
 
 def is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
     """Whether a token attends only to earlier tokens: read from attention; without attention, from `can_generate`."""
-    flags = [
-        bool(module.is_causal) for module in block.modules() if isinstance(getattr(module, "is_causal", None), bool)
-    ]
+    flags = [flag for module in block.modules() if isinstance(flag := getattr(module, "is_causal", None), bool)]
     return any(flags) if flags else bool(model.can_generate())
 
 

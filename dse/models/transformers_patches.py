@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -28,7 +28,7 @@ def quiet_transformers() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     hub_logger = logging.getLogger("huggingface_hub")
     hub_level = hub_logger.level
-    hook = transformers_logging.set_tqdm_hook(_disabled_bar)
+    hook = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
     # The GGUF reader imports tqdm itself, so the hook does not reach it.
     gguf_bar = vars(gguf_module)["tqdm"]
     try:
@@ -43,10 +43,6 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_tqdm_hook(hook)
         transformers_logging.set_verbosity(level)
         hub_logger.setLevel(hub_level)
-
-
-def _disabled_bar(factory: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    return factory(*arguments, **{**keywords, "disable": True})
 
 
 class _PlainArrayReader(gguf.GGUFReader):  # type: ignore[misc]

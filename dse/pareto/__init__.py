@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dse.pareto.choice import Candidates, PointChoice, choose_point
-from dse.pareto.dominance import dominates, non_dominated, non_dominated_rank
+from dse.pareto.dominance import non_dominated
 from dse.pareto.hypervolume import hypervolume, normalised_hypervolume
 from dse.pareto.knee import knee_distances, knee_index
 from dse.pareto.objective import (
@@ -27,12 +27,10 @@ __all__ = [
     "advantage_within_noise",
     "choose_point",
     "directions_of",
-    "dominates",
     "hypervolume",
     "knee_distances",
     "knee_index",
     "non_dominated",
-    "non_dominated_rank",
     "normalised_hypervolume",
     "objective_named",
     "objectives_named",

@@ -67,7 +67,6 @@ def choose_point(candidates: Candidates, max_drop: float, min_reduction: float =
     below the baseline's. Ties in cost go to the smaller drop, then to the earlier candidate.
 
     Args:
-        candidates: Points to choose from.
         max_drop: Largest accuracy drop, as a fraction.
         min_reduction: Smallest fraction of the parameters to remove.
     """

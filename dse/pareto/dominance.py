@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dse.errors import ConfigError
 from dse.pareto.objective import signs
 
-__all__ = ["FloatArray", "dominates", "minimised", "non_dominated", "non_dominated_rank"]
+__all__ = ["FloatArray", "minimised", "non_dominated"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -31,16 +31,6 @@ def minimised(values: npt.ArrayLike, directions: Sequence[str]) -> FloatArray:
             f"values must have shape (n, {len(directions)}), one column per direction, but got {array.shape}"
         )
     return array * signs(directions)
-
-
-def dominates(first: npt.ArrayLike, second: npt.ArrayLike, directions: Sequence[str]) -> bool:
-    """Whether `first`, shape (k,), dominates `second`: no worse in any column and better in one.
-
-    Raises:
-        ConfigError: The shapes do not match the directions, or a direction is unknown.
-    """
-    a, b = (minimised(np.atleast_2d(np.asarray(row, dtype=np.float64)), directions) for row in (first, second))
-    return bool(np.all(a <= b) and np.any(a < b))
 
 
 def non_dominated(values: npt.ArrayLike, directions: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -70,27 +60,3 @@ def non_dominated(values: npt.ArrayLike, directions: Sequence[str]) -> npt.NDArr
         kept[index] = not np.any(np.all(unique[:index][kept[:index]] <= row, axis=1))
     mask[measured] = kept[group.reshape(-1)]
     return mask
-
-
-def non_dominated_rank(values: npt.ArrayLike, directions: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Non-domination rank of each row: 0 for the front, 1 for the front of the remaining rows, and so on.
-
-    Args:
-        values: Shape (n, k); NaN if not measured.
-        directions: "minimize" or "maximize" for each column.
-
-    Returns:
-        Shape (n,); -1 for rows with a NaN.
-
-    Source: Deb et al. (2002), NSGA-II.
-    """
-    costs = minimised(values, directions)
-    ranks = np.full(len(costs), -1, dtype=np.int64)
-    remaining = np.flatnonzero(~np.isnan(costs).any(axis=1))
-    rank = 0
-    while remaining.size:
-        front = non_dominated(costs[remaining], ["minimize"] * costs.shape[1])
-        ranks[remaining[front]] = rank
-        remaining = remaining[~front]
-        rank += 1
-    return ranks

@@ -72,27 +72,17 @@ class Objective:
         return 1.0 if self.direction == "minimize" else -1.0
 
 
-def _table(*objectives: Objective) -> dict[str, Objective]:
-    return {entry.name: entry for entry in objectives}
-
-
 # Parameters and weight bytes never exceed those of the dense model, so 1.1 leaves a small margin. Latency and energy
 # can exceed dense: two thin products may be slower than one. At ten times the dense perplexity, or three times the
 # dense log-likelihood of the targets, a model is unusable.
-OBJECTIVES: Mapping[str, Objective] = _table(
+_ALL = (
     Objective("accuracy", "fraction", "maximize", "Accuracy", 0.0, ideal=1.0, is_cost=False),
     Objective("perplexity", "", "minimize", "Perplexity", 10.0, ideal=1.0, is_cost=False),
     Objective("choice_probability", "fraction", "maximize", "Choice probability", 0.0, ideal=1.0, is_cost=False),
     Objective("target_log_likelihood", "nats", "maximize", "Target log-likelihood", 3.0, ideal=0.0, is_cost=False),
     # ln 10: on text sampled from the dense model, a perplexity of ten times dense is a divergence of ln 10.
     Objective(
-        "kl_divergence",
-        "nats",
-        "minimize",
-        "KL divergence to dense",
-        0.0,
-        is_cost=False,
-        fixed_reference=math.log(10),
+        "kl_divergence", "nats", "minimize", "KL divergence to dense", 0.0, is_cost=False, fixed_reference=math.log(10)
     ),
     Objective("prefill_latency_s", "s", "minimize", "Prefill latency", 1.5),
     Objective("decode_latency_s", "s", "minimize", "Decode latency", 1.5),
@@ -102,6 +92,7 @@ OBJECTIVES: Mapping[str, Objective] = _table(
     Objective("weight_bytes", "B", "minimize", "Weight size", 1.1),
     Objective("peak_memory_bytes", "B", "minimize", "Peak memory", 1.5),
 )
+OBJECTIVES: Mapping[str, Objective] = {entry.name: entry for entry in _ALL}
 
 # An axis of plots, not an objective: parameters are optimised instead.
 REDUCTION = Objective("reduction", "percent", "maximize", "Reduction", 0.0, ideal=1.0)

@@ -34,8 +34,6 @@ def plot_front(
     Hovering over a point shows its trial number, point id, reduction and every objective.
 
     Args:
-        trials: The trials table.
-        objectives: The study's objectives.
         x: Horizontal axis of a single panel: an objective or `reduction`.
         y: Vertical axis; by default accuracy or the first objective.
 
@@ -82,8 +80,7 @@ def _draw(figure: go.Figure, panel: Panel, index: int, count: int, hover: list[s
         # The panel to the left has the same axis, and its colour bar is in this place.
         upward["title"] = {"text": ""}
     figure.update_layout({f"xaxis{suffix}": across, f"yaxis{suffix}": upward})
-    common = {"legend": index == 0, **on}
-    for trace in _traces(panel, hover, columns, common):
+    for trace in _traces(panel, hover, columns, {"showlegend": index == 0, **on}):
         figure.add_trace(trace)
 
 
@@ -100,10 +97,12 @@ def domains(index: int, count: int, has_colour: bool) -> tuple[list[float], list
 
 
 def _traces(panel: Panel, hover: list[str], columns: tuple[list[float], list[float]], on: dict[str, Any]) -> list[Any]:
-    traces = [
-        _scatter(
-            panel.others, "Other trials", hover, on, {"color": Palette.TRIALS, "size": 8}, error=Palette.TRIAL_BARS
-        ),
+    hollow = {"color": "white", "size": 10, "line": {"color": Palette.FRONT, "width": 2}}
+    tied = [_scatter(panel.tied, "Tied with the front", hover, on, hollow, Palette.FRONT_BARS)]
+    filled = {"color": Palette.DENSE, "size": 14, "symbol": "diamond", "line": {"color": "white", "width": 1.5}}
+    ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": Palette.TEXT, "width": 2}}
+    return [
+        _scatter(panel.others, "Other trials", hover, on, {"color": Palette.TRIALS, "size": 8}, Palette.TRIAL_BARS),
         go.Scatter(
             x=panel.staircase[:, 0],
             y=panel.staircase[:, 1],
@@ -111,29 +110,13 @@ def _traces(panel: Panel, hover: list[str], columns: tuple[list[float], list[flo
             name="Two-objective front",
             line={"color": Palette.FRONT, "width": 2, "shape": "hv" if panel.steps_after else "vh"},
             hoverinfo="skip",
-            **_legend(on),
+            **on,
         ),
-        *_tied_trace(panel, hover, on),
+        *(tied if len(panel.tied) else []),
         _front_trace(panel, hover, columns, on),
-        _scatter(
-            panel.dense,
-            "Dense model",
-            hover,
-            on,
-            {"color": Palette.DENSE, "size": 14, "symbol": "diamond", "line": {"color": "white", "width": 1.5}},
-            error=Palette.DENSE,
-        ),
+        _scatter(panel.dense, "Dense model", hover, on, filled, Palette.DENSE),
+        _scatter(panel.knee, "Knee", hover, on, ring, error=None),
     ]
-    ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": Palette.TEXT, "width": 2}}
-    traces.append(_scatter(panel.knee, "Knee", hover, on, ring, error=None))
-    return traces
-
-
-def _tied_trace(panel: Panel, hover: list[str], on: dict[str, Any]) -> list[Any]:
-    if not len(panel.tied):
-        return []
-    hollow = {"color": "white", "size": 10, "line": {"color": Palette.FRONT, "width": 2}}
-    return [_scatter(panel.tied, "Tied with the front", hover, on, hollow, error=Palette.FRONT_BARS)]
 
 
 def _front_trace(panel: Panel, hover: list[str], columns: tuple[list[float], list[float]], on: dict[str, Any]) -> Any:
@@ -177,15 +160,11 @@ def _scatter(
         hovertext=[hover[row] for row in points.rows],
         customdata=points.trials.tolist(),
         hoverinfo="text" if error else "skip",
-        **_legend(on),
+        **on,
     )
     if error:
         trace.update(error_x=_bars(points.x_error, error), error_y=_bars(points.y_error, error))
     return trace
-
-
-def _legend(on: dict[str, Any]) -> dict[str, Any]:
-    return {"xaxis": on["xaxis"], "yaxis": on["yaxis"], "showlegend": bool(on["legend"])}
 
 
 def _bars(errors: np.ndarray, colour: str) -> dict[str, Any]:

@@ -36,12 +36,8 @@ def front_html(
     and the page's Content-Security-Policy allows its three scripts, by their hash, and no network access.
 
     Args:
-        trials: The trials table.
-        objectives: The study's objectives.
-        title: Title of the page.
         study_facts: Label to text, in order: model, hypervolume, environment and so on.
         next_commands: Shell commands to show, one per line.
-        point_maps: Maps of front points, in order.
 
     Raises:
         ConfigError: There is no objective, or a column is missing.

@@ -143,7 +143,6 @@ def front_panels(
     """One panel per objective against accuracy (without it, the first objective), or a single panel of `x` and `y`.
 
     Args:
-        trials: The trials table.
         objectives: The study's objectives; they determine the front.
         x: Horizontal axis of a single panel: an objective or `reduction`.
         y: Vertical axis; by default accuracy or the first objective.

@@ -34,10 +34,7 @@ def front_png(
     """The plot of `plot_front` as a static image.
 
     Args:
-        trials: The trials table.
-        objectives: The study's objectives.
         x: Horizontal axis of a single panel: an objective or `reduction`.
-        y: Vertical axis.
         title: Line above the panels, shown verbatim.
         dpi: Pixels per inch; a panel is about 6.9 x 4.9 inches.
 

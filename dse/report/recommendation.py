@@ -137,8 +137,6 @@ def recommend(
     energy, size), or over the parameters if it has none. Ties go to the smaller drop, then to the earlier trial.
 
     Args:
-        trials: The trials table.
-        objectives: The study's objectives.
         max_accuracy_drop: Largest accuracy drop, as a fraction: 0.02 is two percentage points.
         min_reduction: Smallest fraction of the parameters to remove.
 

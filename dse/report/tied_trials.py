@@ -38,8 +38,6 @@ def mark_ties(
 
     Args:
         marked: The trials table with `on_front` (see `mark_front`).
-        objectives: The study's objectives.
-        differs: The paired test.
 
     Raises:
         ConfigError: A column is missing.
@@ -69,11 +67,7 @@ def tied_table(marked: pd.DataFrame) -> pd.DataFrame:
 
 
 def _is_within_noise(
-    better: pd.Series,
-    worse: pd.Series,
-    objective: Objective,
-    dense: pd.Series | None,
-    differs: PairedDifference | None,
+    better: pd.Series, worse: pd.Series, objective: Objective, dense: pd.Series | None, differs: PairedDifference | None
 ) -> bool:
     first, second = number(better, objective.name), number(worse, objective.name)
     if first is None or second is None:

@@ -143,10 +143,6 @@ def mark_front(trials: pd.DataFrame, objectives: Sequence[Objective]) -> pd.Data
 def front_table(trials: pd.DataFrame, objectives: Sequence[Objective]) -> pd.DataFrame:
     """The front, and the dense model as its reference, sorted by reduction.
 
-    Args:
-        trials: The trials table.
-        objectives: The study's objectives.
-
     Returns:
         The columns of the trials table with `on_front` updated and `is_dense` added. The dense row is included whenever
         the dense model is complete; its `on_front` is false if a trial dominates it or it is infeasible.
@@ -166,8 +162,6 @@ def front_hypervolume(trials: pd.DataFrame, objectives: Sequence[Objective], ref
     """Normalised hypervolume of the trials, in [0, 1].
 
     Args:
-        trials: The trials table.
-        objectives: The study's objectives.
         reference: Objective to its reference value (see `dse.pareto.reference_point`).
 
     Raises:

@@ -49,8 +49,6 @@ class LatencyForecast:
         Args:
             profile: The device profile; None if the study predicts no latency.
             phases: Latency quantity to its phase.
-            limits: The study's limits.
-            objectives: The study's objectives.
         """
         if profile is None:
             return None

@@ -12,14 +12,7 @@ from dse.errors import InvalidMeasurementError
 from dse.pareto import Objective, normalised_hypervolume
 from dse.trial_record import EVALUATED_STATES, TrialRecord, objective_values
 
-__all__ = [
-    "Ledger",
-    "OriginShare",
-    "choose_proposer",
-    "credited_origins",
-    "origin_shares",
-    "selection_probabilities",
-]
+__all__ = ["Ledger", "OriginShare", "choose_proposer", "credited_origins", "origin_shares", "selection_probabilities"]
 
 _DECAY = 0.93  # a gain counts half after ten evaluations, because gains shrink as the front grows
 _PRIOR_EVALUATIONS = 2.0  # each proposer starts with this many evaluations of average gain
@@ -112,7 +105,6 @@ def origin_shares(
 
     Args:
         records: All trials in order.
-        objectives: The study's objectives.
         reference: Reference point of the hypervolume; None before the baseline is measured.
         front: Numbers of the trials on the front.
     """
@@ -136,7 +128,6 @@ def selection_probabilities(gains: Sequence[tuple[str, float]], proposers: Seque
 
     Args:
         gains: Origin and hypervolume gained of each evaluation so far, in order.
-        proposers: The proposers to select from.
 
     Returns:
         Proposer to probability, summing to 1; uniform if nothing was gained.

@@ -70,7 +70,6 @@ def draw_goal(front: Sequence[FrontPoint], generator: random.Random) -> Goal:
 
     Args:
         front: The front, with at least one point that is not dense.
-        generator: Source of randomness.
     """
     ordered = sorted(front, key=lambda entry: (entry.reduction, entry.trial))
     changeable = [entry for entry in ordered if not entry.point.is_dense]
@@ -110,7 +109,6 @@ def refine(
     """A new feasible point near the front: a front point with rank moved between groups.
 
     Args:
-        space: The space whose levels are changed.
         front: The current front, in any order.
         seen: Ids of points that had a trial.
         generator: Source of randomness; the same state yields the same point.

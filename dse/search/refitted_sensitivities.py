@@ -137,8 +137,6 @@ def refit_sensitivities(
     """Fit the factors to measured points; points that are not combinations of the table's options are left out.
 
     Args:
-        table: The table as measured unit by unit.
-        points: The measured points, in order.
         divergences: Measured divergence of each point, in any unit that is 0 for dense; slightly negative values are
             noise.
 
@@ -168,17 +166,7 @@ def refit_sensitivities(
 
 
 def _fitted(rows: Sequence[tuple[FloatArray, FloatArray]], measured: FloatArray, size: int) -> tuple[FloatArray, float]:
-    """The least-squares fit.
-
-    Args:
-        rows: Output of `_row` for each point.
-        measured: Measured divergence of each point.
-        size: Number of factors of units.
-
-    Returns:
-        Logarithms of the factors, of the scale relative to the offset, and of the exponent, shape (size + 2,); and the
-        offset.
-    """
+    """Fitted logarithms of the factors, of scale / offset, and of the exponent, shape (size + 2,); and the offset."""
     base, features = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     starts = np.cumsum([0, *(len(weights) for weights, _ in rows[:-1])])
     sums = np.maximum(np.add.reduceat(base, starts), _FLOOR)

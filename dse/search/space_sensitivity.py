@@ -48,13 +48,10 @@ def study_table(
     Measurements are cached by model, calibration and text; an interrupted profile resumes where it stopped.
 
     Args:
-        config: The study.
         loaded: Its model, dense.
-        space: Its search space.
         bank: Factors up to the largest ranks of the space.
         calibration: Calibration text of the factors, for methods that need it.
         progress: Receives the progress of phase "sensitivity".
-        notify: Receives messages for the user.
 
     Raises:
         CalibrationError: There is too little text.

@@ -28,9 +28,6 @@ def first_points(
     level in all layers), and random points, one from each interval of the feasible reductions.
 
     Args:
-        space: The search space.
-        enqueued: The user's points.
-        seed: Seed of the random points.
         trials: Budget of the study; 0 for the enqueued points only.
 
     Returns:
@@ -72,9 +69,7 @@ def unseen_feasible_levels(space: SearchSpace, seen: set[str], generator: random
     A space that is too large to list counts as exhausted if random draws find nothing new.
 
     Args:
-        space: The search space.
         seen: Ids of the points that had a trial.
-        generator: Source of randomness.
     """
     for _ in range(_DRAWS):
         levels = space.draw_feasible(generator)

@@ -15,15 +15,7 @@ from dse.search.start_up_points import MAX_START_REDUCTION
 from dse.sensitivity.allocation import allocate
 from dse.sensitivity.sensitivity_table import SensitivityTable
 
-__all__ = [
-    "ALLOCATION",
-    "REMOVAL",
-    "UNIFORM",
-    "allocated_for_latency",
-    "allocated_point",
-    "proposal_of",
-    "warm_starts",
-]
+__all__ = ["ALLOCATION", "REMOVAL", "UNIFORM", "allocated_for_latency", "allocated_point", "proposal_of", "warm_starts"]
 
 ALLOCATION, UNIFORM, REMOVAL = "allocation", "uniform", "removal"
 _MAX_WARM_STARTS = 12
@@ -85,8 +77,6 @@ def allocated_for_latency(
     half of these parameters correspond to a twentieth of the latency.
 
     Args:
-        space: The search space.
-        table: Sensitivity table of its options.
         share: The reduction of parameters to convert.
         max_latency_s: Limit on the predicted latency; None for no limit.
 

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,12 +78,10 @@ def allocate(
     """The combination of options with the least divergence within all budgets.
 
     Args:
-        table: Units and options.
         parameters: Largest number of parameters of the whole model.
         reduction: Smallest reduction, 0 <= reduction < 1; an alternative to `parameters`.
         latency_s: Largest predicted latency of the whole model.
         energy_j: Largest predicted energy of the whole model.
-        constraints: Further constraints.
 
     Raises:
         AllocationError: There is no budget, no allocation meets the budgets, or the constraints contradict each other.
@@ -157,7 +155,7 @@ class _IntegerProgram:
             if not broken:
                 return self._allocation(chosen)
             # The solver satisfies a limit up to its tolerance, which is several parameters of a large model.
-            rows = [row.tightened(row.excess(chosen)) for row in rows]
+            rows = [replace(row, limit=row.limit - row.excess(chosen)) for row in rows]
         raise self._unreachable(budgets)
 
     def _possible(self, rows: Sequence[_Row]) -> NDArray[np.int64]:
@@ -173,13 +171,7 @@ class _IntegerProgram:
     def _milp(
         self, objective: NDArray[np.float64], rows: Sequence[_Row], among: NDArray[np.int64]
     ) -> NDArray[np.int64] | None:
-        """Indices of the chosen options, one per unit; None if the limits cannot be met.
-
-        Args:
-            objective: Objective coefficient of every option.
-            rows: The limits.
-            among: Indices of the options to choose from, ascending, at least one per unit.
-        """
+        """Choose one of the options `among` for each unit; None if the limits cannot be met."""
         # Importing scipy.optimize takes a third of a second, which `dse --help` should not pay for.
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -191,13 +183,8 @@ class _IntegerProgram:
         limits: list[Any] = [LinearConstraint(one_each, 1.0, 1.0)]
         limits += [LinearConstraint(row.use[None, among] / row.divisor, -np.inf, row.bound) for row in rows]
         with _solver_output_discarded():
-            found = milp(
-                objective[among],
-                integrality=np.ones(count),
-                bounds=Bounds(0.0, 1.0),
-                constraints=limits,
-                options={"mip_rel_gap": _RELATIVE_GAP},
-            )
+            bounds, gap = Bounds(0.0, 1.0), {"mip_rel_gap": _RELATIVE_GAP}
+            found = milp(objective[among], integrality=np.ones(count), bounds=bounds, constraints=limits, options=gap)
         if found.x is None:
             return None
         starts = np.flatnonzero(np.diff(unit_of, prepend=-1))
@@ -298,11 +285,7 @@ class _Row:
     def of(cls, use: NDArray[np.float64], unit_of: NDArray[np.int64], limit: float, *, whole: float = 0.0) -> _Row:
         """Scale the coefficients to at most 100, so that the solver's tolerance (1e-6) is below a single unit.
 
-        Args:
-            use: Use of each option, shape (options,).
-            unit_of: Unit of each option, ascending from 0, shape (options,).
-            limit: Largest sum of uses.
-            whole: The number that `limit` was subtracted from; the rounding error of the limit is relative to it.
+        `whole` is the number that `limit` was subtracted from; the rounding error of the limit is relative to it.
         """
         least = np.full(int(unit_of.max(initial=-1)) + 1, np.inf)
         np.minimum.at(least, unit_of, use)
@@ -325,10 +308,6 @@ class _Row:
     def excess(self, chosen: NDArray[np.int64]) -> float:
         """By how much the chosen options exceed the limit."""
         return max(0.0, float(self.use[chosen].sum()) - self.limit - self.slack)
-
-    def tightened(self, by: float) -> _Row:
-        """The same row with a smaller limit."""
-        return _Row(self.use, self.limit - by, self.divisor, self.unit, self.slack)
 
 
 @contextlib.contextmanager

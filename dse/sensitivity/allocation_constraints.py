@@ -11,10 +11,7 @@ from dse.sensitivity.sensitivity_table import SensitivityTable
 
 __all__ = ["STACK_ROLES", "AllocationConstraints"]
 
-STACK_ROLES: Mapping[str, tuple[str, ...]] = {
-    "query_key_value": ("query", "key", "value"),
-    "gate_up": ("gate", "up"),
-}
+STACK_ROLES: Mapping[str, tuple[str, ...]] = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 """Name of a stack, or of a fused projection, to the roles that it contains."""
 
 

@@ -73,11 +73,9 @@ def allocate_curves(
     """Ranks of minimal total divergence for a reduction.
 
     Args:
-        topology: The model's topology.
         curves: Name of each tensor or stack that may be decomposed (no tensor twice) to its divergence at ranks 0, 1,
             ... up to full rank, non-increasing.
         reduction: Smallest reduction, as a share of all parameters of the model; above 0.
-        method: The decomposition method of the point.
         multiple: Ranks are multiples of this; a tensor whose break-even rank is smaller stays dense.
 
     Returns:

@@ -56,9 +56,7 @@ class DivergenceMeter:
         """Run the dense model over the text.
 
         Args:
-            loaded: The dense model.
             windows: Token ids, shape (windows, tokens).
-            source: Provides the factors.
 
         Raises:
             ModelError: The model has no output head, or its logits differ from those of its head.
@@ -79,8 +77,7 @@ class DivergenceMeter:
         """The divergence of a point.
 
         Args:
-            point: The point.
-            layer: The first layer it changes; measuring in the order of layers is fastest. None for a full pass.
+            layer: The first layer that the point changes; measuring in the order of layers is fastest. None for a full pass.
 
         Raises:
             NonFiniteError: An activation is NaN or infinite.

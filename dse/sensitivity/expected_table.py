@@ -33,7 +33,6 @@ def expected_table(
     """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, and the expected divergences.
 
     Args:
-        topology: The model's topology.
         curves: Tensor name to expected divergence at each rank, from `dse.decomposition.expected_divergence`; tensors
             without a curve stay dense.
         method: Method of the options; the curves are those of `fisher_svd`.
@@ -67,12 +66,7 @@ def expected_table(
 
 
 def _option(
-    topology: Topology,
-    block: Block,
-    curves: Mapping[str, NDArray[np.float64]],
-    kept: float,
-    method: str,
-    multiple: int,
+    topology: Topology, block: Block, curves: Mapping[str, NDArray[np.float64]], kept: float, method: str, multiple: int
 ) -> Option | None:
     """The option of least divergence at a kept fraction of the block; None if no ranks are small enough."""
     reduction = (1 - kept) * block.parameters / topology.parameters_dense

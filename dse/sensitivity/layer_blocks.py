@@ -47,7 +47,6 @@ def blocks_of_topology(
     """The blocks of a model in the order of the layers, attention first; tensors outside the layers are left out.
 
     Args:
-        topology: The model's topology.
         names: Restricts the blocks to these tensors; None for all.
         with_stacks: Whether the blocks list their stacks.
     """

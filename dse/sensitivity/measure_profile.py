@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -24,13 +25,7 @@ from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_
 from dse.sensitivity.measurement_cache import MeasurementCache
 from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.profile_settings import ProfileSettings
-from dse.sensitivity.sensitivity_curves import (
-    BlockCurve,
-    TensorCurve,
-    best_split,
-    rank_of_kept_fraction,
-    split_table,
-)
+from dse.sensitivity.sensitivity_curves import BlockCurve, TensorCurve, best_split, rank_of_kept_fraction, split_table
 from dse.sensitivity.sensitivity_profile import MeasuredPart, SensitivityProfile
 from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 from dse.sensitivity.truncation import truncation_errors
@@ -77,10 +72,8 @@ def measure_profile(
     """The sensitivity profile of a model; cached measurements are not repeated.
 
     Args:
-        loaded: The dense model.
         windows: Token ids of the text to measure the divergence on, shape (windows, tokens).
         calibration: Calibration text, for methods that need it.
-        settings: What to measure.
         text: Description of the text, stored in the profile.
         folder: Folder of all profiles; default: the user's cache.
         progress: Called as ("calibrate", ...), ("decompose", ...) and ("sensitivity", done, measurements).
@@ -244,18 +237,7 @@ class _Profiler:
         return Option(choices, dense - self._saved(choices), divergence, drop, is_measured=known is not None)
 
     def _note(self, name: str, layer: int, role: str, method: str, kept: float, divergence: OptionDivergence) -> None:
-        self._parts.append(
-            MeasuredPart(
-                name,
-                layer,
-                role,
-                method,
-                kept,
-                divergence.kl_divergence,
-                divergence.kl_standard_error,
-                divergence.log_likelihood_drop,
-            )
-        )
+        self._parts.append(MeasuredPart(name, layer, role, method, kept, *dataclasses.astuple(divergence)))
 
     def _saved(self, choices: Sequence[tuple[str, TensorChoice]]) -> int:
         return parameters_saved(self._loaded.topology, DesignPoint(tuple(choices)))

@@ -37,8 +37,6 @@ def with_latencies(
 
     Args:
         table: Sensitivity table of the profile's model.
-        profile: Device profile.
-        phase: Prefill or decode.
         dense_s: Measured latency of the dense model. Without it the sum of the products is used, which leaves out
             attention, norms and kernel launches, so that latency reductions are overestimated.
 

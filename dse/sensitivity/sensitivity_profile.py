@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dse.errors import ProfileError
+from dse.errors import DseError, ProfileError
 from dse.files import write_json
-from dse.sensitivity.sensitivity_table import (
-    MALFORMED,
-    SensitivityTable,
-    TableOrigin,
-    malformed_profile,
-    read_profile_json,
-)
+from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 
 __all__ = ["PROFILE_SCHEMA", "MeasuredPart", "SensitivityProfile"]
 
@@ -109,12 +104,13 @@ class SensitivityProfile:
                 str(document["architecture"]),
                 str(document["text"]),
                 tuple(map(MeasuredPart.from_json, document["parts"])),
-                SensitivityTable.from_json(document["table"], where),
+                SensitivityTable.from_json(document["table"]),
             )
-        except ProfileError:
-            raise
-        except MALFORMED as error:
-            raise malformed_profile(where, error) from error
+        except (KeyError, TypeError, ValueError, AttributeError, DseError) as error:
+            raise ProfileError(
+                f"a sensitivity profile must be a file written by `dse sensitivity`, but {where} is not"
+                f" ({type(error).__name__}: {error}); measure the profile again"
+            ) from error
 
     def write(self, path: Path) -> None:
         """Write the profile as JSON, atomically.
@@ -131,7 +127,14 @@ class SensitivityProfile:
         Raises:
             ProfileError: The file is not readable, is malformed, or has another origin.
         """
-        profile = cls.from_json(read_profile_json(path), str(path))
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ProfileError(
+                f"a sensitivity profile must be a readable JSON file, but {path} is not"
+                f" ({getattr(error, 'strerror', None) or error}); measure it with `dse sensitivity`"
+            ) from error
+        profile = cls.from_json(document, str(path))
         if origin is not None:
             profile.origin.check(origin, str(path))
         return profile

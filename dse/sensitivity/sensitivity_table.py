@@ -8,27 +8,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dse.design_point import DesignPoint
-from dse.errors import DseError, PointError, ProfileError
-from dse.files import write_json
+from dse.errors import PointError, ProfileError
 from dse.sensitivity.option import Option, Unit
 
-__all__ = [
-    "MALFORMED",
-    "SCHEMA_VERSION",
-    "SensitivityTable",
-    "TableOrigin",
-    "malformed_profile",
-    "read_profile_json",
-]
+__all__ = ["SCHEMA_VERSION", "SensitivityTable", "TableOrigin"]
 
 SCHEMA_VERSION = 1
-
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, DseError)
-"""Errors raised while a malformed document is parsed."""
 
 Factors = Mapping[str, float] | Callable[[Unit, Option], float]
 
@@ -210,76 +198,31 @@ class SensitivityTable:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: str = "the profile") -> SensitivityTable:
+    def from_json(cls, document: Mapping[str, Any]) -> SensitivityTable:
         """Read the output of `to_json`.
 
         Raises:
-            ProfileError: The document is not the output of `to_json`, or has another schema version.
+            KeyError, TypeError, ValueError, DseError: `document` is not the output of `to_json`, or has another schema
+                version.
         """
-        try:
-            if document["schema"] != SCHEMA_VERSION:
-                raise ValueError(f"schema {document['schema']}")
-            origin = dict(document["origin"])
-            units = tuple(
-                Unit(
-                    str(unit["name"]),
-                    None if unit["layer"] is None else int(unit["layer"]),
-                    str(unit["kind"]),
-                    tuple(Option.from_json(option) for option in unit["options"]),
-                )
-                for unit in document["units"]
+        if document["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {document['schema']}")
+        origin = dict(document["origin"])
+        units = tuple(
+            Unit(
+                str(unit["name"]),
+                None if unit["layer"] is None else int(unit["layer"]),
+                str(unit["kind"]),
+                tuple(Option.from_json(option) for option in unit["options"]),
             )
-            latency_s, energy_j = document["latency_dense_s"], document["energy_dense_j"]
-            return cls(
-                units,
-                int(document["parameters_dense"]),
-                TableOrigin(**{**origin, "methods": tuple(origin["methods"])}),
-                None if latency_s is None else float(latency_s),
-                None if energy_j is None else float(energy_j),
-                tuple(tuple(map(str, group)) for group in document["one_remains"]),
-            )
-        except MALFORMED as error:
-            raise malformed_profile(where, error) from error
-
-    def write(self, path: Path) -> None:
-        """Write the table as JSON, atomically.
-
-        Raises:
-            StorageFullError: The disk is full or the folder is not writable.
-        """
-        write_json(path, self.to_json())
-
-    @classmethod
-    def read(cls, path: Path, origin: TableOrigin | None = None) -> SensitivityTable:
-        """Read a table, and check its origin if one is given.
-
-        Raises:
-            ProfileError: The file is not readable, is malformed, or has another origin.
-        """
-        table = cls.from_json(read_profile_json(path), str(path))
-        if origin is not None:
-            table.origin.check(origin, str(path))
-        return table
-
-
-def malformed_profile(where: str, error: Exception) -> ProfileError:
-    """The error for a document that `dse sensitivity` did not write."""
-    return ProfileError(
-        f"a sensitivity profile must be a file written by `dse sensitivity`, but {where} is not"
-        f" ({type(error).__name__}: {error}); measure the profile again"
-    )
-
-
-def read_profile_json(path: Path) -> Any:
-    """The JSON document in a profile file.
-
-    Raises:
-        ProfileError: The file is not readable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ProfileError(
-            f"a sensitivity profile must be a readable JSON file, but {path} is not"
-            f" ({getattr(error, 'strerror', None) or error}); measure it with `dse sensitivity`"
-        ) from error
+            for unit in document["units"]
+        )
+        latency_s, energy_j = document["latency_dense_s"], document["energy_dense_j"]
+        return cls(
+            units,
+            int(document["parameters_dense"]),
+            TableOrigin(**{**origin, "methods": tuple(origin["methods"])}),
+            None if latency_s is None else float(latency_s),
+            None if energy_j is None else float(energy_j),
+            tuple(tuple(map(str, group)) for group in document["one_remains"]),
+        )

@@ -51,9 +51,6 @@ class StoredStates:
     def advance_to(self, layer: int) -> None:
         """Compute and store the states before `layer`; the model must be dense.
 
-        Args:
-            layer: At least the current layer.
-
         Raises:
             ValueError: `layer` is smaller than the current layer.
         """
@@ -77,14 +74,14 @@ class StoredStates:
         The layers before `layer` stay dense, so testing the dense model is sufficient.
 
         Args:
-            batch: Index of the batch.
             expected: Output of a full pass of the dense model, shape (windows, tokens, width).
         """
         try:
             found = self.hidden(batch).float()
         except Exception:  # noqa: BLE001 - a layer may fail in any way if another layer's results are missing
             return False
-        spread, tolerance = float(expected.float().std()), _TOLERANCE * (30 if _is_half(self._model) else 1)
+        is_half = next(self._model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        spread, tolerance = float(expected.float().std()), _TOLERANCE * (30 if is_half else 1)
         return float((found - expected.float()).abs().max()) <= tolerance * max(spread, 1e-6)
 
     def _output_of(self, layer: int, batch: int) -> Any:
@@ -145,7 +142,3 @@ def _cloned(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.clone()
     return tuple(_cloned(part) for part in output) if isinstance(output, tuple) else output
-
-
-def _is_half(model: PreTrainedModel) -> bool:
-    return next(model.parameters()).dtype in (torch.float16, torch.bfloat16)

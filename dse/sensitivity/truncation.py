@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,7 @@ def truncation_errors(
     One pass yields these sums for all ranks, for any method whose factors at lower ranks are the leading columns.
 
     Args:
-        loaded: The dense model.
         names: Tensors or stacks.
-        method: Decomposition method of the factors.
         source: Provides factors up to break-even.
         batches: Token ids, each of shape (windows, tokens).
 
@@ -46,9 +43,7 @@ def truncation_errors(
     """
     sums = {name: _Sums(_modules(loaded, name), *_factors(loaded, name, method, source)) for name in names}
     # The members of a stack read the same input, so a hook on the first suffices.
-    handles = [
-        _modules(loaded, name)[0].register_forward_pre_hook(partial(_see, entry.add)) for name, entry in sums.items()
-    ]
+    handles = [_modules(loaded, name)[0].register_forward_pre_hook(entry.add) for name, entry in sums.items()]
     try:
         for batch in batches:
             full_pass(loaded.model, batch)
@@ -68,9 +63,9 @@ class _Sums:
         self._inner = torch.zeros(right.shape[0], dtype=torch.float64, device=right.device)
         self._activations = torch.zeros(right.shape[0], right.shape[0], dtype=torch.float64, device=right.device)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the inputs of a batch, shape (..., in_features)."""
-        x = inputs.detach().flatten(0, -2).float()
+    def add(self, _module: nn.Module, inputs: Any) -> None:
+        """Add the inputs of a batch, shape (..., in_features); a forward pre-hook."""
+        x = inputs[0].detach().flatten(0, -2).float()
         outputs, activations = x @ self._weight.T, x @ self._right.T
         self._power += float(outputs.square().sum())
         self._inner += ((outputs @ self._left) * activations).sum(dim=0).double()
@@ -84,10 +79,6 @@ class _Sums:
         gained = 2 * np.cumsum(self._inner.cpu().numpy()) - squares
         errors = 1.0 - np.concatenate([[0.0], gained]) / max(self._power, 1e-300)
         return np.minimum.accumulate(np.clip(errors, _MIN_ERROR, 1.0))
-
-
-def _see(add: Callable[[Tensor], None], _module: nn.Module, inputs: Any) -> None:
-    add(inputs[0])
 
 
 def _modules(loaded: LoadedModel, name: str) -> list[nn.Module]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dse.config import DatasetTaskConfig
 from dse.errors import TaskError, did_you_mean
@@ -16,6 +15,7 @@ from dse.evaluation.graded_metrics import CHOICE_PROBABILITY, GRADED_METRICS, TA
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
+from dse.evaluation.statistics.intervals import Outcomes
 from dse.models import LoadedModel
 
 __all__ = ["ClassificationTask"]
@@ -51,9 +51,7 @@ class ClassificationTask(HeadTask):
             tick(len(batch))
         return found
 
-    def outcomes(
-        self, positions: Sequence[int], answers: Sequence[DocumentAnswers]
-    ) -> Mapping[str, NDArray[np.float64]]:
+    def outcomes(self, positions: Sequence[int], answers: Sequence[DocumentAnswers]) -> Mapping[str, Outcomes]:
         """Accuracy: 1 if the label is right, else 0."""
         right = [
             float(answer[0][0] == str(self._targets[position]))
@@ -66,7 +64,7 @@ class ClassificationTask(HeadTask):
         """Both metrics, since the labels are choices of which one is right."""
         return GRADED_METRICS
 
-    def graded(self, answers: Sequence[DocumentAnswers]) -> Mapping[str, NDArray[np.float64]]:
+    def graded(self, answers: Sequence[DocumentAnswers]) -> Mapping[str, Outcomes]:
         """Probability of the right label and its logarithm."""
         log_p = np.asarray([answer[1][0] for answer in answers], dtype=np.float64)
         return {CHOICE_PROBABILITY: np.exp(log_p), TARGET_LOG_LIKELIHOOD: log_p}

@@ -16,7 +16,8 @@ from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
 from dse.evaluation.heads.pooling import POOLINGS, pooling_of
-from dse.evaluation.statistics.rank_correlation import spearman, spearman_outcomes
+from dse.evaluation.statistics.intervals import Outcomes
+from dse.evaluation.statistics.rank_correlation import cosine, spearman, spearman_outcomes
 from dse.models import LoadedModel
 
 __all__ = ["EmbeddingTask"]
@@ -55,7 +56,7 @@ class EmbeddingTask(HeadTask):
             for index in range(len(drawn.rows))
         )
         self._dense = self._embed(range(len(drawn.rows)), rows, lambda _: None)
-        self._dense_cosines = np.array([_cosine(first, second) for first, second in self._dense])
+        self._dense_cosines = np.array([cosine(first, second) for first, second in self._dense])
 
     def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
         """Cosine of the pair, and mean cosine to the dense model's embeddings."""
@@ -63,15 +64,13 @@ class EmbeddingTask(HeadTask):
         found: dict[int, DocumentAnswers] = {}
         for position, (first, second) in zip(positions, now, strict=True):
             dense_first, dense_second = self._dense[position]
-            fidelity = (_cosine(first, dense_first) + _cosine(second, dense_second)) / 2
-            cosine = _cosine(first, second)
-            self.check_finite(position, math.isfinite(cosine) and math.isfinite(fidelity))
-            found[position] = [[cosine], [fidelity]]
+            fidelity = (cosine(first, dense_first) + cosine(second, dense_second)) / 2
+            of_pair = cosine(first, second)
+            self.check_finite(position, math.isfinite(of_pair) and math.isfinite(fidelity))
+            found[position] = [[of_pair], [fidelity]]
         return found
 
-    def outcomes(
-        self, positions: Sequence[int], answers: Sequence[DocumentAnswers]
-    ) -> Mapping[str, NDArray[np.float64]]:
+    def outcomes(self, positions: Sequence[int], answers: Sequence[DocumentAnswers]) -> Mapping[str, Outcomes]:
         """Rank correlation with the dense model's cosines, mean cosine to it, and correlation with reference scores."""
         cosines, fidelity = (np.array([float(answer[k][0]) for answer in answers]) for k in (0, 1))  # type: ignore[arg-type]
         chosen = list(positions)
@@ -120,11 +119,6 @@ class EmbeddingTask(HeadTask):
             tick(done - finished)
             finished = done
         return np.stack([vectors[index] for index in range(len(places))]).reshape(len(positions), 2, -1)
-
-
-def _cosine(first: Vectors, second: Vectors) -> float:
-    scale = math.sqrt(float(first @ first) * float(second @ second))
-    return float(first @ second) / scale if scale > 0 else math.nan
 
 
 def _sentence_settings(loaded: LoadedModel) -> Mapping[str, object]:

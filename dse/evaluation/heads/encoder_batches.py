@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dse.evaluation.evaluator_settings import TOKENS_PER_ROW
+from dse.evaluation.evaluator_settings import TOKENS_PER_ROW, batches
 from dse.models import LoadedModel
 
 __all__ = ["EncodedText", "batch_outputs", "encoded_texts"]
@@ -45,11 +45,8 @@ def batch_outputs(
         "token_type_ids": int(getattr(tokenizer, "pad_token_type_id", 0)),
     }
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]["input_ids"]))
-    start = 0
-    while start < len(order):
-        longest = len(texts[order[start]]["input_ids"])
-        batch = order[start : start + max(1, rows * TOKENS_PER_ROW // max(1, longest))]
-        start += len(batch)
+    for batch in batches(order, lambda index: len(texts[index]["input_ids"]), rows * TOKENS_PER_ROW):
+        longest = len(texts[batch[0]]["input_ids"])
         inputs = {
             key: torch.tensor(
                 [[*texts[index][key], *[padding[key]] * (longest - len(texts[index][key]))] for index in batch],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +13,15 @@ from numpy.typing import NDArray
 
 from dse.config import HEAD_METRICS, DatasetTaskConfig, Head
 from dse.errors import ModelError, NonFiniteError, TaskError
-from dse.evaluation.answers import Answers, DocumentAnswers
-from dse.evaluation.evaluator_settings import BatchSize, check_positive, last_place
+from dse.evaluation.answers import Answers
+from dse.evaluation.evaluator_settings import BatchSize, answer_identity, check_positive, last_place, ticker
 from dse.evaluation.heads.classification import ClassificationTask
 from dse.evaluation.heads.dataset_rows import read_rows
 from dse.evaluation.heads.embedding import EmbeddingTask
-from dse.evaluation.heads.head_task import HeadTask, Tick
+from dse.evaluation.heads.head_task import HeadTask
 from dse.evaluation.heads.question_answering import QuestionAnsweringTask
 from dse.evaluation.result import EvaluationResult, TaskResult
+from dse.evaluation.statistics.intervals import standard_error
 from dse.evaluation.task_spec import check_unique
 from dse.models import LoadedModel, context_tokens, head_of
 
@@ -95,38 +95,13 @@ class HeadEvaluator:
         return {task.name: task.graded_names for task in self._tasks}
 
     def identity(self, point_id: str, factors: str) -> dict[str, str]:
-        """Everything that an answer depends on besides the document; the key of `EvaluationCache`.
-
-        Args:
-            point_id: Id of the design point in the model.
-            factors: Identity of the factors it is made of; "" for the dense model.
-        """
-        return {
-            "model": self._loaded.fingerprint,
-            "point": point_id,
-            "factors": factors,
-            "dtype": str(self._loaded.dtype),
-            "device": self._loaded.device.type,
-            "scorer": type(self).__name__,
-            **{package: importlib.metadata.version(package) for package in ("torch", "transformers")},
-        }
+        """See `ModelEvaluator.identity`."""
+        return answer_identity(self._loaded, point_id, factors, scorer=type(self).__name__)
 
     def evaluate(
         self, progress: Callable[[int, int], None] | None = None, *, share: float = 1.0, answers: Answers | None = None
     ) -> EvaluationResult:
-        """Evaluate the model in its present state.
-
-        Args:
-            progress: Called as documents finish.
-            share: Share of each task's documents. A smaller share is a subset of every larger one.
-            answers: Known answers of this state of the model. Their documents are not evaluated again, and new answers
-                are added.
-
-        Raises:
-            ConfigError: `0 < share <= 1` does not hold.
-            NonFiniteError: An output or a metric is NaN or infinite.
-            OutOfMemoryError: The device has no room for a batch.
-        """
+        """See `ModelEvaluator.evaluate`; `progress` counts documents."""
         start = time.perf_counter()
         known = Answers() if answers is None else answers
         chosen = [_positions(task, share) for task in self._tasks]
@@ -136,16 +111,16 @@ class HeadEvaluator:
         ]
         known.scored = sum(map(len, asked))
         known.reused = sum(map(len, chosen)) - known.scored
-        tick = _ticker(progress, known.scored)
+        tick = ticker(progress, known.scored)
         for task, positions in zip(self._tasks, asked, strict=True):
             if positions:
-                found = self._batch_size.run(functools.partial(_answers, task, positions, tick))
+                found = self._batch_size.run(functools.partial(task.answer, positions, tick=tick))
                 known.by_document.update({task.digests[position]: answer for position, answer in found.items()})
         results = tuple(_result(task, positions, known) for task, positions in zip(self._tasks, chosen, strict=True))
         return EvaluationResult(results, time.perf_counter() - start)
 
     def within_share(self, share: float) -> dict[str, NDArray[np.bool_]]:
-        """Task to a mask of its outcomes: whether the document is part of the share; shape (documents,)."""
+        """See `ModelEvaluator.within_share`."""
         return {task.name: np.isin(np.arange(len(task.documents)), _positions(task, share)) for task in self._tasks}
 
     def digests(self, share: float = 1.0) -> list[str]:
@@ -159,10 +134,6 @@ class HeadEvaluator:
             for part in task.digests:
                 digest.update(part.encode())
         return digest.hexdigest()[:16]
-
-
-def _answers(task: HeadTask, positions: Sequence[int], tick: Tick, rows: int) -> Mapping[int, DocumentAnswers]:
-    return task.answer(positions, rows, tick)
 
 
 def _prepared(
@@ -196,26 +167,12 @@ def _positions(task: HeadTask, share: float) -> list[int]:
     return [position for position, place in enumerate(task.places) if place <= last]
 
 
-def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Tick:
-    done = 0
-
-    def tick(finished: int) -> None:
-        nonlocal done
-        done += finished
-        if progress is not None and finished:
-            progress(done, total)
-
-    if progress is not None and not total:
-        progress(1, 1)  # everything was known: report completion
-    return tick
-
-
 def _result(task: HeadTask, positions: Sequence[int], known: Answers) -> TaskResult:
     answers = [known.by_document[task.digests[position]] for position in positions]
     outcomes = task.outcomes(positions, answers)
     metric = task.config.chosen_metric
     values = {name: float(outcomes[name].mean()) for name in HEAD_METRICS[task.config.head] if name in outcomes}
-    errors = {name: _standard_error(outcomes[name]) for name in values}
+    errors = {name: standard_error(outcomes[name]) for name in values}
     if not math.isfinite(values[metric]):
         raise NonFiniteError(
             f"'{metric}' of task '{task.name}' must be a finite number, but is not; the trial is invalid"
@@ -233,7 +190,3 @@ def _result(task: HeadTask, positions: Sequence[int], known: Answers) -> TaskRes
         kind="accuracy",
         graded=task.graded(answers),
     )
-
-
-def _standard_error(outcomes: NDArray[np.float64]) -> float | None:
-    return float(outcomes.std(ddof=1)) / math.sqrt(outcomes.size) if outcomes.size > 1 else None

@@ -8,14 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 
 from dse.config import DatasetTaskConfig
 from dse.errors import NonFiniteError
 from dse.evaluation.answers import DocumentAnswers
 from dse.evaluation.graded_metrics import GradedMetric
 from dse.evaluation.heads.dataset_rows import DatasetRows
+from dse.evaluation.statistics.intervals import Outcomes
 
 __all__ = ["HeadTask", "Tick"]
 
@@ -61,9 +60,7 @@ class HeadTask(ABC):
         """
 
     @abstractmethod
-    def outcomes(
-        self, positions: Sequence[int], answers: Sequence[DocumentAnswers]
-    ) -> Mapping[str, NDArray[np.float64]]:
+    def outcomes(self, positions: Sequence[int], answers: Sequence[DocumentAnswers]) -> Mapping[str, Outcomes]:
         """Metric to one outcome per document, whose mean is the metric.
 
         Args:
@@ -79,7 +76,7 @@ class HeadTask(ABC):
         """The task's graded metrics."""
         return ()
 
-    def graded(self, answers: Sequence[DocumentAnswers]) -> Mapping[str, NDArray[np.float64]]:
+    def graded(self, answers: Sequence[DocumentAnswers]) -> Mapping[str, Outcomes]:
         """Graded metric to one outcome per document, from the documents' answers."""
         return {}
 

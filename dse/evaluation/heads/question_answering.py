@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dse.config import DatasetTaskConfig
@@ -20,6 +19,7 @@ from dse.evaluation.answers import DocumentAnswers
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import EncodedText, batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
+from dse.evaluation.statistics.intervals import Outcomes
 from dse.models import LoadedModel
 
 __all__ = ["LONGEST_ANSWER_TOKENS", "QuestionAnsweringTask", "best_span", "exact_match", "token_f1"]
@@ -93,9 +93,7 @@ class QuestionAnsweringTask(HeadTask):
             for position, (score, text) in best.items()
         }
 
-    def outcomes(
-        self, positions: Sequence[int], answers: Sequence[DocumentAnswers]
-    ) -> Mapping[str, NDArray[np.float64]]:
+    def outcomes(self, positions: Sequence[int], answers: Sequence[DocumentAnswers]) -> Mapping[str, Outcomes]:
         """F1 and exact match, each in [0, 1]."""
         found = [(str(answer[0][0]), self._accepted[p]) for p, answer in zip(positions, answers, strict=True)]
         return {

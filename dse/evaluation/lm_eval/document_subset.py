@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dse.evaluation.answers import Answers
@@ -29,7 +29,7 @@ def requests_to_ask(leaves: Sequence[LeafTask], answers: Answers) -> list[Any]:
     asked: list[Any] = []
     answers.reused = answers.scored = 0
     for leaf in leaves:
-        for digest, requests in _documents(leaf):
+        for digest, requests in zip(leaf.digests, leaf.requests(), strict=True):
             known = answers.by_document.get(digest)
             is_known = known is not None and [len(k) for k in known] == [request.repeats for request in requests]
             for index, request in enumerate(requests):
@@ -44,17 +44,8 @@ def requests_to_ask(leaves: Sequence[LeafTask], answers: Answers) -> list[Any]:
 def store_answers(leaves: Sequence[LeafTask], answers: Answers) -> None:
     """Add the answers in the requests to the known ones."""
     for leaf in leaves:
-        for digest, requests in _documents(leaf):
+        for digest, requests in zip(leaf.digests, leaf.requests(), strict=True):
             answers.by_document[digest] = [list(request.resps) for request in requests]
-
-
-def _documents(leaf: LeafTask) -> Iterator[tuple[str, list[Any]]]:
-    """Digest and requests of every document, in order."""
-    by_document: dict[int, list[Any]] = {}
-    for request in leaf.task.instances:
-        by_document.setdefault(request.doc_id, []).append(request)
-    for document, digest in zip(leaf.documents, leaf.digests, strict=True):
-        yield digest, sorted(by_document.get(document, ()), key=lambda request: request.idx)
 
 
 def _up_to(leaf: LeafTask, last: int) -> LeafTask:
@@ -65,11 +56,7 @@ def _up_to(leaf: LeafTask, last: int) -> LeafTask:
     documents = {leaf.documents[index] for index in kept}
     task = copy.copy(leaf.task)  # shares everything except the list of requests
     task._instances = [request for request in leaf.task.instances if request.doc_id in documents]
-    return dataclasses.replace(
-        leaf,
-        task=task,
-        documents=[leaf.documents[index] for index in kept],
-        rows=[leaf.rows[index] for index in kept],
-        places=[leaf.places[index] for index in kept],
-        digests=[leaf.digests[index] for index in kept],
-    )
+    columns = {
+        name: [getattr(leaf, name)[index] for index in kept] for name in ("documents", "rows", "places", "digests")
+    }
+    return dataclasses.replace(leaf, task=task, **columns)

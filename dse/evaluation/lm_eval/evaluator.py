@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dse.errors import ModelError, TaskError
 from dse.evaluation.answers import Answers
-from dse.evaluation.evaluator_settings import BatchSize, check_positive
+from dse.evaluation.evaluator_settings import BatchSize, answer_identity, check_positive, last_place, ticker
 from dse.evaluation.lm_eval.document_subset import requests_to_ask, share_of_leaves, store_answers
 from dse.evaluation.lm_eval.graded_outcomes import graded_names
 from dse.evaluation.lm_eval.language_model import ScoringLM
@@ -141,41 +141,15 @@ class Evaluator:
         return {task.name: graded_names(task.leaves) for task in self._tasks}
 
     def identity(self, point_id: str, factors: str) -> dict[str, str]:
-        """Everything that an answer depends on besides the document; the key of `EvaluationCache`.
-
-        Args:
-            point_id: Id of the design point in the model.
-            factors: Identity of the factors it is made of; "" for the dense model.
-        """
-        packages = ("torch", "transformers", "lm_eval")
-        return {
-            "model": self._loaded.fingerprint,
-            "point": point_id,
-            "factors": factors,
-            "dtype": str(self._loaded.dtype),
-            "device": self._loaded.device.type,
-            "max_length": str(self._max_length),
-            "chat_template": str(self._has_chat_template),
-            "scorer": type(self._lm).__name__ + self._masking,
-            **{package: importlib.metadata.version(package) for package in packages},
-        }
+        """See `ModelEvaluator.identity`."""
+        details = {"max_length": str(self._max_length), "chat_template": str(self._has_chat_template)}
+        scorer = type(self._lm).__name__ + self._masking
+        return answer_identity(self._loaded, point_id, factors, "lm_eval", **details, scorer=scorer)
 
     def evaluate(
         self, progress: Progress | None = None, *, share: float = 1.0, answers: Answers | None = None
     ) -> EvaluationResult:
-        """Evaluate the model in its present state.
-
-        Args:
-            progress: Called as requests finish.
-            share: Share of each task's documents. A smaller share is a subset of every larger one.
-            answers: Known answers of this state of the model. Their documents are not scored again, and new answers
-                are added.
-
-        Raises:
-            ConfigError: `0 < share <= 1` does not hold.
-            NonFiniteError: A log-likelihood or a metric is NaN or infinite.
-            OutOfMemoryError: The device has no room for a batch.
-        """
+        """See `ModelEvaluator.evaluate`; `progress` counts requests."""
         start = time.perf_counter()
         known = Answers() if answers is None else answers
         tasks = [replace(task, leaves=tuple(share_of_leaves(task.leaves, share))) for task in self._tasks]
@@ -187,14 +161,11 @@ class Evaluator:
         return EvaluationResult(results, time.perf_counter() - start)
 
     def within_share(self, share: float) -> dict[str, NDArray[np.bool_]]:
-        """Task to a mask of its outcomes: whether the document is part of the share; shape (documents,)."""
+        """See `ModelEvaluator.within_share`."""
         masks = {}
         for task in self._tasks:
-            kept = {
-                (leaf.name, document) for leaf in share_of_leaves(task.leaves, share) for document in leaf.documents
-            }
-            flags = [(leaf.name, document) in kept for leaf in task.leaves for document in leaf.documents]
-            masks[task.name] = np.asarray(flags, dtype=np.bool_)
+            last = last_place([place for leaf in task.leaves for place in leaf.places], share)
+            masks[task.name] = np.asarray([place <= last for leaf in task.leaves for place in leaf.places])
         return masks
 
     def digests(self, share: float = 1.0) -> list[str]:
@@ -204,35 +175,23 @@ class Evaluator:
         ]
 
     def _instances(self) -> Iterator[Any]:
-        for task in self._tasks:
-            for leaf in task.leaves:
-                yield from leaf.task.instances
+        return (instance for task in self._tasks for leaf in task.leaves for instance in leaf.task.instances)
 
     def _score(self, asked: Sequence[Any], rows: int, progress: Progress | None) -> None:
         """Score these requests and store the answers in them."""
         by_type: dict[str, list[Any]] = {}
         for instance in asked:
             by_type.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
-        total, done = sum(map(len, by_type.values())), 0
-
-        def tick(finished: int) -> None:
-            nonlocal done
-            done += finished
-            if progress is not None:
-                progress(done, total)
-
+        tick = ticker(progress, sum(map(len, by_type.values())))
         with quiet_lm_eval():
             for kind, requests in by_type.items():
                 answers = self._lm.answer(kind, requests, rows=rows, tick=tick)
                 for request, answer in zip(requests, answers, strict=True):
                     request.resps.append(answer)
-        if progress is not None and not asked:
-            progress(1, 1)  # everything was known: report completion
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        digest.update(f"lm_eval {importlib.metadata.version('lm_eval')} max_length {self._max_length}".encode())
-        digest.update(self._masking.encode())
+        head = f"lm_eval {importlib.metadata.version('lm_eval')} max_length {self._max_length}{self._masking}"
+        digest = hashlib.sha256(head.encode())
         for task in self._tasks:
             digest.update(f"{task.name} {task.metric} {task.spec.weight}".encode())
             for leaf in task.leaves:

@@ -39,7 +39,12 @@ def graded_outcomes(leaves: Sequence[LeafTask]) -> dict[str, NDArray[np.float64]
     names = graded_names(leaves)
     if not names:
         return {}
-    documents = [outcomes for leaf in leaves for outcomes in _leaf_outcomes(leaf)]
+    documents = [
+        # Repetitions have the same answer, and filters apply to generated text only.
+        _document_outcomes(leaf.task, row, [float(request.resps[0][0]) for request in requests])
+        for leaf in leaves
+        for row, requests in zip(leaf.rows, leaf.requests(), strict=True)
+    ]
     return {name: np.asarray([found.get(name, math.nan) for found in documents], dtype=np.float64) for name in names}
 
 
@@ -51,19 +56,6 @@ def _served(leaf: LeafTask) -> tuple[GradedMetric, ...]:
     if leaf.task.OUTPUT_TYPE == "multiple_choice" and any(_right_choices(leaf.task, row) for row in leaf.rows):
         return GRADED_METRICS
     return ()
-
-
-def _leaf_outcomes(leaf: LeafTask) -> list[dict[str, float]]:
-    by_document: dict[int, list[Any]] = {}
-    for instance in leaf.task.instances:
-        by_document.setdefault(instance.doc_id, []).append(instance)
-    found = []
-    for document, row in zip(leaf.documents, leaf.rows, strict=True):
-        instances = sorted(by_document[document], key=lambda instance: instance.idx)
-        # Repetitions have the same answer, and filters apply to generated text only.
-        likelihoods = [float(instance.resps[0][0]) for instance in instances]
-        found.append(_document_outcomes(leaf.task, row, likelihoods))
-    return found
 
 
 def _document_outcomes(task: Any, row: Any, likelihoods: list[float]) -> dict[str, float]:

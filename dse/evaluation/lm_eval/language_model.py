@@ -18,10 +18,36 @@ from dse.evaluation.lm_eval.shared_prefix import Request, SharedPrefixLM
 from dse.evaluation.scoring import Score
 from dse.models import LoadedModel
 
-__all__ = ["ScoringLM", "check_finite", "document_of"]
+__all__ = ["ProgressingLM", "ScoringLM", "check_finite", "document_of"]
 
 
-class ScoringLM(SharedPrefixLM):
+class ProgressingLM:
+    """An lm-eval model whose batch size and progress callback are set at each call."""
+
+    _rows: int
+    _tick: Callable[[int], None] = staticmethod(lambda _: None)
+
+    def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
+        """Answer requests of one type, such as "loglikelihood".
+
+        Args:
+            kind: Type of the requests, the name of a method of lm-eval's `LM`.
+            requests: The requests.
+            rows: A batch has at most this many times 128 tokens.
+            tick: Called with the number of requests just finished.
+
+        Returns:
+            One answer per request, in order.
+
+        Raises:
+            NonFiniteError: A score is NaN or infinite.
+        """
+        self._rows, self._tick = rows, tick
+        answers: list[Any] = getattr(self, kind)(requests)
+        return answers
+
+
+class ScoringLM(ProgressingLM, SharedPrefixLM):
     """`SharedPrefixLM` around a model that surgery changes between calls.
 
     Between calls it keeps only the tokens of the requests and how this architecture can share work; surgery changes
@@ -46,13 +72,9 @@ class ScoringLM(SharedPrefixLM):
         with _ties_untouched(loaded.model):
             # HFLM adds a padding token to the tokenizer; a copy leaves the original unchanged for export.
             super().__init__(
-                loaded.model,
-                tokenizer=copy.deepcopy(tokenizer),
-                max_length=max_length,
-                softmax_dtype="float32",
+                loaded.model, tokenizer=copy.deepcopy(tokenizer), max_length=max_length, softmax_dtype="float32"
             )
         self._rows = batch_size
-        self._tick: Callable[[int], None] = lambda _: None
         self._asked: list[Any] = []
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
@@ -82,25 +104,6 @@ class ScoringLM(SharedPrefixLM):
                 )
             cut += len(before) + len(scored) > self.max_length + 1
         return cut
-
-    def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
-        """Answer requests of one type, such as "loglikelihood".
-
-        Args:
-            kind: Type of the requests, the name of a method of lm-eval's `LM`.
-            requests: The requests.
-            rows: A batch has at most this many times 128 tokens.
-            tick: Called with the number of requests just finished.
-
-        Returns:
-            One answer per request, in order.
-
-        Raises:
-            NonFiniteError: A score is NaN or infinite.
-        """
-        self._rows, self._tick = rows, tick
-        answers: list[Any] = getattr(self, kind)(requests)
-        return answers
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         key = (context, continuation)

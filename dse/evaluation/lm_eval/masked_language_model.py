@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from dse.errors import ModelError, TaskError
-from dse.evaluation.evaluator_settings import TOKENS_PER_ROW
-from dse.evaluation.lm_eval.language_model import check_finite, document_of
+from dse.evaluation.evaluator_settings import TOKENS_PER_ROW, batches
+from dse.evaluation.lm_eval.language_model import ProgressingLM, check_finite, document_of
 from dse.evaluation.scoring.masked_text import MaskedScoring, MaskedText, encode_masked, masked_positions, windows_of
 from dse.models import LoadedModel, context_tokens
 
@@ -31,7 +31,7 @@ class _Row:
     target: int
 
 
-class MaskedScoringLM(LM):  # type: ignore[misc]
+class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
     """Pseudo-log-likelihoods of a loaded model that surgery changes between calls.
 
     The score of a continuation is the sum over its tokens of log p(token | all other tokens of context and
@@ -69,7 +69,6 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
         longest = context_tokens(loaded.model) or _LONGEST_WITHOUT_LIMIT
         self.max_length = min(longest, max_length or longest)
         self._rows = batch_size
-        self._tick: Callable[[int], None] = lambda _: None
         self._texts: dict[tuple[str, str], MaskedText] = {}
 
     def prepare(self, requests: Sequence[Any]) -> int:
@@ -95,25 +94,6 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
                 )
             cut += len(text) > self.max_length
         return cut
-
-    def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
-        """Answer requests of one type, such as "loglikelihood".
-
-        Args:
-            kind: Type of the requests, the name of a method of lm-eval's `LM`.
-            requests: The requests.
-            rows: A batch has at most this many times 128 tokens.
-            tick: Called with the number of requests just finished.
-
-        Returns:
-            One answer per request, in order.
-
-        Raises:
-            NonFiniteError: A score is NaN or infinite.
-        """
-        self._rows, self._tick = rows, tick
-        answers: list[Any] = getattr(self, kind)(requests)
-        return answers
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(pseudo-log-likelihood of the continuation given the context, is greedy) of every request."""
@@ -164,19 +144,8 @@ class MaskedScoringLM(LM):  # type: ignore[misc]
     def _batches(self, texts: Sequence[MaskedText]) -> Iterator[list[_Row]]:
         """Rows in batches of at most `rows` x 128 tokens, longest first, so that out-of-memory errors occur early."""
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-        most_tokens = self._rows * TOKENS_PER_ROW
-        batch: list[_Row] = []
-        longest = 0
-        for index in order:
-            for target in texts[index].targets:
-                if batch and (len(batch) + 1) * longest > most_tokens:
-                    yield batch
-                    batch = []
-                if not batch:
-                    longest = len(texts[index])
-                batch.append(_Row(index, target))
-        if batch:
-            yield batch
+        rows = (_Row(index, target) for index in order for target in texts[index].targets)
+        return batches(rows, lambda row: len(texts[row.text]), self._rows * TOKENS_PER_ROW)
 
     def _score_batch(self, texts: Sequence[MaskedText], batch: Sequence[_Row]) -> tuple[list[float], list[bool]]:
         longest = max(len(texts[row.text]) for row in batch)

@@ -13,6 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from dse.errors import ModelError
+from dse.evaluation.evaluator_settings import batches
 from dse.evaluation.scoring import Query, Score, Scorer, Strategy
 
 __all__ = ["SharedPrefixLM"]
@@ -119,16 +120,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         for members in by_settings.values():
             new_tokens = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)["max_gen_toks"]
-            room = self._cache_tokens()
-            batch: list[int] = []
-            for index in sorted(members, key=lambda i: -lengths[i]):
-                longest = min(lengths[batch[0]] + new_tokens, self.max_length) if batch else 0
-                if batch and (len(batch) + 1) * longest > room:
-                    yield batch
-                    batch = []
-                batch.append(index)
-            if batch:
-                yield batch
+            whole = {index: min(lengths[index] + new_tokens, self.max_length) for index in members}
+            longest_first = sorted(members, key=lambda index: -lengths[index])
+            yield from batches(longest_first, whole.__getitem__, self._cache_tokens())
 
     def _cache_tokens(self) -> int:
         """Tokens whose keys and values fit into memory, at 2 x layers x key/value heads x head size each."""

@@ -24,19 +24,9 @@ from dse.evaluation.hub_access import hub_dataset
 from dse.evaluation.task_spec import LOCAL_DATASETS, TaskSource, TaskSpec, builtin_tasks
 from dse.files import disk_errors
 
-__all__ = [
-    "LeafTask",
-    "answer_with_dummies",
-    "as_task_error",
-    "build_leaves",
-    "collect_outcomes",
-    "declared_metrics",
-]
+__all__ = ["LeafTask", "answer_with_dummies", "as_task_error", "build_leaves", "collect_outcomes", "declared_metrics"]
 
-_DUMMY_ANSWERS: Mapping[str, Any] = {
-    "loglikelihood": (-1.0, False),
-    "loglikelihood_rolling": -1.0,
-}
+_DUMMY_ANSWERS: Mapping[str, Any] = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
 # From the messages of `datasets` about an empty file, an empty split, and a split that a filter has emptied.
 _EMPTY_MESSAGES = ("corresponds to no data", "size 0")
 _FIELDS = {f.name for f in fields(TaskConfig)}
@@ -73,15 +63,18 @@ class LeafTask:
     def with_digests(self) -> LeafTask:
         """This task with the digests of its documents."""
         head = _stable([self.name, self.task.VERSION, self.definition()])
-        of_document: dict[int, list[Any]] = {}
-        for instance in self.task.instances:
-            requests = of_document.setdefault(instance.doc_id, [])
-            requests.append([instance.idx, instance.request_type, instance.args, instance.repeats])
-        digests = [
-            hashlib.sha256(head + _stable(row) + _stable(of_document.get(document, []))).hexdigest()[:32]
-            for document, row in zip(self.documents, self.rows, strict=True)
-        ]
+        digests = []
+        for row, requests in zip(self.rows, self.requests(), strict=True):
+            asked = [[request.idx, request.request_type, request.args, request.repeats] for request in requests]
+            digests.append(hashlib.sha256(head + _stable(row) + _stable(asked)).hexdigest()[:32])
         return replace(self, digests=digests)
+
+    def requests(self) -> list[list[Any]]:
+        """The requests of each document, in their order within it."""
+        by_document: dict[int, list[Any]] = {document: [] for document in self.documents}
+        for request in self.task.instances:
+            by_document[request.doc_id].append(request)
+        return [sorted(requests, key=lambda request: request.idx) for requests in by_document.values()]
 
     def fingerprint_parts(self) -> Iterator[bytes]:
         """Everything that scores depend on besides the model: definition, documents and requests."""
@@ -173,13 +166,9 @@ def collect_outcomes(leaf: LeafTask) -> dict[str, dict[int, Any]]:
     """
     task = leaf.task
     task.apply_filters()
-    by_document: dict[int, list[Any]] = {}
-    for instance in task.instances:
-        by_document.setdefault(instance.doc_id, []).append(instance)
     filters = list(task.instances[0].filtered_resps)
     outcomes: dict[str, dict[int, Any]] = {}
-    for position, (document, row) in enumerate(zip(leaf.documents, leaf.rows, strict=True)):
-        instances = sorted(by_document[document], key=lambda instance: instance.idx)
+    for position, (row, instances) in enumerate(zip(leaf.rows, leaf.requests(), strict=True)):
         for ensemble in filters:
             metrics = task.process_results(row, [instance.filtered_resps[ensemble] for instance in instances])
             for name, outcome in metrics.items():

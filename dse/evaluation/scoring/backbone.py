@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from dse.evaluation.evaluator_settings import batches
 from dse.evaluation.scoring.packing import Query, Row, balanced
 
 __all__ = ["Backbone", "by_context", "row_batches"]
@@ -116,14 +117,8 @@ def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
         rows: Longest first. Either all chains, which need no mask and stay separate, or all trees, which are joined.
         most_tokens: A longer row forms a batch of its own.
     """
-    batch: list[Row] = []
-    for row in rows if rows[0].is_chain else balanced(rows, min(_JOINED_NODES, most_tokens)):
-        if batch and (len(batch) + 1) * len(batch[0]) > most_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    joined = rows if rows[0].is_chain else balanced(rows, min(_JOINED_NODES, most_tokens))
+    return batches(joined, len, most_tokens)
 
 
 def by_context(queries: Sequence[Query], indices: Sequence[int]) -> dict[tuple[int, ...], list[int]]:

@@ -13,9 +13,6 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 __all__ = ["Query", "Row", "balanced", "pack"]
 
 _MOST_NODES = 256
@@ -111,21 +108,9 @@ class Row:
             whole.queries += [(index, [offset + node for node in nodes]) for index, nodes in row.queries]
         return whole
 
-    def attends(self) -> NDArray[np.bool_]:
-        """The attention mask, shape (nodes, nodes): [i, j] is true if j is i or an ancestor of i."""
-        index = np.arange(len(self))
-        result: NDArray[np.bool_] = (index[None, :] <= index[:, None]) & (
-            index[:, None] <= np.asarray(self.last)[None, :]
-        )
-        return result
-
 
 def pack(
-    queries: Sequence[Query],
-    *,
-    pair_cost: float,
-    most_nodes: int = _MOST_NODES,
-    least_saved: float = _LEAST_SAVED,
+    queries: Sequence[Query], *, pair_cost: float, most_nodes: int = _MOST_NODES, least_saved: float = _LEAST_SAVED
 ) -> list[Row]:
     """Pack queries into rows so that the estimated work is small.
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from dse.evaluation.evaluator_settings import batches
 from dse.evaluation.scoring.backbone import Backbone, by_context, row_batches
 from dse.evaluation.scoring.packing import Query, Row, pack
 from dse.evaluation.scoring.state_queue import Keep, Score, StateQueue
@@ -68,11 +69,10 @@ class Scorer:
             One score per query, in order.
         """
         self._backbone = Backbone.of(self._model)
-        scores: list[Score] = [(math.nan, False)] * len(queries)
+        scores: dict[int, Score] = {}
 
         def keep(found: Sequence[tuple[int, Score]]) -> None:
-            for index, score in found:
-                scores[index] = score
+            scores.update(found)
             if finished is not None:
                 finished(found)
 
@@ -81,7 +81,7 @@ class Scorer:
             kinds.setdefault(self._kind(row), []).append(row)
         for kind, rows in kinds.items():
             self._run(self._strategy(kind, rows, queries), rows, queries, keep)
-        return scores
+        return [scores[index] for index in range(len(queries))]
 
     def _kind(self, row: Row) -> Kind:
         window = self._backbone.window
@@ -110,20 +110,15 @@ class Scorer:
         return strategy
 
     def _try(self, strategy: Strategy, sample: Sequence[Query]) -> list[Score] | None:
-        found: list[Score] = [(math.nan, False)] * len(sample)
-
-        def keep(scores: Sequence[tuple[int, Score]]) -> None:
-            for index, score in scores:
-                found[index] = score
-
+        found: dict[int, Score] = {}
         try:
             as_one_tree = pack(sample, pair_cost=0.0, most_nodes=sys.maxsize, least_saved=-math.inf)
-            self._run(strategy, as_one_tree, sample, keep)
+            self._run(strategy, as_one_tree, sample, found.update)
         except _REFUSALS as error:
             if strategy == "plain" or is_out_of_memory(error):
                 raise
             return None
-        return found
+        return [found[index] for index in range(len(sample))]
 
     def _agree(self, found: Sequence[Score], truth: Sequence[Score], sample: Sequence[Query]) -> bool:
         tolerance = _TOLERANCE[self._backbone.dtype]
@@ -155,17 +150,15 @@ class Scorer:
 
     def _plain(self, indices: Sequence[int], queries: Sequence[Query], queue: StateQueue) -> None:
         """The model's own forward pass with all its logits, one sequence per row."""
-        rows = sorted(indices, key=lambda index: -len(queries[index].inputs))
         vocabulary = self._model.config.get_text_config().vocab_size
         room = max(1, min(self._batch_tokens(), _PLAIN_LOGITS_BYTES // (4 * vocabulary)))
-        while rows:
-            longest = len(queries[rows[0]].inputs)
-            batch, rows = rows[: max(1, room // longest)], rows[max(1, room // longest) :]
-            inputs = [queries[index].inputs for index in batch]
-            padded = [[*part, *[0] * (longest - len(part))] for part in inputs]
+        rows = sorted(((index, queries[index].inputs) for index in indices), key=lambda row: -len(row[1]))
+        for batch in batches(rows, lambda row: len(row[1]), room):
+            longest = len(batch[0][1])
+            padded = [[*part, *[0] * (longest - len(part))] for _, part in batch]
             tokens = torch.tensor(padded, device=self._backbone.device)
             logits = self._model(input_ids=tokens, use_cache=False).logits
-            for index, part, own in zip(batch, inputs, logits, strict=True):
+            for (index, part), own in zip(batch, logits, strict=True):
                 queue.add_logits(index, own[len(part) - queries[index].scored : len(part)], queries[index].targets)
 
     def _batch_tokens(self) -> int:

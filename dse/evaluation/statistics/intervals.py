@@ -24,20 +24,15 @@ __all__ = [
     "PairedDrop",
     "PairedInterval",
     "PairedRatio",
-    "is_binary",
-    "log_ratio_error",
     "mean_interval",
-    "normal_quantile",
     "paired_drop",
-    "paired_outcomes",
     "paired_perplexity_ratio",
     "perplexity_interval",
-    "student_interval",
-    "task_shares",
     "wilson_interval",
 ]
 
 Outcomes = NDArray[np.float64]
+Weights = Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,7 @@ class PairedRatio(PairedInterval):
     """Candidate over baseline on the same documents; above 1 means that the candidate is worse."""
 
 
-def mean_interval(
-    outcomes: Sequence[Outcomes], weights: Sequence[float] | None = None, confidence: float = 0.95
-) -> Interval:
+def mean_interval(outcomes: Sequence[Outcomes], weights: Weights = None, confidence: float = 0.95) -> Interval:
     """Weighted mean over tasks of the mean outcome: Wilson's interval for 0/1 outcomes, Student's t for graded ones.
 
     Args:
@@ -113,10 +106,7 @@ def mean_interval(
 
 
 def paired_drop(
-    baseline: Sequence[Outcomes],
-    candidate: Sequence[Outcomes],
-    weights: Sequence[float] | None = None,
-    confidence: float = 0.95,
+    baseline: Sequence[Outcomes], candidate: Sequence[Outcomes], weights: Weights = None, confidence: float = 0.95
 ) -> PairedDrop:
     """Drop of the weighted mean from baseline to candidate, paired by document.
 
@@ -145,16 +135,14 @@ def paired_drop(
     return PairedDrop(**vars(_combine(parts, weights)))
 
 
-def perplexity_interval(
-    outcomes: Sequence[Outcomes], weights: Sequence[float] | None = None, confidence: float = 0.95
-) -> Interval:
+def perplexity_interval(outcomes: Sequence[Outcomes], weights: Weights = None, confidence: float = 0.95) -> Interval:
     """Weighted geometric mean over tasks of exp(-sum of log-likelihoods / sum of words).
 
     The interval is symmetric in the logarithm (delta method for a ratio of sums over documents, Student's t).
 
     Args:
         outcomes: One array (documents, 2) per task: log-likelihood (nats), words.
-        weights: One positive weight per task; equal by default.
+        weights: As in `mean_interval`.
         confidence: Confidence level.
 
     Raises:
@@ -163,37 +151,24 @@ def perplexity_interval(
     Source: Cochran (1977), Sampling Techniques, chapter 6 (ratio estimators).
     """
     values = [_present(array) for array in outcomes]
-    return _exponential(_combine([_log_ratio(array[:, 0], array[:, 1], confidence) for array in values], weights))
+    return exponential(_combine([_log_ratio(array[:, 0], array[:, 1], confidence) for array in values], weights))
 
 
 def paired_perplexity_ratio(
-    baseline: Sequence[Outcomes],
-    candidate: Sequence[Outcomes],
-    weights: Sequence[float] | None = None,
-    confidence: float = 0.95,
+    baseline: Sequence[Outcomes], candidate: Sequence[Outcomes], weights: Weights = None, confidence: float = 0.95
 ) -> PairedRatio:
     """Perplexity of the candidate over the baseline's, paired by document; weighted geometric mean over tasks.
 
     The logarithm of the ratio is a ratio of sums over documents (increase in loss, words), so the delta method gives
     its spread. What both models find hard cancels.
 
-    Args:
-        baseline: One array (documents, 2) per task: log-likelihood (nats), words.
-        candidate: Arrays of the same shapes, for the same documents in the same order.
-        weights: One positive weight per task; equal by default.
-        confidence: Confidence level.
+    The arguments are those of `paired_drop`, except for arrays of shape (documents, 2): log-likelihood (nats), words.
 
     Raises:
         TaskError: The arrays do not have the same shapes, or their word counts differ.
     """
-    parts = []
-    for before, after in paired_outcomes(baseline, candidate):
-        if not np.array_equal(before[:, 1], after[:, 1]):
-            raise TaskError(
-                "paired outcomes must count the same words, but the counts differ; evaluate the same documents"
-            )
-        parts.append(_log_ratio(after[:, 0] - before[:, 0], before[:, 1], confidence))
-    return PairedRatio(**vars(_exponential(_combine(parts, weights))))
+    parts = [_log_ratio(-loss, words, confidence) for loss, words in paired_losses(baseline, candidate)]
+    return PairedRatio(**vars(exponential(_combine(parts, weights))))
 
 
 def wilson_interval(successes: int, documents: int, confidence: float = 0.95) -> Interval:
@@ -209,10 +184,15 @@ def wilson_interval(successes: int, documents: int, confidence: float = 0.95) ->
 
 def student_interval(values: Outcomes, confidence: float = 0.95) -> Interval:
     """The mean of `values`, shape (documents,), with Student's t interval; without bounds for a single document."""
-    if values.size < 2:
+    error = standard_error(values)
+    if error is None:
         return Interval(float(values.mean()), documents=values.size)
-    error = float(values.std(ddof=1)) / math.sqrt(values.size)
     return _with_student_bounds(float(values.mean()), error, values.size, confidence)
+
+
+def standard_error(values: Outcomes) -> float | None:
+    """Standard error of the mean of `values`, shape (documents,); None for a single document."""
+    return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else None
 
 
 def log_ratio_error(log_likelihoods: Outcomes, words: Outcomes) -> float:
@@ -232,7 +212,7 @@ def normal_quantile(probability: float) -> float:
     return float(special.ndtri(probability))
 
 
-def task_shares(tasks: int, weights: Sequence[float] | None) -> Outcomes:
+def task_shares(tasks: int, weights: Weights) -> Outcomes:
     """The weights of the tasks in a mean, normalised to sum to 1, shape (tasks,).
 
     Raises:
@@ -266,6 +246,24 @@ def paired_outcomes(baseline: Sequence[Outcomes], candidate: Sequence[Outcomes])
     return pairs
 
 
+def paired_losses(baseline: Sequence[Outcomes], candidate: Sequence[Outcomes]) -> list[tuple[Outcomes, Outcomes]]:
+    """For each task, the increase in loss (nats) from baseline to candidate, and the words, of each common document.
+
+    Raises:
+        TaskError: As for `paired_outcomes`, or the word counts differ.
+    """
+    pairs = paired_outcomes(baseline, candidate)
+    if not all(np.array_equal(before[:, 1], after[:, 1]) for before, after in pairs):
+        raise TaskError("paired outcomes must count the same words, but the counts differ; evaluate the same documents")
+    return [(before[:, 0] - after[:, 0], before[:, 1]) for before, after in pairs]
+
+
+def exponential(interval: Interval) -> Interval:
+    """The interval of exp(value)."""
+    low, high = (None if bound is None else math.exp(bound) for bound in (interval.low, interval.high))
+    return Interval(math.exp(interval.value), low, high, interval.documents)
+
+
 def is_binary(array: Outcomes) -> bool:
     """Whether all outcomes are 0 or 1."""
     return bool(np.isin(array, (0.0, 1.0)).all())
@@ -293,7 +291,7 @@ def _with_student_bounds(value: float, error: float, documents: int, confidence:
     return Interval(value, value - half, value + half, documents)
 
 
-def _combine(parts: Sequence[Interval], weights: Sequence[float] | None) -> Interval:
+def _combine(parts: Sequence[Interval], weights: Weights) -> Interval:
     """Weighted mean of independent estimates with the MOVER interval."""
     shares = task_shares(len(parts), weights)
     value = float(sum(share * part.value for share, part in zip(shares, parts, strict=True)))
@@ -305,12 +303,6 @@ def _combine(parts: Sequence[Interval], weights: Sequence[float] | None) -> Inte
         below += float(share * (part.value - part.low)) ** 2
         above += float(share * (part.high - part.value)) ** 2
     return Interval(value, value - math.sqrt(below), value + math.sqrt(above), documents)
-
-
-def _exponential(interval: Interval) -> Interval:
-    """The interval of exp(value)."""
-    low, high = (None if bound is None else math.exp(bound) for bound in (interval.low, interval.high))
-    return Interval(math.exp(interval.value), low, high, interval.documents)
 
 
 def _present(array: Outcomes) -> Outcomes:

@@ -21,15 +21,17 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from dse.errors import TaskError
 from dse.evaluation.statistics.intervals import (
     Interval,
     Outcomes,
     PairedDrop,
     PairedRatio,
+    Weights,
+    exponential,
     is_binary,
     normal_quantile,
     paired_drop,
+    paired_losses,
     paired_outcomes,
     task_shares,
 )
@@ -89,8 +91,8 @@ def stratified_mcnemar(losses: Sequence[int], gains: Sequence[int], shares: Sequ
     remaining tasks allow too many outcomes to enumerate, a million are drawn by seed.
 
     Args:
-        losses: Documents that only the first model gets right, per task.
-        gains: Documents that only the second model gets right, per task.
+        losses: As in `mcnemar`, per task.
+        gains: Likewise.
         shares: Share of one document in the mean, per task.
         seed: Seed of the draws.
     """
@@ -123,7 +125,7 @@ def stratified_mcnemar(losses: Sequence[int], gains: Sequence[int], shares: Sequ
 def paired_bootstrap(
     values: Sequence[Outcomes],
     units: Sequence[Outcomes] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     *,
     confidence: float = 0.95,
     resamples: int = _RESAMPLES,
@@ -175,21 +177,12 @@ def paired_bootstrap(
 
 
 def drop_with_test(
-    baseline: Sequence[Outcomes],
-    candidate: Sequence[Outcomes],
-    weights: Sequence[float] | None = None,
-    confidence: float = 0.95,
+    baseline: Sequence[Outcomes], candidate: Sequence[Outcomes], weights: Weights = None, confidence: float = 0.95
 ) -> PairedDrop:
     """Drop of the weighted mean from baseline to candidate with its test: McNemar for 0/1 outcomes, else bootstrap.
 
-    With McNemar the interval is that of `paired_drop`. Test and interval are different procedures and may disagree if
-    the p-value is close to one minus the confidence level.
-
-    Args:
-        baseline: One array (documents,) per task.
-        candidate: Arrays of the same shapes, for the same documents in the same order.
-        weights: One positive weight per task; equal by default.
-        confidence: Confidence level.
+    The arguments are those of `paired_drop`. With McNemar the interval is its interval, too. Test and interval are
+    different procedures and may disagree if the p-value is close to one minus the confidence level.
 
     Raises:
         TaskError: The arrays do not have the same shapes, or have no document in common.
@@ -215,35 +208,20 @@ def drop_with_test(
 
 
 def perplexity_ratio_with_test(
-    baseline: Sequence[Outcomes],
-    candidate: Sequence[Outcomes],
-    weights: Sequence[float] | None = None,
-    confidence: float = 0.95,
+    baseline: Sequence[Outcomes], candidate: Sequence[Outcomes], weights: Weights = None, confidence: float = 0.95
 ) -> PairedRatio:
     """Perplexity of the candidate over the baseline's with the paired bootstrap, computed on the logarithm.
 
-    Args:
-        baseline: One array (documents, 2) per task: log-likelihood (nats), words.
-        candidate: Arrays of the same shapes, for the same documents in the same order.
-        weights: One positive weight per task; equal by default.
-        confidence: Confidence level.
+    The arguments are those of `paired_perplexity_ratio`.
 
     Raises:
         TaskError: The arrays do not have the same shapes, their word counts differ, or they have no document in common.
     """
-    pairs = paired_outcomes(baseline, candidate)
-    if not all(np.array_equal(before[:, 1], after[:, 1]) for before, after in pairs):
-        raise TaskError("paired outcomes must count the same words, but the counts differ; evaluate the same documents")
-    losses = [before[:, 0] - after[:, 0] for before, after in pairs]
-    words = [before[:, 1] for before, _ in pairs]
-    found = paired_bootstrap(losses, words, weights, confidence=confidence)
-    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    pairs = paired_losses(baseline, candidate)
+    found = paired_bootstrap([loss for loss, _ in pairs], [words for _, words in pairs], weights, confidence=confidence)
     detectable = smallest_detectable_change(found.standard_error)
     return PairedRatio(
-        value=math.exp(found.value),
-        low=low,
-        high=high,
-        documents=found.documents,
+        **vars(exponential(found)),
         p_value=found.p_value,
         smallest_detectable=None if detectable is None else math.exp(detectable),
         test=BOOTSTRAP,

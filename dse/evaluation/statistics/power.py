@@ -12,14 +12,7 @@ import numpy as np
 
 from dse.evaluation.statistics.intervals import normal_quantile
 
-__all__ = [
-    "CONFIDENCE",
-    "POWER",
-    "documents_to_settle",
-    "mcnemar_power",
-    "smallest_detectable_change",
-    "smallest_detectable_drop",
-]
+__all__ = ["documents_to_settle", "mcnemar_power", "smallest_detectable_change", "smallest_detectable_drop"]
 
 CONFIDENCE, POWER = 0.95, 0.8
 """Of every smallest detectable difference: two-sided tests at a 5 % level, detected four times in five."""
@@ -68,7 +61,7 @@ def smallest_detectable_drop(
     Args:
         discordant: Documents on which the two models disagree.
         documents: Number of documents compared.
-        confidence: One minus the level of the test.
+        confidence: As in `mcnemar_power`.
         power: Probability of detecting the drop.
 
     Returns:

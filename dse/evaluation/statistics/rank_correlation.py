@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["spearman", "spearman_outcomes"]
+__all__ = ["cosine", "spearman", "spearman_outcomes"]
 
 Values = NDArray[np.float64]
 
@@ -63,6 +63,10 @@ def _ranks_without(ranks: Values, index: int) -> Values:
 
 def _pearson(first: Values, second: Values) -> float:
     """Pearson's correlation; NaN, without scipy's warning, if either side is constant."""
-    x, y = first - first.mean(), second - second.mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / scale if scale > 0 else math.nan
+    return cosine(first - first.mean(), second - second.mean())
+
+
+def cosine(first: Values, second: Values) -> float:
+    """Cosine of the angle between two vectors; NaN if either is zero."""
+    scale = math.sqrt(float(first @ first) * float(second @ second))
+    return float(first @ second) / scale if scale > 0 else math.nan

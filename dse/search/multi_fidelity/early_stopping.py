@@ -64,7 +64,6 @@ class EarlyStopping:
         """Compute the front.
 
         Args:
-            objectives: The study's objectives.
             baseline: The dense model, which fixes the reference point of the hypervolume.
             complete: Trials at the top rung, the baseline included.
             min_gain: Smallest expected gain, as a share of the front's hypervolume, at which a trial continues.
@@ -88,7 +87,6 @@ class EarlyStopping:
         """Decide whether a trial stops here; a trial with an objective that cannot be estimated continues.
 
         Args:
-            rung: The rung just reached.
             record: The trial so far: its cost and what was measured.
             evaluation: Its evaluation on a share of the documents, if the rung is one.
             masks: The documents of that share.
@@ -112,9 +110,6 @@ class EarlyStopping:
 
         Estimates from the proxy alone are renewed, since more trials are complete by now; estimates from documents are
         kept as they were.
-
-        Args:
-            record: The record of a stopped trial.
         """
         estimates = []
         for objective in self._objectives:

@@ -66,7 +66,6 @@ def estimate_objective(
     parameters and of decomposed tensors.
 
     Args:
-        objective: The objective.
         record: The trial so far: its cost and what was measured.
         evaluation: Its evaluation on a share of the documents, if the rung is one.
         masks: The documents of that share.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dse.config import FidelityConfig
@@ -11,7 +11,7 @@ from dse.pareto import Objective
 from dse.search.multi_fidelity.early_stopping import EarlyStopping
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
-__all__ = ["MultiFidelitySession", "most_promising"]
+__all__ = ["MultiFidelitySession"]
 
 
 @dataclass
@@ -62,8 +62,6 @@ class MultiFidelitySession:
         early.
 
         Args:
-            stopped: Records of stopped trials.
-            baseline: The dense model.
             resume: Evaluates a trial further, and calls `add` with a trial that is complete then.
         """
         if self.config is None or self.config.resume_stopped is None:
@@ -71,8 +69,9 @@ class MultiFidelitySession:
         min_gain, waiting = self.config.resume_stopped, list(stopped)
         while waiting:
             rule = self._rule(baseline, min_gain)
-            best = most_promising(rule, waiting, min_gain)
-            if best is None:
+            promises = [rule.promise(record) if record.feasible else 0.0 for record in waiting]
+            best = waiting[promises.index(max(promises))]
+            if max(promises) < min_gain:
                 return
             waiting.remove(best)
             resume(best, rule)
@@ -83,12 +82,3 @@ class MultiFidelitySession:
     def sampler_values(self, record: TrialRecord) -> list[float]:
         """Values that the sampler receives for a stopped trial: the estimates at the rung where it was stopped."""
         return [record.estimates[objective.name].value for objective in self.objectives]
-
-
-def most_promising(rule: EarlyStopping, stopped: Sequence[TrialRecord], min_gain: float) -> TrialRecord | None:
-    """The stopped trial expected to add most to the front; None if none is expected to add `min_gain`."""
-    promises: Mapping[int, float] = {
-        index: rule.promise(record) if record.feasible else 0.0 for index, record in enumerate(stopped)
-    }
-    best = max(promises, key=promises.__getitem__, default=None)
-    return None if best is None or promises[best] < min_gain else stopped[best]

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,6 @@ class SearchSpace(ABC):
         """Levels of a random feasible point; None if none is found.
 
         Args:
-            generator: Source of randomness.
             low: Smallest reduction to aim at; None for the limit.
             high: Largest reduction to aim at; None for the limit.
         """
@@ -173,10 +172,6 @@ class SearchSpace(ABC):
         the limits: in a large space most proposals violate the same limit, and all repaired points would otherwise lie
         there.
 
-        Args:
-            levels: The proposed levels.
-            generator: Source of randomness.
-
         Returns:
             The given levels if they are feasible; None if no feasible levels are reached.
         """
@@ -200,6 +195,13 @@ class SearchSpace(ABC):
             if fallback is not None and not self.is_feasible(self.point(moved)):
                 return fallback
         return None
+
+    def _check_not_empty(self, parts: Collection[object], remedy: str) -> None:
+        if not parts:
+            raise ConfigError(
+                f"space '{self.config.name}' must hold at least one tensor of {self.topology.architecture}, but holds"
+                f" none; change its {remedy}"
+            )
 
     def check_limits(self) -> None:
         """Check that the space has a feasible point.

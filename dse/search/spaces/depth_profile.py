@@ -7,6 +7,8 @@ import random
 from collections.abc import Mapping
 from functools import cached_property
 
+import numpy as np
+
 from dse.config import SearchSpaceConfig
 from dse.cost import break_even_rank, has_core, point_cost
 from dse.design_point import DesignPoint
@@ -39,8 +41,7 @@ class DepthProfileSpace(SearchSpace):
 
     - `budget`: the reduction.
     - `depth.0`, `depth.1`, ...: the depth profile. Logarithms of the weight of divergences at knots from the first
-    layer
-      to the last, interpolated linearly.
+      layer to the last, interpolated linearly.
     - `weight.<kind>`: the weight of this kind of unit relative to the first kind (MLP relative to attention).
     - `removal`: the weight of removing a block relative to reducing its ranks.
     - `evenness`: an exponent on all divergences. Above 1 the divergence is spread over the units, below 1 concentrated.
@@ -230,7 +231,4 @@ def at_depth(knots: list[float], layer: int | None, layer_count: int) -> float:
     """Linear interpolation between knots at equal distances from the first layer to the last; 0 outside the layers."""
     if layer is None or not knots:
         return 0.0
-    place = layer / max(layer_count - 1, 1) * (len(knots) - 1)
-    below = min(int(place), len(knots) - 1)
-    above = min(below + 1, len(knots) - 1)
-    return knots[below] + (knots[above] - knots[below]) * (place - below)
+    return float(np.interp(layer / max(layer_count - 1, 1) * (len(knots) - 1), range(len(knots)), knots))

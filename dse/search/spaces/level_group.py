@@ -88,9 +88,7 @@ def matrices_of(
     """The matrices with these roles in these layers, in topology order, followed by the fused expert tensors.
 
     Args:
-        topology: The model's topology.
         layers: 0-based layer indices.
-        roles: Role names.
         stacks: Whether a stack replaces its members if the roles name the stack or all of its members. Layers without
             the stack yield the members.
     """
@@ -117,8 +115,6 @@ def whole_blocks(
     """The removable blocks that consist of these matrices; none if a matrix belongs to no such block.
 
     Args:
-        topology: The model's topology.
-        matrices: The matrices of one group.
         with_experts: Whether the space contains fused expert tensors. If so, those of a block must be in the group too;
             otherwise they are removed with the block's matrices.
     """

@@ -37,11 +37,7 @@ class LevelSpace(SearchSpace):
     def __init__(self, config: SearchSpaceConfig, topology: Topology) -> None:
         super().__init__(config, topology)
         self.groups = tuple(self._make_groups())
-        if not self.groups:
-            raise ConfigError(
-                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none;"
-                " change its layers, roles or groups"
-            )
+        self._check_not_empty(self.groups, "layers, roles or groups")
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
@@ -155,10 +151,7 @@ class LevelSpace(SearchSpace):
 
     def number_of_configurations(self) -> int:
         """Product of the sizes of all dimensions."""
-        product = 1
-        for size in self.dimensions.values():
-            product *= size
-        return product
+        return math.prod(self.dimensions.values())
 
     def reduction_range(self) -> tuple[float, float]:
         """The smallest reduction of one group at one level, and the reduction of all groups at their deepest levels."""

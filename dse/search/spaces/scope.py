@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dse.config import LayerRange, SearchSpaceConfig
 from dse.decomposition import METHODS
@@ -25,20 +26,9 @@ def layers_of_space(config: SearchSpaceConfig, topology: Topology) -> tuple[int,
     Raises:
         ConfigError: A layer is not in the model, or no layer remains.
     """
-    everything = range(topology.layer_count)
-    for layer in config.keep_layers:
-        if layer not in everything:
-            raise ConfigError(
-                f"`0 <= layer < {topology.layer_count}` must hold for {topology.architecture}, but `keep_layers` of"
-                f" space '{config.name}' names layer {layer}"
-            )
+    _check_layers(config.keep_layers, f"`keep_layers` of space '{config.name}'", topology)
     chosen = tuple(layer for layer in _named_layers(config, topology) if layer not in config.keep_layers)
-    if not chosen:
-        raise ConfigError(
-            f"constraints must leave room for a point, but `keep_layers` {config.keep_layers} of space '{config.name}'"
-            f" keeps every layer in `layers` dense; name fewer"
-        )
-    return chosen
+    return chosen or _refuse("layer", config.keep_layers, config)
 
 
 def _named_layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, ...]:
@@ -53,15 +43,27 @@ def _named_layers(config: SearchSpaceConfig, topology: Topology) -> tuple[int, .
                 f" the first {config.layers.skip_first} and the last {config.layers.skip_last}"
             )
         return tuple(chosen)
-    for layer in config.layers:
-        if layer not in everything:
-            raise ConfigError(
-                f"`0 <= layer < {topology.layer_count}` must hold for {topology.architecture}, but space"
-                f" '{config.name}' names layer {layer}"
-            )
+    _check_layers(config.layers, f"space '{config.name}'", topology)
     if not config.layers:
         raise ConfigError(f"`layers` of space '{config.name}' must name at least one layer, but is empty")
     return tuple(sorted(set(config.layers)))
+
+
+def _check_layers(layers: Sequence[int], where: str, topology: Topology) -> None:
+    for layer in layers:
+        if layer not in range(topology.layer_count):
+            raise ConfigError(
+                f"`0 <= layer < {topology.layer_count}` must hold for {topology.architecture}, but {where} names layer"
+                f" {layer}"
+            )
+
+
+def _refuse(what: str, kept: Sequence[object], config: SearchSpaceConfig) -> NoReturn:
+    """Report that `keep_layers` or `keep_roles` leaves nothing to change."""
+    raise ConfigError(
+        f"constraints must leave room for a point, but `keep_{what}s` {kept} of space '{config.name}'"
+        f" keeps every {what} in `{what}s` dense; name fewer"
+    )
 
 
 def roles_of_space(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
@@ -72,12 +74,7 @@ def roles_of_space(config: SearchSpaceConfig, topology: Topology) -> tuple[str, 
     """
     kept = check_roles(config.keep_roles, config.name, topology)
     chosen = tuple(role for role in _named_roles(config, topology) if role not in kept)
-    if not chosen:
-        raise ConfigError(
-            f"constraints must leave room for a point, but `keep_roles` {config.keep_roles} of space '{config.name}'"
-            f" keeps every role in `roles` dense; name fewer"
-        )
-    return chosen
+    return chosen or _refuse("role", config.keep_roles, config)
 
 
 def _named_roles(config: SearchSpaceConfig, topology: Topology) -> tuple[str, ...]:
@@ -117,9 +114,7 @@ def check_roles(roles: Sequence[str], space_name: str, topology: Topology, *, st
     """The roles of this list that the model has.
 
     Args:
-        roles: Names of roles.
         space_name: Name of the space, for messages.
-        topology: The model's topology.
         stacks: Whether roles of stacks count.
 
     Raises:

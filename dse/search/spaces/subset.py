@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from dse.config import SearchSpaceConfig
 from dse.design_point import DesignPoint, TensorChoice
-from dse.errors import ConfigError
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.rank_levels import level_count, nearest_method, rank_at, saved_by_tensor, saved_parameters
 from dse.topology import DecomposableTensor, Topology
@@ -36,11 +35,7 @@ class SubsetSpace(SearchSpace):
         super().__init__(config, topology)
         self.roles = tuple(role for role in self.roles if role in topology.roles)
         self._level_count = level_count(config.ranks)
-        if not self._tensors(set(self.layers), set(self.roles)):
-            raise ConfigError(
-                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none;"
-                " change its layers or roles"
-            )
+        self._check_not_empty(self._everything, "layers or roles")
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
@@ -70,11 +65,7 @@ class SubsetSpace(SearchSpace):
         levels.update({f"roles.{t.role}": 1 for t in tensors if f"roles.{t.role}" in levels})
         for index in range(len(self.config.methods)):
             for rank in range(self._level_count):
-                candidate = (
-                    levels
-                    | ({_METHOD: index} if _METHOD in levels else {})
-                    | ({_RANK: rank} if _RANK in levels else {})
-                )
+                candidate = levels | {k: v for k, v in ((_METHOD, index), (_RANK, rank)) if k in levels}
                 if self.point(candidate) == point:
                     return candidate
         raise outside_space(
@@ -129,8 +120,7 @@ class SubsetSpace(SearchSpace):
 
     def reduction_range(self) -> tuple[float, float]:
         """The reductions of one tensor at the highest rank, and of all tensors at the lowest."""
-        everything = self._tensors(set(self.layers), set(self.roles))
-        last = self._level_count - 1
+        everything, last = self._everything, self._level_count - 1
         single = min(
             saved_parameters([t], [self._choice(t, method, level)])
             for t in everything
@@ -145,8 +135,8 @@ class SubsetSpace(SearchSpace):
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
         """The highest rank for every tensor."""
-        everything = self._tensors(set(self.layers), set(self.roles))
-        return {method: {t.name: self._choice(t, method, 0).rank for t in everything} for method in self.config.methods}
+        methods = self.config.methods
+        return {method: {t.name: self._choice(t, method, 0).rank for t in self._everything} for method in methods}
 
     def _draw(self, generator: random.Random, low: float, high: float) -> dict[str, int]:
         """A random set of roles and a rank; then layers in random order until a target is reached."""
@@ -158,18 +148,18 @@ class SubsetSpace(SearchSpace):
         levels.update({f"roles.{role}": 1 for role in roles})
         target, saved = generator.uniform(low, high), 0.0
         for layer in generator.sample(self.layers, len(self.layers)):
-            step = self._saving(
-                self.point(
-                    dict(self.dense_levels)
-                    | {k: v for k, v in levels.items() if not k.startswith("layers.")}
-                    | {f"layers.{layer}": 1}
-                )
-            )
+            others = {k: v for k, v in levels.items() if not k.startswith("layers.")}
+            step = self._saving(self.point({**self.dense_levels, **others, f"layers.{layer}": 1}))
             if saved and (saved >= target or saved + step > high):
                 break
             levels[f"layers.{layer}"] = 1
             saved += step
         return levels
+
+    @cached_property
+    def _everything(self) -> list[DecomposableTensor]:
+        """All tensors that the space may decompose."""
+        return self._tensors(set(self.layers), set(self.roles))
 
     def _tensors(self, layers: set[int], roles: set[str]) -> list[DecomposableTensor]:
         return [t for t in self.topology.tensors if t.layer in layers and t.role in roles]

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from dse.config import SearchSpaceConfig
-from dse.cost import point_cost
 from dse.design_point import DesignPoint
-from dse.errors import ConfigError, PointError
+from dse.errors import PointError
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.rank_levels import saved_by_tensor, saved_in_parts
 from dse.sensitivity.allocation_constraints import AllocationConstraints
@@ -50,11 +49,7 @@ class TableSpace(SearchSpace):
             smaller.sort(key=lambda option: (-option.parameters, option.choices))
             if smaller:
                 self._options[unit.name] = (unit.dense, *smaller)
-        if not self._options:
-            raise ConfigError(
-                f"space '{config.name}' must hold at least one tensor of {topology.architecture}, but holds none;"
-                " change its layers or roles"
-            )
+        self._check_not_empty(self._options, "layers or roles")
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
@@ -135,22 +130,12 @@ class TableSpace(SearchSpace):
             name: [options[0].parameters - o.parameters for o in options[1:]] for name, options in self._options.items()
         }
         smallest = min(min(of_unit) for of_unit in saved.values())
-        kept = sum(
-            max(
-                (options[0].parameters - o.parameters for o in options[1:] if not o.removes_block),
-                default=0,
-            )
-            for options in self._options.values()
-        )
-        gains = sorted(
-            (
-                max(saved[name])
-                - max((options[0].parameters - o.parameters for o in options[1:] if not o.removes_block), default=0)
-                for name, options in self._options.items()
-            ),
-            reverse=True,
-        )
-        largest = kept + sum(gains[: self.topology.layer_count // 2])
+        decomposed = {
+            name: max((options[0].parameters - o.parameters for o in options[1:] if not o.removes_block), default=0)
+            for name, options in self._options.items()
+        }
+        gains = sorted((max(saved[name]) - decomposed[name] for name in saved), reverse=True)
+        largest = sum(decomposed.values()) + sum(gains[: self.topology.layer_count // 2])
         return smallest / self.topology.parameters_dense, largest / self.topology.parameters_dense
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
@@ -180,7 +165,3 @@ class TableSpace(SearchSpace):
                 levels[name] = generator.choice(fitting)
                 saved += options[0].parameters - options[levels[name]].parameters
         return levels
-
-    def reduction(self, point: DesignPoint) -> float:
-        """Exact reduction of a point."""
-        return point_cost(self.topology, point).reduction

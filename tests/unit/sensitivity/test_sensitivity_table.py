@@ -9,6 +9,7 @@ import pytest
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, ProfileError
 from dse.sensitivity.option import Option, Unit
+from dse.sensitivity.sensitivity_profile import SensitivityProfile
 from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 
 ORIGIN = TableOrigin("a" * 16, "b" * 16, ("whitened_svd",), "c" * 16, 1024, "float32")
@@ -29,20 +30,24 @@ def small_table() -> SensitivityTable:
     )
 
 
+def profile_of(table: SensitivityTable) -> SensitivityProfile:
+    return SensitivityProfile("tiny", "LlamaForCausalLM", "", (), table)
+
+
 def test_a_table_file_round_trips(tmp_path: Path) -> None:
     table = small_table()
     path = tmp_path / "profile.json"
-    table.write(path)
-    assert SensitivityTable.read(path) == table
-    assert SensitivityTable.read(path, ORIGIN) == table
-    assert json.loads(path.read_text())["fingerprint"] == ORIGIN.fingerprint
+    profile_of(table).write(path)
+    assert SensitivityProfile.read(path).table == table
+    assert SensitivityProfile.read(path, ORIGIN).table == table
+    assert json.loads(path.read_text())["table"]["fingerprint"] == ORIGIN.fingerprint
     assert len(ORIGIN.fingerprint) == 16
 
 
 def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    path.write_text(json.dumps(small_table().to_json()).replace('"divergence"', '"damage"'))
-    assert SensitivityTable.read(path) == small_table()
+    path.write_text(json.dumps(profile_of(small_table()).to_json()).replace('"divergence"', '"damage"'))
+    assert SensitivityProfile.read(path).table == small_table()
 
 
 @pytest.mark.parametrize("attribute", [field.name for field in dataclasses.fields(TableOrigin)])
@@ -51,33 +56,33 @@ def test_a_table_of_another_origin_is_refused(attribute: str, tmp_path: Path) ->
     wanted = dataclasses.replace(ORIGIN, **{attribute: other})
     assert wanted.fingerprint != ORIGIN.fingerprint
     path = tmp_path / "profile.json"
-    small_table().write(path)
+    profile_of(small_table()).write(path)
     with pytest.raises(
         ProfileError, match=r"must be of the same .*profile\.json has .* is needed; measure it again"
     ) as caught:
-        SensitivityTable.read(path, wanted)
+        SensitivityProfile.read(path, wanted)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["truncated", "empty", "schema", "units", "rank", "nan"])
 def test_a_malformed_file_is_refused(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    small_table().write(path)
+    profile_of(small_table()).write(path)
     document = json.loads(path.read_text())
     if fault == "schema":
-        document["schema"] = 99
+        document["table"]["schema"] = 99
     elif fault == "units":
-        document["units"] = 3
+        document["table"]["units"] = 3
     elif fault == "rank":
-        document["units"][0]["options"][1]["tensors"]["layers.0.query"]["rank"] = -1
+        document["table"]["units"][0]["options"][1]["tensors"]["layers.0.query"]["rank"] = -1
     elif fault == "nan":
-        document["units"][0]["options"][1]["divergence"] = float("nan")
+        document["table"]["units"][0]["options"][1]["divergence"] = float("nan")
     text = json.dumps(document)
     path.write_text({"truncated": text[:-9], "empty": ""}.get(fault, text))
     with pytest.raises(ProfileError, match=r"profile\.json"):
-        SensitivityTable.read(path)
+        SensitivityProfile.read(path)
     with pytest.raises(ProfileError, match="No such file"):
-        SensitivityTable.read(tmp_path / "absent.json")
+        SensitivityProfile.read(tmp_path / "absent.json")
 
 
 def test_divergences_add_up_and_scale() -> None:

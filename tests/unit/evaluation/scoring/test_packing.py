@@ -8,6 +8,7 @@ import sys
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from dse.evaluation.scoring import Query, Row, pack
 from dse.evaluation.scoring.packing import balanced
@@ -20,6 +21,12 @@ def queries(draw: st.DrawFn) -> list[Query]:
     for tokens in draw(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=9), max_size=12)):
         found.append(Query(tuple(tokens), draw(st.integers(1, len(tokens) - 1))))
     return found
+
+
+def attends(row: Row) -> NDArray[np.bool_]:
+    """The attention mask that `Row.last` describes, shape (nodes, nodes)."""
+    index, last = np.arange(len(row)), np.asarray(row.last)
+    return (index[None, :] <= index[:, None]) & (index[:, None] <= last[None, :])
 
 
 def parents(row: Row) -> list[int | None]:
@@ -57,7 +64,7 @@ def test_node_attends_to_its_ancestors_and_itself(asked: list[Query], pair_cost:
         expected = np.zeros((len(row), len(row)), dtype=bool)
         for node in range(len(row)):
             expected[node, ancestors(row, node)] = True
-        np.testing.assert_array_equal(row.attends(), expected)
+        np.testing.assert_array_equal(attends(row), expected)
         assert row.is_chain == bool(np.array_equal(expected, np.tri(len(row), dtype=bool)))
 
 
@@ -87,7 +94,7 @@ def test_joining_preserves_trees(asked: list[Query], nodes: int) -> None:
     assert len(joined[0]) <= max(nodes, len(rows[0]))
     assert len(joined) <= len(rows)
     for row in joined:
-        np.testing.assert_array_equal(row.attends().sum(axis=1), np.asarray(row.depths) + 1)
+        np.testing.assert_array_equal(attends(row).sum(axis=1), np.asarray(row.depths) + 1)
         for index, predicting in row.queries:
-            seen = np.flatnonzero(row.attends()[predicting[-1]])
+            seen = np.flatnonzero(attends(row)[predicting[-1]])
             assert tuple(row.tokens[node] for node in seen) == asked[index].inputs
