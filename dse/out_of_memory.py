@@ -20,9 +20,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on an accelerator or on the host."""
     import torch
 
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+    is_on_cpu = isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+    return is_on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def bytes_asked(message: str) -> int | None:

@@ -9,8 +9,6 @@ from typing import Any
 from dse.cli.options import add_command, count, positive
 from dse.cli.sensitivity import add_profile_options, sensitivity_request
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse allocate`."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from dse.evaluation.paired_comparison import Comparison
     from dse.study import CostComparison, TrialComparison
 
-__all__ = ["add_parser", "run"]
-
 _EXACT = ("parameters", "weight_bytes")
 
 

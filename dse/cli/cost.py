@@ -11,8 +11,6 @@ from dse.cli.options import POINT_HELP, add_command, add_model, model_request, p
 if TYPE_CHECKING:
     from dse.standalone import ModelCost
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse cost`."""

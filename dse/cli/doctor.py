@@ -11,8 +11,6 @@ from dse.cli.options import add_command
 if TYPE_CHECKING:
     from dse.measurement import Check
 
-__all__ = ["add_parser", "run"]
-
 _MARKS = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "note": "[yellow]note[/yellow]"}
 
 

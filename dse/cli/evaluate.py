@@ -8,8 +8,6 @@ from typing import Any
 
 from dse.cli.options import add_command, add_model_at_point, calibration_text, count, model_request, positive
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse evaluate`."""

@@ -11,8 +11,6 @@ from dse.cli.options import add_command
 if TYPE_CHECKING:
     from dse.export import ExportResult
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse export`."""

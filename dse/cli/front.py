@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from dse.report.explanation import Explanation
     from dse.study import Study
 
-__all__ = ["add_parser", "print_front", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse front`."""

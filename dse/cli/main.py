@@ -34,8 +34,6 @@ from dse.cli import (
 from dse.cli.options import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from dse.errors import DseError, UserError
 
-__all__ = ["build_parser", "main"]
-
 # In the order of `dse --help`.
 _STUDY_COMMANDS = (run, front, recommend, compare, export)
 _MODEL_COMMANDS = (cost, space, sensitivity, allocate, evaluate, measure, profile_device, doctor)

@@ -8,8 +8,6 @@ from typing import Any
 
 from dse.cli.options import add_command, add_model_at_point, calibration_text, model_request, positive, positive_list
 
-__all__ = ["add_parser", "run"]
-
 _PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 

@@ -11,31 +11,12 @@ from dse.defaults import CALIBRATION_TOKENS
 if TYPE_CHECKING:
     from dse.standalone import CalibrationText, ModelRequest
 
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "EXIT_NOTHING_FITS",
-    "EXIT_OK",
-    "EXIT_USER_ERROR",
-    "POINT_HELP",
-    "add_calibration",
-    "add_command",
-    "add_device",
-    "add_model",
-    "add_model_at_point",
-    "calibration_text",
-    "count",
-    "model_request",
-    "positive",
-    "positive_list",
-]
-
 EXIT_OK, EXIT_USER_ERROR, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 POINT_HELP = (
     'design point: JSON text, a JSON file, or "dense"; compact form {"method": "tucker", "rank": 1, "layers": [2, 17],'
     ' "roles": "all"} or expanded form {"tensors": {"layers.2.query": {"method": "svd", "rank": 64}}}'
 )
-_MODEL_HELP = "hub id, local folder, .gguf file, or demo:smollm2-135m-instruct"
 
 
 def add_command(
@@ -65,7 +46,8 @@ def add_command(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that select a model."""
-    parser.add_argument("--model", required=True, metavar="REF", help=_MODEL_HELP)
+    references = "hub id, local folder, .gguf file, or demo:smollm2-135m-instruct"
+    parser.add_argument("--model", required=True, metavar="REF", help=references)
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 

@@ -13,8 +13,6 @@ from rich.table import Table
 
 from dse.cli.options import EXIT_OK
 
-__all__ = ["as_json", "console", "plain_table", "print_json", "print_result", "wide_console"]
-
 _PIPE_WIDTH = 160  # rich assumes 80 columns if stdout is not a terminal
 
 
@@ -35,8 +33,8 @@ def print_result(
 
 
 def as_json(value: Any) -> Any:
-    """A dataclass, or a list of them, as JSON values; paths become strings."""
-    if isinstance(value, list):
+    """A dataclass, or a sequence of them, as JSON values; paths become strings."""
+    if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     return json.loads(json.dumps(dataclasses.asdict(value), default=str))
 

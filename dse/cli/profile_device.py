@@ -9,8 +9,6 @@ from typing import Any
 
 from dse.cli.options import add_command, add_device, add_model, model_request, positive, positive_list
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse profile-device`."""

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from dse.report.recommendation import Recommendation
     from dse.study import Study
 
-__all__ = ["add_parser", "print_recommendation", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse recommend`."""

@@ -13,8 +13,6 @@ from dse.shipped_files import shipped_names
 if TYPE_CHECKING:
     from dse.study import Study
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse run`."""

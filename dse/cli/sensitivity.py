@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from dse.sensitivity import SensitivityProfile
     from dse.standalone import SensitivityRequest
 
-__all__ = ["add_parser", "add_profile_options", "run", "sensitivity_request"]
-
 
 def add_parser(commands: Any) -> None:
     """Add `dse sensitivity`."""

@@ -9,8 +9,6 @@ from typing import Any
 from dse.cli.options import add_command, add_model, model_request
 from dse.shipped_files import shipped_names
 
-__all__ = ["add_parser", "run"]
-
 _MAX_RANKS = 12
 
 

@@ -14,8 +14,6 @@ from dse.report.units import percent, points
 from dse.study import StudyListener, StudyProgress
 from dse.trial_record import TrialRecord
 
-__all__ = ["TerminalListener"]
-
 _LINE_PERIOD_S = 15.0  # between two lines of one phase if stderr is not a terminal
 _RATIOS = ("perplexity", "decode_latency_s", "prefill_latency_s", "energy_per_token_j", "prefill_energy_j")
 

@@ -117,9 +117,7 @@ def _decoded(content: bytes, identity: Mapping[str, str]) -> dict[str, DocumentA
 
 def _answer(value: Any) -> Answer:
     """Turn JSON lists back into tuples; floats survive JSON unchanged."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     score, is_greedy = value
     if not (isinstance(score, float) and math.isfinite(score) and isinstance(is_greedy, bool)):

@@ -21,9 +21,6 @@ _ResultT = TypeVar("_ResultT")
 TOKENS_PER_ROW = 128
 """`batch_size` counts rows of this length, since batches are filled by tokens."""
 
-_AUTO_ROWS = {"cuda": 64}
-_AUTO_ROWS_ELSEWHERE = 16
-
 
 class BatchSize:
     """The number of rows of 128 tokens in a batch; "auto" halves it whenever the device runs out of memory.
@@ -41,7 +38,7 @@ class BatchSize:
 
     def __init__(self, batch_size: int | str, device_type: str) -> None:
         self._is_auto = batch_size == "auto"
-        rows = _AUTO_ROWS.get(device_type, _AUTO_ROWS_ELSEWHERE) if self._is_auto else batch_size
+        rows = batch_size if not self._is_auto else 64 if device_type == "cuda" else 16
         check_positive(batch_size=rows)
         self.rows = int(rows)
 
@@ -63,12 +60,9 @@ class BatchSize:
 
 
 def batches(items: Iterable[_ItemT], length: Callable[[_ItemT], int], most_tokens: int) -> Iterator[list[_ItemT]]:
-    """Batches of at most `most_tokens` tokens, including padding to the first item, which is the longest of its batch.
+    """Items, longest first, in batches of at most `most_tokens` tokens, including padding to the longest item.
 
-    Args:
-        items: Longest first.
-        length: Tokens of an item.
-        most_tokens: A longer item forms a batch of its own.
+    A longer item forms a batch of its own.
     """
     batch: list[_ItemT] = []
     for item in items:

@@ -21,9 +21,7 @@ _HUB_TIMEOUT_S = 5.0
 def hub_dataset(task: str, needed: str) -> Iterator[None]:
     """Load from the local cache only if the hub is unreachable, instead of retrying for minutes.
 
-    Args:
-        task: Name of the task, for the message.
-        needed: What the task needs from the hub, for the message.
+    The error message names the `task` and what is `needed` from the hub.
 
     Raises:
         TaskError: The hub is unreachable and its cache has no copy.

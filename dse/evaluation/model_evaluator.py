@@ -77,9 +77,7 @@ def evaluator_for(
     """Load and check the tasks. The model must be dense at this time.
 
     Args:
-        loaded: The model.
         tasks: All lm-eval tasks, or all dataset tasks.
-        settings: How to run them.
         fresh: Number of documents per task to draw beyond the limit, instead of those within it; 0 draws those within.
 
     Raises:

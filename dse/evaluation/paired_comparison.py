@@ -147,11 +147,18 @@ def _row(
     paired: PairedDrop | PairedRatio | None,
 ) -> Comparison:
     """A comparison; the drop first - second of `paired` becomes the change second - first."""
-    row = Comparison(task, metric, values[0], values[1], errors[0], errors[1])
+    row = Comparison(task, metric, *values, *errors)
     if paired is None:
         return row
-    row = dataclasses.replace(
+    change, low, high = paired.value, paired.low, paired.high
+    if not isinstance(paired, PairedRatio):
+        change, (low, high) = -change or 0.0, (None if end is None else -end for end in (high, low))
+    return dataclasses.replace(
         row,
+        scale="ratio" if isinstance(paired, PairedRatio) else "difference",
+        change=change,
+        low=low,
+        high=high,
         p_value=paired.p_value,
         test=paired.test,
         detectable=paired.smallest_detectable,
@@ -159,10 +166,6 @@ def _row(
         losses=paired.losses,
         gains=paired.gains,
     )
-    if isinstance(paired, PairedRatio):
-        return dataclasses.replace(row, scale="ratio", change=paired.value, low=paired.low, high=paired.high)
-    low, high = (None if end is None else -end for end in (paired.high, paired.low))
-    return dataclasses.replace(row, change=-paired.value or 0.0, low=low, high=high)
 
 
 def _is_mean(task: TaskResult) -> bool:

@@ -11,30 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dse.defaults import RENAMED_OBJECTIVES
 from dse.errors import StudyError, TaskError
 from dse.evaluation.graded_metrics import GRADED_METRICS
-from dse.evaluation.statistics.intervals import (
-    Interval,
-    Outcomes,
-    PairedDrop,
-    PairedRatio,
-    mean_interval,
-    perplexity_interval,
-)
+from dse.evaluation.statistics.intervals import Interval, PairedDrop, PairedRatio, mean_interval, perplexity_interval
 from dse.evaluation.statistics.paired_tests import drop_with_test, perplexity_ratio_with_test
 from dse.files import write_bytes
 
-__all__ = [
-    "PERPLEXITY_METRICS",
-    "EvaluationResult",
-    "TaskResult",
-    "choose_metric",
-    "kind_of",
-    "read_graded",
-    "read_outcomes",
-]
+__all__ = ["EvaluationResult", "TaskResult", "choose_metric", "kind_of", "read_graded", "read_outcomes"]
 
 PERPLEXITY_METRICS = ("word_perplexity", "perplexity", "byte_perplexity")
 """Metrics of the form exp(-log-likelihood per unit); their outcomes are (log-likelihood, units) pairs."""
@@ -71,11 +57,11 @@ class TaskResult:
     stderr: float | None
     documents: int
     higher_is_better: bool
-    outcomes: Outcomes
+    outcomes: NDArray[np.float64]
     all_metrics: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     weight: float = 1.0
     kind: Kind = "other"
-    graded: Mapping[str, Outcomes] = field(default_factory=dict)
+    graded: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +165,8 @@ class EvaluationResult:
     def from_json(
         cls,
         data: Mapping[str, Any],
-        outcomes: Mapping[str, Outcomes] | None = None,
-        graded: Mapping[str, Mapping[str, Outcomes]] | None = None,
+        outcomes: Mapping[str, NDArray[np.float64]] | None = None,
+        graded: Mapping[str, Mapping[str, NDArray[np.float64]]] | None = None,
     ) -> EvaluationResult:
         """Inverse of `to_json`.
 
@@ -219,7 +205,7 @@ class EvaluationResult:
         return [task for task in self.tasks if metric in task.graded and not np.isnan(task.graded[metric]).all()]
 
 
-def read_outcomes(path: Path) -> dict[str, Outcomes]:
+def read_outcomes(path: Path) -> dict[str, NDArray[np.float64]]:
     """Read the outcomes that `EvaluationResult.write_outcomes` wrote: task name to outcomes.
 
     Raises:
@@ -232,7 +218,7 @@ def read_outcomes(path: Path) -> dict[str, Outcomes]:
         raise _damaged(path) from error
 
 
-def read_graded(path: Path) -> dict[str, dict[str, Outcomes]]:
+def read_graded(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Read the graded outcomes that `EvaluationResult.write_outcomes` wrote: task name to metric to outcomes.
 
     Files of version 0.1, which use the old metric names, are read as well.
@@ -249,7 +235,7 @@ def read_graded(path: Path) -> dict[str, dict[str, Outcomes]]:
     }
 
 
-def _read_arrays(path: Path) -> tuple[list[str], dict[str, Outcomes]]:
+def _read_arrays(path: Path) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             names = [str(name) for name in archive["tasks"]]
@@ -264,7 +250,7 @@ def _damaged(path: Path) -> StudyError:
     return StudyError(f"stored outcomes must be readable, but '{path}' is damaged; evaluate the trial again")
 
 
-def kind_of(metric: str, outcomes: Outcomes, *, is_mean: bool, higher_is_better: bool) -> Kind:
+def kind_of(metric: str, outcomes: NDArray[np.float64], *, is_mean: bool, higher_is_better: bool) -> Kind:
     """The kind of a metric, from its name, its outcomes and their aggregation."""
     if outcomes.ndim == 2:
         return "perplexity" if metric.partition(",")[0] in PERPLEXITY_METRICS else "other"
@@ -305,7 +291,7 @@ def _kind(value: object) -> Kind:
     raise ValueError(f"unknown kind {value!r}")
 
 
-def _outcomes(tasks: Sequence[TaskResult]) -> list[Outcomes]:
+def _outcomes(tasks: Sequence[TaskResult]) -> list[NDArray[np.float64]]:
     return [task.outcomes for task in tasks]
 
 
@@ -318,18 +304,18 @@ def _weighted_mean(tasks: Sequence[TaskResult], value: Callable[[TaskResult], fl
     return sum(task.weight * value(task) for task in tasks) / total if tasks else None
 
 
-def _aligned(
-    ours: Sequence[TaskResult], theirs: Sequence[TaskResult]
-) -> tuple[Sequence[TaskResult], Sequence[TaskResult]]:
+def _aligned(*both: list[TaskResult]) -> tuple[list[TaskResult], ...]:
     """Both lists, after a check that they have the same tasks and metrics."""
-    names = [(t.task, t.metric) for t in ours], [(t.task, t.metric) for t in theirs]
+    names = [[(task.task, task.metric) for task in tasks] for tasks in both]
     if names[0] != names[1]:
         raise TaskError(f"paired results must be of the same tasks and metrics, but got {names[0]} and {names[1]}")
-    return ours, theirs
+    return both
 
 
 def _task_of_json(
-    data: Mapping[str, Any], outcomes: Mapping[str, Outcomes], graded: Mapping[str, Mapping[str, Outcomes]]
+    data: Mapping[str, Any],
+    outcomes: Mapping[str, NDArray[np.float64]],
+    graded: Mapping[str, Mapping[str, NDArray[np.float64]]],
 ) -> TaskResult:
     stderr = data["stderr"]
     return TaskResult(

@@ -106,15 +106,27 @@ def resolve_task(spec: TaskSpec) -> TaskSource:
     return TaskSource(spec.task)
 
 
-def read_task_file(path: Path) -> dict[str, Any]:
+def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read an lm-eval task file safely, with its `include`s merged in and the paths of its data files made absolute.
 
-    Paths are relative to the file that names them, so an included file keeps its own data.
+    Paths are relative to the file that names them, so an included file keeps its own data. `including` are the files
+    whose `include`s led to this one.
 
     Raises:
         TaskError: The file is missing, is not YAML, holds a `!function` tag, or names data that does not exist.
     """
-    return _read(path, ())
+    path = path.resolve()
+    if path in including:
+        raise TaskError(f"task files must not include each other in a cycle, but '{path}' includes itself")
+    config = _parse(path)
+    _resolve_data(config, path)
+    includes = config.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for include in [includes] if isinstance(includes, str) else _strings(includes, "include", path):
+        included = read_task_file(_join(path.parent, include), (*including, path))
+        included.pop("task_list", None)
+        merged.update(included)
+    return merged | config
 
 
 def _source_of_file(path: Path) -> TaskSource:
@@ -140,21 +152,6 @@ def _source_of_file(path: Path) -> TaskSource:
             f"`dataset_kwargs.data_files` must name the data of a '{dataset}' dataset, but '{path}' has none"
         )
     return TaskSource(config["task"], config, path.resolve())
-
-
-def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in including:
-        raise TaskError(f"task files must not include each other in a cycle, but '{path}' includes itself")
-    config = _parse(path)
-    _resolve_data(config, path)
-    includes = config.pop("include", None) or []
-    merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else _strings(includes, "include", path):
-        included = _read(_join(path.parent, include), (*including, path))
-        included.pop("task_list", None)
-        merged.update(included)
-    return merged | config
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -261,12 +258,15 @@ def _first_line(message: object) -> str:
     return next(iter(str(message).splitlines()), "") or type(message).__name__
 
 
-def check_unique(names: Iterable[str]) -> None:
-    """Refuse duplicate task names, since results are stored by name.
+def check_task_names(names: Iterable[str]) -> None:
+    """Refuse an empty list of tasks, and duplicate names, since results are stored by name.
 
     Raises:
-        TaskError: A name appears twice.
+        TaskError: There is no name, or one appears twice.
     """
-    for name, count in Counter(names).items():
+    counts = Counter(names)
+    if not counts:
+        raise TaskError("an evaluation must have at least one task, but got none")
+    for name, count in counts.items():
         if count > 1:
             raise TaskError(f"task names must be unique, but '{name}' appears twice; remove or rename one of them")

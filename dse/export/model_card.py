@@ -125,14 +125,11 @@ def _removed(content: CardContent) -> str:
 
 
 def _sizes(content: CardContent) -> str:
-    files, dense, here = (
-        f"weights on disk ({text(content.dtype)})",
-        content.dense_weight_bytes,
-        content.weight_file_bytes,
-    )
+    files = f"weights on disk ({text(content.dtype)})"
+    dense, here = content.dense_weight_bytes, content.weight_file_bytes
     rows = [
         ("parameters", f"{content.topology.parameters_dense:,}", f"{content.parameters:,}", percent(content.reduction)),
-        (files, dense, here, percent(saved)),
+        (files, _megabytes(dense), _megabytes(here), percent(1 - here / dense)),
     ]
     return (
         "## Size\n\n"

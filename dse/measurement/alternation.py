@@ -33,15 +33,9 @@ class ModelSwap(Protocol):
 
     def use_candidate(self) -> None:
         """Put the design point's modules in place."""
-        ...
 
     def use_baseline(self) -> None:
         """Put the dense modules back."""
-        ...
-
-
-def _no_turns() -> dict[Variant, list[Turn]]:
-    return {variant: [] for variant in VARIANTS}
 
 
 @dataclass
@@ -55,18 +49,19 @@ class Block:
         decode: Turns of decode by variant; each turn holds seconds per token.
     """
 
-    prefill: dict[Variant, list[Turn]] = field(default_factory=_no_turns)
-    decode: dict[Variant, list[Turn]] = field(default_factory=_no_turns)
+    prefill: dict[Variant, list[Turn]] = field(default_factory=lambda: {variant: [] for variant in VARIANTS})
+    decode: dict[Variant, list[Turn]] = field(default_factory=lambda: {variant: [] for variant in VARIANTS})
 
     @property
-    def phases(self) -> tuple[dict[Variant, list[Turn]], dict[Variant, list[Turn]]]:
-        """Prefill and decode."""
-        return self.prefill, self.decode
+    def phases(self) -> dict[str, dict[Variant, list[Turn]]]:
+        """`prefill` and `decode` by name."""
+        return {"prefill": self.prefill, "decode": self.decode}
 
     @property
     def samples_s(self) -> list[float]:
         """Every timing in the block."""
-        return [sample for phase in self.phases for turns in phase.values() for turn in turns for sample in turn]
+        turns = [turn for phase in (self.prefill, self.decode) for turns in phase.values() for turn in turns]
+        return [sample for turn in turns for sample in turn]
 
     @property
     def duration_s(self) -> float:
@@ -106,13 +101,9 @@ class Alternation:
 
     def switch_to(self, variant: Variant) -> None:
         """Put the weights of `variant` in place."""
-        if variant == self._in_use:
-            return
-        if variant == "candidate":
-            self._swap.use_candidate()
-        else:
-            self._swap.use_baseline()
-        self._in_use = variant
+        if variant != self._in_use:
+            (self._swap.use_candidate if variant == "candidate" else self._swap.use_baseline)()
+            self._in_use = variant
 
     def block(self) -> Block:
         """Run two generations of each variant in ABBA order."""

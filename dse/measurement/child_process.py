@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
-import select
 import signal
-import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -41,30 +42,29 @@ def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float
     """
     if not hasattr(os, "fork"):
         raise InvalidMeasurementError(f"{doing} needs a system that can fork a process (Linux), but this one cannot")
-    reader, writer = os.pipe()
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_run_child, args=(work, writer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads: the child uses none of them
-        child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _run_child(work, writer)
-    os.close(writer)
+        child.start()
+    writer.close()
+    answer = ["InvalidMeasurementError", "its process ended without an answer"]
     try:
-        text = _read_until(reader, time.monotonic() + time_limit_s)
-        if text is None:
-            os.kill(child, signal.SIGKILL)
+        if not reader.poll(time_limit_s):
+            child.kill()
             raise InvalidMeasurementError(f"{doing} must end within {time_limit_s:g} s, but its process did not")
+        with contextlib.suppress(EOFError):  # the child ended without an answer
+            answer = json.loads(reader.recv_bytes())
     finally:
-        os.close(reader)
-        _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        ended_by = signal.Signals(os.WTERMSIG(status)).name
+        child.join()
+        reader.close()
+    if child.exitcode is not None and child.exitcode < 0:
+        ended_by = signal.Signals(-child.exitcode).name
         if ended_by == "SIGKILL":
             raise OutOfMemoryError(
                 f"the machine must have enough memory for {doing}, but the kernel killed its process (SIGKILL)"
             )
         raise InvalidMeasurementError(f"{doing} must run to its end, but its process was killed by {ended_by}")
-    answer = json.loads(text or '["InvalidMeasurementError", "its process ended without an answer"]')
     if answer[0] == "result":
         return answer[1]
     if answer[0] == "OutOfMemoryError":
@@ -72,8 +72,8 @@ def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float
     raise InvalidMeasurementError(f"{doing} must run to its end, but: {answer[1]}")
 
 
-def _run_child(work: Callable[[], Any], writer: int) -> None:
-    """Run, answer through the pipe, and exit without the clean-up handlers, which belong to the parent."""
+def _run_child(work: Callable[[], Any], writer: Connection) -> None:
+    """Run, answer through the connection, and exit without the clean-up handlers, which belong to the parent."""
     try:
         torch.set_num_threads(1)
         answer: list[Any] = ["result", work()]
@@ -81,20 +81,6 @@ def _run_child(work: Callable[[], Any], writer: int) -> None:
         answer = [type(error).__name__, " ".join(str(error).split()) or type(error).__name__]
         answer.append(getattr(error, "bytes_asked", None))
     try:
-        with os.fdopen(writer, "w") as stream:
-            json.dump(answer, stream)
+        writer.send_bytes(json.dumps(answer).encode())
     finally:
         os._exit(0)
-
-
-def _read_until(reader: int, deadline_s: float) -> str | None:
-    """Everything written to a pipe until it is closed; None if the deadline passes first."""
-    parts: list[bytes] = []
-    while True:
-        ready, _, _ = select.select([reader], [], [], max(0.0, deadline_s - time.monotonic()))
-        if not ready:
-            return None
-        part = os.read(reader, 65536)
-        if not part:
-            return b"".join(parts).decode()
-        parts.append(part)

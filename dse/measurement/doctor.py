@@ -38,13 +38,9 @@ class Check:
 
 def run_checks() -> list[Check]:
     """Run every check, offline, in a few seconds per meter. Problems are results, never exceptions."""
-    return [_torch_build(), *_gpus(), *_meters(), _cache_folder(), *_versions()]
-
-
-def _torch_build() -> Check:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     detail = f"torch {torch.__version__} ({build}), {torch.get_num_threads()} threads"
-    return Check("torch", "ok", detail)
+    return [Check("torch", "ok", detail), *_gpus(), *_meters(), _cache_folder(), *_versions()]
 
 
 def _gpus() -> Iterator[Check]:

@@ -55,7 +55,6 @@ class WindowEnergy:
         gross_j: Joules of the whole window, idle power included; None if invalid.
         net_j: Joules net of the idle power over the window's length; None if invalid or if idle power is unknown.
         per_device_j: Gross joules of each device; empty if invalid.
-        duration_s: Length of the window.
         repeats: Batches run in the window.
         updates: Refreshes of the meter inside the window, a lower bound.
         fault: Type of the error that made it invalid, such as "DeviceLostError"; empty if valid.

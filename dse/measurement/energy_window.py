@@ -29,11 +29,7 @@ class EnergyWindow:
     """
 
     def __init__(
-        self,
-        channels: tuple[Channel, ...],
-        min_updates: int,
-        synchronize: Callable[[], None],
-        poll_s: float = POLL_S,
+        self, channels: tuple[Channel, ...], min_updates: int, synchronize: Callable[[], None], poll_s: float = POLL_S
     ) -> None:
         self._channels = channels
         self._readings = {channel.device: channel.new_readings() for channel in channels}

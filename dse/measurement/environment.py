@@ -39,7 +39,8 @@ def describe_environment() -> dict[str, Json]:
         "cpu": {
             "model": _cpu_model(),
             "logical_cores": os.cpu_count(),
-            "usable_cores": _usable_cores(),
+            # macOS has no affinity.
+            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_bytes": _memory_bytes(),
         },
         "torch": {
@@ -88,13 +89,6 @@ def _cpu_model() -> str:
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count()
 
 
 def _memory_bytes() -> int | None:

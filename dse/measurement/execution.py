@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -92,15 +92,14 @@ class Execution(ABC):
         """Go `new_tokens` steps back, so that decoding can be repeated; False if the cache cannot."""
 
     @torch.inference_mode()
-    def _forward(self, tokens: Tensor | None, cache: Any, **more: Any) -> Generation:
+    def _forward(self, generation: Generation, tokens: Tensor | None) -> None:
+        """Run `tokens` through the model, which extends the cache and gives the next tokens."""
         if not self._options:
             self._model(input_ids=tokens)
-            return Generation(None, None)
-        output = self._model(input_ids=tokens, past_key_values=cache, **self._options, **more)
-        filled = getattr(output, "past_key_values", None)
-        if filled is None:
-            return Generation(None, None)
-        return Generation(output.logits[:, -1:].argmax(dim=-1), filled)
+            return
+        output = self._model(input_ids=tokens, past_key_values=generation.cache, **self._options)
+        generation.cache = getattr(output, "past_key_values", None)
+        generation.next_tokens = None if generation.cache is None else output.logits[:, -1:].argmax(dim=-1)
 
 
 class EagerExecution(Execution):
@@ -114,13 +113,12 @@ class EagerExecution(Execution):
 
     def prefill(self, generation: Generation) -> None:
         """See `Execution.prefill`."""
-        filled = self._forward(self._prompt, None)
-        generation.next_tokens, generation.cache = filled.next_tokens, filled.cache
+        generation.cache = None
+        self._forward(generation, self._prompt)
 
     def step(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.step`."""
-        stepped = self._forward(generation.next_tokens, generation.cache)
-        generation.next_tokens, generation.cache = stepped.next_tokens, stepped.cache
+        self._forward(generation, generation.next_tokens)
 
     def rewind(self, generation: Generation, first_tokens: Tensor | None) -> bool:
         """See `Execution.rewind`; caches with a sliding window cannot."""
@@ -142,6 +140,7 @@ class StaticExecution(Execution):
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._columns = torch.arange(self._length, device=prompt.device)
         self._caches: dict[Variant, Any] = {}
+        self._programs: dict[Variant, Any] = {}
 
     @torch.inference_mode()
     def begin(self, variant: Variant) -> Generation:
@@ -161,7 +160,7 @@ class StaticExecution(Execution):
 
     def prefill(self, generation: Generation) -> None:
         """See `Execution.prefill`."""
-        generation.next_tokens = self._forward(self._prompt, generation.cache).next_tokens
+        self._forward(generation, self._prompt)
 
     def rewind(self, generation: Generation, first_tokens: Tensor | None) -> bool:
         """See `Execution.rewind`; cache entries after the position are masked and overwritten."""
@@ -194,18 +193,14 @@ class CompiledExecution(StaticExecution):
 
     mode = "compile"
 
-    def __init__(self, model: nn.Module, prompt: Tensor, new_tokens: int, options: Mapping[str, Any]) -> None:
-        super().__init__(model, prompt, new_tokens, options)
-        self._steps: dict[Variant, Callable[[Tensor, Any], Tensor]] = {}
-
     def prepare(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.prepare`; compiling takes seconds to minutes."""
-        if variant in self._steps:
+        if variant in self._programs:
             return
-        if not self._steps:
+        if not self._programs:
             torch._dynamo.reset()  # otherwise programs of earlier points fill its cache
         # A separate function per variant: two programs of one function would be told apart by guards at every step.
-        self._steps[variant] = torch.compile(lambda tokens, cache: self._fixed_step(tokens, cache), dynamic=False)
+        self._programs[variant] = torch.compile(lambda tokens, cache: self._fixed_step(tokens, cache), dynamic=False)
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
         first = generation.next_tokens
         self.step(variant, generation)
@@ -216,7 +211,7 @@ class CompiledExecution(StaticExecution):
     def step(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.step`."""
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
-        generation.next_tokens = self._steps[variant](generation.next_tokens, generation.cache)
+        generation.next_tokens = self._programs[variant](generation.next_tokens, generation.cache)
 
 
 class CudaGraphExecution(StaticExecution):
@@ -225,14 +220,10 @@ class CudaGraphExecution(StaticExecution):
     mode = "cuda_graph"
     _WARMUP_STEPS = 3  # libraries pick algorithms and allocate workspaces in their first calls, which a capture forbids
 
-    def __init__(self, model: nn.Module, prompt: Tensor, new_tokens: int, options: Mapping[str, Any]) -> None:
-        super().__init__(model, prompt, new_tokens, options)
-        self._graphs: dict[Variant, tuple[Any, Tensor]] = {}
-
     @torch.inference_mode()
     def prepare(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.prepare`."""
-        if variant in self._graphs:
+        if variant in self._programs:
             return
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
         tokens = generation.next_tokens.clone()
@@ -248,12 +239,12 @@ class CudaGraphExecution(StaticExecution):
         with torch.cuda.graph(graph):
             tokens.copy_(self._fixed_step(tokens, generation.cache))
         self._set(generation.cache, begin)  # a capture runs nothing, but the cache's Python-side state has advanced
-        self._graphs[variant] = (graph, tokens)
+        self._programs[variant] = (graph, tokens)
 
     @torch.inference_mode()
     def step(self, variant: Variant, generation: Generation) -> None:
         """See `Execution.step`."""
-        graph, tokens = self._graphs[variant]
+        graph, tokens = self._programs[variant]
         if generation.next_tokens is not tokens:
             assert generation.next_tokens is not None  # noqa: S101 - prefilled
             tokens.copy_(generation.next_tokens)  # the first step after a prefill

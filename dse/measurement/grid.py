@@ -63,6 +63,7 @@ def measure_cell(
     discarded: list[str] = []
     workload: Workload | None = None
     while True:
+        tried = len(discarded) + 1
         try:
             if workload is None:
                 with out_of_memory_errors("measuring latency"):
@@ -71,12 +72,9 @@ def measure_cell(
             latency = measure_latency(model, spec, swap, progress=progress, workload=workload)
         except OutOfMemoryError as error:
             swap.use_candidate()
-            tried = len(discarded) + 1
             return CellLatency(spec, None, tried, tuple(discarded), error.bytes_asked, False, str(error))
-        if latency.is_valid or len(discarded) + 1 >= attempts:
-            return CellLatency(
-                spec, latency, len(discarded) + 1, tuple(discarded), None, latency.is_valid, latency.reason
-            )
+        if latency.is_valid or tried >= attempts:
+            return CellLatency(spec, latency, tried, tuple(discarded), None, latency.is_valid, latency.reason)
         discarded.append(latency.reason)
 
 

@@ -20,7 +20,6 @@ class IdlePower:
     Attributes:
         power_w: Power of all devices together; None if invalid.
         per_device_w: Power of each device; empty if invalid.
-        duration_s: Length of the measurement.
         updates: Refreshes of the meter seen.
         conditions: Condition of the devices right after.
         is_valid: Whether the measurement is valid.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from torch import nn
 from dse.errors import InvalidMeasurementError
 from dse.measurement.alternation import TURN_PREFILLS, Alternation, Block, ModelSwap, Turn
 from dse.measurement.clock import Stopwatch, stopwatch_for
-from dse.measurement.execution import VARIANTS, Variant
+from dse.measurement.execution import VARIANTS
 from dse.measurement.latency_spec import LatencySpec
 from dse.measurement.timing_statistics import Distribution, block_ratio
 from dse.measurement.workload import Workload
@@ -116,8 +117,14 @@ def measure_latency(
         swap.use_candidate()  # before anything runs, so that the first pass is the candidate's
         workload = workload or Workload(model, spec)
         clock = stopwatch or stopwatch_for(workload.devices)
-        counter = _GenerationCounter(spec, progress)
-        alternation = Alternation(workload, clock, spec.new_tokens, swap, counter.count)
+        done, expected = itertools.count(1), 4 * (spec.warmup_blocks + spec.blocks)
+
+        def on_generation() -> None:
+            number = next(done)
+            if progress is not None:
+                progress(number, max(number, expected))
+
+        alternation = Alternation(workload, clock, spec.new_tokens, swap, on_generation)
         alternation.assume("candidate")
         blocks, discarded, is_warm = _warm_up(alternation, spec, clock.source)
         while not _is_enough(blocks, spec, decodes=workload.decodes):
@@ -130,7 +137,7 @@ def measure_latency(
         prefill=prefill,
         decode=decode,
         device="+".join(str(device) for device in workload.devices),
-        device_name=_device_name(workload.devices[0]),
+        device_name=torch.cuda.get_device_name(first) if (first := workload.devices[0]).type == "cuda" else "",
         clock=clock.source,
         mode=spec.mode,
         warmup_blocks=discarded,
@@ -141,21 +148,6 @@ def measure_latency(
         is_valid=not reason,
         reason=reason,
     )
-
-
-class _GenerationCounter:
-    """Reports how many generations are done, and how many are expected at least."""
-
-    def __init__(self, spec: LatencySpec, progress: Callable[[int, int], None] | None) -> None:
-        self._expected = 4 * (spec.warmup_blocks + spec.blocks)
-        self._done = 0
-        self._progress = progress
-
-    def count(self) -> None:
-        """Count one more generation."""
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, max(self._done, self._expected))
 
 
 def _warm_up(alternation: Alternation, spec: LatencySpec, clock: str) -> tuple[list[Block], int, bool]:
@@ -173,7 +165,7 @@ def _warm_up(alternation: Alternation, spec: LatencySpec, clock: str) -> tuple[l
 def _agree(first: Block, second: Block, *, tolerance: float) -> bool:
     pairs = [
         (_typical_s(before[variant]), _typical_s(after[variant]))
-        for before, after in zip(first.phases, second.phases, strict=True)
+        for before, after in zip(first.phases.values(), second.phases.values(), strict=True)
         for variant in VARIANTS
         if before[variant]
     ]
@@ -202,8 +194,7 @@ def _is_enough(blocks: Sequence[Block], spec: LatencySpec, *, decodes: bool) -> 
 def _log_ratios(blocks: Sequence[Block], phase: str) -> list[float]:
     """One log of candidate / baseline per ABBA block of turns; a generation has one for prefill, several for decode."""
     pairs: list[float] = []
-    for block in blocks:
-        turns = block.prefill if phase == "prefill" else block.decode
+    for turns in (block.phases[phase] for block in blocks):
         pairs += [
             math.log(min(candidate)) - math.log(min(baseline))
             for candidate, baseline in zip(turns["candidate"], turns["baseline"], strict=True)
@@ -214,13 +205,11 @@ def _log_ratios(blocks: Sequence[Block], phase: str) -> list[float]:
 def _phase(blocks: Sequence[Block], phase: str, seed: int) -> PhaseLatency:
     ratios = _log_ratios(blocks, phase)
     interval = block_ratio(ratios, seed=seed)
-    spread: dict[Variant, Distribution] = {}
-    for variant in VARIANTS:
-        turns = [turn for block in blocks for turn in (block.prefill if phase == "prefill" else block.decode)[variant]]
-        spread[variant] = Distribution.of([sample for turn in turns for sample in turn])
-    return PhaseLatency(
-        spread["candidate"], spread["baseline"], interval.ratio, interval.low, interval.high, blocks=len(ratios)
+    candidate, baseline = (
+        Distribution.of([sample for block in blocks for turn in block.phases[phase][variant] for sample in turn])
+        for variant in VARIANTS
     )
+    return PhaseLatency(candidate, baseline, interval.ratio, interval.low, interval.high, blocks=len(ratios))
 
 
 def _checked(block: Block, clock: str) -> Block:
@@ -240,7 +229,3 @@ def _problems(**phases: PhaseLatency | None) -> Iterator[str]:
                 f"the interval of the {name} ratio, {phase.ratio_low:.3g} to {phase.ratio_high:.3g}, spans more than a "
                 f"factor of {MAX_INTERVAL_FACTOR:g}: the device was too busy with other work"
             )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""

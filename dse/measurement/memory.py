@@ -150,8 +150,7 @@ def _cpu_rises(workload: Workload) -> list[int]:
                 found.append(max(0, _status_bytes("VmHWM") - before_bytes))
             return found
 
-    answer = in_child_process(rises, "measuring memory")
-    return [int(rise) for rise in answer]
+    return [int(rise) for rise in in_child_process(rises, "measuring memory")]
 
 
 def _return_free_memory() -> None:

@@ -76,9 +76,8 @@ class EnergyMeter(ABC):
     def channels(self) -> tuple[Channel, ...]:
         """The devices that the meter reads, at least one."""
 
-    @abstractmethod
-    def synchronize(self) -> None:
-        """Wait until the devices have finished their queued work."""
+    def synchronize(self) -> None:  # noqa: B027 - most meters have nothing to wait for
+        """Wait until the devices have finished their queued work; CPU work has finished when its call returns."""
 
     def conditions(self) -> tuple[DeviceCondition, ...]:
         """Current condition of the devices; () if the meter does not report it."""

@@ -66,9 +66,6 @@ class RaplMeter(EnergyMeter):
             load = None
         return (DeviceCondition("cpu", load_average=load),)
 
-    def synchronize(self) -> None:
-        """See `EnergyMeter.synchronize`. CPU work has finished when its call returns."""
-
 
 def _domains(root: Path) -> tuple[_Domain, ...]:
     """Packages and their DRAM under `root`.

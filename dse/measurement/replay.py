@@ -116,8 +116,5 @@ class ReplayMeter(EnergyMeter):
         new_readings = partial(PowerReadings, self.trace.period_s)
         return tuple(Channel(device, partial(self._read_w, device), new_readings) for device in self.trace.power_w)
 
-    def synchronize(self) -> None:
-        """See `EnergyMeter.synchronize`. A recording has nothing to wait for."""
-
     def _read_w(self, device: str) -> float:
         return self.trace.power_at_w(device, time.perf_counter() - self.epoch_s)

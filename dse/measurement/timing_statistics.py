@@ -23,13 +23,8 @@ class Distribution:
     """Summary of repeated timings in seconds; quantiles interpolate linearly between samples.
 
     Attributes:
-        median_s: Median.
-        p10_s: 10th percentile.
-        p90_s: 90th percentile.
         p99_s: 99th percentile; close to the maximum with fewer than a hundred samples.
         iqr_s: Interquartile range.
-        minimum_s: Minimum.
-        maximum_s: Maximum.
         count: Number of samples, outliers included.
         outliers: Samples beyond 1.5 interquartile ranges from the quartiles (Tukey); all of them count above.
     """

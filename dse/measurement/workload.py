@@ -11,15 +11,7 @@ from torch import Tensor, nn
 
 from dse.errors import ConfigError, InvalidMeasurementError
 from dse.measurement.clock import synchronize
-from dse.measurement.execution import (
-    EXECUTIONS,
-    EagerExecution,
-    Execution,
-    Generation,
-    Variant,
-    copy_of,
-    require_mode,
-)
+from dse.measurement.execution import EXECUTIONS, EagerExecution, Execution, Generation, Variant, copy_of, require_mode
 from dse.measurement.latency_spec import LatencySpec
 
 __all__ = ["Workload", "check_workload"]
@@ -52,7 +44,8 @@ class Workload:
             )
         self.devices = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
         accepted = inspect.signature(model.forward).parameters
-        may_decode = "past_key_values" in accepted and _can_generate(model)
+        can_generate = getattr(model, "can_generate", None)
+        may_decode = "past_key_values" in accepted and callable(can_generate) and bool(can_generate())
         _check_context(model, spec, decodes=may_decode)
         options: dict[str, Any] = {"use_cache": True} if may_decode else {}
         if may_decode and "logits_to_keep" in accepted:
@@ -129,11 +122,6 @@ def check_workload(model: nn.Module, spec: LatencySpec) -> None:
         ConfigError: The prompt exceeds the model's context, or the mode is not available.
     """
     Workload(model, spec)
-
-
-def _can_generate(model: nn.Module) -> bool:
-    probe = getattr(model, "can_generate", None)
-    return bool(probe()) if callable(probe) else False
 
 
 def _check_context(model: nn.Module, spec: LatencySpec, *, decodes: bool) -> None:

@@ -18,6 +18,14 @@ from dse.report.trials_table import front_table, require_columns
 
 __all__ = ["front_html"]
 
+_HOW_TO_READ = (
+    "Each point is a trial; bars are 95 % intervals. Coloured points form the Pareto front over all objectives and"
+    " carry their trial numbers. The line is the front of the plot's two objectives alone: a coloured point off the"
+    " line is on the front because of another objective. Hollow points are tied with the front: they are dominated, but"
+    " only by differences within noise. The orange diamond is the dense model. The ring marks the knee: beyond it, a"
+    " small gain in one objective costs much of another. Hover over a point for its values, click a coloured point for"
+    " its map, drag to zoom, double-click to reset."
+)
 _STATES = ("complete", "stopped", "duplicate", "infeasible", "failed")
 
 
@@ -50,7 +58,7 @@ def front_html(
         f"<h1>{_escape(title)}</h1>",
         f'<p class="lead">{_escape(_summary(trials, rows))}</p>',
         f'<div class=scroll><div id="plot"{" class=wide" if len(objectives) > 2 else ""}></div></div>',
-        f'<p class="note">{_how_to_read()}</p>',
+        f'<p class="note">{_HOW_TO_READ}</p>',
         "<h2>Pareto front</h2>",
         f"<div class=scroll>{_front_html_table(rows, objectives, mapped)}</div>",
         f'<p class="note">{_escape(_table_note(rows))}</p>',
@@ -58,7 +66,7 @@ def front_html(
         _tied(tied_rows(trials, objectives), objectives),
         _unfinished(trials),
         _facts(study_facts),
-        _commands(next_commands),
+        f"<h2>Next steps</h2>\n<pre><code>{_escape(chr(10).join(next_commands))}</code></pre>" if next_commands else "",
     ]
     body = "\n".join(part for part in parts if part)
     data = f'<script type="application/json" id="figure">{figure_json(plot_front(trials, objectives))}</script>'
@@ -95,17 +103,6 @@ def _summary(trials: pd.DataFrame, rows: Sequence[FrontRow]) -> str:
     on_front = sum(row.on_front for row in rows)
     noun = "trial" if len(trials) == 1 else "trials"
     return f"{len(trials)} {noun}: {', '.join(states)}. {on_front} on the Pareto front."
-
-
-def _how_to_read() -> str:
-    return (
-        "Each point is a trial; bars are 95 % intervals. Coloured points form the Pareto front over all objectives and"
-        " carry their trial numbers. The line is the front of the plot's two objectives alone: a coloured point off the"
-        " line is on the front because of another objective. Hollow points are tied with the front: they are dominated,"
-        " but only by differences within noise. The orange diamond is the dense model. The ring marks the knee: beyond"
-        " it, a small gain in one objective costs much of another. Hover over a point for its values, click a coloured"
-        " point for its map, drag to zoom, double-click to reset."
-    )
 
 
 def _table_note(rows: Sequence[FrontRow]) -> str:
@@ -184,9 +181,3 @@ def _facts(study_facts: Mapping[str, str]) -> str:
         return ""
     entries = "\n".join(f"<dt>{_escape(key)}</dt><dd>{_escape(value)}</dd>" for key, value in study_facts.items())
     return f"<h2>Study</h2>\n<dl>\n{entries}\n</dl>"
-
-
-def _commands(next_commands: Sequence[str]) -> str:
-    if not next_commands:
-        return ""
-    return f"<h2>Next steps</h2>\n<pre><code>{_escape(chr(10).join(next_commands))}</code></pre>"

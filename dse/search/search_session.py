@@ -88,8 +88,13 @@ class SearchSession:
         if credited == "repaired" and record.state in EVALUATED_STATES:
             # The sampler's own proposal broke a limit: the gain of its feasible neighbour is credited to the sampler.
             self._ledger.gains[-1] = (_SAMPLER, self._ledger.gains[-1][1])
-        self._observe(record)
-        if record.state != "complete" or not (record.feasible or record.is_dense):
+        if record.state != "complete":
+            return
+        if record.is_dense:
+            self._baseline = self._baseline or record
+        elif (divergence := observed_divergence(record, self._baseline)) is not None:
+            self._measured.append((record.point, divergence))
+        if not (record.feasible or record.is_dense):
             return
         try:
             values = objective_values(self.objectives, record)
@@ -144,16 +149,6 @@ class SearchSession:
     def decides_points(self) -> bool:
         """Whether the point of given levels depends on the trials so far, so that it must be stored when proposed."""
         return isinstance(self.space, DepthProfileSpace)
-
-    def _observe(self, record: TrialRecord) -> None:
-        if record.state != "complete":
-            return
-        if record.is_dense:
-            self._baseline = self._baseline or record
-            return
-        divergence = observed_divergence(record, self._baseline)
-        if divergence is not None:
-            self._measured.append((record.point, divergence))
 
     def _learn(self) -> None:
         """Refit the sensitivities to all measured points, and pass them to a space that allocates by them."""

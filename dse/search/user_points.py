@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from dse.config import StudyConfig
 from dse.cost import check_point, point_cost
 from dse.design_point import DesignPoint
@@ -38,7 +36,7 @@ def checked_user_points(config: StudyConfig, space: SearchSpace) -> tuple[Design
 
 def _check_tensors(point: DesignPoint, space: SearchSpace) -> None:
     topology, config = space.topology, space.config
-    held = set(_tensors(space, space.tensor_names()))
+    held = {tensor for name in space.tensor_names() for tensor in topology.tensors_of(name)}
     for name, _ in point:
         for tensor in map(topology.decomposable, topology.tensors_of(name)):
             if tensor.layer in config.keep_layers:
@@ -57,10 +55,6 @@ def _check_tensors(point: DesignPoint, space: SearchSpace) -> None:
 def _experts_of_block(topology: Topology, name: str) -> tuple[str, ...]:
     """Routed experts that are removed with a block; the space need not contain them."""
     return topology.blocks_by_name[name].experts if name in topology.blocks_by_name else ()
-
-
-def _tensors(space: SearchSpace, names: Iterable[str]) -> Iterable[str]:
-    return (tensor for name in names for tensor in space.topology.tensors_of(name))
 
 
 def _check_limits(point: DesignPoint, space: SearchSpace) -> None:

@@ -138,22 +138,14 @@ def _uniform(
     space: SearchSpace, table: SensitivityTable, reductions: Iterable[float]
 ) -> Iterator[tuple[DesignPoint, str]]:
     """Points with every unit at the same kept fraction, for each reduction the nearest one that the table offers."""
-    allowed = constraints_of(space).allowed_options(table)
-    kept_fractions = sorted(
-        {
-            round(o.parameters / options[0].parameters, 2)
-            for options in allowed
-            for o in options[1:]
-            if not o.removes_block
-        }
-    )
+    allowed = [[o for o in options if not o.removes_block] for options in constraints_of(space).allowed_options(table)]
+    kept_fractions = {round(o.parameters / options[0].parameters, 2) for options in allowed for o in options[1:]}
     points = []
-    for kept in kept_fractions:
+    for kept in sorted(kept_fractions):
         choices: list[tuple[str, TensorChoice]] = []
-        for options in allowed:
-            decomposed = [o for o in options if not o.removes_block and not o.is_dense]
+        for dense, *decomposed in allowed:
             if decomposed:
-                choices += min(decomposed, key=lambda o: abs(o.parameters / options[0].parameters - kept)).choices
+                choices += min(decomposed, key=lambda o: abs(o.parameters / dense.parameters - kept)).choices
         points.append(DesignPoint(tuple(choices)))
     for reduction in reductions:
         if points:

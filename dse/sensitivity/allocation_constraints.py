@@ -92,10 +92,9 @@ class AllocationConstraints:
 
     def _check_names(self, table: SensitivityTable) -> None:
         layers = {unit.layer for unit in table.units if unit.layer is not None}
+        span = f"{min(layers)} to {max(layers)}" if layers else "none"
         for layer in sorted(self.untouched_layers - layers):
-            raise AllocationError(
-                f"an untouched layer must be one of the profile's ({_span(layers)}), but got layer {layer}"
-            )
+            raise AllocationError(f"an untouched layer must be one of the profile's ({span}), but got layer {layer}")
         roles = {role for unit in table.units for name in unit.names for role in roles_of(name)}
         roles |= {unit.kind for unit in table.units}
         for role in sorted(self.dense_roles - roles):
@@ -116,7 +115,3 @@ def roles_of(name: str) -> frozenset[str]:
     """The role in a part's name, and the roles of the members if the part is a stack."""
     role = name.rpartition(".")[2]
     return frozenset((role, *STACK_ROLES.get(role, ())))
-
-
-def _span(layers: set[int]) -> str:
-    return f"{min(layers)} to {max(layers)}" if layers else "none"

@@ -77,7 +77,7 @@ class DivergenceMeter:
         """The divergence of a point.
 
         Args:
-            layer: The first layer that the point changes; measuring in the order of layers is fastest. None for a full pass.
+            layer: The first layer that the point changes; None for a full pass. Measuring in layer order is fastest.
 
         Raises:
             NonFiniteError: An activation is NaN or infinite.

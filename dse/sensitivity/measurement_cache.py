@@ -59,9 +59,6 @@ class MeasurementCache:
         write_json(self._path, document)
         self._unsaved = False
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def _read(self) -> dict[str, OptionDivergence]:
         try:
             document = json.loads(self._path.read_text(encoding="utf-8"))

@@ -35,7 +35,6 @@ class LatencyBudget:
 
     Attributes:
         phase: decode or prefill.
-        batch_size: Batch size.
         prompt_tokens: Prompt length in tokens.
         dense_s: Measured latency of the dense model in seconds; None means the sum of its timed products.
     """
@@ -55,7 +54,7 @@ class AllocationRequest:
         reductions: Shares to remove, of the parameters or (with `latency`) of the latency.
         latency: Workload of a latency budget; None for a parameter budget.
         profile: A profile.json to use instead of measuring.
-        constraints: AllocationConstraints on every allocation.
+        constraints: Constraints on every allocation.
         with_refit: Whether the points name the method that refits the profile's method.
         out: Folder for one JSON file per point; None writes none.
     """
@@ -121,11 +120,7 @@ def _allocation(table: SensitivityTable, request: AllocationRequest, wanted: flo
 
 
 def _refit_methods(profile: SensitivityProfile) -> dict[str, str]:
-    """The profile's methods -> the methods that refit them.
-
-    Raises:
-        ConfigError: A method has no refitting method.
-    """
+    """The profile's methods -> the methods that refit them."""
     refits = {method.refit_of: name for name, method in METHODS.items() if method.refit_of}
     for method in profile.origin.methods:
         if method not in refits:
@@ -146,11 +141,7 @@ def _with_methods(point: DesignPoint, methods: Mapping[str, str]) -> DesignPoint
 def _timed_table(
     table: SensitivityTable, loaded: LoadedModel, request: AllocationRequest, budget: LatencyBudget
 ) -> SensitivityTable:
-    """The table with latencies predicted from products timed on this device.
-
-    Raises:
-        AllocationError: A product is not timed yet; the message holds the command that times it.
-    """
+    """The table with latencies predicted from products timed on this device."""
     if budget.phase == "decode" and not loaded.topology.is_decoder:
         raise AllocationError(
             f"a decode latency needs a model that generates, but {loaded.topology.architecture} does not; use"

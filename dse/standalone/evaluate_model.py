@@ -31,13 +31,11 @@ def evaluate_model(
     """Evaluate a model. At a point, also evaluate the dense model and pair the accuracy drop by document.
 
     Args:
-        model: The model.
         tasks: lm-eval tasks, dse_* tasks, or YAML files.
         settings: Documents per task, seed and batch size.
         point: JSON text, a JSON file, or "dense".
         calibration: Text for calibrated methods; None means the default text.
         use_cache: Whether to read and write answers in the user's cache.
-        listener: Receives progress.
 
     Returns:
         The results as a JSON document.

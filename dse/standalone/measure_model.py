@@ -42,7 +42,6 @@ class MeasurementRequest:
 
     Attributes:
         spec: Mode, ABBA blocks, precision, time limit and seed; its sizes are replaced by those of each workload.
-        batch_sizes: Batch sizes.
         prompt_tokens: Prompt lengths in tokens.
         new_tokens: Numbers of tokens to decode.
         meter: auto, rapl, nvml, nvml:<index or UUID>,..., replay:<trace.csv>, or none.
@@ -70,9 +69,7 @@ def measure_model(
     Args:
         model: The model; `device` may list several GPUs, such as `cuda:0,cuda:1`.
         point: JSON text, a JSON file, or "dense".
-        request: Workloads and settings.
         calibration: Text for calibrated methods; None means the default text.
-        listener: Receives progress.
 
     Returns:
         The measurements as a JSON document.
@@ -119,11 +116,7 @@ def measure_model(
 
 
 def _devices(names: str) -> list[torch.device]:
-    """One device, or several GPUs from `cuda:0,cuda:1`.
-
-    Raises:
-        ConfigError: A device is not valid, or several devices are not different visible GPUs.
-    """
+    """One device, or several GPUs from `cuda:0,cuda:1`."""
     devices = [resolve_device(name.strip()) for name in names.split(",")]
     if len(devices) > 1 and (len(set(devices)) < len(devices) or any(d.type != "cuda" for d in devices)):
         raise ConfigError(f"several devices must be different GPUs, such as cuda:0,cuda:1, but got '{names}'")

@@ -13,7 +13,7 @@ from dse.cost import break_even_rank
 from dse.design_point import TensorChoice
 from dse.errors import ConfigError, ProfileError
 from dse.measurement import device_lock
-from dse.measurement.device_profile import ModelProfile, Phase, ProductShape, profile_model, timings_for
+from dse.measurement.device_profile import ModelProfile, Phase, profile_model, timings_for
 from dse.models import LoadedModel
 from dse.report.rank_curves import RankCurve, RankPanel, rank_curves_html
 from dse.search.spaces.base import SearchSpace
@@ -34,7 +34,6 @@ class RankTimingRequest:
         ranks: Ranks, for every matrix up to its break-even rank.
         space: A search-space file or shipped name, whose ranks are timed.
         profile: A profile.json of `dse sensitivity`, whose options are timed, as `dse allocate` needs for latencies.
-        batch_sizes: Batch sizes.
         prompt_tokens: Prompt length of prefill in tokens.
     """
 
@@ -71,8 +70,10 @@ def time_ranks(
         for one in (None, choice)
         for shape in profile.part_shapes(name, one, phase)
     ]
-    if request.profile is not None:
-        shapes += _shapes_of_profile(profile, loaded, request)
+    if request.profile is not None:  # the products that `dse allocate --latency-reduction` sums over the options
+        table = SensitivityProfile.read(Path(request.profile)).table
+        phases = sorted(set(_phases(loaded, request)), key=lambda phase: (phase.name, phase.rows))
+        shapes += [shape for phase in phases for shape in option_shapes(table, profile, phase)]
     missing = profile.missing(shapes)
     with device_lock(loaded.device):
         for done, shape in enumerate(missing):
@@ -87,13 +88,6 @@ def time_ranks(
         "rank_multiple": None if space is None else space.config.ranks.settled_multiple,
         "matrices": [_row(profile, *entry) for entry in entries],
     }
-
-
-def _shapes_of_profile(profile: ModelProfile, loaded: LoadedModel, request: RankTimingRequest) -> list[ProductShape]:
-    """The products that `dse allocate --latency-reduction` sums over the options of a sensitivity profile."""
-    table = SensitivityProfile.read(Path(request.profile or "")).table
-    phases = sorted(set(_phases(loaded, request)), key=lambda phase: (phase.name, phase.rows))
-    return [shape for phase in phases for shape in option_shapes(table, profile, phase)]
 
 
 def _phases(loaded: LoadedModel, request: RankTimingRequest) -> list[Phase]:

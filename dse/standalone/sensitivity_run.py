@@ -8,13 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, load_search_space
-from dse.decomposition import (
-    BUILTIN_TEXTS,
-    CalibrationWindows,
-    calibration_windows,
-    held_out_windows,
-    longest_window,
-)
+from dse.decomposition import BUILTIN_TEXTS, CalibrationWindows, calibration_windows, held_out_windows, longest_window
 from dse.errors import ConfigError
 from dse.files import write_bytes, write_text
 from dse.models import LoadedModel
@@ -42,7 +36,6 @@ class SensitivityRequest:
     """The settings of a sensitivity profile.
 
     Attributes:
-        model: The model.
         space: Search-space file or shipped name. Only its layers, roles, methods and rank multiple are used. None means
             all tensors.
         methods: Decomposition methods; None means the default. Excludes `space`.

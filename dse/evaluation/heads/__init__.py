@@ -1,7 +1,5 @@
 """Dataset tasks for encoders with a classification, question-answering or embedding head."""
 
-from __future__ import annotations
-
 from dse.evaluation.heads.classification import ClassificationTask
 from dse.evaluation.heads.embedding import EmbeddingTask
 from dse.evaluation.heads.head_evaluator import HeadEvaluator

@@ -77,14 +77,13 @@ def _target_labels(config: DatasetTaskConfig, drawn: DatasetRows, loaded: Loaded
         raise TaskError(
             f"a classification task needs a head of at least two labels, but that of '{loaded.ref}' has {len(names)}"
         )
-    by_name = {name.casefold(): index for index, name in names.items()}
     found: dict[str, int] = {}
     _check_label_keys(config, drawn)
     labels = []
     for document, row in zip(drawn.documents, drawn.rows, strict=True):
         text = _label_text(row["label"], drawn.label_names)
         if text not in found:
-            found[text] = _index_of(text, row["label"], config, by_name, names, drawn.label_names)
+            found[text] = _index_of(text, row["label"], config, names, drawn.label_names)
         if found[text] not in names:
             known = ", ".join(f"{index} ({name})" for index, name in names.items())
             raise TaskError(
@@ -114,14 +113,10 @@ def _check_label_keys(config: DatasetTaskConfig, drawn: DatasetRows) -> None:
 
 
 def _index_of(
-    text: str,
-    label: Any,
-    config: DatasetTaskConfig,
-    by_name: Mapping[str, int],
-    names: Mapping[int, str],
-    label_names: Sequence[str] | None,
+    text: str, label: Any, config: DatasetTaskConfig, names: Mapping[int, str], label_names: Sequence[str] | None
 ) -> int:
     """From the user's mapping; else by name, ignoring case; else by number, if one side has no names of its own."""
+    by_name = {name.casefold(): index for index, name in names.items()}
     mapped = config.labels.get(text, config.labels.get(str(label)))
     if mapped is not None:
         return by_name.get(mapped.casefold(), int(mapped) if mapped.isdigit() else -1)

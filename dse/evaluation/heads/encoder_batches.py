@@ -31,7 +31,6 @@ def batch_outputs(
     """Run texts through the model in its present state.
 
     Args:
-        loaded: The model and its tokenizer.
         texts: Encoded texts without padding.
         rows: A batch has at most this many times 128 tokens, and at least one text.
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dse.config import HEAD_METRICS, DatasetTaskConfig, Head
-from dse.errors import ModelError, NonFiniteError, TaskError
+from dse.errors import ModelError, NonFiniteError
 from dse.evaluation.answers import Answers
 from dse.evaluation.evaluator_settings import BatchSize, answer_identity, check_positive, last_place, ticker
 from dse.evaluation.heads.classification import ClassificationTask
@@ -22,7 +22,7 @@ from dse.evaluation.heads.head_task import HeadTask
 from dse.evaluation.heads.question_answering import QuestionAnsweringTask
 from dse.evaluation.result import EvaluationResult, TaskResult
 from dse.evaluation.statistics.intervals import standard_error
-from dse.evaluation.task_spec import check_unique
+from dse.evaluation.task_spec import check_task_names
 from dse.models import LoadedModel, context_tokens, head_of
 
 __all__ = ["HeadEvaluator"]
@@ -33,12 +33,8 @@ _LONGEST: Mapping[Head, int] = {"classification": 512, "question_answering": 384
 class HeadEvaluator:
     """Dataset tasks on a fixed set of documents, for a model that changes between calls.
 
-    The counterpart of `Evaluator`, which runs lm-eval tasks. The constructor reads the data and draws and encodes the
-    documents, so every call evaluates the same inputs. Results are not reused between calls unless the caller passes
-    `Answers`.
-
-    Attributes:
-        fingerprint: Sixteen hexadecimal digits of everything that scores depend on besides the model.
+    A `ModelEvaluator`, like `Evaluator`, which runs lm-eval tasks. The constructor reads the data and draws and encodes
+    the documents, so every call evaluates the same inputs.
     """
 
     def __init__(
@@ -57,9 +53,7 @@ class HeadEvaluator:
             loaded: The model. It must be dense now and may be in any state when it is evaluated.
             tasks: Tasks with distinct names, all for the head of the model.
             limit: Documents for each task without its own limit, drawn by `seed`; None means all.
-            seed: Seed of the documents.
-            batch_size: A batch has at most this many times 128 tokens. "auto" starts with 64 on a GPU (16 elsewhere)
-                and halves after out-of-memory errors.
+            batch_size: A batch has at most this many times 128 tokens, or "auto"; see `BatchSize`.
             max_length: Tokens per text, None for 512 (384 for question answering) or the model's own limit.
 
         Raises:
@@ -69,9 +63,7 @@ class HeadEvaluator:
         """
         check_positive(limit=limit, max_length=max_length)
         self._batch_size = BatchSize(batch_size, loaded.device.type)
-        if not tasks:
-            raise TaskError("an evaluation must have at least one task, but got none")
-        check_unique(task.task_name for task in tasks)
+        check_task_names(task.task_name for task in tasks)
         self._loaded, rows = loaded, self._batch_size.rows
         self._tasks = [
             _prepared(loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, rows=rows)
@@ -128,12 +120,11 @@ class HeadEvaluator:
         return [task.digests[position] for task in self._tasks for position in _positions(task, share)]
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for task in self._tasks:
-            digest.update(f"{task.name} {task.config.chosen_metric} {task.config.weight}".encode())
-            for part in task.digests:
-                digest.update(part.encode())
-        return digest.hexdigest()[:16]
+        parts = [
+            f"{task.name} {task.config.chosen_metric} {task.config.weight}{''.join(task.digests)}"
+            for task in self._tasks
+        ]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def _prepared(

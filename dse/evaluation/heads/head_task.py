@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-
 from dse.config import DatasetTaskConfig
 from dse.errors import NonFiniteError
 from dse.evaluation.answers import DocumentAnswers

@@ -21,23 +21,11 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def _cls(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden[:, 0]
-
-
-def _max(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden.masked_fill(~mask.bool()[:, :, None], -torch.inf).amax(dim=1)
-
-
-def _last_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
-
-
 POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean,
-    "cls": _cls,
-    "max": _max,
-    "last_token": _last_token,
+    "cls": lambda hidden, _: hidden[:, 0],
+    "max": lambda hidden, mask: hidden.masked_fill(~mask.bool()[:, :, None], -torch.inf).amax(dim=1),
+    "last_token": lambda hidden, mask: hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1],
 }
 """Name to a function from hidden states (batch, tokens, width) and attention mask (batch, tokens), padded on the right,
 to vectors (batch, width)."""

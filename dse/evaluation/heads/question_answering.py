@@ -32,17 +32,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """A question with a part of its context.
-
-    Attributes:
-        document: Position of the document.
-        encoded: Inputs of the model.
-        spans: Character range of each token in the context; None for tokens outside the context.
-    """
+    """A question with a part of its context: whether each token is in the context, and its character range."""
 
     document: int
     encoded: EncodedText
-    spans: tuple[tuple[int, int] | None, ...]
+    inside: tuple[bool, ...]
+    spans: tuple[tuple[int, int], ...]
 
 
 class QuestionAnsweringTask(HeadTask):
@@ -102,12 +97,9 @@ class QuestionAnsweringTask(HeadTask):
         }
 
     def _best_text(self, window: _Window, start: Tensor, end: Tensor) -> tuple[float, str]:
-        inside = torch.tensor([span is not None for span in window.spans])
-        score, first, last = best_span(start, end, inside)
-        begin, finish = window.spans[first], window.spans[last]
-        if begin is None or finish is None:
-            raise TaskError(f"a context must not be empty, but that of {self.document_name(window.document)} is")
-        return score, self._contexts[window.document][begin[0] : finish[1]].strip()
+        score, first, last = best_span(start, end, torch.tensor(window.inside))
+        begin, finish = window.spans[first][0], window.spans[last][1]
+        return score, self._contexts[window.document][begin:finish].strip()
 
     def _answers(self, position: int, value: Any) -> tuple[str, ...]:
         """Accepted answers from SQuAD's `{text: [...]}`, a list of `{text: ...}`, a list of strings, or one string."""
@@ -145,13 +137,11 @@ class QuestionAnsweringTask(HeadTask):
         texts = encoded_texts(self._loaded, encoding, len(encoding["input_ids"]))
         windows = []
         for index, encoded in enumerate(texts):
-            spans = tuple(
-                (int(span[0]), int(span[1])) if part == 1 else None
-                for span, part in zip(encoding["offset_mapping"][index], encoding.sequence_ids(index), strict=True)
-            )
-            if not any(span is not None for span in spans):
+            inside = tuple(part == 1 for part in encoding.sequence_ids(index))
+            if not any(inside):
                 raise TaskError(f"a context must not be empty, but that of {self.document_name(position)} is")
-            windows.append(_Window(position, encoded, spans))
+            spans = tuple((int(first), int(last)) for first, last in encoding["offset_mapping"][index])
+            windows.append(_Window(position, encoded, inside, spans))
         return windows
 
 

@@ -1,7 +1,5 @@
 """lm-eval tasks on the loaded model; the only package that imports EleutherAI's lm_eval."""
 
-from __future__ import annotations
-
 from dse.evaluation.lm_eval.evaluator import Evaluator
 from dse.evaluation.lm_eval.language_model import ScoringLM
 from dse.evaluation.lm_eval.masked_language_model import MaskedScoringLM

@@ -5,8 +5,6 @@ with shared prefixes computed once. lm-eval does not discover model types outsid
 registered in the process that runs its command line.
 """
 
-from __future__ import annotations
-
 from lm_eval.__main__ import cli_evaluate
 
 from dse.evaluation.lm_eval.shared_prefix import SharedPrefixLM

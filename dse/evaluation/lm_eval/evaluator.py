@@ -6,14 +6,14 @@ import hashlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dse.errors import ModelError, TaskError
+from dse.errors import ModelError
 from dse.evaluation.answers import Answers
 from dse.evaluation.evaluator_settings import BatchSize, answer_identity, check_positive, last_place, ticker
 from dse.evaluation.lm_eval.document_subset import requests_to_ask, share_of_leaves, store_answers
@@ -32,13 +32,10 @@ from dse.evaluation.lm_eval.task_loading import (
 from dse.evaluation.lm_eval.task_results import task_result
 from dse.evaluation.result import EvaluationResult, choose_metric
 from dse.evaluation.scoring.masked_text import MaskedScoring
-from dse.evaluation.task_spec import TaskSpec, check_unique, resolve_task
+from dse.evaluation.task_spec import TaskSource, TaskSpec, check_task_names, resolve_task
 from dse.models import LoadedModel, head_of
 
-__all__ = ["Evaluator", "Progress"]
-
-Progress = Callable[[int, int], None]
-"""Called as `progress(requests done, requests in all)`."""
+__all__ = ["Evaluator"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,10 +52,8 @@ class Evaluator:
     """lm-eval on a fixed set of tasks and documents, for a model that changes between calls.
 
     The constructor loads the tasks, draws the documents and builds the requests, so every call scores exactly the same
-    requests, including few-shot examples. Results are not reused between calls unless the caller passes `Answers`.
-
-    Attributes:
-        fingerprint: Sixteen hexadecimal digits of everything that scores depend on besides the model.
+    requests, including few-shot examples. Results are not reused between calls unless the caller passes `Answers`. The
+    class implements `ModelEvaluator`.
     """
 
     def __init__(
@@ -80,8 +75,7 @@ class Evaluator:
             loaded: The model. It must be dense now and may be in any state when it is evaluated.
             tasks: Tasks with distinct names.
             limit: Documents for each task without its own limit, drawn by `seed`; None means all.
-            fresh: Number of documents per task to draw beyond the limit, instead of those within it; 0 draws those
-                within.
+            fresh: As in `evaluator_for`.
             seed: Seed of the documents and few-shot examples.
             batch_size: A batch has at most this many times 128 tokens, or fewer if the device is fastest with fewer.
                 "auto" starts with 64 on a GPU (16 elsewhere) and halves after out-of-memory errors.
@@ -98,9 +92,9 @@ class Evaluator:
         check_positive(limit=limit, max_length=max_length)
         self._batch_size = BatchSize(batch_size, loaded.device.type)
         rows = self._batch_size.rows
-        _check_model(loaded, tasks, needs_template=apply_chat_template)
+        _check_model(loaded, needs_template=apply_chat_template)
         sources = [resolve_task(spec) for spec in tasks]
-        check_unique(source.name for source in sources)
+        check_task_names(source.name for source in sources)
         self._loaded, self._max_length, self._has_chat_template = loaded, max_length, apply_chat_template
         self._masking = "" if loaded.topology.is_decoder else f" {masked_scoring}"
         with quiet_lm_eval(), swallowed_output():
@@ -111,16 +105,11 @@ class Evaluator:
                 self._lm = MaskedScoringLM(loaded, batch_size=rows, max_length=max_length, scoring=masked_scoring)
             template = self._lm.apply_chat_template if apply_chat_template else None
             self._tasks = [
-                _prepare(
-                    spec,
-                    source.name,
-                    build_leaves(
-                        spec, source, limit=spec.limit or limit, fresh=fresh, seed=seed, chat_template=template
-                    ),
-                )
+                _prepare(spec, source, limit=spec.limit or limit, fresh=fresh, seed=seed, chat_template=template)
                 for spec, source in zip(tasks, sources, strict=True)
             ]
-            cut = self._lm.prepare(list(self._instances()))
+            leaves = [leaf for task in self._tasks for leaf in task.leaves]
+            cut = self._lm.prepare([instance for leaf in leaves for instance in leaf.task.instances])
         if cut:
             _log.warning("%d requests are longer than the context and lose their beginning", cut)
         self.fingerprint = self._fingerprint()
@@ -147,7 +136,7 @@ class Evaluator:
         return answer_identity(self._loaded, point_id, factors, "lm_eval", **details, scorer=scorer)
 
     def evaluate(
-        self, progress: Progress | None = None, *, share: float = 1.0, answers: Answers | None = None
+        self, progress: Callable[[int, int], None] | None = None, *, share: float = 1.0, answers: Answers | None = None
     ) -> EvaluationResult:
         """See `ModelEvaluator.evaluate`; `progress` counts requests."""
         start = time.perf_counter()
@@ -174,10 +163,7 @@ class Evaluator:
             digest for task in self._tasks for leaf in share_of_leaves(task.leaves, share) for digest in leaf.digests
         ]
 
-    def _instances(self) -> Iterator[Any]:
-        return (instance for task in self._tasks for leaf in task.leaves for instance in leaf.task.instances)
-
-    def _score(self, asked: Sequence[Any], rows: int, progress: Progress | None) -> None:
+    def _score(self, asked: Sequence[Any], rows: int, progress: Callable[[int, int], None] | None) -> None:
         """Score these requests and store the answers in them."""
         by_type: dict[str, list[Any]] = {}
         for instance in asked:
@@ -194,15 +180,12 @@ class Evaluator:
         digest = hashlib.sha256(head.encode())
         for task in self._tasks:
             digest.update(f"{task.name} {task.metric} {task.spec.weight}".encode())
-            for leaf in task.leaves:
-                for part in leaf.fingerprint_parts():
-                    digest.update(part)
+            for part in (part for leaf in task.leaves for part in leaf.fingerprint_parts()):
+                digest.update(part)
         return digest.hexdigest()[:16]
 
 
-def _check_model(loaded: LoadedModel, tasks: Sequence[TaskSpec], *, needs_template: bool) -> None:
-    if not tasks:
-        raise TaskError("an evaluation must have at least one task, but got none")
+def _check_model(loaded: LoadedModel, *, needs_template: bool) -> None:
     is_encoder_decoder = getattr(loaded.model.config, "is_encoder_decoder", False)
     if is_encoder_decoder or not (loaded.topology.is_decoder or head_of(type(loaded.model)) == "masked_lm"):
         raise ModelError(
@@ -221,13 +204,14 @@ def _check_model(loaded: LoadedModel, tasks: Sequence[TaskSpec], *, needs_templa
         )
 
 
-def _prepare(spec: TaskSpec, name: str, leaves: Sequence[LeafTask]) -> _PreparedTask:
+def _prepare(spec: TaskSpec, source: TaskSource, **drawing: Any) -> _PreparedTask:
     """Choose the main metric and, if possible, score dummy answers, so that defects show before the first trial."""
+    leaves = build_leaves(spec, source, **drawing)
     with as_task_error(spec.task):
         is_dry = all(answer_with_dummies(leaf) for leaf in leaves)
         metrics = [list(collect_outcomes(leaf)) if is_dry else declared_metrics(leaf) for leaf in leaves]
         common = [metric for metric in metrics[0] if all(metric in others for others in metrics)]
-        metric = choose_metric(name, common, spec.metric)
+        metric = choose_metric(source.name, common, spec.metric)
         if is_dry:
-            task_result(name, metric, spec.weight, leaves)
-    return _PreparedTask(spec, name, metric, tuple(leaves))
+            task_result(source.name, metric, spec.weight, leaves)
+    return _PreparedTask(spec, source.name, metric, tuple(leaves))

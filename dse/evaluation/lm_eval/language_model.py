@@ -28,16 +28,13 @@ class ProgressingLM:
     _tick: Callable[[int], None] = staticmethod(lambda _: None)
 
     def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
-        """Answer requests of one type, such as "loglikelihood".
+        """One answer for each of these requests, which are all of the same type.
 
         Args:
-            kind: Type of the requests, the name of a method of lm-eval's `LM`.
-            requests: The requests.
+            kind: Type of the requests, the name of a method of lm-eval's `LM`, such as "loglikelihood".
+            requests: In the order of the answers.
             rows: A batch has at most this many times 128 tokens.
             tick: Called with the number of requests just finished.
-
-        Returns:
-            One answer per request, in order.
 
         Raises:
             NonFiniteError: A score is NaN or infinite.
@@ -152,7 +149,7 @@ class ScoringLM(ProgressingLM, SharedPrefixLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Score]:
-        self.batch_tokens = self._rows * TOKENS_PER_ROW
+        self._scorer.batch_tokens = self._rows * TOKENS_PER_ROW
         return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ __all__ = ["MaskedScoringLM"]
 _LONGEST_WITHOUT_LIMIT = 512
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One forward pass of one text: some tokens masked, one of them scored."""
 
     text: int
@@ -87,7 +85,7 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
             if request.request_type != "loglikelihood":
                 continue
             text = self._encode(request)
-            room = self.max_length - text.framing_tokens
+            room = self.max_length - sum(text.frame)
             if not 0 < len(text.targets) <= room:
                 raise TaskError(
                     f"a continuation must have 1 to {room} tokens, but {document_of(request)} has {len(text.targets)}"

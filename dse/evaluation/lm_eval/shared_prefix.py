@@ -55,15 +55,6 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self._scorer = Scorer(self.model, batch_tokens=None if batch_tokens is None else int(batch_tokens))
 
     @property
-    def batch_tokens(self) -> int | None:
-        """Maximum number of tokens in a scoring batch; None for the default of the device."""
-        return self._scorer.batch_tokens
-
-    @batch_tokens.setter
-    def batch_tokens(self, most: int | None) -> None:
-        self._scorer.batch_tokens = most
-
-    @property
     def strategies(self) -> set[Strategy]:
         """The strategies of sharing work that this model has used so far."""
         return set(self._scorer.strategies.values())

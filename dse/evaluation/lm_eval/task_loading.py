@@ -102,7 +102,7 @@ def build_leaves(
         limit: Number of documents; None means all.
         seed: Seed of the documents and few-shot examples.
         chat_template: Applied to each prompt; None for none.
-        fresh: Number of documents to draw beyond the limit, instead of those within it; 0 draws those within.
+        fresh: As in `evaluator_for`.
 
     Raises:
         TaskError: The task is unknown, malformed, needs an unreachable hub, or has too few documents.
@@ -144,9 +144,8 @@ def build_leaves(
 def answer_with_dummies(leaf: LeafTask) -> bool:
     """Put dummy answers into the requests for a dry run; False if the task needs generated text."""
     task = leaf.task
-    if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
-        return False
-    if any(instance.request_type not in _DUMMY_ANSWERS for instance in task.instances):
+    is_scorable = isinstance(task, ConfigurableTask) and not callable(task.config.process_results)
+    if not is_scorable or any(instance.request_type not in _DUMMY_ANSWERS for instance in task.instances):
         return False
     for instance in task.instances:
         instance.resps = [_DUMMY_ANSWERS[instance.request_type]] * instance.repeats

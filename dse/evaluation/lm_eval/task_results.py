@@ -26,7 +26,6 @@ def task_result(name: str, metric: str, weight: float, leaves: Sequence[LeafTask
     """Aggregate the answers of a task; the members of a group are weighted by their documents.
 
     Args:
-        name: Name of the task.
         metric: Its main metric, one that all leaves report.
         weight: Weight of the task in means over tasks.
         leaves: Its lm-eval tasks, with answers in their requests.

@@ -1,7 +1,5 @@
 """Exact log-likelihoods of many continuations, with shared prefixes computed once; needs torch but not lm-eval."""
 
-from __future__ import annotations
-
 from dse.evaluation.scoring.packing import Query, Row, pack
 from dse.evaluation.scoring.scorer import Scorer, Strategy
 from dse.evaluation.scoring.state_queue import Score

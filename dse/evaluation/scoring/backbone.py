@@ -55,12 +55,11 @@ class Backbone:
     def packed(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all nodes, shape (rows, longest row, width); the values at padding are meaningless."""
         longest, device = len(rows[0]), self.device
-        if all(row.is_chain for row in rows):
-            tokens = torch.tensor([row.tokens + [0] * (longest - len(row)) for row in rows], device=device)
-            return self._hidden(input_ids=tokens)
-        index = torch.arange(longest, device=device)
         padded = [longest - len(row) for row in rows]
         tokens = torch.tensor([row.tokens + [0] * pad for row, pad in zip(rows, padded, strict=True)], device=device)
+        if all(row.is_chain for row in rows):
+            return self._hidden(input_ids=tokens)
+        index = torch.arange(longest, device=device)
         depths = torch.tensor([row.depths + [0] * pad for row, pad in zip(rows, padded, strict=True)], device=device)
         # A padding node is its own last descendant: it attends only to itself, and nothing attends to it.
         last = torch.tensor([row.last + list(range(len(row), longest)) for row in rows], device=device)

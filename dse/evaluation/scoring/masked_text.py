@@ -30,27 +30,22 @@ class MaskedText:
         return len(self.token_ids)
 
     @property
-    def _frame(self) -> tuple[int, int]:
+    def frame(self) -> tuple[int, int]:
         """Number of special tokens before and after the text."""
         inside = [position for position, word in enumerate(self.words) if word is not None]
         return (inside[0], len(self) - inside[-1] - 1) if inside else (len(self), 0)
-
-    @property
-    def framing_tokens(self) -> int:
-        """Number of special tokens around the text."""
-        return sum(self._frame)
 
     def cut_to(self, most_tokens: int) -> MaskedText:
         """The text without its beginning, at most `most_tokens` tokens long; the special tokens stay."""
         excess = len(self) - most_tokens
         if excess <= 0:
             return self
-        before, _ = self._frame
-        return self.part(before + excess, len(self) - self._frame[1])
+        before, after = self.frame
+        return self.part(before + excess, len(self) - after)
 
     def part(self, start: int, end: int) -> MaskedText:
         """Tokens [start, end) of the text between the special tokens, with the targets among them."""
-        before, after = self._frame
+        before, after = self.frame
         kept = [*range(before), *range(start, end), *range(len(self) - after, len(self))]
         place = {old: new for new, old in enumerate(kept)}
         return MaskedText(
@@ -89,7 +84,7 @@ def windows_of(text: MaskedText, most_tokens: int) -> Iterator[MaskedText]:
 
     A window ends at the end of a word, unless one word is longer than a window.
     """
-    before, after = text._frame
+    before, after = text.frame
     start, last, room = before, len(text) - after, most_tokens - before - after
     while start < last:
         end = min(start + room, last)

@@ -93,8 +93,7 @@ class Row:
 
     def close(self) -> None:
         """End the last sequence."""
-        for ended in self._path:
-            self.last[ended] = len(self) - 1
+        self.add((), shared=0)
 
     @classmethod
     def joined(cls, rows: Sequence[Row]) -> Row:
@@ -119,7 +118,6 @@ def pack(
     work than a row of its own.
 
     Args:
-        queries: The queries.
         pair_cost: Work of one attention pair relative to one node through all matrices: 2 w / P.
         most_nodes: Maximum size of a tree of more than one sequence.
         least_saved: Share of a sequence's own work that joining a row must save; -inf joins all common prefixes.
@@ -136,18 +134,17 @@ def pack(
     for index in sorted(range(len(queries)), key=lambda i: queries[i].inputs):
         inputs = queries[index].inputs
         shared = _shared(before, inputs)
+        joins = False
         if rows:
             grown = len(rows[-1]) + len(inputs) - shared
             saved = work(len(rows[-1])) + work(len(inputs)) - work(grown)
             is_worthwhile = shared > 0 and saved > least_saved * work(len(inputs))
-            if grown == len(rows[-1]) or (is_worthwhile and grown <= most_nodes):
-                rows[-1].add(inputs, shared)
-                rows[-1].ask(index, queries[index])
-                before = inputs
-                continue
-            rows[-1].close()
-        rows.append(Row())
-        rows[-1].add(inputs, 0)
+            joins = grown == len(rows[-1]) or (is_worthwhile and grown <= most_nodes)
+            if not joins:
+                rows[-1].close()
+        if not joins:
+            rows.append(Row())
+        rows[-1].add(inputs, shared if joins else 0)
         rows[-1].ask(index, queries[index])
         before = inputs
     if rows:
@@ -156,7 +153,7 @@ def pack(
 
 
 def balanced(rows: Sequence[Row], most_nodes: int) -> list[Row]:
-    """Join trees into rows of nearly equal length, so that a batch of them needs little padding.
+    """Join trees into rows of nearly equal length, longest first, so that a batch of them needs little padding.
 
     Trees are assigned in order of size, each to the row that is shortest so far (Graham 1969). If a row becomes too
     long, the assignment is repeated with one more row.
@@ -164,9 +161,6 @@ def balanced(rows: Sequence[Row], most_nodes: int) -> list[Row]:
     Args:
         rows: Longest first.
         most_nodes: Maximum length of a row of more than one tree.
-
-    Returns:
-        Rows, longest first.
     """
     longest = max(most_nodes, len(rows[0]))
     for count in range(-(-sum(map(len, rows)) // longest), len(rows) + 1):

@@ -59,14 +59,11 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, queries: Sequence[Query], finished: Keep | None = None) -> list[Score]:
-        """Score queries, with shared prefixes computed once.
+        """One score per query, in order, with shared prefixes computed once.
 
         Args:
-            queries: The queries.
+            queries: In any order.
             finished: Called with (index, score) of finished queries; an exception that it raises ends the call.
-
-        Returns:
-            One score per query, in order.
         """
         self._backbone = Backbone.of(self._model)
         scores: dict[int, Score] = {}

@@ -26,7 +26,6 @@ class StateQueue:
     """Collects states until a product with the head is worthwhile, then reports finished scores.
 
     Args:
-        head: The output head.
         keep: Called with (index of the query, score) of finished queries.
         most_states: Maximum number of states in one product with the head.
     """

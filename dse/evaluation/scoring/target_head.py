@@ -114,8 +114,7 @@ class TargetHead:
             highest = above
         scores = own.double() - (highest.double() + total.double().log())[rows]
         is_largest = own >= highest[rows]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
+        back = np.argsort(order)
         return TargetScores(scores.cpu().numpy()[back], is_largest.cpu().numpy()[back])
 
     def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:

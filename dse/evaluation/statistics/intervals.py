@@ -88,7 +88,7 @@ def mean_interval(outcomes: Sequence[Outcomes], weights: Weights = None, confide
     Args:
         outcomes: One array (documents,) per task.
         weights: One positive weight per task; equal by default.
-        confidence: Confidence level.
+        confidence: Confidence level of the interval.
 
     Raises:
         TaskError: A task has no document with an outcome, or a weight is not positive.
@@ -116,8 +116,7 @@ def paired_drop(
     Args:
         baseline: One array (documents,) per task.
         candidate: Arrays of the same shapes, for the same documents in the same order.
-        weights: One positive weight per task; equal by default.
-        confidence: Confidence level.
+        weights: As in `mean_interval`; so is `confidence`.
 
     Raises:
         TaskError: The arrays do not have the same shapes.
@@ -142,8 +141,7 @@ def perplexity_interval(outcomes: Sequence[Outcomes], weights: Weights = None, c
 
     Args:
         outcomes: One array (documents, 2) per task: log-likelihood (nats), words.
-        weights: As in `mean_interval`.
-        confidence: Confidence level.
+        weights: As in `mean_interval`; so is `confidence`.
 
     Raises:
         TaskError: A task has no document with an outcome, or a weight is not positive.
@@ -184,10 +182,7 @@ def wilson_interval(successes: int, documents: int, confidence: float = 0.95) ->
 
 def student_interval(values: Outcomes, confidence: float = 0.95) -> Interval:
     """The mean of `values`, shape (documents,), with Student's t interval; without bounds for a single document."""
-    error = standard_error(values)
-    if error is None:
-        return Interval(float(values.mean()), documents=values.size)
-    return _with_student_bounds(float(values.mean()), error, values.size, confidence)
+    return _with_student_bounds(float(values.mean()), standard_error(values), values.size, confidence)
 
 
 def standard_error(values: Outcomes) -> float | None:
@@ -280,12 +275,13 @@ def _bonett_price(losses: int, gains: int, documents: int, confidence: float) ->
 def _log_ratio(gain: Outcomes, words: Outcomes, confidence: float) -> Interval:
     """-sum(gain) / sum(words) with the delta-method interval of a ratio estimator."""
     ratio = -float(gain.sum()) / float(words.sum())
-    if gain.size < 2:
-        return Interval(ratio, documents=gain.size)
-    return _with_student_bounds(ratio, log_ratio_error(gain, words), gain.size, confidence)
+    error = log_ratio_error(gain, words) if gain.size > 1 else None
+    return _with_student_bounds(ratio, error, gain.size, confidence)
 
 
-def _with_student_bounds(value: float, error: float, documents: int, confidence: float) -> Interval:
+def _with_student_bounds(value: float, error: float | None, documents: int, confidence: float) -> Interval:
+    if error is None:
+        return Interval(value, documents=documents)
     # scipy.stats.t.ppf calls the same function after a slow import and 0.1 ms of argument checks.
     half = float(special.stdtrit(documents - 1, (1 + confidence) / 2)) * error
     return Interval(value, value - half, value + half, documents)

@@ -136,10 +136,8 @@ def paired_bootstrap(
     Args:
         values: One array (documents,) per task: differences between two models on the same document.
         units: The units that each difference is divided by, such as words; 1 per document by default.
-        weights: One positive weight per task; equal by default.
-        confidence: Confidence level.
-        resamples: Number of resamples.
-        seed: Seed of the resamples.
+        weights: As in `mean_interval`; so is `confidence`.
+        resamples: Number of resamples, drawn by `seed`.
 
     Source: Efron (1987), Journal of the American Statistical Association 82:171 (BCa); the acceleration of several
     samples from empirical influence values as in Davison and Hinkley (1997), chapter 5; the levels of small samples

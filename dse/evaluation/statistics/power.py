@@ -59,10 +59,8 @@ def smallest_detectable_drop(
     the drop itself, so the rate is then the drop. Found by bisection of `mcnemar_power`.
 
     Args:
-        discordant: Documents on which the two models disagree.
-        documents: Number of documents compared.
-        confidence: As in `mcnemar_power`.
-        power: Probability of detecting the drop.
+        discordant: Documents on which the two models disagree, of all `documents` compared.
+        confidence: As in `mcnemar_power`; `power` is the probability of detecting the drop.
 
     Returns:
         The drop as a fraction; None if so few documents would not even detect a drop of 1.
@@ -90,8 +88,7 @@ def smallest_detectable_change(
 
     Args:
         standard_error: Of the paired difference or log ratio; None gives None.
-        confidence: One minus the level of the two-sided test.
-        power: Probability of detecting the change.
+        confidence: As in `mcnemar_power`; `power` is the probability of detecting the change.
 
     Source: Bloom (1995), Evaluation Review 19:547 (minimum detectable effects).
     """

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
+
+from dse.evaluation.statistics.intervals import Outcomes as Values
 
 __all__ = ["cosine", "spearman", "spearman_outcomes"]
-
-Values = NDArray[np.float64]
 
 
 def spearman(first: Values, second: Values) -> float:

@@ -44,8 +44,6 @@ class ModelMatrix:
 
     Attributes:
         tensor: Name of the decomposable tensor; None if no design point can change the matrix.
-        out_features: Size of the output.
-        in_features: Size of the input.
         is_transposed: Whether it is stored as (in_features, out_features), as in GPT-2's `Conv1D`.
         is_head: Whether it is the output head.
     """
@@ -55,10 +53,6 @@ class ModelMatrix:
     in_features: int
     is_transposed: bool = False
     is_head: bool = False
-
-    def dense_shape(self, rows: int) -> ProductShape:
-        """The product of the dense matrix."""
-        return ProductShape(rows, self.out_features, self.in_features, self.is_transposed)
 
 
 @torch.inference_mode()
@@ -162,7 +156,7 @@ class ModelProfile:
         for matrix in matrices:
             rows = phase.head_rows if matrix.is_head else phase.rows
             if matrix.tensor is None or matrix.tensor not in choices:
-                found.append(matrix.dense_shape(rows))
+                found.append(ProductShape(rows, matrix.out_features, matrix.in_features, matrix.is_transposed))
                 continue
             name, choice = choices[matrix.tensor]
             if choice.is_removal:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dse.config import SearchSpaceConfig, load_search_space
-from dse.cost import parameters_saved, point_cost
+from dse.cost import point_cost
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
 from dse.search.spaces.limits import reduction_limits, violations_of_cost
@@ -279,9 +279,6 @@ class SearchSpace(ABC):
                     rank_at(grid, index, tensor, method) for index in range(level_count(grid))
                 )
         return {role: sorted(ranks) for role, ranks in listing.items()}
-
-    def _saving(self, point: DesignPoint) -> float:
-        return parameters_saved(self.topology, point) / self.topology.parameters_dense
 
 
 def _end(limit: float) -> str:

@@ -61,11 +61,8 @@ class LevelSpace(SearchSpace):
 
         If the levels would remove all attention of a kind, the last group of that kind stays.
         """
-        spared = set()
-        for groups in self._groups_by_kind.values():
-            if all(group.removes(levels[group.name]) for group in groups):
-                spared.add(groups[-1].name)
-        return spared
+        kinds = self._groups_by_kind.values()
+        return {groups[-1].name for groups in kinds if all(group.removes(levels[group.name]) for group in groups)}
 
     @cached_property
     def _groups_by_kind(self) -> dict[str, list[Group]]:

@@ -8,16 +8,16 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.rank_levels import level_count, rank_at
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
-from dse.sensitivity.option import Option, Unit
+from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.topology import Topology
 
-__all__ = ["block_table", "level_table", "prior_divergence"]
+__all__ = ["block_table", "level_table"]
 
 
-def prior_divergence(saved: int, dense: int) -> float:
-    """Prior divergence of an option: the square of its unit's share of parameters that it removes."""
-    return (saved / dense) ** 2
+def _option(choices: Choices, saved: int, dense: int) -> Option:
+    """An option with its prior divergence: the square of its unit's share of parameters that it removes."""
+    return Option(choices, dense - saved, (saved / dense) ** 2, is_measured=False)
 
 
 def level_table(space: LevelSpace, method: str) -> SensitivityTable:
@@ -29,7 +29,7 @@ def level_table(space: LevelSpace, method: str) -> SensitivityTable:
         options = [Option((), dense, 0.0)]
         for level in group.levels(method):
             choices, saved = tuple(group.choices(method, level).items()), group.saved(method, level)
-            options.append(Option(choices, dense - saved, prior_divergence(saved, dense), is_measured=False))
+            options.append(_option(choices, saved, dense))
         layers = [matrix.layer for matrix in group.matrices if matrix.layer is not None]
         layer = layers[len(layers) // 2] if layers else None
         units.append(Unit(group.name, layer, group.label or "block", tuple(options)))
@@ -48,7 +48,7 @@ def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
     removable = topology.blocks_by_name.get(block.name) if config.removal else None
     # Norms are removed with a block, so its dense parameters are those of the matrices and the norms.
     dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
-    options: dict[tuple[tuple[str, TensorChoice], ...], Option] = {(): Option((), dense, 0.0)}
+    options: dict[Choices, Option] = {(): Option((), dense, 0.0)}
     for method in config.methods:
         for index in range(level_count(config.ranks)):
             choices = tuple(
@@ -56,11 +56,9 @@ def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
             )
             saved = sum(t.parameters - factor_parameters(t, dict(choices)[t.name]) for t in tensors)
             if saved > 0:
-                options.setdefault(
-                    choices, Option(choices, dense - saved, prior_divergence(saved, dense), is_measured=False)
-                )
+                options.setdefault(choices, _option(choices, saved, dense))
     if removable is not None:
         gone = ((block.name, TensorChoice.removal()),)
         saved = parameters_saved(topology, DesignPoint(gone))
-        options[gone] = Option(gone, dense - saved, prior_divergence(saved, dense), is_measured=False)
+        options[gone] = _option(gone, saved, dense)
     return Unit(block.name, block.layer, block.kind, tuple(options.values()))

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from dse.config import SearchSpaceConfig
+from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.rank_levels import level_count, nearest_method, rank_at, saved_by_tensor, saved_parameters
@@ -149,7 +150,8 @@ class SubsetSpace(SearchSpace):
         target, saved = generator.uniform(low, high), 0.0
         for layer in generator.sample(self.layers, len(self.layers)):
             others = {k: v for k, v in levels.items() if not k.startswith("layers.")}
-            step = self._saving(self.point({**self.dense_levels, **others, f"layers.{layer}": 1}))
+            alone = self.point({**self.dense_levels, **others, f"layers.{layer}": 1})
+            step = parameters_saved(self.topology, alone) / self.topology.parameters_dense
             if saved and (saved >= target or saved + step > high):
                 break
             levels[f"layers.{layer}"] = 1
