@@ -166,7 +166,7 @@ def _point(content: CardContent) -> str:
     if not content.point.choices:
         return ""
     compact = content.point.compact(content.topology)
-    lines = (f"  {json.dumps(name)}: {json.dumps({'method': c.method, 'rank': c.rank})}" for name, c in content.point)
+    lines = (f"  {json.dumps(name)}: {json.dumps(c.to_json())}" for name, c in content.point)
     body = json.dumps(compact) if compact is not None else '{"tensors": {\n' + ",\n".join(lines) + "\n}}"
     return f"## Design point {content.point.id}\n\n```json\n{body}\n```"
 

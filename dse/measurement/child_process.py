@@ -18,10 +18,8 @@ from dse.errors import InvalidMeasurementError, OutOfMemoryError
 
 __all__ = ["in_child_process"]
 
-TIME_LIMIT_S = 1800.0
 
-
-def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float = TIME_LIMIT_S) -> Any:
+def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float = 1800.0) -> Any:
     """Run `work` in a forked child of this process with one thread.
 
     The child starts with this process's memory, shared until written, and has a peak memory of its own. It uses one
@@ -48,7 +46,7 @@ def in_child_process(work: Callable[[], Any], doing: str, *, time_limit_s: float
         warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads: the child uses none of them
         child.start()
     writer.close()
-    answer = ["InvalidMeasurementError", "its process ended without an answer"]
+    answer: list[Any] = ["InvalidMeasurementError", "its process ended without an answer"]
     try:
         if not reader.poll(time_limit_s):
             child.kill()

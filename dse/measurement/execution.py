@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -200,7 +200,8 @@ class CompiledExecution(StaticExecution):
         if not self._programs:
             torch._dynamo.reset()  # otherwise programs of earlier points fill its cache
         # A separate function per variant: two programs of one function would be told apart by guards at every step.
-        self._programs[variant] = torch.compile(lambda tokens, cache: self._fixed_step(tokens, cache), dynamic=False)
+        program: Callable[[Tensor, Any], Tensor] = torch.compile(lambda x, kv: self._fixed_step(x, kv), dynamic=False)
+        self._programs[variant] = program
         assert generation.next_tokens is not None  # noqa: S101 - prefilled
         first = generation.next_tokens
         self.step(variant, generation)
