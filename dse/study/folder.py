@@ -79,6 +79,11 @@ class StudyFolder:
         if all(point in config.enqueue for point in earlier.enqueue):
             del before["enqueue"], now["enqueue"]
         different = [key for key in now if before[key] != now[key]]
+        if evaluated_trials and self._was_fast(read_yaml(self.study_yaml)):
+            raise StudyError(
+                f"{self.path} holds latencies of mode `fast`, which was removed, so new trials would not compare;"
+                " choose another `--out`"
+            )
         if different and evaluated_trials:
             raise StudyError(
                 f"{self.path} holds another study (different: {', '.join(different)}); choose another `--out`, or"
@@ -157,7 +162,16 @@ class StudyFolder:
                 f"{self.path} must be the folder of a study, but has no study.yaml; give the folder that `dse run`"
                 " printed"
             )
-        return parse_study(read_yaml(self.study_yaml), base=self.path, origin=str(self.study_yaml))
+        content = read_yaml(self.study_yaml)
+        if self._was_fast(content):  # a study of version 0.1 can still be opened, but not resumed
+            content = {**content, "measurement": {**content["measurement"], "mode": "eager"}}
+        return parse_study(content, base=self.path, origin=str(self.study_yaml))
+
+    @staticmethod
+    def _was_fast(content: Any) -> bool:
+        """Whether a study file asks for mode `fast` of version 0.1."""
+        measurement = content.get("measurement") if isinstance(content, dict) else None
+        return isinstance(measurement, dict) and measurement.get("mode") == "fast"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

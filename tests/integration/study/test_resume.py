@@ -243,6 +243,16 @@ def test_another_study_in_the_folder_is_refused(
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished_study.iterdir()) == before
 
 
+def test_a_study_in_the_removed_mode_fast_opens_but_does_not_resume(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_study(tiny_folder, budget={"trials": 2})
+    before = run_study(config, out=tmp_path / "run")
+    stored = tmp_path / "run" / "study.yaml"
+    stored.write_text(stored.read_text().replace("mode: eager", "mode: fast"))
+    assert open_study(tmp_path / "run").records == before.records
+    with pytest.raises(StudyError, match="holds latencies of mode `fast`, which was removed"):
+        run_study(config, out=tmp_path / "run", trials=3)
+
+
 def test_a_study_without_evaluated_trials_is_replaced(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_study(tiny_study(tiny_folder), out=tmp_path / "run", listener=Watcher(during={0: interrupt}))
