@@ -154,7 +154,8 @@ def test_ctrl_c_and_termination_end_cleanly(
         assert stdout == ""
         assert "Traceback" not in stderr
         assert stderr.endswith(
-            f"stopped; every finished trial is stored. Continue with:\n  dse run '{study_yaml}' --trials 6 --out {out}\n"
+            "stopped; every finished trial is stored. Continue with:\n"
+            f"  dse run '{study_yaml}' --trials 6 --out {out}\n"
         )
         study = open_study(out)
         assert study.evaluated_trials == finished
