@@ -166,6 +166,16 @@ class DesignPoint:
         return cls._from_compact(data, topology)
 
     @classmethod
+    def from_stored(cls, data: Mapping[str, Any]) -> DesignPoint:
+        """Read the mapping written by `to_json`, without a topology to check the names against.
+
+        Raises:
+            KeyError: The mapping is not in the expanded form.
+            PointError: A choice is damaged.
+        """
+        return cls.of({name: TensorChoice.from_json(choice) for name, choice in data["tensors"].items()})
+
+    @classmethod
     def read(cls, source: str, topology: Topology) -> DesignPoint:
         """Read a point from JSON text, a JSON file, or the word `dense`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dse.cost import Cost
 from dse.defaults import RENAMED_OBJECTIVES
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import DesignPoint
 from dse.errors import InvalidMeasurementError
 from dse.evaluation.result import EvaluationResult
 from dse.evaluation.statistics.intervals import Interval, PairedInterval
@@ -130,8 +130,7 @@ class TrialRecord:
         """
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
-        choices = data["point"]["tensors"].items()
-        values["point"] = DesignPoint.of({name: TensorChoice.from_json(choice) for name, choice in choices})
+        values["point"] = DesignPoint.from_stored(data["point"])
         for key in _INTERVALS:
             found = {name: _interval(entry) for name, entry in values.get(key, {}).items()}
             values[key] = {RENAMED_OBJECTIVES.get(name, name): i for name, i in found.items() if i is not None}

@@ -19,7 +19,7 @@ import optuna
 import sqlalchemy.exc
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import DesignPoint
 from dse.errors import PointError, StorageFullError, StudyError
 from dse.search.proposal import Proposal
 from dse.study.samplers import make_sampler
@@ -100,7 +100,7 @@ class StudyStorage:
     def _adopt_old_queue(self) -> None:
         """Move the queue of a study of version 0.1, an attribute of the study, into Optuna's."""
         for levels, origin, why, point in ([*entry, "", None][:4] for entry in self.attributes.get("queue", [])):
-            self.enqueue(Proposal(levels, origin, why, None if point is None else _point_of(point)))
+            self.enqueue(Proposal(levels, origin, why, None if point is None else DesignPoint.from_stored(point)))
         if self.attributes.get("queue"):
             self.set_attribute("queue", [])
 
@@ -262,7 +262,7 @@ class StudyStorage:
             levels=dict(levels),
             origin=str(attributes.get(_ORIGIN, "sampler")),
             why=str(attributes.get(_WHY, "")),
-            point=None if point is None else _point_of(point),
+            point=None if point is None else DesignPoint.from_stored(point),
             trial=trial.number,
         )
 
@@ -272,10 +272,6 @@ class StudyStorage:
     def _trial_id(self, number: int) -> int:
         study_id = self._storage.get_study_id_from_name(self._study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-
-
-def _point_of(entry: Mapping[str, Any]) -> DesignPoint:
-    return DesignPoint.of({name: TensorChoice.from_json(choice) for name, choice in entry["tensors"].items()})
 
 
 def _is_abandoned(trial: FrozenTrial) -> bool:
