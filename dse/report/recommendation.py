@@ -92,7 +92,7 @@ class _Limits:
             )
         if self.min_reduction is not None and not 0 <= self.min_reduction < 1:
             raise ConfigError(
-                f"the smallest reduction must lie in [0, 1), but got {self.min_reduction}; give a fraction, such as 0.1"
+                f"`min_reduction` must be in [0, 1), but got {self.min_reduction}; give a fraction, such as 0.1"
             )
 
     def __str__(self) -> str:

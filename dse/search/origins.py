@@ -37,8 +37,9 @@ class OriginShare:
 
     def describe(self) -> str:
         """`refined: 6 evaluations, 3 on the front, +0.0123 hypervolume`."""
+        noun = "evaluation" if self.evaluations == 1 else "evaluations"
         return (
-            f"{self.origin}: {self.evaluations} evaluations, {self.front_points} on the front,"
+            f"{self.origin}: {self.evaluations} {noun}, {self.front_points} on the front,"
             f" {self.hypervolume_gained:+.4f} hypervolume"
         )
 
@@ -123,7 +124,7 @@ def origin_shares(
 def selection_probabilities(gains: Sequence[tuple[str, float]], proposers: Sequence[str]) -> dict[str, float]:
     """Probability of each proposer to be selected next: proportional to its mean gain per evaluation.
 
-    Gains are discounted exponentially, because early evaluations gain more whoever proposes them. A minimum probability
+    Gains are discounted exponentially, because early evaluations gain more under every proposer. A minimum probability
     keeps every proposer in use, since some pay off late in a study only.
 
     Args:

@@ -1,4 +1,4 @@
-"""The user's own points: evaluated first, whether or not they lie in the search space."""
+"""The user's own points: evaluated first, inside or outside the search space."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class SearchSpace(ABC):
         """Levels of a point of this space.
 
         Raises:
-            PointError: The point does not lie in the space.
+            PointError: The point is outside the space.
         """
 
     def nearest_levels(self, point: DesignPoint) -> dict[str, int]:
@@ -287,4 +287,4 @@ def _end(limit: float) -> str:
 
 def outside_space(point: DesignPoint, space: SearchSpace, why: str) -> PointError:
     """The error of `levels_of` for a point outside the space."""
-    return PointError(f"point {point.id} must lie in search space '{space.config.name}', but {why}")
+    return PointError(f"point {point.id} must be in search space '{space.config.name}', but {why}")

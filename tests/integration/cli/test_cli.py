@@ -644,7 +644,7 @@ def test_invalid_folders_are_rejected(dse: Run, tiny_folder: Path, finished_stud
     )
     assert "must be a number >= 0" in dse("recommend", finished_study, "--max-accuracy-drop", "-0.1").error
     assert "must be a number >= 0" in dse("recommend", finished_study, "--max-accuracy-drop", "nan").error
-    assert "must lie in [0, 1)" in (
+    assert "must be in [0, 1)" in (
         dse("recommend", finished_study, "--max-accuracy-drop", "0.1", "--min-reduction", "7").error
     )
     assert "a trial must be one of this study's" in dse("export", finished_study, "--trial", "99", "--out", "x").error

@@ -53,7 +53,8 @@ def test_shares_are_told(searched: Study, capsys: pytest.CaptureFixture[str]) ->
     assert document["origins"] == [dataclasses.asdict(share) for share in searched.origin_shares]
     page = searched.folder.front_html.read_text()
     for share in searched.origin_shares:
-        words = f"{share.origin}: {share.evaluations} evaluations, {share.front_points} on the front"
+        count = f"{share.origin}: {share.evaluations} evaluation{'' if share.evaluations == 1 else 's'},"
+        words = f"{count} {share.front_points} on the front"
         assert words in line
         assert words in page
     assert {"origin", "why"} <= set(searched.trials().columns)

@@ -250,11 +250,11 @@ def test_a_space_that_does_not_fit_the_model_is_refused(kind: str, config: dict[
 )  # fmt: skip
 def test_points_outside_the_space_have_no_levels(point: dict[str, Any], words: str) -> None:
     space = space_of(UNIFORM, layers=[0, 2])
-    with pytest.raises(PointError, match="must lie in search space 's'") as caught:
+    with pytest.raises(PointError, match="must be in search space 's'") as caught:
         space.levels_of(DesignPoint.from_json(point, UNIFORM))
     assert words in str(caught.value)
     subset = space_of(UNIFORM, kind="subset", layers=[0, 2], ranks={"absolute": [3]})
-    with pytest.raises(PointError, match="must lie in search space 's'"):
+    with pytest.raises(PointError, match="must be in search space 's'"):
         subset.levels_of(DesignPoint.from_json(point, UNIFORM))
 
 

@@ -160,7 +160,7 @@ def test_points_within_the_constraints_have_nearest_levels() -> None:
     own = DesignPoint.uniform(TOPOLOGY, "svd", 3, [1, 2])
     assert space.levels_of(own)["budget"] > 0
     for point in (DesignPoint.uniform(TOPOLOGY, "svd", 3, [0]), DesignPoint.uniform(TOPOLOGY, "tucker", 3, [1])):
-        with pytest.raises(PointError, match="must lie in search space 'profile'"):
+        with pytest.raises(PointError, match="must be in search space 'profile'"):
             space.levels_of(point)
 
 

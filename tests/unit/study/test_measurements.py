@@ -128,7 +128,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_trial(
     tiny_folder: Path, measurement: dict[str, Any], message: str
 ) -> None:
     if torch.cuda.is_available() and "mode" in measurement:
-        pytest.skip("CUDA graphs may be had here")
+        pytest.skip("this machine has a GPU, so CUDA graphs are available")
     with pytest.raises(ConfigError, match=message):
         prepared(tiny_folder, objectives=["decode_latency_s"], measurement=measurement)
 
