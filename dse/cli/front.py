@@ -33,12 +33,11 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the front, or the explanation of a trial."""
     from dse.cli.printing import as_json, print_result
-    from dse.study import open_study
-    from dse.study.study_document import study_document
+    from dse.study import Study, open_study
 
     study = open_study(options.directory)
     if options.explain is None:
-        return print_result(options, study, print_front, study_document)
+        return print_result(options, study, print_front, Study.to_document)
     return print_result(options, study.explain(options.explain), _print_explanation, as_json)
 
 

@@ -34,8 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the study and print its front, files and recommendation."""
     from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
-    from dse.study import run_study
-    from dse.study.study_document import study_document
+    from dse.study import Study, run_study
 
     listener = TerminalListener()
     try:
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         again += ["--no-cache"] if options.no_cache else []
         print(f"stopped; every finished trial is stored. Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return print_result(options, study, _print_study, study_document)
+    return print_result(options, study, _print_study, Study.to_document)
 
 
 def _print_study(study: Study) -> None:

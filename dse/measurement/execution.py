@@ -199,7 +199,7 @@ class CompiledExecution(StaticExecution):
             return
         if not self._programs:
             torch._dynamo.reset()  # otherwise programs of earlier points fill its cache
-        # A separate function per variant: with a shared one, torch would check guards at every step to choose a program.
+        # A separate function per variant: with a shared one, torch checks guards at every step to choose a program.
         program: Callable[[Tensor, Any], Tensor] = torch.compile(lambda x, kv: self._fixed_step(x, kv), dynamic=False)
         self._programs[variant] = program
         assert generation.next_tokens is not None  # noqa: S101 - prefilled

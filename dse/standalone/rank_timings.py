@@ -19,7 +19,8 @@ from dse.report.rank_curves import RankCurve, RankPanel, rank_curves_html
 from dse.search.spaces.base import SearchSpace
 from dse.sensitivity import SensitivityProfile, option_shapes
 from dse.standalone.model_request import ModelRequest
-from dse.study import StudyListener, settled_space
+from dse.study import StudyListener
+from dse.trial import settled_space
 
 __all__ = ["RankTimingRequest", "rank_timings_html", "time_ranks"]
 
@@ -107,7 +108,9 @@ def _space(
     if request.space is None:
         return None
     space = load_search_space(Path(request.space))
-    config = settled_space(space, loaded, _phases(loaded, request), profile.timings, listener)
+    config = settled_space(
+        space, loaded, _phases(loaded, request), profile.timings, listener.on_phase, listener.on_message
+    )
     return SearchSpace.from_config(config, loaded.topology)
 
 

@@ -3,7 +3,6 @@
 from dse.search.spaces.base import SearchSpace as SearchSpace
 from dse.study.compare_trials import CostComparison as CostComparison
 from dse.study.compare_trials import TrialComparison as TrialComparison
-from dse.study.device_rank_multiple import settled_space as settled_space
 from dse.study.listener import StudyListener as StudyListener
 from dse.study.listener import StudyProgress as StudyProgress
 from dse.study.run import run_study as run_study
@@ -14,4 +13,3 @@ from dse.study.setup import study_bank as study_bank
 from dse.study.study import DEFAULT_MAX_ACCURACY_DROP as DEFAULT_MAX_ACCURACY_DROP
 from dse.study.study import Study as Study
 from dse.study.study import open_study as open_study
-from dse.study.trial import TrialEvaluator as TrialEvaluator

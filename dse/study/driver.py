@@ -23,11 +23,11 @@ from dse.search.start_up_points import unseen_feasible_levels
 from dse.study.float32_comparison import compare_with_float32
 from dse.study.folder import StudyFolder
 from dse.study.listener import Interrupts, StudyListener, StudyProgress
-from dse.study.objectives import measured_limit_violations, with_objective_values
 from dse.study.setup import PreparedStudy
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
-from dse.study.trial import new_record
+from dse.trial.required_measurements import measured_limit_violations, with_objective_values
+from dse.trial.trial_evaluator import new_record
 from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord, json_safe, objective_values
 
 __all__ = ["StudyDriver"]

@@ -14,7 +14,7 @@ from typing import Any
 from dse.decomposition import FactorBank, decompose
 from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator
 from dse.models import LoadedModel
-from dse.study.rungs import with_evaluation
+from dse.trial.rungs import with_evaluation
 from dse.trial_record import TrialRecord
 
 __all__ = ["FinalEvaluator", "final_pending", "reevaluate_front", "with_final_values"]

@@ -28,21 +28,21 @@ from dse.search.space_sensitivity import study_table
 from dse.search.spaces.base import SearchSpace
 from dse.search.user_points import checked_user_points
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.study.device_rank_multiple import settled_study
 from dse.study.final_documents import FinalEvaluator
 from dse.study.float32_comparison import half_precision_notice
 from dse.study.listener import StudyListener
-from dse.study.measurement_plan import MeasurementPlan, open_study_meter
-from dse.study.measurements import TrialMeasurer
-from dse.study.objectives import (
+from dse.trial.device_rank_multiple import settled_study
+from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
+from dse.trial.measurements import TrialMeasurer
+from dse.trial.required_measurements import (
     RequiredMeasurements,
     check_phases,
     check_tasks,
     required_measurements,
     resolve_objectives,
 )
-from dse.study.rungs import MultiFidelityEvaluator
-from dse.study.trial import TrialEvaluator
+from dse.trial.rungs import MultiFidelityEvaluator
+from dse.trial.trial_evaluator import TrialEvaluator
 
 __all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
 
@@ -106,7 +106,7 @@ def prepare_study(
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
     check_phases(objectives, loaded)
-    config = settled_study(config, loaded, plan, listener)
+    config = settled_study(config, loaded, plan, listener.on_phase, listener.on_message)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = checked_user_points(config, space)
     required = required_measurements(

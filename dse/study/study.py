@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from dse.report.front_page import front_html
 from dse.report.front_png import front_png
 from dse.report.point_maps import PointMap, point_map_of
 from dse.report.recommendation import Recommendation, recommend
+from dse.report.text_tables import to_records
 from dse.report.tied_trials import mark_ties, tied_table
 from dse.report.trials_table import front_hypervolume, front_table, mark_front
 from dse.search.origins import OriginShare, origin_shares
@@ -34,6 +36,18 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MAX_ACCURACY_DROP", "Study", "open_study", "started_study"]
 
 DEFAULT_MAX_ACCURACY_DROP = 0.02
+
+_ADVICE_KEYS = (
+    "trial",
+    "point_id",
+    "reason",
+    "accuracy_drop",
+    "accuracy_drop_high",
+    "meets_bound",
+    "estimate_trial",
+    "more_documents",
+    "knee_trial",
+)
 
 
 def open_study(directory: str | Path) -> Study:
@@ -262,6 +276,35 @@ class Study:
         )
         write_text(self.folder.front_html, page)
         write_bytes(self.folder.front_png, front_png(trials, self.objectives, title=title))
+
+    def to_document(self) -> dict[str, Any]:
+        """The document that `dse run --json` and `dse front --json` print: progress, front, recommendation, files."""
+        folder = self.folder
+        advice = self.recommend() if self.has_accuracy else None
+        return {
+            "study": self.config.name,
+            "directory": str(folder.path),
+            "trials_evaluated": self.evaluated_trials,
+            "trials_budget": self.config.budget.trials,
+            "is_complete": self.evaluated_trials >= self.config.budget.trials or self.is_exhausted,
+            "objectives": [
+                {"name": entry.name, "unit": entry.unit, "direction": entry.direction} for entry in self.objectives
+            ],
+            "hypervolume": self.hypervolume,
+            "reference": self.attributes.get("reference"),
+            "origins": [dataclasses.asdict(share) for share in self.origin_shares],
+            "front": to_records(self.front()),
+            "tied": to_records(self.tied()),
+            "recommendation": None if advice is None else {key: getattr(advice, key) for key in _ADVICE_KEYS},
+            "files": {
+                "study": str(folder.study_yaml),
+                "trials": str(folder.trials_csv),
+                "front": str(folder.front_csv),
+                "page": str(folder.front_html),
+                "picture": str(folder.front_png),
+                "log": str(folder.log),
+            },
+        }
 
     def next_commands(self) -> list[str]:
         """Commands to run next."""

@@ -26,8 +26,8 @@ from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
 from dse.search.spaces.table_space import constraints_of
 from dse.sensitivity.allocation import allocate
-from dse.study.measurement_plan import MeasurementPlan
-from dse.study.trial import new_record
+from dse.trial.measurement_plan import MeasurementPlan
+from dse.trial.trial_evaluator import new_record
 from dse.trial_record import TrialRecord
 
 DENSE_S = 1e-3

@@ -15,7 +15,7 @@ from dse.errors import StudyError
 from dse.search.proposal import Proposal
 from dse.study import StudyListener
 from dse.study.setup import PreparedStudy, prepare_study
-from dse.study.trial import new_record
+from dse.trial.trial_evaluator import new_record
 from dse.trial_record import trial_row
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dse.config import SearchSpaceConfig, StudyConfig
 from dse.measurement import device_lock
@@ -14,15 +14,19 @@ from dse.measurement.device_profile import (
     timings_for,
 )
 from dse.models import LoadedModel
+from dse.progress import ProgressCallback
 from dse.search.spaces.base import SearchSpace
-from dse.study.listener import StudyListener
-from dse.study.measurement_plan import MeasurementPlan
+from dse.trial.measurement_plan import MeasurementPlan
 
 __all__ = ["settled_space", "settled_study"]
 
 
 def settled_study(
-    config: StudyConfig, loaded: LoadedModel, plan: MeasurementPlan, listener: StudyListener
+    config: StudyConfig,
+    loaded: LoadedModel,
+    plan: MeasurementPlan,
+    progress: ProgressCallback,
+    notify: Callable[[str], None],
 ) -> StudyConfig:
     """The study with `device` replaced by a number, from products timed in the phases of its latency objectives.
 
@@ -36,7 +40,7 @@ def settled_study(
         return config
     phases = {name: phase for name, phase in plan.phases().items() if loaded.topology.is_decoder or "prefill" in name}
     asked = [phase for name, phase in phases.items() if name in {entry.name for entry in config.objectives}]
-    space = settled_space(config.space, loaded, asked or phases.values(), timings_for(loaded.model), listener)
+    space = settled_space(config.space, loaded, asked or phases.values(), timings_for(loaded.model), progress, notify)
     return config.model_copy(update={"space": space})
 
 
@@ -45,7 +49,8 @@ def settled_space(
     loaded: LoadedModel,
     phases: Iterable[Phase],
     timings: ProductTimings,
-    listener: StudyListener,
+    progress: ProgressCallback,
+    notify: Callable[[str], None],
 ) -> SearchSpaceConfig:
     """The space with `device` replaced by a number; products without a timing on this device are timed now.
 
@@ -62,10 +67,10 @@ def settled_space(
     shapes = rank_multiple_shapes(sizes, phases)
     with device_lock(loaded.device):
         for done, shape in enumerate(shapes):
-            listener.on_phase("rank multiple", done, len(shapes))
+            progress("rank multiple", done, len(shapes))
             timings.seconds(shape)
-    listener.on_phase("rank multiple", len(shapes), len(shapes))
+    progress("rank multiple", len(shapes), len(shapes))
     multiple = find_rank_multiple(sizes, phases, timings)
     reason = "smaller steps save no time" if multiple > 1 else "no multiple is faster than the ranks below it"
-    listener.on_message(f"ranks are multiples of {multiple}: {reason} on this device")
+    notify(f"ranks are multiples of {multiple}: {reason} on this device")
     return space.at_multiple(multiple)

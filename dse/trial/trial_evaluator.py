@@ -22,10 +22,10 @@ from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
 from dse.search.multi_fidelity import EarlyStopping, Stop
 from dse.search.proposal import Proposal
-from dse.study.measurements import TrialMeasurer
-from dse.study.rungs import MultiFidelityEvaluator, run_rungs
-from dse.study.trial_run import TrialRun
 from dse.topology import Topology
+from dse.trial.measurements import TrialMeasurer
+from dse.trial.rungs import MultiFidelityEvaluator, run_rungs
+from dse.trial.trial_run import TrialRun
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
 __all__ = ["TrialEvaluator", "new_record"]

@@ -16,7 +16,7 @@ from dse.measurement import device_in_use
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
 from dse.search.multi_fidelity import PROXY_RUNG, EarlyStopping, Stop
-from dse.study.trial_run import TrialRun
+from dse.trial.trial_run import TrialRun
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
 __all__ = ["MultiFidelityEvaluator", "run_rungs", "with_evaluation"]
