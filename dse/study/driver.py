@@ -26,7 +26,7 @@ from dse.study.listener import Interrupts, StudyListener, StudyProgress
 from dse.study.setup import PreparedStudy
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
-from dse.trial.required_measurements import measured_limit_violations, with_objective_values
+from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial.trial_evaluator import new_record
 from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord, json_safe, objective_values
 

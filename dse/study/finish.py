@@ -10,7 +10,7 @@ from typing import Any
 from dse.search.multi_fidelity import EarlyStopping
 from dse.study.driver import StudyDriver
 from dse.study.final_documents import reevaluate_front
-from dse.trial.required_measurements import measured_limit_violations, with_objective_values
+from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
 __all__ = ["finish_study", "has_resumed_stopped"]

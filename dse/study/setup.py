@@ -34,7 +34,7 @@ from dse.study.listener import StudyListener
 from dse.trial.device_rank_multiple import settled_study
 from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
 from dse.trial.measurements import TrialMeasurer
-from dse.trial.required_measurements import (
+from dse.trial.objectives import (
     RequiredMeasurements,
     check_phases,
     check_tasks,

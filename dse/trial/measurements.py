@@ -28,7 +28,7 @@ from dse.measurement.device_profile import ModelProfile
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback
 from dse.trial.measurement_plan import MeasurementPlan
-from dse.trial.required_measurements import RequiredMeasurements
+from dse.trial.objectives import RequiredMeasurements
 from dse.trial.trial_run import TrialRun
 from dse.trial_record import EvaluatedTrial, json_safe
 

@@ -19,7 +19,7 @@ from dse.models import head_of, load_model, load_topology
 from dse.models.transformers_patches import quiet_transformers
 from dse.search.spaces.base import SearchSpace
 from dse.study import Study, StudyListener, load_study_model, run_study, study_bank
-from dse.trial.required_measurements import check_tasks, resolve_objectives
+from dse.trial.objectives import check_tasks, resolve_objectives
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = ("classification", "question_answering", "embedding", "masked_lm")

@@ -21,7 +21,7 @@ from dse.errors import ConfigError, MeterUnavailableError, StudyError, TaskError
 from dse.measurement import find_meters
 from dse.pareto import objectives_named
 from dse.study import SAMPLERS, open_study, run_study
-from dse.trial.required_measurements import resolve_objectives
+from dse.trial.objectives import resolve_objectives
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -25,7 +25,7 @@ from dse.search.spaces.rank_levels import rank_at
 from dse.search.spaces.scope import KNOWN_ROLES
 from dse.search.start_up_points import first_points, unseen_feasible_levels
 from dse.topology import DecomposableTensor, Topology
-from dse.trial.required_measurements import resolve_objectives
+from dse.trial.objectives import resolve_objectives
 
 ROOT = Path(__file__).resolve().parents[3]
 
