@@ -15,10 +15,12 @@ DseError
 │   ├── ProfileError               a sensitivity profile is damaged, or for another model or text
 │   ├── AllocationError            no allocation meets the budget, or constraints conflict
 │   ├── StorageFullError           the disk is full or not writable
+│   ├── EngineUnavailableError     a serving engine is not installed, or does not start
 │   └── ExportError                an export could not be written or did not verify
 └── TrialError                     one trial failed; its reason is recorded and the study continues
     ├── NonFiniteError             weights, logits or scores are NaN or infinite
     ├── OutOfMemoryError           the device has too little memory for this point
+    ├── EngineError                a serving engine failed, died or hung, or cannot take a form
     └── InvalidMeasurementError    a measurement is not valid
 ```
 
@@ -37,6 +39,8 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "DseError",
+    "EngineError",
+    "EngineUnavailableError",
     "ExportError",
     "InvalidMeasurementError",
     "MeterUnavailableError",
@@ -108,6 +112,10 @@ class AllocationError(UserError):
     """No allocation meets the budget, or the constraints conflict."""
 
 
+class EngineUnavailableError(UserError):
+    """A serving engine is not installed in its interpreter, or does not start."""
+
+
 class StorageFullError(UserError):
     """The disk is full or the folder is not writable."""
 
@@ -134,6 +142,10 @@ class OutOfMemoryError(TrialError):
     def __init__(self, message: str, bytes_asked: int | None = None) -> None:
         super().__init__(message)
         self.bytes_asked = bytes_asked
+
+
+class EngineError(TrialError):
+    """A serving engine failed, died or exceeded its time limit, or cannot take the form of an export."""
 
 
 class InvalidMeasurementError(TrialError):

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
+import sys
 from collections.abc import Iterator
 
 from dse.errors import OutOfMemoryError
 
-__all__ = ["bytes_asked", "is_out_of_memory", "out_of_memory_errors"]
+__all__ = ["bytes_asked", "is_out_of_memory", "out_of_memory_errors", "release_cached_memory"]
 
-# torch's CPU allocator raises a plain RuntimeError that only its message identifies.
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+# Out-of-memory errors that torch raises as a plain RuntimeError, which only the message identifies: the CPU's
+# allocator, a mapped file, the CUDA driver, the workspace of a CUDA library, and Apple's MPS.
+_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_ASKED = re.compile(r"tried to allocate (?:more than )?([0-9.]+) *(bytes|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+# torch: "Tried to allocate 2.00 GiB"; numpy: "Unable to allocate 4.00 GiB for an array".
+_ASKED = re.compile(
+    r"(?:tried|unable) to allocate (?:more than )?([0-9.]+) *(bytes|KiB|MiB|GiB|TiB)", re.IGNORECASE
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on an accelerator or on the host."""
     import torch
 
-    is_on_cpu = isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
-    return is_on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    is_by_message = isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    return is_by_message or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def bytes_asked(message: str) -> int | None:
@@ -51,3 +64,13 @@ def out_of_memory_errors(doing: str, remedy: str = "lower the batch size or the 
         raise OutOfMemoryError(
             f"the device must have room for {doing}, but an allocation {amount} failed; {remedy}", asked
         ) from error
+
+
+def release_cached_memory() -> None:
+    """Return the memory of unreachable tensors, which the allocator of an accelerator keeps for itself."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch is not None and torch.backends.mps.is_available():
+        torch.mps.empty_cache()

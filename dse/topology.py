@@ -81,12 +81,15 @@ class TensorStack:
         layer: 0-based index of the layer.
         role: `query_key_value` or `gate_up`.
         members: Its tensors, in stacking order.
+        norm: Path of the norm whose output only the members read; "" if there is none. The shared right factor can then
+            be applied together with the norm.
     """
 
     name: str
     layer: int
     role: str
     members: tuple[DecomposableTensor, ...]
+    norm: str = ""
 
     @property
     def out_features(self) -> int:
@@ -154,6 +157,7 @@ class RemovableBlock:
         cache_module: Path of the module that holds the KV-cache index; "" for an MLP and in encoders.
         cache_kind: Kind of its KV cache (`full_attention`, `sliding_attention`); the cache is laid out by kind.
         experts: Names of the fused expert tensors inside, which are removed with it.
+        input_norm: Path of the norm whose output the block reads, if only the block reads it; "" otherwise.
     """
 
     name: str
@@ -174,6 +178,7 @@ class RemovableBlock:
     cache_module: str = ""
     cache_kind: str = ""
     experts: tuple[str, ...] = ()
+    input_norm: str = ""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class TrialRecord:
         feasible: Whether the point satisfies the limits of the search space.
         rung: The rung reached (0 cost arithmetic, 1 proxy, then growing shares of the documents); None without
             multi-fidelity evaluation.
+        batch_tokens: Most tokens in an evaluation batch at the end of the trial; lower than in earlier trials if memory
+            ran out. None without an evaluation.
         cached_documents: Documents whose answers came from the cache, so that `seconds` does not include them.
         cost: Exact cost of the point (parameters, bytes, FLOPs, reduction).
         quantities: Measured quantity to its interval, in SI units (accuracy, decode_latency_s, ...).
@@ -68,6 +70,9 @@ class TrialRecord:
         latency: The latency measurement in full: distributions, device, clock, validity.
         energy: The energy measurement in full.
         memory: The memory measurement in full.
+        serving: The measurement of an engine that serves requests in full.
+        engines: Quantity to the engine that it was measured in; transformers in the study's process is not listed.
+        engine_reasons: Engine to why its measurement after the search failed.
         seconds: Phase to its duration.
         started_at: UTC, ISO 8601.
     """
@@ -82,6 +87,7 @@ class TrialRecord:
     duplicate_of: int | None = None
     feasible: bool = True
     rung: int | None = None
+    batch_tokens: int | None = None
     cached_documents: int = 0
     cost: Mapping[str, Any] = field(default_factory=dict)
     quantities: Mapping[str, Interval] = field(default_factory=dict)
@@ -97,6 +103,9 @@ class TrialRecord:
     latency: Mapping[str, Any] | None = None
     energy: Mapping[str, Any] | None = None
     memory: Mapping[str, Any] | None = None
+    serving: Mapping[str, Any] | None = None
+    engines: Mapping[str, str] = field(default_factory=dict)
+    engine_reasons: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     started_at: str = ""
 
@@ -200,17 +209,24 @@ def trial_row(record: TrialRecord) -> dict[str, Any]:
         for name, interval in intervals.items():
             row |= _interval_columns(f"{name}{suffix}", interval)
     row |= {f"{name}_is_predicted": True for name in record.predicted}
+    row |= {f"{name}_engine": engine for name, engine in record.engines.items() if not name.startswith(f"{engine}.")}
+    row |= {f"{engine}.reason": reason for engine, reason in record.engine_reasons.items()}
     for task, result in record.tasks.items():
         for metric, (value, stderr) in result["metrics"].items():
             row |= {f"task.{task}.{metric}": value, f"task.{task}.{metric}_stderr": stderr}
         row[f"task.{task}.documents"] = result["documents"]
-    row |= {"cached_documents": record.cached_documents, "final_documents": record.final_documents}
+    row |= {"batch_tokens": record.batch_tokens, "cached_documents": record.cached_documents}
+    row |= {"final_documents": record.final_documents}
     row |= {f"seconds_{phase}_s": seconds for phase, seconds in record.seconds.items()}
     for name, entry in (("latency", record.latency), ("energy", record.energy), ("memory", record.memory)):
         if entry is not None and "is_valid" in entry:
             row |= {f"{name}_is_valid": entry["is_valid"], f"{name}_reason": entry.get("reason", "")}
+    if record.serving is not None:
+        row |= {"serving_is_valid": record.serving["is_valid"], "serving_reason": record.serving["reason"]}
     for cell in (record.latency or {}).get("cells", ()):
         row |= _cell_columns(cell)
+    for cell in (record.serving or {}).get("cells", ()):
+        row |= _serving_columns(cell)
     return row | {"started_at": record.started_at}
 
 
@@ -226,6 +242,22 @@ def _cell_columns(cell: Mapping[str, Any]) -> dict[str, float | None]:
             ratio = Interval(*(cell[phase][key] for key in ("ratio", "ratio_low", "ratio_high")))
             columns |= _interval_columns(f"{name}.{phase}_ratio", ratio)
     return columns
+
+
+def _serving_columns(cell: Mapping[str, Any]) -> dict[str, float | None]:
+    """Ratios of one further cell that an engine served; empty where the cell is invalid."""
+    if not cell["is_valid"]:
+        return {}
+    work = cell["work"]
+    name = f"cell.b{work['concurrency']}_p{work['prompt_tokens']}_n{work['new_tokens']}"
+    columns: dict[str, float | None] = {}
+    for quantity in ("ttft", "tpot"):
+        if cell.get(quantity) is not None:
+            ratio = Interval(*(cell[quantity][key] for key in ("ratio", "ratio_low", "ratio_high")))
+            columns |= _interval_columns(f"{name}.{quantity}_ratio", ratio)
+    window = cell["window"]  # throughput is the inverse of the time of all requests
+    inverse = Interval(*(1 / window[key] for key in ("ratio", "ratio_high", "ratio_low")))
+    return columns | _interval_columns(f"{name}.throughput_ratio", inverse)
 
 
 def _interval_columns(name: str, interval: Interval) -> dict[str, float | None]:

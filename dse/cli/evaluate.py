@@ -24,7 +24,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="documents per task, drawn by seed (all)")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="seed of the documents (0)")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="documents per batch (16)")
+    parser.add_argument(
+        "--batch-size",
+        type=lambda text: "auto" if text == "auto" else positive(text),
+        default="auto",
+        metavar="N",
+        help="a batch has at most N times 128 tokens (auto: 64 on a GPU, 16 elsewhere); halved when memory runs out",
+    )
     parser.add_argument("--no-cache", action="store_true", help="do not read or write evaluations in the user's cache")
 
 

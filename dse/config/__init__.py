@@ -21,6 +21,7 @@ from dse.config.search_space import (
 )
 from dse.config.study import BudgetConfig, ModelConfig, ObjectiveConfig, SamplerConfig, StudyConfig
 from dse.config.task_file import load_dataset_task
+from dse.config.workers import WorkersConfig
 
 __all__ = [
     "HEAD_COLUMNS",
@@ -50,6 +51,7 @@ __all__ = [
     "SearchSpaceConfig",
     "StudyConfig",
     "TaskConfig",
+    "WorkersConfig",
     "load_dataset_task",
     "load_search_space",
     "load_study",

@@ -40,7 +40,11 @@ class EvaluationConfig(Section):
 
     limit: int | None = Field(None, ge=1, description="documents per task, drawn by seed; null means all")
     seed: int = Field(0, ge=0)
-    batch_size: int = Field(16, ge=1, description="a batch has at most this many times 128 tokens")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="a batch has at most this many times 128 tokens; auto is 64 on a GPU and 16 elsewhere; halved"
+        " whenever the device runs out of memory",
+    )
     max_length: int | None = Field(None, ge=16)
     apply_chat_template: bool = False
     masked_scoring: Literal["within_word", "original"] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -21,9 +22,28 @@ class MeasurementConfig(Section):
     the objectives.
     """
 
+    engine: Literal["transformers", "vllm", "onnxruntime", "openvino"] = Field(
+        "transformers", description="engine that runs the model when it is measured"
+    )
+    python: str | None = Field(
+        None,
+        description="Python interpreter of the engine; by default that of the environment variable"
+        " `DSE_<ENGINE>_PYTHON`, else the study's own",
+    )
+    options: dict[str, Any] = Field({}, description="options of the engine, such as `{max_model_len: 512}` of vLLM")
+    when: Literal["every_trial", "front"] = Field(
+        "every_trial",
+        description="measure every trial in the engine, or search with transformers and measure the front at the end",
+    )
+    requests: int | None = Field(
+        None, ge=1, description="requests that an engine serves in one turn; by default one for each place in the batch"
+    )
+    engine_time_limit_s: float = Field(
+        600.0, gt=0, description="an engine that takes longer to start or to answer is killed, and the trial fails"
+    )
     prompt_tokens: _Axis = Field([128])
     new_tokens: _Axis = Field([16])
-    batch_size: _Axis = Field([1])
+    batch_size: _Axis = Field([1], description="sequences at a time; for an engine, requests in flight (concurrency)")
     mode: Literal["eager", "compile", "cuda_graph"] = Field("eager", description="execution mode of decode steps")
     only_if_faster: bool = Field(
         False, description="keep a tensor dense unless the device profile finds its decomposition faster"
@@ -76,6 +96,24 @@ class MeasurementConfig(Section):
                 f"`min_duration_s <= max_duration_s` must hold, but got {self.min_duration_s} and {self.max_duration_s}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _engine_is_consistent(self) -> Self:
+        if self.when == "front" and not self.is_external:
+            raise ValueError(
+                "`when: front` needs a serving engine to measure the front in, but `engine` is transformers, which"
+                " measures every trial; name vllm, onnxruntime or openvino"
+            )
+        try:
+            json.dumps(self.options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`options` must consist of JSON values, but: {error}") from error
+        return self
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the engine runs in a process of its own; transformers does only with an interpreter or options."""
+        return self.engine != "transformers" or self.python is not None or bool(self.options)
 
     @property
     def cells(self) -> list[tuple[int, int, int]]:

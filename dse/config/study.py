@@ -17,6 +17,7 @@ from dse.config.measurement import MeasurementConfig
 from dse.config.old_names import warn_deprecated
 from dse.config.search import SearchConfig, SearchParts, search_from_word
 from dse.config.search_space import ConstraintsConfig, SearchSpaceConfig
+from dse.config.workers import WorkersConfig
 from dse.defaults import RENAMED_OBJECTIVES
 from dse.design_point import DesignPoint
 
@@ -83,6 +84,9 @@ class StudyConfig(Section):
     search: SearchConfig = Field(SearchConfig(), description="auto, off, or parts such as {refinement: false}")
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
+    workers: WorkersConfig | None = Field(
+        None, description="a number of workers, or a section; none evaluates in the process of `dse run`"
+    )
     enqueue: list[dict[str, Any]] = Field(
         [],
         description="points to evaluate first, in the space or outside it: compact or expanded form, or a JSON file",
@@ -103,6 +107,11 @@ class StudyConfig(Section):
                 raise ValueError("must be none, auto, or rungs such as {proxy_tokens: 2048, shares: [0.1, 0.3]}")
             return {}
         return value
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_from_number(cls, value: Any) -> Any:
+        return {"count": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("search", mode="before")
     @classmethod

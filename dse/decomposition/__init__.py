@@ -17,7 +17,11 @@ from dse.decomposition.factors import LowRankFactors as LowRankFactors
 from dse.decomposition.factors import TuckerFactors as TuckerFactors
 from dse.decomposition.fisher_svd import fisher_svd as fisher_svd
 from dse.decomposition.gradient_grams import GradientGrams as GradientGrams
+from dse.decomposition.hidden_states import StateBudget as StateBudget
+from dse.decomposition.layer_grams import GramSettings as GramSettings
+from dse.decomposition.layer_grams import iterate_layer_grams as iterate_layer_grams
 from dse.decomposition.low_rank_modules import LowRankLinear as LowRankLinear
+from dse.decomposition.low_rank_modules import NormThenFactor as NormThenFactor
 from dse.decomposition.low_rank_modules import SharedProduct as SharedProduct
 from dse.decomposition.low_rank_modules import StackedLinear as StackedLinear
 from dse.decomposition.methods import METHODS as METHODS

@@ -20,10 +20,10 @@ from dse.errors import CalibrationError, NonFiniteError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Topology
 
-__all__ = ["DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "check_all_seen", "forward_body", "iterate_grams"]
+__all__ = ["ACTIVATION_BATCH_TOKENS", "DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "check_all_seen", "forward_body", "iterate_grams"]
 
 DEFAULT_GRAM_BUDGET_BYTES = 512 * 2**20
-_BATCH_TOKENS = 2048
+ACTIVATION_BATCH_TOKENS = 2048
 
 
 class StopForward(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
@@ -133,7 +133,7 @@ def _accumulate(
         if name == last:
             raise StopForward
 
-    batches = torch.split(windows.token_ids, max(1, _BATCH_TOKENS // windows.token_ids.shape[1]))
+    batches = torch.split(windows.token_ids, max(1, ACTIVATION_BATCH_TOKENS // windows.token_ids.shape[1]))
     done, total = part[0] * windows.tokens, part[1] * windows.tokens
     with ExitStack() as hooks:
         for name in grams:

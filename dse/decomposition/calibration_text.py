@@ -62,8 +62,12 @@ class CalibrationWindows:
         Returns:
             Shape (windows', window).
         """
+        return self.token_ids[self.spread_rows(tokens)]
+
+    def spread_rows(self, tokens: int) -> Tensor:
+        """Indices of the windows of `spread`, ascending."""
         count = min(len(self.token_ids), max(1, tokens // self.token_ids.shape[1]))
-        return self.token_ids[torch.linspace(0, len(self.token_ids) - 1, count).long()]
+        return torch.linspace(0, len(self.token_ids) - 1, count).long()
 
 
 def _shipped(name: str) -> str:

@@ -11,11 +11,10 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from dse.decomposition.activation_grams import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
+from dse.decomposition.bank_build import dense_weight
 from dse.decomposition.calibration_text import CalibrationWindows
-from dse.decomposition.factors import as_matrix
 from dse.decomposition.fisher_svd import fisher_divergence
-from dse.decomposition.gradient_grams import GradientGrams
+from dse.decomposition.layer_grams import GramSettings, iterate_layer_grams
 from dse.files import cache_dir, write_bytes
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
@@ -32,7 +31,7 @@ def expected_divergence(
     calibration: CalibrationWindows,
     *,
     folder: Path | None = None,
-    gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
+    settings: GramSettings | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> dict[str, NDArray[np.float64]]:
     """Expected divergence of `fisher_svd` for every tensor inside the layers, as a curve over ranks, cached on disk.
@@ -45,7 +44,7 @@ def expected_divergence(
         loaded: The dense model.
         calibration: Windows of calibration text.
         folder: Where estimates are cached; by default in the user's cache.
-        gram_budget_bytes: Memory for Gram matrices.
+        settings: Devices that share the windows, and memory for hidden states and Gram matrices.
         progress: Called as ("calibrate", tokens, tokens) and ("gradients", tokens, tokens).
 
     Returns:
@@ -60,17 +59,14 @@ def expected_divergence(
     names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.layer is not None)
     if (known := _read(path, names)) is not None:
         return known
-    gradients = GradientGrams(
-        loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
-    )
-    grams = iterate_grams(
-        loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
-    )
     curves = {}
-    for sharing, gram in grams:
-        for name in sharing:
-            weight = as_matrix(loaded.model.get_submodule(loaded.topology[name].module)).detach()
-            curves[name] = fisher_divergence(weight, gram, gradients.take(name)).cpu().numpy()
+    for of_layer in iterate_layer_grams(
+        loaded, names, calibration, with_gradients=True, settings=settings, progress=progress
+    ):
+        for sharing, gram in of_layer.sharing.items():
+            for name in sharing:
+                weight = dense_weight(loaded, name)
+                curves[name] = fisher_divergence(weight, gram, of_layer.gradients[name]).cpu().numpy()
     write_bytes(path, safetensors.numpy.save(curves))
     return curves
 

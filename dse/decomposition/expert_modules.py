@@ -1,7 +1,7 @@
 """Modules that replace the routed experts of a layer when their fused tensors are Tucker-decomposed.
 
 Exports copy this file's classes into their modelling file (`dse.export.modelling_code`), so it imports torch and
-`dse.models.removed_modules` only.
+`dse.models.plain_attributes` only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dse.models.removed_modules import copy_plain_attributes
+from dse.models.plain_attributes import copy_plain_attributes
 
 __all__ = ["TuckerExpertWeight", "TuckerExperts"]
 

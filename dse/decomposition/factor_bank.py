@@ -10,17 +10,15 @@ from pathlib import Path
 
 import filelock
 import torch
-from torch import Tensor
 
 from dse.cost import check_point, has_core
-from dse.decomposition.activation_grams import DEFAULT_GRAM_BUDGET_BYTES, iterate_grams
+from dse.decomposition.bank_build import fill_store
 from dse.decomposition.calibration_text import CalibrationWindows, longest_window, named_calibration
 from dse.decomposition.expert_surgery import dense_experts
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
-from dse.decomposition.factors import LowRankFactors, TuckerFactors, as_matrix
-from dse.decomposition.gradient_grams import GradientGrams
-from dse.decomposition.low_rank_modules import LowRankLinear, StackedLinear
-from dse.decomposition.methods import METHODS, factorise
+from dse.decomposition.factors import LowRankFactors, TuckerFactors
+from dse.decomposition.layer_grams import GramSettings
+from dse.decomposition.methods import METHODS
 from dse.decomposition.refit_cache import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
 from dse.decomposition.tucker import tucker_of_experts
 from dse.defaults import CALIBRATION_TOKENS
@@ -67,21 +65,21 @@ class FactorBank:
         calibration: CalibrationWindows | str | None = None,
         *,
         folder: Path | None = None,
-        gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES,
+        settings: GramSettings | None = None,
         progress: ProgressCallback = ignore_progress,
     ) -> FactorBank:
         """Open the bank and decompose what is missing, damaged or stored at too small a rank.
 
-        Tensors are processed one at a time: read, decomposed, written and released. A build that was killed continues
-        where it stopped.
+        The layers are visited in order, in one pass for each method: a layer's weights are read, its Gram matrices
+        accumulated, its tensors decomposed and written. A build that was killed continues where it stopped.
 
         Args:
-            loaded: The dense model.
+            loaded: The dense model, resident or with its weights on disk.
             requests: Largest rank per method and tensor, or the points that will be applied.
             calibration: Required by calibrated methods: windows from `calibration_windows`, or the name of a builtin
                 text (general, grammar, facts, python_docs), or the path of a text file.
             folder: Where banks are stored; by default in the user's cache.
-            gram_budget_bytes: Memory for Gram matrices. Less memory means more passes over the calibration text.
+            settings: Devices that share the calibration windows, and memory for hidden states and Gram matrices.
             progress: Called as ("calibrate", tokens, tokens), ("gradients", tokens, tokens) and ("decompose", tensors,
                 tensors).
 
@@ -108,7 +106,7 @@ class FactorBank:
                 missing = {name: rank for name, rank in matrices.items() if store.rank(name) < rank}
                 if missing:
                     _check_room(store.folder, loaded.topology, method, missing)
-                    _fill(store, loaded, method, missing, calibration, gram_budget_bytes, progress)
+                    fill_store(store, loaded, method, missing, calibration, settings or GramSettings(), progress)
         return bank
 
     def of_point(self, point: DesignPoint) -> FactorBank | RefittedFactors:
@@ -220,43 +218,3 @@ def _check_room(folder: Path, topology: Topology, method: str, ranks: Mapping[st
             f"the factor bank needs {needed / 1e6:.0f} MB in {folder}, but the disk has {free / 1e6:.0f} MB free; free"
             " some, or set DSE_CACHE to a folder on another disk"
         )
-
-
-def _fill(
-    store: FactorStore,
-    loaded: LoadedModel,
-    method: str,
-    ranks: Mapping[str, int],
-    calibration: CalibrationWindows | None,
-    gram_budget_bytes: int,
-    progress: ProgressCallback,
-) -> None:
-    """Decompose the tensors of `ranks`, one by one, into `store`."""
-    names = tuple(matrix.name for matrix in loaded.topology.matrices if matrix.name in ranks)
-    gradient_grams = None
-    if METHODS[method].needs_gradients and calibration is not None:
-        gradient_grams = GradientGrams(
-            loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
-        )
-    for name in ranks:
-        check_point(loaded.topology, DesignPoint.of({name: TensorChoice(method, ranks[name])}))
-    grams: Iterable[tuple[tuple[str, ...], Tensor | None]] = [(names, None)]
-    if calibration is not None and METHODS[method].is_calibrated:
-        grams = iterate_grams(
-            loaded.model, loaded.topology, names, calibration, budget_bytes=gram_budget_bytes, progress=progress
-        )
-    for done, (name, gram) in enumerate((name, gram) for sharing, gram in grams for name in sharing):
-        progress("decompose", done, len(names))
-        gradient_gram = None if gradient_grams is None else gradient_grams.take(name)
-        store.put(name, factorise(_dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
-        progress("decompose", done + 1, len(names))
-
-
-def _dense_weight(loaded: LoadedModel, name: str) -> Tensor:
-    """The weight of a tensor, or the stacked weights of a stack's members."""
-    modules = dict(loaded.model.named_modules())
-    found = [modules.get(path) for path in loaded.topology.matrix(name).modules]  # None if its block is removed
-    if any(module is None or isinstance(module, (LowRankLinear, StackedLinear)) for module in found):
-        raise PointError(f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first")
-    weights = [as_matrix(module).detach() for module in found if module is not None]
-    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dse.decomposition.expert_modules import TuckerExpertWeight
-from dse.decomposition.low_rank_modules import LowRankLinear, StackedLinear, check_factor_shapes
+from dse.decomposition.low_rank_modules import LowRankLinear, NormThenFactor, StackedLinear, check_factor_shapes
+from dse.topology import TensorStack, Topology
 
-__all__ = ["LowRankFactors", "TuckerFactors", "as_matrix", "expert_factors_of", "factors_of"]
+__all__ = ["LowRankFactors", "TuckerFactors", "applied_factors", "as_matrix", "expert_factors_of", "factors_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +117,36 @@ class TuckerFactors:
 def factors_of(module: LowRankLinear | StackedLinear) -> LowRankFactors:
     """The factors in a low-rank module; for a member of a stack, the right factor and core of the whole stack."""
     shared = module.shared if isinstance(module, StackedLinear) else module
-    core = None if shared.core is None else shared.core.data
-    return LowRankFactors(module.left.data, shared.right.data, core)
+    return _factors(module.left, shared.right, shared.core)
+
+
+def applied_factors(model: nn.Module, topology: Topology, name: str) -> dict[str, LowRankFactors]:
+    """The factors of a tensor, or of each member of a stack, in a model to which a point is applied.
+
+    Args:
+        model: The model with the point applied.
+        topology: Its topology.
+        name: Name of a tensor or stack of the point.
+
+    Returns:
+        Module path to the factors of its weight; members of a stack share their right factor and core.
+    """
+    matrix = topology.matrix(name)
+    before = model.get_submodule(matrix.norm) if isinstance(matrix, TensorStack) and matrix.norm else None
+    found = {}
+    for path in matrix.modules:
+        module = model.get_submodule(path)
+        if isinstance(before, NormThenFactor):
+            found[path] = _factors(module, before.right, before.core)
+        else:
+            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - inserted by surgery
+            found[path] = factors_of(module)
+    return found
+
+
+def _factors(left: nn.Module, right: nn.Module, core: nn.Module | None) -> LowRankFactors:
+    weights = [None if module is None else module.weight.detach() for module in (left, right, core)]
+    return LowRankFactors(*weights)  # type: ignore[arg-type]  # linear modules have weights
 
 
 def expert_factors_of(module: TuckerExpertWeight) -> TuckerFactors:

@@ -20,13 +20,13 @@ from dse.decomposition.calibration_text import CalibrationWindows
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Topology
 
-__all__ = ["GRADIENT_TOKENS", "GradientGrams"]
+__all__ = ["GRADIENT_BATCH_TOKENS", "GRADIENT_TOKENS", "LABEL_SEED", "GradientGrams", "backpropagate"]
 
 GRADIENT_TOKENS = 8192
 """Calibration tokens of a backward pass. A pass costs three forward passes, and more tokens did not improve results."""
 
-_BATCH_TOKENS = 1024
-_LABEL_SEED = 0
+GRADIENT_BATCH_TOKENS = 1024
+LABEL_SEED = 0
 
 
 class GradientGrams:
@@ -91,7 +91,7 @@ def _accumulate(
     sizes = {name: topology.matrix(name).out_features for name in names}
     grams = {name: torch.zeros(size, size, device=device) for name, size in sizes.items()}
     seen: set[str] = set()
-    generator = torch.Generator().manual_seed(_LABEL_SEED)
+    generator = torch.Generator().manual_seed(LABEL_SEED)
     # The gradients of a stack's members arrive one by one; they are concatenated into the gradient of the stack.
     parts: dict[str, dict[int, Tensor]] = {name: {} for name in names}
 
@@ -114,9 +114,9 @@ def _accumulate(
                 hook = partial(after_forward, name, (i, len(paths)))
                 hooks.enter_context(model.get_submodule(path).register_forward_hook(hook))
         hooks.enter_context(_gradients_from_the_embeddings(model))
-        for batch in torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1])):
+        for batch in torch.split(token_ids, max(1, GRADIENT_BATCH_TOKENS // token_ids.shape[1])):
             progress("gradients", done, token_ids.numel())
-            _backward(model(input_ids=batch.to(device)), generator)
+            backpropagate(model(input_ids=batch.to(device)), generator)
             done += batch.numel()
         progress("gradients", done, token_ids.numel())
     check_all_seen(names, seen)
@@ -135,7 +135,7 @@ def _gradients_from_the_embeddings(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _backward(outputs: Any, generator: torch.Generator) -> None:
+def backpropagate(outputs: Any, generator: torch.Generator) -> None:
     """Backpropagate the gradients of -log p(label), with labels sampled from p, for every distribution that the head
     predicts.
 

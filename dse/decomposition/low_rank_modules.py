@@ -1,6 +1,8 @@
-"""Modules that replace dense linear layers by low-rank factors.
+"""Modules that replace dense linear layers by low-rank factors. Each factor is a plain `torch.nn.Linear`.
 
-Exports copy this file's classes into their modelling file (`dse.export.modelling_code`), so it imports torch only.
+Inference engines replace every `nn.Linear` by their own linear layer (quantised, or split over devices), so they do the
+same with factors. Exports copy this file's classes into their modelling file (`dse.export.modelling_code`), so it
+imports torch only.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LowRankLinear", "SharedProduct", "StackedLinear", "check_factor_shapes"]
+__all__ = ["LowRankLinear", "NormThenFactor", "SharedProduct", "StackedLinear", "check_factor_shapes", "linear_from"]
 
 
 class LowRankLinear(nn.Module):
@@ -18,6 +20,8 @@ class LowRankLinear(nn.Module):
 
     One token costs 2r(m + n) FLOPs (plus 2r^2 for the core) instead of 2mn. Below the break-even rank that is less
     work, but in two or three small kernels instead of one, so fewer parameters do not guarantee a faster layer.
+
+    The factors are the submodules `right`, `core` (None if absent) and `left`, which holds the bias.
 
     Args:
         left: Shape (out_features, rank).
@@ -32,27 +36,57 @@ class LowRankLinear(nn.Module):
         super().__init__()
         check_factor_shapes(left, right, core)
         (self.out_features, self.rank), self.in_features = left.shape, right.shape[1]
-        self.left = nn.Parameter(left, requires_grad=False)
-        self.right = nn.Parameter(right, requires_grad=False)
-        self.core = None if core is None else nn.Parameter(core, requires_grad=False)
-        # Reuse the dense module's bias parameter, so that it exists only once.
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        self.right = linear_from(right)
+        self.core = None if core is None else linear_from(core)
+        self.left = linear_from(left, bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, shape (out_features,), or None."""
+        return self.left.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        hidden = nn.functional.linear(x, self.right)
+        hidden = self.right(x)
         if self.core is not None:
-            hidden = nn.functional.linear(hidden, self.core)
-        return nn.functional.linear(hidden, self.left, self.bias)
+            hidden = self.core(hidden)
+        output: Tensor = self.left(hidden)
+        return output
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
-        core = ", core" if self.core is not None else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{core}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class NormThenFactor(nn.Module):
+    """A norm followed by the right factor (and core) of the stack that is its only reader.
+
+    The members of the stack then are plain linear layers of the left factor: `y = (norm(x) R^T) L^T + b`. Engines fuse
+    them as they fuse dense projections.
+
+    Args:
+        norm: The norm before the block; it is used unchanged.
+        right: Shape (rank, in_features).
+        core: Shape (rank, rank), or None.
+    """
+
+    def __init__(self, norm: nn.Module, right: Tensor, core: Tensor | None = None) -> None:
+        super().__init__()
+        check_factor_shapes(right.T, right, core)
+        self.norm = norm
+        self.right = linear_from(right)
+        self.core = None if core is None else linear_from(core)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., rank)."""
+        hidden: Tensor = self.right(self.norm(x))
+        return hidden if self.core is None else self.core(hidden)
 
 
 class SharedProduct(nn.Module):
     """The product `x R^T` (and `C^T`) that the members of a stack share, computed once per forward pass.
+
+    It serves stacks that are not the only readers of a norm (see `NormThenFactor`).
 
     The first member to call computes the product; the others, called with the same input tensor, reuse it. It is
     released when the last member has taken it. It is reused only for the same tensor object and, where autograd counts
@@ -69,8 +103,8 @@ class SharedProduct(nn.Module):
 
     def __init__(self, right: Tensor, core: Tensor | None, members: int) -> None:
         super().__init__()
-        self.right = nn.Parameter(right, requires_grad=False)
-        self.core = None if core is None else nn.Parameter(core, requires_grad=False)
+        self.right = linear_from(right)
+        self.core = None if core is None else linear_from(core)
         self.members = members
         # Input, its version, the product, and a bit mask of the members that took it. One tuple, replaced as a whole,
         # so that another thread never sees a mixture of two states.
@@ -88,8 +122,8 @@ class SharedProduct(nn.Module):
         return product
 
     def _product(self, x: Tensor) -> Tensor:
-        hidden = nn.functional.linear(x, self.right)
-        return hidden if self.core is None else nn.functional.linear(hidden, self.core)
+        hidden: Tensor = self.right(x)
+        return hidden if self.core is None else self.core(hidden)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies start without a held product."""
@@ -97,8 +131,7 @@ class SharedProduct(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
-        core = ", core" if self.core is not None else ""
-        return f"in_features={self.right.shape[1]}, rank={self.right.shape[0]}, members={self.members}{core}"
+        return f"members={self.members}"
 
 
 class StackedLinear(nn.Module):
@@ -114,15 +147,19 @@ class StackedLinear(nn.Module):
 
     def __init__(self, left: Tensor, bias: Tensor | None, shared: SharedProduct, member: int) -> None:
         super().__init__()
-        check_factor_shapes(left, shared.right, shared.core)
-        (self.out_features, self.rank), self.in_features = left.shape, shared.right.shape[1]
-        self.left = nn.Parameter(left, requires_grad=False)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        check_factor_shapes(left, shared.right.weight, None if shared.core is None else shared.core.weight)
+        (self.out_features, self.rank), self.in_features = left.shape, shared.right.in_features
+        self.left = linear_from(left, bias)
         self.member = member
         if member == 0:
             self.owned = shared
         # torch does not register modules inside a tuple, but a deep copy follows the reference.
         self._shared = (shared,)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, shape (out_features,), or None."""
+        return self.left.bias
 
     @property
     def shared(self) -> SharedProduct:
@@ -131,7 +168,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return nn.functional.linear(self.shared(x, self.member), self.left, self.bias)
+        output: Tensor = self.left(self.shared(x, self.member))
+        return output
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
@@ -145,3 +183,19 @@ def check_factor_shapes(left: Tensor, right: Tensor, core: Tensor | None) -> Non
     if left.ndim != 2 or right.ndim != 2 or right.shape[0] != rank or not core_fits:
         shapes = [tuple(factor.shape) for factor in (left, core, right) if factor is not None]
         raise ValueError(f"factors must chain as (m, r) [(r, r)] (r, n), but got {shapes}")
+
+
+def linear_from(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer that holds these tensors; nothing is copied or initialised.
+
+    Args:
+        weight: Shape (out_features, in_features).
+        bias: Shape (out_features,), or None. A parameter is reused, so that a dense module's bias exists only once.
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)  # without `nn.Linear.__init__`, which would fill the weight with random numbers
+    linear.out_features, linear.in_features = weight.shape
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        is_ready = tensor is None or isinstance(tensor, nn.Parameter)
+        linear.register_parameter(name, tensor if is_ready else nn.Parameter(tensor, requires_grad=False))
+    return linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -12,7 +13,13 @@ from dse.cost import point_problems
 from dse.decomposition.block_removal import removal_problems, removal_swaps
 from dse.decomposition.expert_surgery import expert_problems, expert_swaps
 from dse.decomposition.factors import LowRankFactors
-from dse.decomposition.low_rank_modules import LowRankLinear, SharedProduct, StackedLinear
+from dse.decomposition.low_rank_modules import (
+    LowRankLinear,
+    NormThenFactor,
+    SharedProduct,
+    StackedLinear,
+    linear_from,
+)
 from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
@@ -87,13 +94,16 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         RankError: Same, if ranks above break-even are the only problems.
     """
     problems = point_problems(topology, point)
+    behind_norms = _decomposed_behind_norms(model, topology)
     for name, _ in point:
         if name in topology.blocks_by_name:
             problems += removal_problems(model, topology.blocks_by_name[name])
         elif name in topology.experts_by_name:
             problems += expert_problems(model, topology.experts_by_name[name])
         elif name in topology.by_name or name in topology.stacks_by_name:
-            problems += [p for tensor in topology.tensors_of(name) for p in _module_problems(model, topology[tensor])]
+            problems += [
+                p for t in topology.tensors_of(name) for p in _module_problems(model, topology[t], behind_norms)
+            ]
     if problems:
         kind = RankError if all(isinstance(problem, RankError) for problem in problems) else PointError
         head = "" if len(problems) == 1 else f"the point has {len(problems)} problems, nothing was changed: "
@@ -128,20 +138,38 @@ def decompose(loaded: LoadedModel, point: DesignPoint, source: FactorSource) -> 
         handle.undo()
 
 
-def _module_problems(model: nn.Module, tensor: DecomposableTensor) -> list[PointError]:
+def _module_problems(model: nn.Module, tensor: DecomposableTensor, behind_norms: set[str]) -> list[PointError]:
     expected = tensor.shape if tensor.kind == "linear" else tensor.shape[::-1]
-    return weight_problems(model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, StackedLinear))
+    # Behind a norm with a factor, a linear module holds its rows of a stack's left factor.
+    linear = (nn.Linear,) if tensor.name in behind_norms else ()
+    return weight_problems(
+        model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, StackedLinear, *linear)
+    )
+
+
+def _decomposed_behind_norms(model: nn.Module, topology: Topology) -> set[str]:
+    """Names of the tensors in stacks whose right factor is currently applied together with a norm."""
+    applied = {path for path, module in model.named_modules() if isinstance(module, NormThenFactor)}
+    return {member.name for stack in topology.stacks if stack.norm in applied for member in stack.members}
 
 
 def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> Iterator[Swap]:
-    """Swap the dense module of a tensor, or of each member of a stack, for its low-rank module."""
+    """Swap the dense module of a tensor, or of each member of a stack, for its low-rank module.
+
+    If the members of a stack are the only readers of a norm, the norm and the right factor become one module.
+    """
     dense = [model.get_submodule(path) for path in matrix.modules]
     weight = dense[0].weight
     assert isinstance(weight, Tensor)  # noqa: S101 - checked by _module_problems
     moved = factors.to(weight.device, weight.dtype)
     biases = [module.bias for module in dense]
     low_rank: tuple[nn.Module, ...]
-    if isinstance(matrix, TensorStack):
+    if isinstance(matrix, TensorStack) and matrix.norm:
+        norm = NormThenFactor(model.get_submodule(matrix.norm), moved.right, moved.core)
+        yield module_swap(model, matrix.norm, norm)
+        lefts = [moved.left[own].contiguous() for own in matrix.rows]
+        low_rank = tuple(starmap(linear_from, zip(lefts, biases, strict=True)))  # type: ignore[arg-type]
+    elif isinstance(matrix, TensorStack):
         low_rank = stacked_modules(moved, matrix.rows, biases)  # type: ignore[arg-type]  # a module's bias is a tensor
     else:
         low_rank = (LowRankLinear(moved.left, moved.right, biases[0], moved.core),)  # type: ignore[arg-type]
@@ -152,7 +180,7 @@ def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
 def stacked_modules(
     factors: LowRankFactors, rows: Sequence[slice], biases: Sequence[Tensor | None]
 ) -> tuple[StackedLinear, ...]:
-    """The low-rank modules of a stack's members, in order.
+    """The low-rank modules of a stack's members, in order, for a stack without a norm of its own.
 
     Args:
         factors: Factors of the stacked matrix, without the dense members.

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from dse.errors import ConfigError, OutOfMemoryError
-from dse.out_of_memory import out_of_memory_errors
+from dse.out_of_memory import out_of_memory_errors, release_cached_memory
 
 if TYPE_CHECKING:
     from dse.models import LoadedModel
 
-__all__ = ["TOKENS_PER_ROW", "BatchSize", "answer_identity", "batches", "check_positive", "last_place", "ticker"]
+__all__ = [
+    "TOKENS_PER_ROW",
+    "BatchSize",
+    "answer_identity",
+    "batch_size_of",
+    "batches",
+    "check_positive",
+    "last_place",
+    "ticker",
+]
 
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
@@ -21,42 +31,62 @@ _ResultT = TypeVar("_ResultT")
 TOKENS_PER_ROW = 128
 """`batch_size` counts rows of this length, since batches are filled by tokens."""
 
+_LEAST_TOKENS = 16
+"""Batches of so few tokens hold one sequence, so that halving again changes nothing."""
+
+_log = logging.getLogger("dse")
+
 
 class BatchSize:
-    """The number of rows of 128 tokens in a batch; "auto" halves it whenever the device runs out of memory.
+    """The number of tokens in an evaluation batch, halved whenever the device runs out of memory.
+
+    The reduced size stays for all later batches. One object serves all evaluators of a study.
 
     Args:
-        batch_size: Rows, at least 1, or "auto", which starts with 64 on a GPU and 16 elsewhere.
+        batch_size: Rows of 128 tokens, at least 1, or "auto": 64 on a GPU, 16 elsewhere.
         device_type: Such as "cuda" or "cpu".
 
     Attributes:
-        rows: The present number of rows.
+        tokens: The present maximum number of tokens in a batch; a longer sequence forms a batch of its own.
+        generation_tokens: The same for batches that generate, whose key-value caches are what takes memory; None until
+            one of them does not fit.
 
     Raises:
         ConfigError: `batch_size` is below 1 or neither a number nor "auto".
     """
 
     def __init__(self, batch_size: int | str, device_type: str) -> None:
-        self._is_auto = batch_size == "auto"
-        rows = batch_size if not self._is_auto else 64 if device_type == "cuda" else 16
+        rows = batch_size if batch_size != "auto" else 64 if device_type == "cuda" else 16
         check_positive(batch_size=rows)
-        self.rows = int(rows)
+        self.tokens = int(rows) * TOKENS_PER_ROW
+        self.generation_tokens: int | None = None
 
-    def run(self, work: Callable[[int], _ResultT]) -> _ResultT:
-        """Call `work(rows)`; after an out-of-memory error, "auto" calls it again with half the rows.
+    def run(self, work: Callable[[], _ResultT]) -> _ResultT:
+        """Call `work()`, which reads `tokens`; after an out-of-memory error, halve `tokens` and call it again.
+
+        `work` keeps what it has finished, so that nothing is computed twice.
 
         Raises:
-            OutOfMemoryError: The device has no room for a batch.
+            OutOfMemoryError: The device has no room for the smallest batch.
         """
         while True:
             try:
-                batch = f"an evaluation batch of `batch_size` {self.rows}"
-                with out_of_memory_errors(batch, "lower `batch_size` or `max_length`"):
-                    return work(self.rows)
-            except OutOfMemoryError:
-                if not self._is_auto or self.rows == 1:
+                what = f"an evaluation batch of {self.tokens} tokens"
+                with out_of_memory_errors(what, "lower `evaluation.max_length`, or use a device with more memory"):
+                    return work()
+            except OutOfMemoryError as error:
+                if self.tokens <= _LEAST_TOKENS:
                     raise
-                self.rows //= 2
+                reason = str(error)
+            # The exception is gone here, and with it the failed batch, which its traceback refers to.
+            self.tokens //= 2
+            release_cached_memory()
+            _log.warning("%s; batches have at most %d tokens from now on", reason.partition(";")[0], self.tokens)
+
+
+def batch_size_of(setting: int | str | BatchSize, device_type: str) -> BatchSize:
+    """The batch size of a setting, or the given one, which another evaluator of the same study may have reduced."""
+    return setting if isinstance(setting, BatchSize) else BatchSize(setting, device_type)
 
 
 def batches(items: Iterable[_ItemT], length: Callable[[_ItemT], int], most_tokens: int) -> Iterator[list[_ItemT]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dse.config import DatasetTaskConfig, EvaluationConfig, TaskConfig
 from dse.errors import ConfigError
 from dse.evaluation.answers import Answers
+from dse.evaluation.evaluator_settings import BatchSize
 from dse.evaluation.result import EvaluationResult
 from dse.evaluation.task_spec import TaskSpec
 
@@ -21,7 +22,13 @@ __all__ = ["ModelEvaluator", "evaluator_for"]
 
 
 class ModelEvaluator(Protocol):
-    """A fixed set of tasks and documents, for a model that changes between calls."""
+    """A fixed set of tasks and documents, for a model that changes between calls.
+
+    Attributes:
+        batch_size: Tokens in a batch; halved whenever the device runs out of memory, for all later batches.
+    """
+
+    batch_size: BatchSize
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +68,7 @@ class ModelEvaluator(Protocol):
         Raises:
             ConfigError: `0 < share <= 1` does not hold.
             NonFiniteError: A score, an output or a metric is NaN or infinite.
-            OutOfMemoryError: The device has no room for a batch.
+            OutOfMemoryError: The device has no room for the smallest batch.
         """
 
     def within_share(self, share: float) -> Mapping[str, NDArray[np.bool_]]:
@@ -72,13 +79,19 @@ class ModelEvaluator(Protocol):
 
 
 def evaluator_for(
-    loaded: LoadedModel, tasks: Sequence[TaskConfig | DatasetTaskConfig], settings: EvaluationConfig, *, fresh: int = 0
+    loaded: LoadedModel,
+    tasks: Sequence[TaskConfig | DatasetTaskConfig],
+    settings: EvaluationConfig,
+    *,
+    fresh: int = 0,
+    batch_size: BatchSize | None = None,
 ) -> ModelEvaluator:
     """Load and check the tasks. The model must be dense at this time.
 
     Args:
         tasks: All lm-eval tasks, or all dataset tasks.
         fresh: Number of documents per task to draw beyond the limit, instead of those within it; 0 draws those within.
+        batch_size: The batch size of another evaluator, to be shared with it; None makes one from the settings.
 
     Raises:
         TaskError: A task cannot be found, read or scored, or lacks the requested metric.
@@ -96,7 +109,7 @@ def evaluator_for(
             limit=settings.limit,
             fresh=fresh,
             seed=settings.seed,
-            batch_size=settings.batch_size,
+            batch_size=batch_size or settings.batch_size,
             max_length=settings.max_length,
             apply_chat_template=settings.apply_chat_template,
             masked_scoring=settings.masked_scoring,
@@ -114,6 +127,6 @@ def evaluator_for(
         on_datasets,
         limit=settings.limit,
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=batch_size or settings.batch_size,
         max_length=settings.max_length,
     )

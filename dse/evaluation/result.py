@@ -71,10 +71,13 @@ class EvaluationResult:
     Attributes:
         tasks: One result per task, in the requested order.
         seconds: Wall time of the evaluation.
+        batch_tokens: Most tokens in a batch at the end of the evaluation; lower than at its start if memory ran out.
+            None in results of earlier versions.
     """
 
     tasks: tuple[TaskResult, ...]
     seconds: float
+    batch_tokens: int | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -154,6 +157,7 @@ class EvaluationResult:
         """Everything except the outcomes (see `write_outcomes`), as JSON values."""
         return {
             "seconds": self.seconds,
+            "batch_tokens": self.batch_tokens,
             "tasks": [
                 {name: getattr(task, name) for name in _STORED_FIELDS}
                 | {"all_metrics": {name: list(pair) for name, pair in task.all_metrics.items()}}
@@ -180,7 +184,7 @@ class EvaluationResult:
         """
         try:
             tasks = tuple(_task_of_json(task, outcomes or {}, graded or {}) for task in data["tasks"])
-            return cls(tasks, float(data["seconds"]))
+            return cls(tasks, float(data["seconds"]), data.get("batch_tokens"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StudyError(f"a stored evaluation must have every field, but: {error!r}; evaluate it again") from error
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from dse.decomposition import LowRankLinear, StackedLinear, TuckerExperts
-from dse.decomposition.factors import expert_factors_of, factors_of
+from dse.decomposition import TuckerExperts
+from dse.decomposition.factors import applied_factors, expert_factors_of
 from dse.design_point import DesignPoint
 from dse.export.weights import MAX_SHARD_SIZE
 from dse.topology import Topology
@@ -33,15 +33,23 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
     for name, choice in point:
         if choice.is_removal or name in topology.experts_by_name:
             continue
+        factors = applied_factors(model, topology, name)
         for member in topology.tensors_of(name):
             tensor = topology[member]
-            module = model.get_submodule(tensor.module)
-            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - inserted by surgery
+            path, own = tensor.module, factors[tensor.module]
             for part in ("left", "right", "core", "owned.right", "owned.core"):
-                state.pop(f"{tensor.module}.{part}", None)
+                state.pop(f"{path}.{part}.weight", None)
+            if f"{path}.left.bias" in state:
+                state[f"{path}.bias"] = state.pop(f"{path}.left.bias")
             # Double precision, so that each entry is rounded once, to the weight's own dtype.
-            weight = factors_of(module).to("cpu", torch.float64).product().to(module.left.dtype)
-            state[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
+            weight = own.to("cpu", torch.float64).product().to(own.left.dtype)
+            state[f"{path}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
+        norm = topology.stacks_by_name[name].norm if name in topology.stacks_by_name else ""
+        if norm:
+            inside = [key.removeprefix(f"{norm}.") for key in state if key.startswith(f"{norm}.")]
+            parts = {key: state.pop(f"{norm}.{key}") for key in inside}
+            of_norm = {key: tensor for key, tensor in parts.items() if key.startswith("norm.")}
+            state |= {f"{norm}.{key.removeprefix('norm.')}": tensor for key, tensor in of_norm.items()}
     for path in dict.fromkeys(topology.experts_by_name[n].module for n, _ in point if n in topology.experts_by_name):
         state |= _merged_experts(state, topology, path, model.get_submodule(path))
     if point.removed:

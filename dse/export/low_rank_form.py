@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dse.decomposition import LowRankLinear, StackedLinear, TuckerExperts
-from dse.decomposition.block_removal import removal_plan
-from dse.decomposition.factors import factors_of
+from dse.decomposition import LowRankLinear, NormThenFactor, StackedLinear, TuckerExperts
 from dse.design_point import DesignPoint
-from dse.export.modelling_code import MODEL_TYPE_PREFIX, MODELLING_MODULE, modelling_code
+from dse.export.kept_layers import KeptLayers
+from dse.export.modelling_code import MODEL_TYPE_PREFIX, MODELLING_MODULE, body_of, modelling_code
 from dse.export.weights import write_weights
 from dse.topology import Topology
 
@@ -23,7 +21,7 @@ __all__ = ["low_rank_config", "write_low_rank_form"]
 
 def write_low_rank_form(
     model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...], folder: Path
-) -> None:
+) -> dict[str, Tensor]:
     """Write weights, config.json and the modelling file of `model`, to which `point` is applied.
 
     Args:
@@ -32,49 +30,96 @@ def write_low_rank_form(
         point: The applied point.
         auto: Names of the transformers auto classes that load this architecture.
         folder: An existing folder.
+
+    Returns:
+        Every weight of the exported model by its name in the export; layers behind a dropped one have new numbers.
     """
     config = low_rank_config(model, topology, point, auto)
     has_experts = any(name in topology.experts_by_name for name, _ in point)
-    code = modelling_code(type(model), type(model.config), has_experts=has_experts)
+    code = modelling_code(type(model), type(body_of(model)), type(model.config), has_experts=has_experts)
     (folder / f"{MODELLING_MODULE}.py").write_text(code, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_weights(model, folder)
+    kept = KeptLayers.of(topology, point)
+    write_weights(model, folder, renamed=kept.renamed)
+    return {kept.renamed(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def low_rank_config(
     model: PreTrainedModel, topology: Topology, point: DesignPoint, auto: tuple[str, ...]
 ) -> dict[str, Any]:
     """config.json: the architecture's config under a model type of its own, with `low_rank` and `removed` entries."""
-    low_rank: dict[str, dict[str, Any]] = {}
-    for name, choice in point:
-        if choice.is_removal:
-            continue
-        if name in topology.experts_by_name:
-            path = topology.experts_by_name[name].module
-            low_rank[path] = {"experts": _expert_ranks(model.get_submodule(path))}
-            continue
-        paths = topology.matrix(name).modules
-        for path in paths:
-            module = model.get_submodule(path)
-            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - inserted by surgery
-            has_core = factors_of(module).core is not None
-            form = {"rank": module.rank, "core": has_core, "bias": module.bias is not None}
-            low_rank[path] = form | ({"stack": list(paths)} if isinstance(module, StackedLinear) else {})
+    body, kept = body_of(model), KeptLayers.of(topology, point)
+    body_path = "" if body is model else f"{model.base_model_prefix}."
+    inside: dict[str, dict[str, Any]] = {}
+    outside: dict[str, dict[str, Any]] = {}
+    for path, form in _forms(model, topology, point).items():
+        is_inside = path.startswith(body_path)
+        paths = {key: _below(value, body_path, kept) if is_inside else value for key, value in form.items()}
+        (inside if is_inside else outside)[_below(path, body_path, kept) if is_inside else path] = paths
     model_class, config_class = type(model).__name__, type(model.config).__name__
     config: dict[str, Any] = model.config.to_diff_dict()
     config.pop("quantization_config", None)  # the weights are plain floats, whatever file they came from
     if getattr(model, "pooler", 0) is None:  # a body without a pooler, taken from a checkpoint with another head
         config["add_pooling_layer"] = False
     if point.removed:
-        config["removed"] = dataclasses.asdict(removal_plan(topology, point.removed))
-    return config | {
-        "model_type": MODEL_TYPE_PREFIX + type(model.config).model_type,
-        "architectures": [f"LowRank{model_class}"],
-        "auto_map": {"AutoConfig": f"{MODELLING_MODULE}.LowRank{config_class}"}
-        | dict.fromkeys(auto, f"{MODELLING_MODULE}.LowRank{model_class}"),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "low_rank": low_rank,
-    }
+        config |= kept.counted(model.config)
+        config["removed"] = kept.removal(model.config, body_path)
+    if outside:
+        config["low_rank_head"] = outside
+    classes = dict.fromkeys(auto, f"{MODELLING_MODULE}.LowRank{model_class}")
+    if topology.is_decoder:  # an encoder's body may have a pooler that is missing from the file of another head
+        classes.setdefault("AutoModel", f"{MODELLING_MODULE}.LowRank{type(body).__name__}")
+    return (
+        config
+        | _older_rope_settings(model)
+        | {
+            "model_type": MODEL_TYPE_PREFIX + type(model.config).model_type,
+            "architectures": [f"LowRank{model_class}"],
+            "auto_map": {"AutoConfig": f"{MODELLING_MODULE}.LowRank{config_class}"} | classes,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "low_rank": inside,
+        }
+    )
+
+
+def _forms(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> dict[str, dict[str, Any]]:
+    """Path of each replaced module to what the modelling code needs to build its replacement."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, choice in point:
+        if choice.is_removal:
+            continue
+        if name in topology.experts_by_name:
+            path = topology.experts_by_name[name].module
+            found[path] = {"experts": _expert_ranks(model.get_submodule(path))}
+            continue
+        paths = topology.matrix(name).modules
+        norm = topology.stacks_by_name[name].norm if name in topology.stacks_by_name else ""
+        before = model.get_submodule(norm) if norm else None
+        for path in paths:
+            module = model.get_submodule(path)
+            right_owner = module.shared if isinstance(module, StackedLinear) else before or module
+            assert isinstance(module, (LowRankLinear, StackedLinear, nn.Linear))  # noqa: S101 - inserted by surgery
+            has_core = getattr(right_owner, "core", None) is not None
+            found[path] = {"rank": choice.rank, "core": has_core, "bias": module.bias is not None}
+            if name in topology.stacks_by_name:
+                found[path]["stack"] = list(paths)
+            if isinstance(before, NormThenFactor):
+                found[path]["norm"] = norm
+    return found
+
+
+def _below(value: Any, prefix: str, kept: KeptLayers) -> Any:
+    """A path, or list of paths, in the model's body, with the numbers of the layers in the export; else the value."""
+    if isinstance(value, list):
+        return [_below(item, prefix, kept) for item in value]
+    return kept.renamed(value).removeprefix(prefix) if isinstance(value, str) else value
+
+
+def _older_rope_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """`rope_theta` at top level too: transformers 4 does not read it from `rope_parameters`, and uses 10000 silently."""
+    rope = getattr(model.config, "rope_parameters", None)
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    return {} if theta is None else {"rope_theta": theta}
 
 
 def _expert_ranks(module: nn.Module) -> dict[str, list[int]]:

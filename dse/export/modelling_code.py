@@ -19,34 +19,51 @@ from transformers.models.auto import modeling_auto
 
 from dse.errors import ExportError
 
-__all__ = ["MODELLING_MODULE", "MODEL_TYPE_PREFIX", "auto_classes", "modelling_code"]
+__all__ = ["MODELLING_MODULE", "MODEL_TYPE_PREFIX", "auto_classes", "body_of", "modelling_code"]
 
 MODEL_TYPE_PREFIX = "lowrank-"
 MODELLING_MODULE = "modeling_lowrank"
 
 _LIBRARY_IMPORTS = re.compile(r"^\n*(?:from dse\S+ import .+\n)+", re.MULTILINE)
-_EXPERT_MODULE = "dse.decomposition.expert_modules"
-_EXPERT_SECTIONS = re.compile(r"^ *# <experts>\n.*?# </experts>\n", re.MULTILINE | re.DOTALL)
-_EXPERT_MARKS = re.compile(r"^ *# </?experts>\n", re.MULTILINE)
+_EXPERT_MODULES = ("dse.models.plain_attributes", "dse.decomposition.expert_modules")
 
 _GENERAL_CLASSES = ("AutoModelForPreTraining", "AutoModel", "AutoModelForTextEncoding")
 """Auto classes that list a model class beside its task-specific one."""
 
 
-def modelling_code(model_class: type[PreTrainedModel], config_class: type, *, has_experts: bool = False) -> str:
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The base model without its head; the model itself if it has no head."""
+    body = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    return body if isinstance(body, PreTrainedModel) else model
+
+
+def modelling_code(
+    model_class: type[PreTrainedModel],
+    body_class: type[PreTrainedModel],
+    config_class: type,
+    *,
+    has_experts: bool = False,
+) -> str:
     """The modelling file for one architecture: the Llama template with the names of the architecture.
 
     Args:
-        model_class: The base model's class.
+        model_class: The model's class.
+        body_class: The class of the base model without the head; the same for a model without a head.
         config_class: Its config's class.
         has_experts: Whether fused expert tensors are decomposed. Otherwise their code is omitted.
     """
     template = resources.files("dse.export").joinpath("templates", f"{MODELLING_MODULE}.py").read_text(encoding="utf-8")
-    template = (_EXPERT_MARKS if has_experts else _EXPERT_SECTIONS).sub("", template)
+    for section, is_kept in (("experts", has_experts), ("head", model_class is not body_class)):
+        marked = rf"^ *# </?{section}>\n" if is_kept else rf"^ *# <{section}>\n.*?# </{section}>\n"
+        template = re.sub(marked, "", template, flags=re.MULTILINE | re.DOTALL)
     template = _LIBRARY_IMPORTS.sub(lambda match: _library_source(match[0], has_experts), template).rstrip() + "\n"
     names = {
-        "from transformers import LlamaConfig, LlamaForCausalLM": _imports(model_class, config_class),
+        "from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel": _imports(
+            {model_class, body_class, config_class}
+        ),
         "LlamaForCausalLM": model_class.__name__,
+        "LlamaModel": body_class.__name__,
+        "self.model": f"self.{model_class.base_model_prefix}",
         "LlamaConfig": config_class.__name__,
         "lowrank-llama": MODEL_TYPE_PREFIX + config_class.model_type,  # type: ignore[attr-defined]
         "Llama model": f"{model_class.__name__.split('For')[0]} model",
@@ -87,7 +104,7 @@ def auto_classes(model: PreTrainedModel) -> tuple[str, ...]:
 def _library_source(imports: str, has_experts: bool) -> str:
     """The bodies of the modules that the template imports from this package."""
     names = re.findall(r"^from (dse\S+) import", imports, re.MULTILINE)
-    modules = [importlib.import_module(name) for name in names if has_experts or name != _EXPERT_MODULE]
+    modules = [importlib.import_module(name) for name in names if has_experts or name not in _EXPERT_MODULES]
     return "".join(f"\n\n{_body(module)}\n" for module in modules)
 
 
@@ -102,9 +119,9 @@ def _body(module: ModuleType) -> str:
     return "\n".join(source.splitlines()[header:]).strip()
 
 
-def _imports(model_class: type, config_class: type) -> str:
-    lines = []
-    for cls in sorted((model_class, config_class), key=lambda cls: cls.__name__):
+def _imports(classes: set[type]) -> str:
+    by_home: dict[str, list[str]] = {}
+    for cls in classes:
         home = "transformers" if getattr(transformers, cls.__name__, None) is cls else cls.__module__
-        lines.append(f"from {home} import {cls.__name__}")
-    return "\n".join(lines)
+        by_home.setdefault(home, []).append(cls.__name__)
+    return "\n".join(f"from {home} import {', '.join(sorted(names))}" for home, names in sorted(by_home.items()))

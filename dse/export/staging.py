@@ -145,8 +145,7 @@ def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> St
                 state = merged_state(loaded.model, loaded.topology, request.point)
                 write_dense_form(loaded.model, state, folder)
             else:
-                state = dict(loaded.model.state_dict())
-                write_low_rank_form(loaded.model, loaded.topology, request.point, auto, folder)
+                state = write_low_rank_form(loaded.model, loaded.topology, request.point, auto, folder)
             _write_companions(loaded, folder)
             expectation = write_expectation(loaded, state, auto[0], expected, is_plain=request.is_dense)
     return StagedExport(request, folder, expectation, auto[0], dense_bytes, created)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -46,13 +46,24 @@ def model_bytes(model: PreTrainedModel) -> int:
     return sum(state[name].numel() * state[name].element_size() for name in stored_names(model))
 
 
-def write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+def write_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    renamed: Callable[[str], str] = str,
+) -> None:
     """Write the current weights of `model` to `model.safetensors`, or to shards with an index.
 
     Weights are named after the modules, whatever their names were in the source file.
+
+    Args:
+        model: The model.
+        folder: An existing folder.
+        max_shard_size: Largest size of a file, such as "2GB".
+        renamed: Name of a weight in the model to its name in the file.
     """
     state = model.state_dict()
-    stored = {name: state[name] for name in stored_names(model)}
+    stored = {renamed(name): state[name] for name in stored_names(model)}
     split = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

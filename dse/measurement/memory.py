@@ -106,11 +106,21 @@ def _phases(workload: Workload) -> tuple[Callable[[], None], ...]:
     return (lambda: workload.prefill(generation), lambda: workload.decode(generation))
 
 
-def _cuda_rises(workload: Workload) -> list[int]:
-    devices = workload.devices
+def _warm_up(workload: Workload) -> None:
+    """Run every phase once, and free its generation.
+
+    A function of its own: a loop variable of the caller would keep the last phase, and with it the key-value cache,
+    which would then count as memory that was there before.
+    """
     for phase in _phases(workload):
         phase()
+    del phase
     gc.collect()
+
+
+def _cuda_rises(workload: Workload) -> list[int]:
+    devices = workload.devices
+    _warm_up(workload)
     synchronize(devices)
     before = [torch.cuda.memory_allocated(device) for device in devices]
     rises = []
@@ -137,13 +147,12 @@ def _cpu_rises(workload: Workload) -> list[int]:
     def rises() -> list[int]:
         # The first pass touches mapped weights and allocates library buffers, which are not activations.
         with out_of_memory_errors("measuring memory"):
-            for phase in _phases(workload):
-                phase()
-            gc.collect()
+            _warm_up(workload)
             _return_free_memory()
             before_bytes = _status_bytes("VmRSS")
             found = []
             for phase in _phases(workload):
+                _return_free_memory()  # activations of prefill would count as memory of decode
                 # "5" resets the high-water mark to the current resident set (proc(5)).
                 (_PROCESS / "clear_refs").write_text("5")
                 phase()

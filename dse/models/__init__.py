@@ -11,5 +11,5 @@ from dse.models.load import LoadedModel as LoadedModel
 from dse.models.load import load_model as load_model
 from dse.models.load import load_topology as load_topology
 from dse.models.model_topology import topology_of as topology_of
-from dse.models.removed_modules import PassedLayer as PassedLayer
+from dse.models.passed_layer import PassedLayer as PassedLayer
 from dse.models.removed_modules import RemovedBlock as RemovedBlock

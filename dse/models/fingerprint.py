@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dse.models.checkpoint import Checkpoint
+
 __all__ = ["model_fingerprint"]
 
 _CHUNK_BYTES = 8 * 2**20
@@ -26,26 +28,26 @@ _IGNORED_CONFIG_KEYS = frozenset(
 )
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> str:
     """Sixteen hexadecimal digits that change when a weight, a persistent buffer or the architecture changes.
 
     Independent of the device, the file format and the number of threads; tied weights are read once. Tensors are copied
     to the CPU one chunk at a time, so a model on a GPU needs no second copy.
 
     Args:
-        model: Any Hugging Face model with its weights (not on the meta device).
+        model: Any Hugging Face model.
+        checkpoint: The files that hold its weights, if they are not in memory; read one by one.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED_CONFIG_KEYS}
     whole = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    tensors = list(_named_tensors(model))
+    tensors = dict(_named_tensors(model))
+    source = tensors.items() if checkpoint is None else checkpoint.read(tensors)
     # sha256 releases the GIL on large inputs, so threads use several cores.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        chunks = [chunk for _, tensor in tensors for chunk in _chunks(tensor)]
-        digests = pool.map(_digest, chunks)
-        for name, tensor in tensors:
+        for name, tensor in source:
             whole.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-            for _ in _chunks(tensor):
-                whole.update(next(digests))
+            for digest in pool.map(_digest, _chunks(tensor)):
+                whole.update(digest)
     return whole.hexdigest()[:16]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dse.topology import DecomposableTensor, TensorStack
+from dse.topology import DecomposableTensor, RemovableBlock, TensorStack
 
 __all__ = ["STACK_ROLES", "find_stacks", "run_skeleton", "skeleton_of"]
 
@@ -19,44 +20,84 @@ STACK_ROLES = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate",
 _PROBE_TOKENS = 3
 
 
-def find_stacks(model: nn.Module, tensors: Iterable[DecomposableTensor]) -> tuple[TensorStack, ...]:
+_READS_WIDTH = re.compile(r"hidden_states\.(size\(-1\)|size\(2\)|shape\[-1\]|shape\[2\])")
+"""Code of a block that depends on the width of its input, which a factor in front of the block changes."""
+
+
+def find_stacks(
+    model: nn.Module, tensors: Iterable[DecomposableTensor], blocks: Iterable[RemovableBlock] = ()
+) -> tuple[TensorStack, ...]:
     """The stacks of every layer whose members are separate linear modules that receive the same tensor.
 
     Args:
         model: The model, on any device, including meta.
         tensors: The decomposable tensors inside its layers.
+        blocks: The removable blocks; they name the norm in front of each block.
     """
+    norms = {block.module: block.input_norm for block in blocks}
     by_layer: dict[int, dict[str, DecomposableTensor]] = {}
     for tensor in tensors:
         if tensor.layer is not None:
             by_layer.setdefault(tensor.layer, {})[tensor.role] = tensor
-    return tuple(
-        TensorStack(f"layers.{layer}.{role}", layer, role, tuple(by_role[r] for r in members))
-        for layer, by_role in by_layer.items()
-        for role, members in STACK_ROLES.items()
-        if role not in by_role
-        and all(r in by_role for r in members)
-        and _read_the_same(model, [by_role[r] for r in members])
-    )
+    stacks = []
+    for layer, by_role in by_layer.items():
+        for role, names in STACK_ROLES.items():
+            if role in by_role or not all(name in by_role for name in names):
+                continue
+            members = tuple(by_role[name] for name in names)
+            reads = _reads(model, members)
+            if reads is not None:
+                norm = norms.get(members[0].module.rpartition(".")[0], "") if reads == "input alone" else ""
+                stacks.append(TensorStack(f"layers.{layer}.{role}", layer, role, members, norm))
+    return tuple(stacks)
 
 
-def _read_the_same(model: nn.Module, members: list[DecomposableTensor]) -> bool:
+def _reads(model: nn.Module, members: Sequence[DecomposableTensor]) -> str | None:
+    """`input alone` if the members are the only readers of their block's input; `same` if they read one tensor.
+
+    None if they do not read the same tensor.
+    """
     parents = {member.module.rpartition(".")[0] for member in members}
     if len(parents) > 1 or any(member.kind != "linear" for member in members):
-        return False
+        return None
     parent = model.get_submodule(parents.pop())
     names = [member.module.rpartition(".")[2] for member in members]
+    seen, hidden, others = _run_with_readers(parent, names, members[0].in_features)
+    if not all(len(tensors) == 1 and tensors[0] is seen[0][0] for tensors in seen):
+        return None
+    # A factor in front of the block changes the width of its input. The block must not notice.
+    narrow, given, _ = _run_with_readers(parent, names, members[0].in_features // 2 + 1)
+    is_alone = seen[0][0] is hidden and not any(tensor is hidden for tensor in others)
+    is_narrow = all(len(tensors) == 1 and tensors[0] is given for tensors in narrow)
+    return "input alone" if is_alone and is_narrow and not _READS_WIDTH.search(_source_of(parent)) else "same"
+
+
+def _source_of(module: nn.Module) -> str:
+    try:
+        return inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return "hidden_states.size(-1)"  # unknown code may depend on the width
+
+
+def _run_with_readers(
+    parent: nn.Module, names: Sequence[str], width: int
+) -> tuple[list[list[Tensor]], Tensor, list[Tensor]]:
+    """Run a block on a random input of this width.
+
+    Returns:
+        The tensors that each named child received, the input, and those that other children with matrices received.
+    """
     stubs = {
         name: _Reader(_out_features(child))
         for name, child in parent.named_children()
         if any(p.ndim >= 2 for p in child.parameters())
     }
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, _PROBE_TOKENS, members[0].in_features, generator=generator)
+    hidden = torch.randn(1, _PROBE_TOKENS, width, generator=generator)
     # Attention fails for lack of positions, but only after its first products, whose inputs are recorded by then.
     run_skeleton(skeleton_of(parent, stubs, generator), hidden)
-    seen = [stubs[name].seen for name in names]
-    return all(len(tensors) == 1 and tensors[0] is seen[0][0] for tensors in seen)
+    others = [tensor for name, stub in stubs.items() if name not in names for tensor in stub.seen]
+    return [stubs[name].seen for name in names], hidden, others
 
 
 def _out_features(module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dse.errors import ModelError, did_you_mean
+from dse.models.checkpoint import Checkpoint, model_without_weights, open_checkpoint
 from dse.models.fingerprint import model_fingerprint
 from dse.models.heads import Head, checkpoint_has_head, head_of, model_factory
 from dse.models.model_source import ModelSource, read_sentence_files, resolve
@@ -26,6 +28,8 @@ from dse.models.transformers_patches import (
 from dse.topology import Topology
 
 __all__ = ["DTYPES", "LoadedModel", "load_model", "load_topology"]
+
+logger = logging.getLogger("dse")
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The supported dtypes. "auto" is not one of them: a trial must not depend on how a checkpoint was saved."""
@@ -44,6 +48,7 @@ class LoadedModel:
         device: Device of its weights.
         dtype: Dtype of its weights.
         sentence_files: Contents of sentence-transformers' files beside the weights, by path; for models without a head.
+        checkpoint: The files that hold the weights, if the model was loaded without them; None if they are in memory.
     """
 
     ref: str
@@ -54,6 +59,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     sentence_files: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
     _versions: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +84,20 @@ class LoadedModel:
             )
         if _in_place_changes(self.model) != self._versions:
             raise ModelError("the fingerprint must be computed on the model as loaded, but its weights were changed")
-        return model_fingerprint(self.model)
+        return model_fingerprint(self.model, self.checkpoint)
+
+    def read_weights(self) -> None:
+        """Read every weight that is still on disk into the memory of `device`, one by one.
+
+        Raises:
+            ModelError: The device has no room for them.
+        """
+        if self.checkpoint is None:
+            return
+        with _memory_errors(self.device, self.ref):
+            self.checkpoint.load(self.model, self.device)
+        self.checkpoint = None
+        self._versions = _in_place_changes(self.model)
 
 
 def load_model(
@@ -90,6 +109,7 @@ def load_model(
     trust_remote_code: bool = False,
     role_names: Mapping[str, str] | None = None,
     head: Head | None = None,
+    weights_on_disk: bool = False,
 ) -> LoadedModel:
     """Load a model with its tokenizer and topology.
 
@@ -101,6 +121,8 @@ def load_model(
         trust_remote_code: Whether Python code that comes with the model may run.
         role_names: Module-path suffix to role, for architectures that the built-in rules do not cover.
         head: The required head; None for the head named in the checkpoint's config.
+        weights_on_disk: Leave the weights in the checkpoint's files, to be read layer by layer (`LoadedModel
+            .checkpoint`). A checkpoint that does not allow it, such as a GGUF file, is loaded into memory.
 
     Raises:
         ModelError: The model cannot be loaded from `ref`, or not in this dtype or on this device, or lacks the head.
@@ -113,14 +135,18 @@ def load_model(
     with quiet_transformers(), shared_gguf_reader():
         config = _config(ref, source, trust_remote_code)
         _refuse_quantized(ref, source, config)
-        model = _weights(ref, source, config, torch_dtype, trust_remote_code, head)
+        model, checkpoint = None, None
+        if weights_on_disk:
+            model, checkpoint = _without_weights(ref, source, config, torch_dtype, trust_remote_code, head)
+        if model is None:
+            model = _weights(ref, source, config, torch_dtype, trust_remote_code, head)
         tokenizer = _tokenizer(ref, source, trust_remote_code)
         sentence_files = read_sentence_files(source) if head_of(type(model)) == "embedding" else {}
         topology = topology_of(model, role_names)
         model = _to_device(model, torch_device, ref)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
-    return LoadedModel(ref, revision, model, tokenizer, topology, torch_device, torch_dtype, sentence_files)
+    return LoadedModel(ref, revision, model, tokenizer, topology, torch_device, torch_dtype, sentence_files, checkpoint)
 
 
 def load_topology(
@@ -240,6 +266,27 @@ def _weights(
     return model
 
 
+def _without_weights(
+    ref: str,
+    source: ModelSource,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    head: Head | None,
+) -> tuple[PreTrainedModel | None, Checkpoint | None]:
+    """The model without weights and the files that hold them; nothing if they cannot be read one by one."""
+    _refuse_other_head(ref, config, head)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return None, None
+    with _load_errors(ref):
+        model = model_without_weights(model_factory(config, trust_remote_code, head), config, dtype)
+        checkpoint = open_checkpoint(source, model, dtype)
+    if checkpoint is None:
+        logger.info("the weights of %s cannot be read layer by layer; they are loaded into memory", ref)
+        return None, None
+    return model, checkpoint
+
+
 def _refuse_other_head(ref: str, config: PreTrainedConfig, head: Head | None) -> None:
     """Refuse a checkpoint that was saved with another head: the requested head would be random."""
     if head in ("classification", "question_answering") and not checkpoint_has_head(config, head):
@@ -258,13 +305,20 @@ def _tokenizer(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTra
 
 
 def _to_device(model: PreTrainedModel, device: torch.device, ref: str) -> PreTrainedModel:
+    with _memory_errors(device, ref):
+        # Weights that are still on disk are on the meta device and stay there.
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+    return model
+
+
+@contextlib.contextmanager
+def _memory_errors(device: torch.device, ref: str) -> Iterator[None]:
     try:
-        model.to(device)  # type: ignore[arg-type]
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
-            f"the device {device} must have memory for '{ref}', but is full; use a smaller dtype"
+            f"the device {device} must have memory for '{ref}', but is full; use a smaller dtype, or set `residency`"
         ) from error
-    return model
 
 
 def _missing_weights(ref: str, source: ModelSource) -> ModelError:

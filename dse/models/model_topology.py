@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
 from dse.models.fused_experts import find_experts
 from dse.models.layer_skeleton import find_stacks
+from dse.models.passed_layer import PassedLayer
 from dse.models.removable_blocks import find_blocks
-from dse.models.removed_modules import PassedLayer
 from dse.models.roles import ROLE_ORDER, check_role_names, role_of, suffix_match
 from dse.models.sizes import (
     attention_widths,
@@ -92,7 +92,7 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
         unmapped=tuple(path for path in unmapped if path not in expert_modules),
         blocks=removable,
         blocks_refused=refused,
-        stacks=find_stacks(model, inside),
+        stacks=find_stacks(model, inside, removable),
         experts=experts,
         experts_refused=experts_refused,
     )
@@ -114,6 +114,8 @@ def _repeated_block(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     _, path, blocks = max(found, key=lambda entry: entry[0])
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", len(blocks))
+    if getattr(model.config, "removed", None):  # an export of dse, whose config counts the remaining attention blocks
+        expected = len(blocks)
     if len({id(block) for block in blocks}) < len(blocks) or expected != len(blocks):
         raise UnknownArchitectureError(
             f"every layer must have weights of its own, but {type(model).__name__} runs {expected} layers over"

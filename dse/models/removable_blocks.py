@@ -37,10 +37,14 @@ _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 @dataclass(frozen=True)
 class _Verified:
-    """A layer whose blocks can be removed: the return form of each block, and the norms that belong to it alone."""
+    """A layer whose blocks can be removed: the return form of each block, and the norms that belong to it alone.
+
+    `input_norms` holds the norm before each block, if exactly one module feeds only this block.
+    """
 
     returned_items: Mapping[str, int]
     norms: Mapping[str, tuple[str, ...]]
+    input_norms: Mapping[str, str]
     layer_returned_items: int
 
 
@@ -160,6 +164,7 @@ def _layer_blocks(
             layer_module=path,
             tensors=tuple(tensor.name for tensor in inside),
             norms=tuple(f"{path}.{norm}" for norm in verified.norms[name]),
+            input_norm=f"{path}.{verified.input_norms[name]}" if name in verified.input_norms else "",
             parameters=sum(p.numel() for part in parts for p in part.parameters()),
             matmul_parameters=sum(t.parameters for t in inside)
             + sum(n for _, n in matmul_entries(model, f"{path}.{name}", heavy[name], {t.module for t in inside})),
@@ -212,16 +217,18 @@ def _verify(layer: nn.Module, heavy: tuple[str, ...], width: int) -> _Verified:
     for forms in itertools.product(_RETURNED_ITEMS, repeat=len(heavy)):
         stubs = {name: _Recorder(items) for name, items in zip(heavy, forms, strict=True)}
         skeleton = skeleton_of(layer, stubs, generator)
-        norms = _norms_by_block(skeleton, stubs, hidden)
-        if norms is None:
+        around = _norms_by_block(skeleton, stubs, hidden)
+        if around is None:
             continue
+        norms = {block: (*before, *behind) for block, (before, behind) in around.items()}
         for name in itertools.chain.from_iterable(norms.values()):
             skeleton._modules[name] = nn.Identity()
         output = run_skeleton(skeleton, hidden)
         items = len(output) if isinstance(output, tuple) else 1
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, Tensor) and value.shape == hidden.shape and torch.equal(value, hidden):
-            return _Verified(dict(zip(heavy, forms, strict=True)), norms, items)
+            inputs = {block: before[0] for block, (before, _) in around.items() if len(before) == 1}
+            return _Verified(dict(zip(heavy, forms, strict=True)), norms, inputs, items)
     raise _Unverified(
         f"a layer of {type(layer).__name__} does not return its input when its blocks return zero (it normalises or"
         " scales the sum, or adds the residual inside a block)"
@@ -245,8 +252,8 @@ class _Recorder(RemovedBlock):
 
 def _norms_by_block(
     skeleton: nn.Module, stubs: Mapping[str, _Recorder], hidden: Tensor
-) -> dict[str, tuple[str, ...]] | None:
-    """Block to the sibling modules that feed only it or that read only its output; None if the layer cannot be run."""
+) -> dict[str, tuple[list[str], list[str]]] | None:
+    """Block to the sibling modules that feed only it, and those that read its output; None if the layer cannot run."""
     read: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
 
@@ -269,5 +276,5 @@ def _norms_by_block(
             if any(output is seen for seen in stub.seen) and not any(output is seen for seen in others)
         ]
         behind = [name for name, value in read.items() if any(value is given for given in stub.given)]
-        norms[block] = (*before, *behind)
+        norms[block] = (before, behind)
     return norms

@@ -1,15 +1,16 @@
-"""Modules that replace removed blocks and layers; they compute almost nothing.
+"""Modules for models with removed blocks: the block that returns zero, and the list of layers of an export.
 
 Exports copy this file's classes into their modelling file (`dse.export.modelling_code`), so it imports torch only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["PassedLayer", "RemovedBlock", "copy_plain_attributes"]
+__all__ = ["LayerGroup", "LayerList", "RemovedBlock"]
 
 
 class RemovedBlock(nn.Module):
@@ -36,27 +37,46 @@ class RemovedBlock(nn.Module):
         return f"returned_items={self.returned_items}"
 
 
-class PassedLayer(nn.Module):
-    """Replaces a layer whose attention and MLP are both removed: returns its input.
+class LayerGroup:
+    """Layers that the model's loop runs as one: layers without attention, and the layer with attention behind them.
 
     Args:
-        dense: The layer it replaces. Its plain attributes are copied, because the model may read some of them (such as
-            the kind of attention).
-        returned_items: 1 if the layer returns a tensor; n if it returns a tuple of n.
+        layers: The layers, in order.
     """
 
-    def __init__(self, dense: nn.Module, returned_items: int) -> None:
-        super().__init__()
-        copy_plain_attributes(dense, self)
-        self.returned_items = returned_items
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
 
-    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor | tuple[Tensor | None, ...]:
-        """Return the hidden states unchanged, shape (..., width)."""
-        return hidden_states if self.returned_items == 1 else (hidden_states, *[None] * (self.returned_items - 1))
+    def __call__(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """Run the layers one after another with the same arguments; returns what the last one returns."""
+        output: Any = hidden_states
+        for layer in self.layers:
+            output = layer(output[0] if isinstance(output, tuple) else output, *arguments, **keywords)
+        return output
 
 
-def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Copy the public attributes of `source` that are strings, numbers or booleans to `target`."""
-    for name, value in vars(source).items():
-        if not name.startswith("_") and isinstance(value, (str, int, float, bool)):
-            setattr(target, name, value)
+class LayerList(nn.ModuleList):
+    """The layers of a model in which some have no attention.
+
+    The config counts the attention blocks that are left: that many KV caches exist, and that many kinds of attention
+    are listed. A model's loop runs over `layers[:config.num_hidden_layers]` and numbers what it gets. So a slice counts
+    groups of layers with one attention block each, and all layers together still run.
+
+    Args:
+        layers: The layers.
+        groups: Number of layers in each group.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], groups: Sequence[int]) -> None:
+        super().__init__(layers)
+        self.groups = tuple(groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One layer for a number; for a slice, that slice of the groups."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        layers, found = list(self), []
+        for size in self.groups:
+            found.append(layers[0] if size == 1 else LayerGroup(layers[:size]))
+            del layers[:size]
+        return found[index]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dse.pareto.choice import Candidates, PointChoice, choose_point
 from dse.pareto.dominance import non_dominated
-from dse.pareto.hypervolume import hypervolume, normalised_hypervolume
+from dse.pareto.hypervolume import GrowingHypervolume, hypervolume, normalised_hypervolume
 from dse.pareto.knee import knee_distances, knee_index
 from dse.pareto.objective import (
     OBJECTIVES,
     REDUCTION,
     Objective,
     directions_of,
+    ideal_point,
     objective_named,
     objectives_named,
     reference_point,
@@ -22,12 +23,14 @@ __all__ = [
     "OBJECTIVES",
     "REDUCTION",
     "Candidates",
+    "GrowingHypervolume",
     "Objective",
     "PointChoice",
     "advantage_within_noise",
     "choose_point",
     "directions_of",
     "hypervolume",
+    "ideal_point",
     "knee_distances",
     "knee_index",
     "non_dominated",

@@ -11,7 +11,7 @@ from dse.errors import ConfigError
 from dse.pareto.dominance import FloatArray, minimised, non_dominated
 from dse.pareto.objective import signs
 
-__all__ = ["hypervolume", "normalised_hypervolume"]
+__all__ = ["GrowingHypervolume", "hypervolume", "normalised_hypervolume"]
 
 
 def hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, directions: Sequence[str]) -> float:
@@ -68,6 +68,38 @@ def normalised_hypervolume(values: npt.ArrayLike, reference: npt.ArrayLike, idea
         )
     gains = np.minimum((corner - points) / (corner - best), 1.0)  # np.minimum propagates NaN
     return min(1.0, max(0.0, _volume(_inside(gains))))
+
+
+class GrowingHypervolume:
+    """The normalised hypervolume of points that arrive one at a time.
+
+    Adding a point costs what the part that it adds costs, not the volume of all points: only the front is kept, clipped
+    to the box of the new point.
+
+    Args:
+        reference: Shape (k,), finite.
+        ideal: Shape (k,), finite, different from the reference in every column.
+
+    Raises:
+        ConfigError: Reference and ideal are not finite or are equal in a column.
+    """
+
+    def __init__(self, reference: npt.ArrayLike, ideal: npt.ArrayLike) -> None:
+        normalised_hypervolume(np.empty((0, np.size(reference))), reference, ideal)  # checks both
+        self._corner = np.asarray(reference, dtype=np.float64)
+        self._span = self._corner - np.asarray(ideal, dtype=np.float64)
+        self._front = np.empty((0, self._corner.size))
+        self.value = 0.0
+
+    def add(self, values: npt.ArrayLike) -> float:
+        """Add a point, shape (k,), and return the volume that it adds; 0 for a point with a NaN."""
+        gain = np.minimum((self._corner - np.asarray(values, dtype=np.float64)) / self._span, 1.0)
+        if not (gain > 0).all() or (self._front >= gain).all(axis=1).any():
+            return 0.0
+        added = max(0.0, float(np.prod(gain)) - _volume(np.minimum(self._front, gain)))
+        self._front = np.vstack([self._front[~(self._front <= gain).all(axis=1)], gain])
+        self.value = min(1.0, self.value + added)
+        return added
 
 
 def _vector(values: npt.ArrayLike, length: int, what: str) -> FloatArray:

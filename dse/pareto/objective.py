@@ -19,6 +19,7 @@ __all__ = [
     "Direction",
     "Objective",
     "directions_of",
+    "ideal_point",
     "objective_named",
     "objectives_named",
     "reference_point",
@@ -35,16 +36,17 @@ class Objective:
 
     Attributes:
         name: Column of the trials table, such as `decode_latency_s`.
-        unit: Unit of that column: "s", "J", "B" (bytes), "fraction", "percent" (a fraction shown in percent), "nats",
+        unit: Unit of that column: "s", "J", "tokens/s", "B" (bytes), "fraction", "percent" (a fraction shown in percent), "nats",
             "count", or "" for a dimensionless number.
         direction: Whether smaller or larger is better.
         label: Axis label and column title.
         dense_reference_factor: The hypervolume reference is this factor times the dense model's value. A point worse
             than the reference adds nothing to the hypervolume.
         ideal: The best possible value; it normalises the hypervolume.
-        is_cost: Whether a lower ratio to dense is a saving (not so for accuracy, perplexity and graded metrics).
+        is_cost: Whether a better ratio to dense is a saving (not so for accuracy, perplexity and graded metrics).
         fixed_reference: The hypervolume reference itself; for objectives whose dense value is the ideal, so that no
             multiple of it can serve.
+        ideal_reference_factor: The ideal as a multiple of the hypervolume reference; for objectives without a bound.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Objective:
     ideal: float = 0.0
     is_cost: bool = True
     fixed_reference: float | None = None
+    ideal_reference_factor: float | None = None
 
     @property
     def is_fraction(self) -> bool:
@@ -65,6 +68,10 @@ class Objective:
     def is_difference(self) -> bool:
         """Whether a change is reported as a difference (fractions, log-likelihoods) instead of a ratio."""
         return self.unit in ("fraction", "nats")
+
+    def ideal_for(self, reference: float) -> float:
+        """The ideal that belongs to this hypervolume reference."""
+        return self.ideal if self.ideal_reference_factor is None else self.ideal_reference_factor * reference
 
     @property
     def sign(self) -> float:
@@ -88,6 +95,14 @@ _ALL = (
     Objective("decode_latency_s", "s", "minimize", "Decode latency", 1.5),
     Objective("prefill_energy_j", "J", "minimize", "Prefill energy", 1.5),
     Objective("energy_per_token_j", "J", "minimize", "Energy per token", 1.5),
+    Objective("ttft_s", "s", "minimize", "Time to first token", 1.5),
+    Objective("tpot_s", "s", "minimize", "Time per output token", 1.5),
+    # Throughput has no upper bound: six times the reference is four times dense.
+    Objective(
+        "throughput_tokens_s", "tokens/s", "maximize", "Throughput", 1 / 1.5, ideal=math.inf, ideal_reference_factor=6.0
+    ),
+    Objective("request_energy_j", "J", "minimize", "Energy per request", 1.5),
+    Objective("output_token_energy_j", "J", "minimize", "Serving energy per output token", 1.5),
     Objective("parameters", "count", "minimize", "Parameters", 1.1),
     Objective("weight_bytes", "B", "minimize", "Weight size", 1.1),
     Objective("peak_memory_bytes", "B", "minimize", "Peak memory", 1.5),
@@ -132,6 +147,11 @@ def directions_of(objectives: Sequence[Objective]) -> tuple[Direction, ...]:
     return tuple(entry.direction for entry in objectives)
 
 
+def ideal_point(objectives: Sequence[Objective], reference: Sequence[float]) -> list[float]:
+    """The best possible value of each objective, given the hypervolume reference in the same order."""
+    return [entry.ideal_for(value) for entry, value in zip(objectives, reference, strict=True)]
+
+
 def signs(directions: Sequence[str]) -> npt.NDArray[np.float64]:
     """+1 for "minimize" and -1 for "maximize", shape (k,): `values * signs` is minimised.
 
@@ -148,7 +168,7 @@ def reference_value(objective: Objective, dense_value: float) -> float:
     """Coordinate of the hypervolume reference point, from the dense model's value in the same unit.
 
     0 for accuracy and choice probability; 1.1 x dense for parameters and weight bytes; 1.5 x dense for latency, energy
-    and memory; 10 x dense for perplexity; 3 x dense for the target log-likelihood; ln 10 for the KL divergence, which
+    and memory; dense / 1.5 for throughput; 10 x dense for perplexity; 3 x dense for the target log-likelihood; ln 10 for the KL divergence, which
     is 0 for the dense model.
 
     Raises:
@@ -162,9 +182,9 @@ def reference_value(objective: Objective, dense_value: float) -> float:
     reference = objective.dense_reference_factor * float(dense_value)
     if objective.fixed_reference is not None:
         reference = objective.fixed_reference
-    if (reference - objective.ideal) * objective.sign <= 0:
+    if (reference - objective.ideal_for(reference)) * objective.sign <= 0:
         raise ConfigError(
-            f"the reference of {objective.name} must be worse than its ideal {objective.ideal:g}, but the dense value"
+            f"the reference of {objective.name} must be worse than its ideal {objective.ideal_for(reference):g}, but the dense value"
             f" {dense_value:g} gives {reference:g}; check the measurement of the dense model"
         )
     return reference

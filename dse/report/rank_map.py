@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ __all__ = [
     "placed_choices",
     "rank_map_of",
     "rank_map_text",
+    "reduction_of",
     "shape_of",
 ]
 
@@ -86,6 +88,25 @@ def _parameter_ratio(layer: int, roles: Sequence[str], choice: TensorChoice, sha
     rows, columns = sum(size[0] for size in found), found[0][1]
     tensor = DecomposableTensor("part", "part", None, "part", rows, columns)
     return factor_parameters(tensor, choice) / tensor.parameters
+
+
+def reduction_of(point: DesignPoint, shape: ModelShape, parameters_dense: float | None) -> float | None:
+    """Fraction of all parameters that a point removes, from the model's layout; None if a size is unknown.
+
+    Args:
+        point: The point.
+        shape: Layout of the model.
+        parameters_dense: Parameters of the dense model; None if unknown.
+    """
+    sizes = shape.get("sizes", {})
+    removed = 0.0
+    for (layer, role), placed in placed_choices(point, shape).items():
+        name = role if layer == OUTSIDE_LAYERS else f"layers.{layer}.{role}"
+        size = sizes.get(name) or sizes.get(role)
+        if size is None or placed.parameter_ratio is None:
+            return None
+        removed += math.prod(size) * (1.0 - placed.parameter_ratio)
+    return removed / parameters_dense if parameters_dense else None
 
 
 def rank_map_of(point: DesignPoint, shape: ModelShape) -> dict[int, dict[str, str]]:

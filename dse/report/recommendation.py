@@ -215,7 +215,10 @@ def _cost_ratios(row: pd.Series, dense: pd.Series, costs: Sequence[Objective]) -
         if ratio is None or ratio[0] <= 0:
             return None
         mark = "predicted " if is_predicted(row, objective.name) else ""
-        ratios.append((mark + objective.label.lower(), ratio[0]))
+        if objective.direction == "maximize":  # a higher throughput is a lower cost
+            ratios.append((f"{mark}inverse {objective.label.lower()}", 1 / ratio[0]))
+        else:
+            ratios.append((mark + objective.label.lower(), ratio[0]))
     return tuple(ratios)
 
 

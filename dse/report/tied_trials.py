@@ -44,7 +44,7 @@ def mark_ties(
     """
     require_columns(marked, ("trial", "on_front"))
     order = np.argsort(marked["trial"].to_numpy(), kind="stable")
-    rows = [marked.iloc[position] for position in order]
+    rows = marked.iloc[order].to_dict(orient="records")  # cells of a dict are read much faster than those of a Series
     dense = dense_row(marked)
     # Costs first: the paired test reads files.
     ordered = sorted(objectives, key=lambda objective: not objective.is_cost)

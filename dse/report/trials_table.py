@@ -12,7 +12,7 @@ import pandas as pd
 from dse.errors import ConfigError, did_you_mean
 from dse.pareto.dominance import FloatArray, non_dominated
 from dse.pareto.hypervolume import normalised_hypervolume
-from dse.pareto.objective import Objective, directions_of
+from dse.pareto.objective import Objective, directions_of, ideal_point
 
 __all__ = [
     "change",
@@ -171,4 +171,4 @@ def front_hypervolume(trials: pd.DataFrame, objectives: Sequence[Objective], ref
         if objective.name not in reference:
             raise ConfigError(f"the hypervolume reference must name every objective, but lacks {objective.name!r}")
     corner = [reference[objective.name] for objective in objectives]
-    return normalised_hypervolume(objective_matrix(trials, objectives), corner, [entry.ideal for entry in objectives])
+    return normalised_hypervolume(objective_matrix(trials, objectives), corner, ideal_point(objectives, corner))

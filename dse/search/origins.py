@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dse.errors import InvalidMeasurementError
-from dse.pareto import Objective, normalised_hypervolume
+from dse.pareto import Objective, ideal_point, normalised_hypervolume
 from dse.trial_record import EVALUATED_STATES, TrialRecord, objective_values
 
 __all__ = ["Ledger", "OriginShare", "choose_proposer", "credited_origins", "origin_shares", "selection_probabilities"]
@@ -85,7 +85,7 @@ class Ledger:
         except InvalidMeasurementError:
             return 0.0
         corner = [self.reference[objective.name] for objective in self.objectives]
-        ideal = [objective.ideal for objective in self.objectives]
+        ideal = ideal_point(self.objectives, corner)
         before, self._volume = self._volume, normalised_hypervolume(np.array(self._values), corner, ideal)
         return max(0.0, self._volume - before)
 

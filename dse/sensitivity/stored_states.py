@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dse.decomposition.activation_grams import StopForward
-from dse.topology import Topology
+from dse.models.layer_paths import layer_modules as layer_modules
 
 __all__ = ["StoredStates", "full_pass", "layer_modules"]
 
@@ -98,16 +98,6 @@ class StoredStates:
         finally:
             handle.remove()
         return _cloned(seen[0])
-
-
-def layer_modules(model: nn.Module, topology: Topology) -> list[nn.Module]:
-    """The layers of a model in order, found through the modules of their tensors."""
-    found: dict[int, nn.Module] = {}
-    for tensor in topology.tensors:
-        if tensor.layer is not None and tensor.layer not in found:
-            head, _, _ = f".{tensor.module}.".partition(f".{tensor.layer}.")
-            found[tensor.layer] = model.get_submodule(f"{head[1:]}.{tensor.layer}")
-    return [found[layer] for layer in sorted(found)]
 
 
 def full_pass(model: PreTrainedModel, token_ids: Tensor) -> Tensor:

@@ -48,25 +48,23 @@ class FinalEvaluator:
 
 
 def reevaluate_front(
-    final: FinalEvaluator,
+    evaluate: Callable[[TrialRecord], EvaluationResult],
     baseline: TrialRecord,
     front: Callable[[], Sequence[TrialRecord]],
     found: Mapping[str, Any],
     keep: Callable[[dict[str, Any]], None],
-    progress: Callable[[int, int], None],
 ) -> None:
     """Evaluate the front on the final documents until every point on it has been evaluated.
 
     Args:
-        final: The evaluator.
+        evaluate: Evaluates the point of a record on the final documents.
         baseline: The dense model's record.
         front: Returns the trials on the front, with the final values so far.
         found: Results of an earlier run, by trial number.
         keep: Stores the results after every trial; a kill loses at most the trial in progress.
-        progress: Called as requests finish.
     """
     known = dict(found)
-    reference = final.evaluate(baseline, progress)
+    reference = evaluate(baseline)
     while True:
         waiting = [baseline] if str(baseline.trial) not in known else []
         waiting += [record for record in front() if str(record.trial) not in known and record.trial != baseline.trial]
@@ -74,7 +72,7 @@ def reevaluate_front(
             return
         record = waiting[0]
         is_baseline = record.trial == baseline.trial
-        result = reference if is_baseline else final.evaluate(record, progress)
+        result = reference if is_baseline else evaluate(record)
         known[str(record.trial)] = _entry(record, result, None if is_baseline else reference)
         keep(known)
 

@@ -1,4 +1,4 @@
-"""The end of a study: promising stopped trials resume, then the front is evaluated on final documents."""
+"""The end of a study: promising stopped trials resume, then the front is evaluated and measured once more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from dse.search.multi_fidelity import EarlyStopping
 from dse.study.driver import StudyDriver
 from dse.study.final_documents import reevaluate_front
+from dse.study.jobs import EvaluateFinal, EvaluateTrial, TrialResult
+from dse.study.serving_front import MeasureServing, engine_attribute, measure_front, waiting_trials
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
@@ -27,7 +29,10 @@ def has_resumed_stopped(attributes: Mapping[str, Any], trials: int) -> bool:
 
 
 def finish_study(driver: StudyDriver) -> None:
-    """Resume promising stopped trials, then evaluate the front on the final documents; safe to repeat after a kill."""
+    """Resume promising stopped trials, evaluate the front on the final documents, and measure it in the serving engine.
+
+    Safe to repeat after a kill.
+    """
     baseline = driver.baseline
     if baseline is None:
         return
@@ -41,6 +46,7 @@ def finish_study(driver: StudyDriver) -> None:
         )
         driver.storage.set_attribute(_RESUMED, trials)
     _evaluate_final_documents(driver, baseline.record)
+    _measure_front(driver, baseline.record)
 
 
 def _resume_trial(driver: StudyDriver, before: TrialRecord, baseline: EvaluatedTrial, rule: EarlyStopping) -> None:
@@ -58,38 +64,51 @@ def _resume_trial(driver: StudyDriver, before: TrialRecord, baseline: EvaluatedT
     )
     driver.listener.on_trial_start(driver.progress(), record)
     logger.info("trial %d: resuming from rung %s", before.trial, before.rung)
-    record, evaluation = driver.prepared.evaluator.evaluate(record, baseline, rule, driver.idle)
-    driver.interrupts.check()
-    record, _ = with_objective_values(driver.prepared.objectives, record)
-    violations = measured_limit_violations(driver.prepared.space.config.limits, record)
+    result: TrialResult = driver.workers.run(EvaluateTrial(record, baseline, rule, driver.idle))
+    record, _ = with_objective_values(driver.outline.objectives, result.record)
+    violations = measured_limit_violations(driver.outline.space.config.limits, record)
     phases = dict.fromkeys([*before.seconds, *record.seconds])
     record = dataclasses.replace(
         record,
         feasible=record.feasible and all(value <= 0 for value in violations.values()),
         seconds={phase: before.seconds.get(phase, 0.0) + record.seconds.get(phase, 0.0) for phase in phases},
     )
-    if evaluation is not None:
-        driver.folder.write_evaluation(record.trial, evaluation)
+    if result.evaluation is not None:
+        driver.folder.write_evaluation(record.trial, result.evaluation)
     driver.storage.revise(record)
     driver.records[driver.records.index(before)] = record
-    driver.fidelity.add(record, evaluation)
+    driver.fidelity.add(record, result.evaluation)
     driver.report_trial(record)
 
 
 def _evaluate_final_documents(driver: StudyDriver, baseline: TrialRecord) -> None:
-    if driver.prepared.final is None:
+    if not driver.outline.has_final:
         return
-
-    def progress(done: int, total: int) -> None:
-        driver.interrupts.check()
-        driver.listener.on_phase("evaluate the front", done, total)
-
     driver.listener.on_message("evaluating the front on documents that the search did not see")
     reevaluate_front(
-        driver.prepared.final,
+        lambda record: driver.workers.run(EvaluateFinal(record)),
         baseline,
         lambda: driver.study().front_records,
         driver.storage.attributes.get("final", {}),
         lambda known: driver.storage.set_attribute("final", known),
-        progress,
+    )
+
+
+def _measure_front(driver: StudyDriver, baseline: TrialRecord) -> None:
+    """Measure the front and its ties in the serving engine, if the study asks for it."""
+    settings = driver.outline.config.measurement
+    if settings.when != "front":
+        return
+    attribute = engine_attribute(settings.engine)
+
+    def waiting(known: Mapping[str, Any]) -> list[TrialRecord]:
+        return waiting_trials(driver.study().trials(), driver.records, known)
+
+    driver.listener.on_message(f"measuring the front in {settings.engine}")
+    measure_front(
+        lambda record, dense: driver.workers.run(MeasureServing(record, dense, driver.idle)),
+        baseline,
+        waiting,
+        driver.storage.attributes.get(attribute, {}),
+        lambda known: driver.storage.set_attribute(attribute, known),
     )

@@ -16,6 +16,7 @@ from dse.config import StudyConfig, parse_study
 from dse.errors import StudyError
 from dse.evaluation import EvaluationResult, read_graded, read_outcomes
 from dse.files import disk_errors, write_json, write_text
+from dse.report.worker_lanes import LANES_FILE
 from dse.yaml_reading import read_yaml
 
 __all__ = ["StudyFolder"]
@@ -24,7 +25,10 @@ _LOCK = ".lock"
 
 
 class StudyFolder:
-    """`study.yaml`, `study.db`, `trials.csv`, `front.csv`, `front.html`, `front.png`, `run.log`, `outcomes/`."""
+    """`study.yaml`, `study.db`, `trials.csv`, `front.csv`, `front.html`, `front.png`, `run.log`, `outcomes/`.
+
+    `workers.json` tells the live page what the workers do.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,6 +39,7 @@ class StudyFolder:
         self.front_html = path / "front.html"
         self.front_png = path / "front.png"
         self.log = path / "run.log"
+        self.workers = path / LANES_FILE
         self.answers = path / "answers"
 
     def outcomes(self, trial: int) -> Path:
@@ -216,5 +221,6 @@ def _is_ours(path: Path) -> bool:
 
 def _identity(config: StudyConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
-    del data["budget"]
+    del data["budget"], data["workers"]
+    del data["evaluation"]["batch_size"]  # changes rounding alone, and memory may have run out
     return data

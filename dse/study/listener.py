@@ -54,11 +54,30 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        self._is_held = False
 
     def check(self) -> None:
         """Raise `KeyboardInterrupt` if the process was asked to stop."""
         if self.requested:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the block finish first, and raise `KeyboardInterrupt` after it."""
+        if self.requested or self._is_held:
+            yield
+            return
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        self.check()
+
+    def arrive(self) -> bool:
+        """Note a signal; returns whether it takes effect at once. A second one during a held block does."""
+        is_first, self.requested = not self.requested, True
+        return not (self._is_held and is_first)
 
 
 @contextlib.contextmanager
@@ -75,9 +94,9 @@ def watching_interrupts() -> Iterator[Interrupts]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def record(number: int, frame: FrameType | None) -> None:
-        interrupts.requested = True
+        takes_effect = interrupts.arrive()
         handler = before[signal.Signals(number)]
-        if callable(handler):
+        if callable(handler) and takes_effect:
             handler(number, frame)
 
     watched = [number for number, handler in before.items() if callable(handler)]

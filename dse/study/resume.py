@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dse.errors import StudyError
-from dse.measurement import describe_environment
 from dse.search.proposal import Proposal
-from dse.sensitivity.allocation_constraints import STACK_ROLES
 from dse.study.driver import StudyDriver
-from dse.study.setup import PreparedStudy
-from dse.topology import Decomposable, Topology
 from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord
 
-__all__ = ["resume_or_start", "study_facts"]
+__all__ = ["resume_or_start"]
 
 _MUST_STAY = {
     "model_fingerprint": ("model weights", "pin `model.revision`"),
@@ -35,14 +31,14 @@ def resume_or_start(driver: StudyDriver) -> list[Proposal]:
     Raises:
         StudyError: The study cannot resume with this model, tasks or calibration text.
     """
-    prepared, storage = driver.prepared, driver.storage
-    facts, records = study_facts(prepared), storage.records()
+    outline, storage = driver.outline, driver.storage
+    facts, records = outline.facts, storage.records()
     if any(record.state in EVALUATED_STATES for record in records):
         for notice in _check_same_facts(driver.folder.path, storage.attributes.get("facts", {}), facts):
             driver.listener.on_message(notice)
     else:
         storage.set_attribute("facts", facts)
-        storage.set_attribute("objectives", [entry.name for entry in prepared.objectives])
+        storage.set_attribute("objectives", [entry.name for entry in outline.objectives])
     baseline = _baseline(driver, records)
     if baseline is not None:
         driver.begin_search(baseline)
@@ -52,9 +48,9 @@ def resume_or_start(driver: StudyDriver) -> list[Proposal]:
     if baseline is not None:
         _enqueue_added(driver, unfinished)
     elif not unfinished and storage.enqueued == 0:
-        storage.enqueue(Proposal(prepared.space.dense_levels, "dense"))
+        storage.enqueue(Proposal(outline.space.dense_levels, "dense"))
     if records or unfinished:
-        budget = prepared.config.budget.trials
+        budget = outline.config.budget.trials
         driver.listener.on_message(f"resuming: {driver.evaluated} of {budget} trials are done")
     return unfinished
 
@@ -69,64 +65,10 @@ def _baseline(driver: StudyDriver, records: Sequence[TrialRecord]) -> EvaluatedT
 def _enqueue_added(driver: StudyDriver, unfinished: Sequence[Proposal]) -> None:
     """Queue points that were added to the study file's `enqueue` since the study started."""
     known = {record.point_id for record in driver.records} | {driver.point_of(entry).id for entry in unfinished}
-    for point in driver.prepared.enqueued:
+    for point in driver.outline.enqueued:
         proposal = driver.search.user_proposal(point)
         if driver.point_of(proposal).id not in known and not driver.storage.is_enqueued(proposal):
             driver.storage.enqueue(proposal)
-
-
-def study_facts(prepared: PreparedStudy) -> dict[str, Any]:
-    """Model, data, device, versions and seeds of a study, JSON-safe."""
-    config, loaded, calibration = prepared.config, prepared.loaded, prepared.calibration
-    meter = prepared.plan.meter
-    return {
-        "environment": describe_environment(),
-        "model_fingerprint": loaded.fingerprint,
-        "model_ref": loaded.ref,
-        "architecture": loaded.topology.architecture,
-        "parameters_dense": loaded.topology.parameters_dense,
-        "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "calibration": None if calibration is None else calibration.description,
-        "calibration_fingerprint": None if calibration is None else calibration.fingerprint,
-        **prepared.evaluator.fidelity.fingerprints,
-        "energy_meter": None if meter is None else meter.name,
-        "energy_source": None if meter is None else meter.source,
-        "seeds": {
-            "sampler": config.sampler.seed,
-            "documents": config.evaluation.seed,
-            "calibration": config.calibration.seed,
-        },
-        "shape": _shape(loaded.topology),
-        "number_of_points": str(prepared.space.number_of_points()),
-    }
-
-
-def _shape(topology: Topology) -> dict[str, Any]:
-    """Layers, roles, the roles inside blocks and stacks, and matrix sizes: what a map of a point's ranks needs."""
-    blocks = {b.role: [topology.decomposable(n).role for n in topology.tensors_of(b.name)] for b in topology.blocks}
-    stacks = {role: list(members) for role, members in STACK_ROLES.items() if role not in topology.roles}
-    return {
-        "layers": topology.layer_count,
-        "roles": list(dict.fromkeys([*topology.roles, *(tensor.role for tensor in topology.experts)])),
-        "blocks": blocks,
-        "stacks": stacks,
-        "sizes": _sizes(topology),
-    }
-
-
-def _sizes(topology: Topology) -> dict[str, list[int]]:
-    """Role to its shape, and tensor name to its shape where that differs from the first tensor of the role.
-
-    The shape is (rows, columns), of fused experts (experts, rows, columns).
-    """
-    sizes: dict[str, list[int]] = {}
-    parts: tuple[Decomposable, ...] = (*topology.tensors, *topology.experts)
-    for tensor in parts:
-        size = list(tensor.shape)
-        if sizes.setdefault(tensor.role, size) != size:
-            sizes[tensor.name] = size
-    return sizes
 
 
 def _check_same_facts(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

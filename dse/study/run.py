@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from dse.study.driver import StudyDriver
 from dse.study.final_documents import final_pending
 from dse.study.finish import finish_study, has_resumed_stopped
 from dse.study.folder import StudyFolder
+from dse.study.lane_listener import LaneListener
 from dse.study.listener import StudyListener, watching_interrupts
 from dse.study.resume import resume_or_start
+from dse.study.serving_front import serving_pending
 from dse.study.setup import prepare_study
 from dse.study.study import Study, started_study
+from dse.study.workers import LocalWorker
 
 __all__ = ["run_study"]
 
@@ -50,9 +54,12 @@ def run_study(
     if trials is not None:
         config = config.model_copy(update={"budget": config.budget.model_copy(update={"trials": trials})})
     folder = StudyFolder(Path(out) if out is not None else Path("runs") / config.name)
-    watcher = listener or StudyListener()
     folder.check_usable()
-    with folder.locked():
+    with (
+        folder.locked(),
+        LaneListener(listener or StudyListener(), folder.workers) as watcher,
+        contextlib.ExitStack() as engines,
+    ):
         config = folder.with_settled_multiple(config)
         started = started_study(folder.path)
         folder.check_same(config, started.evaluated_trials if started is not None else 0)
@@ -64,9 +71,10 @@ def run_study(
             return finished
         cache = EvaluationCache(cache_dir() / "evaluations" if use_cache else folder.answers)
         prepared = prepare_study(config, watcher, None if started is None else started.attributes["objectives"], cache)
+        engines.callback(prepared.close)
         folder.write_config(prepared.config)
         with folder.logging_to_file(), watching_interrupts() as interrupts:
-            driver = StudyDriver(prepared, folder, watcher, interrupts)
+            driver = StudyDriver(LocalWorker(prepared, watcher, interrupts), folder, watcher, interrupts)
             with driver.closing():
                 unfinished = resume_or_start(driver)
                 driver.measure_idle("idle_power_before")
@@ -88,6 +96,8 @@ def _config_of(study: StudyConfig | Mapping[str, Any] | str | Path) -> StudyConf
 def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> bool:
     """Whether nothing is left to do; found out without loading the model."""
     if config.fidelity is not None and _has_pending(study, config.fidelity):
+        return False
+    if config.measurement.when == "front" and serving_pending(config, study.trials(), study.records, study.attributes):
         return False
     if study.evaluated_trials >= config.budget.trials:
         listener.on_message(f"complete: all {config.budget.trials} trials are done")

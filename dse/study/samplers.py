@@ -10,8 +10,10 @@ import optuna
 __all__ = ["SAMPLERS", "make_sampler"]
 
 
-def _tpe(seed: int, trials: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(5, min(10, trials // 3)))
+def _tpe(seed: int, trials: int, *, constant_liar: bool = False) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=max(5, min(10, trials // 3)), constant_liar=constant_liar
+    )
 
 
 def _nsga2(seed: int, trials: int) -> optuna.samplers.BaseSampler:
@@ -47,7 +49,9 @@ SAMPLERS: Mapping[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
 """Name to a function from (seed, trials of the budget) to the sampler."""
 
 
-def make_sampler(name: str, seed: int, trials: int, asked: int) -> optuna.samplers.BaseSampler:
+def make_sampler(
+    name: str, seed: int, trials: int, asked: int, *, is_parallel: bool = False
+) -> optuna.samplers.BaseSampler:
     """The sampler for the next proposal, seeded by the study's seed and the number of proposals so far.
 
     A sampler's random state does not survive its process. Seeding every proposal anew makes a resumed study propose the
@@ -58,10 +62,13 @@ def make_sampler(name: str, seed: int, trials: int, asked: int) -> optuna.sample
         seed: The study's seed.
         trials: The study's budget, for population sizes and start-up trials.
         asked: Proposals that the sampler has made so far, without those from the queue.
+        is_parallel: Whether several trials run at once. TPE then counts running trials as bad ones (constant liar).
     """
     own_seed = seed if name == "qmc" else (seed * 1_000_003 + asked) % 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return _tpe(own_seed, trials, constant_liar=is_parallel)
         return SAMPLERS[name](own_seed, trials)
 
 

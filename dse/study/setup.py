@@ -18,10 +18,11 @@ from dse.decomposition import (
     requests_of_points,
 )
 from dse.design_point import DesignPoint
+from dse.engines import EnginePair, engine_named
 from dse.errors import ConfigError
 from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
-from dse.measurement import check_workload
+from dse.measurement import check_workload, device_lock
 from dse.models import LoadedModel, load_model
 from dse.pareto import Objective
 from dse.search.space_sensitivity import study_table
@@ -32,10 +33,12 @@ from dse.study.final_documents import FinalEvaluator
 from dse.study.float32_comparison import half_precision_notice
 from dse.study.listener import StudyListener
 from dse.trial.device_rank_multiple import settled_study
+from dse.trial.engine_measurements import engine_pair
 from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
 from dse.trial.measurements import TrialMeasurer
 from dse.trial.objectives import (
     RequiredMeasurements,
+    check_engine,
     check_phases,
     check_tasks,
     required_measurements,
@@ -62,6 +65,7 @@ class PreparedStudy:
         calibration: The calibration text; None if no method needs one.
         final: Evaluates the front on final documents; None without them.
         table: The sensitivity table of the space; None without a sensitivity profile.
+        pair: The serving engine; None if everything is measured in this process.
     """
 
     config: StudyConfig
@@ -74,6 +78,12 @@ class PreparedStudy:
     calibration: CalibrationWindows | None
     final: FinalEvaluator | None = None
     table: SensitivityTable | None = None
+    pair: EnginePair | None = None
+
+    def close(self) -> None:
+        """End the serving engine, if there is one."""
+        if self.pair is not None:
+            self.pair.close()
 
 
 def prepare_study(
@@ -100,6 +110,9 @@ def prepare_study(
     objectives, dropped = resolve_objectives(config, meter_problem, started_with)
     for name, reason in dropped.items():
         listener.on_message(f"objective {name} is left out: {reason}")
+    check_engine(config)
+    if config.measurement.is_external:
+        engine_named(config.measurement.engine).check_available(config.measurement.python)
     plan = MeasurementPlan.of(config, meter)
     listener.on_message(f"loading {config.model.ref}")
     loaded = load_study_model(config)
@@ -109,20 +122,22 @@ def prepare_study(
     config = settled_study(config, loaded, plan, listener.on_phase, listener.on_message)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = checked_user_points(config, space)
+    measures_in_engine = config.measurement.is_external and config.measurement.when == "every_trial"
     required = required_measurements(
         objectives,
         bool(config.tasks),
         has_grid=len(plan.cells) > 1,
         has_meter=meter is not None and config.measurement.meter is not None,
+        has_engine=measures_in_engine,
     )
-    if required.latency or required.energy or required.memory:
+    if required.latency or required.energy or required.memory or required.serving:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that exceeds the model's context, an unavailable mode
     plan = plan.with_profile(loaded, space, config)
     evaluator = evaluator_for(loaded, config.tasks, config.evaluation) if config.tasks else None
     if evaluator is not None:
         check_tasks(objectives, evaluator.metrics, evaluator.graded)
-    final_evaluator = _final_evaluator(config, loaded)
+    final_evaluator = _final_evaluator(config, loaded, evaluator)
     bank, calibration = study_bank(config, loaded, space, listener, enqueued)
     fidelity = MultiFidelityEvaluator(
         loaded,
@@ -132,10 +147,17 @@ def prepare_study(
         shares=tuple(config.fidelity.shares) if config.fidelity else (),
         has_rungs=config.fidelity is not None,
     )
-    measurer = TrialMeasurer(loaded, required, plan, listener.on_phase)
+    pair = None
+    if config.measurement.is_external:
+        pair = engine_pair(config.measurement, loaded, bank)
+    measurer = TrialMeasurer(loaded, required, plan, listener.on_phase, pair if measures_in_engine else None)
     table = study_table(
         config, loaded, space, bank, calibration, progress=listener.on_phase, notify=listener.on_message
     )
+    if pair is not None and measures_in_engine and required.serving:
+        listener.on_message(f"starting {pair.engine.title} on the dense model")
+        with device_lock(loaded.device):
+            pair.start()
     return PreparedStudy(
         config=config,
         loaded=loaded,
@@ -147,6 +169,7 @@ def prepare_study(
         calibration=calibration,
         final=None if final_evaluator is None else FinalEvaluator(loaded, bank, final_evaluator, cache),
         table=table,
+        pair=pair,
     )
 
 
@@ -215,10 +238,15 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
 
 
-def _final_evaluator(config: StudyConfig, loaded: LoadedModel) -> ModelEvaluator | None:
+def _final_evaluator(
+    config: StudyConfig, loaded: LoadedModel, evaluator: ModelEvaluator | None
+) -> ModelEvaluator | None:
     if config.fidelity is None or not config.fidelity.final_documents:
         return None
-    return evaluator_for(loaded, config.tasks, config.evaluation, fresh=config.fidelity.final_documents)
+    shared = None if evaluator is None else evaluator.batch_size
+    return evaluator_for(
+        loaded, config.tasks, config.evaluation, fresh=config.fidelity.final_documents, batch_size=shared
+    )
 
 
 def _divergence(

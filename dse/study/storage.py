@@ -51,7 +51,7 @@ class StudyStorage:
         self._study = study
         self._storage = storage
         self._path = path
-        self._sampler_name, self._seed, self._trials = "tpe", 0, 1
+        self._sampler_name, self._seed, self._trials, self._is_parallel = "tpe", 0, 1, False
 
     @classmethod
     def open(
@@ -63,6 +63,7 @@ class StudyStorage:
         sampler: str = "tpe",
         seed: int = 0,
         trials: int = 40,
+        is_parallel: bool = False,
     ) -> StudyStorage:
         """Create the storage, or open an existing one.
 
@@ -73,6 +74,7 @@ class StudyStorage:
             sampler: A key of `dse.study.SAMPLERS`.
             seed: The sampler's seed.
             trials: The study's budget.
+            is_parallel: Whether several trials run at once, so that the sampler must keep away from running ones.
 
         Raises:
             StorageFullError: The file cannot be written.
@@ -93,7 +95,7 @@ class StudyStorage:
             with _without_experimental_warnings():
                 study.set_metric_names(list(metrics))
         opened = cls(study, storage, path)
-        opened._sampler_name, opened._seed, opened._trials = sampler, seed, trials
+        opened._sampler_name, opened._seed, opened._trials, opened._is_parallel = sampler, seed, trials, is_parallel
         opened._adopt_old_queue()
         return opened
 
@@ -174,7 +176,9 @@ class StudyStorage:
         with _storage_errors(self._path), _without_experimental_warnings():
             # Only the sampler's own proposals count, so that queued points do not shift its seeds.
             asked = sum(_ORIGIN not in trial.user_attrs and not _is_abandoned(trial) for trial in self._in_state())
-            self._study.sampler = make_sampler(self._sampler_name, self._seed, self._trials, asked)
+            self._study.sampler = make_sampler(
+                self._sampler_name, self._seed, self._trials, asked, is_parallel=self._is_parallel
+            )
             trial = self._study.ask()
             if self._sampler_name.startswith("nsga"):
                 # Assigns queued points to a generation, too. Optuna leaves them out, and with them every repaired
@@ -234,21 +238,33 @@ class StudyStorage:
         """Replace the record of a finished trial; Optuna, which cannot change a finished trial, keeps its values."""
         self.set_attribute(_REVISED, {**self.attributes.get(_REVISED, {}), str(record.trial): record.to_json()})
 
-    def records(self) -> list[TrialRecord]:
+    def records(self, known: Mapping[int, TrialRecord] | None = None) -> list[TrialRecord]:
         """Records of all finished trials, by number.
+
+        Args:
+            known: Records by trial number that were read before, and are not read again unless they were revised.
 
         Raises:
             StudyError: A record cannot be read.
         """
         finished = [trial for trial in self._in_state() if trial.state.is_finished() and not _is_abandoned(trial)]
-        revised = self.attributes.get(_REVISED, {})
+        revised, known = self.attributes.get(_REVISED, {}), known or {}
         try:
             return [
-                TrialRecord.from_json(revised.get(str(trial.number)) or json.loads(trial.user_attrs[_RECORD]))
+                known[trial.number]
+                if trial.number in known and str(trial.number) not in revised
+                else TrialRecord.from_json(revised.get(str(trial.number)) or json.loads(trial.user_attrs[_RECORD]))
                 for trial in finished
             ]
         except (KeyError, TypeError, ValueError, AttributeError, PointError) as error:
             raise StudyError(f"{self._path} must hold a record of every trial, but one is damaged: {error}") from error
+
+    def pending(self) -> list[tuple[Proposal, float | None]]:
+        """Running trials with their start in seconds since the epoch, then waiting ones with None."""
+        running, waiting = self._in_state(TrialState.RUNNING), self._in_state(TrialState.WAITING)
+        starts = [None if trial.datetime_start is None else trial.datetime_start.timestamp() for trial in running]
+        proposals = [self._proposal(trial) for trial in (*running, *waiting)]
+        return list(zip(proposals, starts + [None] * len(waiting), strict=True))
 
     def _in_state(self, *states: TrialState) -> list[FrozenTrial]:
         with _storage_errors(self._path):

@@ -27,6 +27,7 @@ from dse.search.origins import OriginShare, origin_shares
 from dse.study.compare_trials import PairedOutcomes, TrialComparison, compare_records
 from dse.study.final_documents import with_final_values
 from dse.study.folder import StudyFolder
+from dse.study.serving_front import mark_engine_fronts, with_engine_values
 from dse.study.storage import StudyStorage
 from dse.trial_record import EVALUATED_STATES, TrialRecord, trial_row
 
@@ -133,7 +134,7 @@ class Study:
         for name in [column for column in table.columns if str(column).endswith("_is_predicted")]:
             table[name] = table[name].eq(True)
         table["duplicate_of"] = table["duplicate_of"].astype("Int64")
-        marked = mark_front(table, self.objectives)
+        marked = mark_engine_fronts(mark_front(table, self.objectives), self.objectives, self.attributes)
         return mark_ties(marked, self.objectives, PairedOutcomes(self.folder).differs)
 
     def front(self) -> pd.DataFrame:
@@ -363,5 +364,6 @@ class Study:
 
 
 def _with_final_values(attributes: dict[str, Any], records: list[TrialRecord]) -> list[TrialRecord]:
-    """The records with the results on final documents, if there are any."""
-    return [with_final_values(record, attributes.get("final", {})) for record in records]
+    """The records with the results on final documents and in serving engines, if there are any."""
+    final = attributes.get("final", {})
+    return [with_engine_values(with_final_values(record, final), attributes) for record in records]

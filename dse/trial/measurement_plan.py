@@ -39,6 +39,7 @@ class MeasurementPlan:
         energy_precision: Relative error asked of a window; None for the meter's default.
         profile: The device profile of the model; None if the study does not use one.
         predicts_latency: Whether the latency of points is predicted from the device profile.
+        requests: Requests that an engine serves in one turn; None for one for each place in the batch.
         must_be_faster_in: Phases in which a decomposed tensor must be faster than dense; empty accepts every tensor.
     """
 
@@ -49,6 +50,7 @@ class MeasurementPlan:
     profile: ModelProfile | None = None
     predicts_latency: bool = False
     must_be_faster_in: tuple[Phase, ...] = ()
+    requests: int | None = None
 
     @classmethod
     def of(cls, config: StudyConfig, meter: EnergyMeter | None) -> MeasurementPlan:
@@ -64,7 +66,13 @@ class MeasurementPlan:
             max_duration_s=settings.max_duration_s,
             precision=settings.precision,
         )
-        return cls(grid_of(first, settings.cells), meter, settings.energy_windows, settings.energy_precision)
+        return cls(
+            grid_of(first, settings.cells),
+            meter,
+            settings.energy_windows,
+            settings.energy_precision,
+            requests=settings.requests,
+        )
 
     def phases(self) -> dict[str, Phase]:
         """Latency quantity to its phase in the objectives' cell."""

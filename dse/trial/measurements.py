@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dse.decomposition import AppliedPoint
+from dse.engines import EnginePair
 from dse.errors import InvalidMeasurementError, OutOfMemoryError
 from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import (
@@ -27,6 +28,7 @@ from dse.measurement import (
 from dse.measurement.device_profile import ModelProfile
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback
+from dse.trial.engine_measurements import EngineMeasurer
 from dse.trial.measurement_plan import MeasurementPlan
 from dse.trial.objectives import RequiredMeasurements
 from dse.trial.trial_run import TrialRun
@@ -44,12 +46,14 @@ class TrialMeasurer:
         required: The measurements that the study requires.
         plan: How they are taken.
         on_phase: Progress callback.
+        engine: The serving engine of a study that measures every trial in it; None for the resident model.
     """
 
     loaded: LoadedModel
     required: RequiredMeasurements
     plan: MeasurementPlan
     on_phase: ProgressCallback
+    engine: EnginePair | None = None
 
     def measure(
         self, run: TrialRun, applied: AppliedPoint, baseline: EvaluatedTrial | None, idle: IdlePower | None
@@ -66,16 +70,23 @@ class TrialMeasurer:
             InvalidMeasurementError: A measurement of an objective is not valid.
             OutOfMemoryError: The device is out of memory.
         """
-        takes_latency = self.required.latency
-        if takes_latency and self.plan.predicts_latency and self.plan.profile is not None and baseline is not None:
-            takes_latency = False
+        takes_latency, takes_serving = self.required.latency, self.required.serving
+        latencies = self.required.latency or self.engine is not None
+        if latencies and self.plan.predicts_latency and self.plan.profile is not None and baseline is not None:
+            takes_latency = latencies = False
+            takes_serving = takes_serving and self.required.needs_serving
             with device_lock(self.loaded.device):  # times the products that have no timing yet
                 _predict_latency(run, self.plan, self.plan.profile, baseline)
         takes_energy = self.required.energy and self.plan.meter is not None
-        if not (takes_latency or takes_energy or self.required.memory):
+        if not (takes_latency or takes_energy or takes_serving or self.required.memory):
             return
-        with device_lock(self.loaded.device) if takes_latency or takes_energy else nullcontext():
+        is_timed = takes_latency or takes_energy or takes_serving
+        with device_lock(self.loaded.device) if is_timed else nullcontext():
             applied.use_candidate()
+            if takes_serving:
+                server = EngineMeasurer(self.loaded, self.plan, self.engine, self.on_phase)
+                energy = self.required.serving_energy and self.plan.meter is not None
+                server.measure(run, applied, baseline, idle, energy=energy, latencies=latencies and bool(self.engine))
             if takes_latency:
                 self._latency(run, applied, baseline)
             if self.required.energy and self.plan.meter is not None:

@@ -16,6 +16,7 @@ from dse.trial_record import TrialRecord, objective_values
 
 __all__ = [
     "RequiredMeasurements",
+    "check_engine",
     "check_phases",
     "check_tasks",
     "measured_limit_violations",
@@ -33,8 +34,10 @@ _GRADED: Mapping[str, str] = {
 """Graded metric to the tasks that report it."""
 _LATENCY = {"prefill_latency_s", "decode_latency_s"}
 _ENERGY = {"prefill_energy_j", "energy_per_token_j"}
+_SERVING = {"ttft_s", "tpot_s", "throughput_tokens_s"}
+_SERVING_ENERGY = {"request_energy_j", "output_token_energy_j"}
 _MEMORY = {"peak_memory_bytes"}
-_DECODE = {"decode_latency_s", "energy_per_token_j"}
+_DECODE = {"decode_latency_s", "energy_per_token_j", *_SERVING, *_SERVING_ENERGY}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class RequiredMeasurements:
         energy: Prefill and decode energy.
         memory: Peak memory.
         valid_energy: Whether a trial with invalid energy fails, because energy is an objective.
+        serving: TTFT, TPOT and throughput while an engine serves requests.
+        serving_energy: Energy of the same windows.
+        needs_serving: Whether an objective needs them; latencies alone can also be predicted.
     """
 
     evaluation: bool
@@ -56,10 +62,18 @@ class RequiredMeasurements:
     energy: bool
     memory: bool
     valid_energy: bool = True
+    serving: bool = False
+    serving_energy: bool = False
+    needs_serving: bool = False
 
 
 def required_measurements(
-    objectives: Sequence[Objective], has_tasks: bool, *, has_grid: bool = False, has_meter: bool = False
+    objectives: Sequence[Objective],
+    has_tasks: bool,
+    *,
+    has_grid: bool = False,
+    has_meter: bool = False,
+    has_engine: bool = False,
 ) -> RequiredMeasurements:
     """The measurements that these objectives require, and those that the study file asks for explicitly.
 
@@ -68,15 +82,21 @@ def required_measurements(
         has_tasks: Whether the study has tasks.
         has_grid: Whether the measurement grid has more than one cell.
         has_meter: Whether the study names an energy meter.
+        has_engine: Whether an engine outside this process measures every trial, and so provides all timings.
     """
     names = {objective.name for objective in objectives}
+    timed = has_grid or bool(names & _LATENCY)
+    serves_energy = bool(names & _SERVING_ENERGY)
     return RequiredMeasurements(
         evaluation=has_tasks or bool(names & (_ACCURACY | _GRADED.keys())),
         divergence=bool(names & _DIVERGENCE),
-        latency=has_grid or bool(names & _LATENCY),
-        energy=has_meter or bool(names & _ENERGY),
+        latency=timed and not has_engine,
+        energy=(has_meter and not has_engine) or bool(names & _ENERGY),
         memory=bool(names & _MEMORY),
         valid_energy=bool(names & _ENERGY),
+        serving=serves_energy or bool(names & _SERVING) or (has_engine and (timed or has_meter)),
+        serving_energy=serves_energy or (has_engine and has_meter),
+        needs_serving=serves_energy or bool(names & _SERVING),
     )
 
 
@@ -103,7 +123,7 @@ def resolve_objectives(
         objective = objective_named(entry.name)
         if started_with is not None and entry.name not in started_with:
             dropped[entry.name] = "this study started without it"
-        elif entry.name in _ENERGY and meter_problem is not None:
+        elif entry.name in _ENERGY | _SERVING_ENERGY and meter_problem is not None:
             if started_with is not None:
                 raise MeterUnavailableError(
                     f"this study started with objective '{entry.name}' and needs its energy meter, but"
@@ -148,6 +168,21 @@ def check_tasks(
                 f"objective '{objective.name}' needs {_GRADED[objective.name]} with a known right answer, but none of"
                 f" the tasks is one ({', '.join(graded)}); name another task"
             )
+
+
+def check_engine(config: StudyConfig) -> None:
+    """Refuse objectives that a serving engine cannot measure.
+
+    Raises:
+        ConfigError: Energy of a single phase is an objective, which needs the model in this process.
+    """
+    settings = config.measurement
+    phases = [entry.name for entry in config.objectives if entry.name in _ENERGY]
+    if settings.is_external and settings.when == "every_trial" and phases:
+        raise ConfigError(
+            f"objective '{phases[0]}' is measured with the model in this process, but `measurement.engine` is"
+            f" {settings.engine}; use request_energy_j or output_token_energy_j"
+        )
 
 
 def check_phases(objectives: Sequence[Objective], loaded: LoadedModel) -> None:

@@ -109,7 +109,8 @@ def run_rungs(
                 lambda done, total: on_phase("evaluate", done, total), share=share, answers=answers
             )
         save()
-        run.update(cached_documents=sum(digest in known for digest in fidelity.evaluator.digests(share)))
+        reused = sum(digest in known for digest in fidelity.evaluator.digests(share))
+        run.update(cached_documents=reused, batch_tokens=evaluation.batch_tokens)
         _set_rung(fidelity, run, rung)
         if share < 1.0 and early_stopping is not None:
             stop = early_stopping.decide(rung, run.record, evaluation, fidelity.evaluator.within_share(share))

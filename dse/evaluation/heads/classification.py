@@ -12,6 +12,7 @@ from dse.config import DatasetTaskConfig
 from dse.errors import TaskError, did_you_mean
 from dse.evaluation.answers import DocumentAnswers
 from dse.evaluation.graded_metrics import CHOICE_PROBABILITY, GRADED_METRICS, TARGET_LOG_LIKELIHOOD, GradedMetric
+from dse.evaluation.evaluator_settings import BatchSize
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
@@ -37,10 +38,10 @@ class ClassificationTask(HeadTask):
             for encoded, target in zip(self._encoded, self._targets, strict=True)
         )
 
-    def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
+    def answer(self, positions: Sequence[int], batch_size: BatchSize, tick: Tick) -> Mapping[int, DocumentAnswers]:
         """Index of the most likely label, as a string, and log-probability of the right label."""
         found: dict[int, DocumentAnswers] = {}
-        for batch, _, output in batch_outputs(self._loaded, [self._encoded[position] for position in positions], rows):
+        for batch, _, output in batch_outputs(self._loaded, [self._encoded[position] for position in positions], batch_size):
             logits = output.logits.double()
             finite, likeliest = torch.isfinite(logits).all(dim=1).tolist(), logits.argmax(dim=1).tolist()
             log_p = logits.log_softmax(dim=1).tolist()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dse.config import DatasetTaskConfig
 from dse.errors import NonFiniteError, TaskError
 from dse.evaluation.answers import DocumentAnswers
+from dse.evaluation.evaluator_settings import BatchSize
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
@@ -35,7 +36,7 @@ class EmbeddingTask(HeadTask):
     """
 
     def __init__(
-        self, config: DatasetTaskConfig, drawn: DatasetRows, loaded: LoadedModel, max_length: int, rows: int
+        self, config: DatasetTaskConfig, drawn: DatasetRows, loaded: LoadedModel, max_length: int, batch_size: BatchSize
     ) -> None:
         super().__init__(config, drawn)
         if len(drawn.rows) < _FEWEST_PAIRS:
@@ -55,12 +56,12 @@ class EmbeddingTask(HeadTask):
             digest_of(["embedding", self._pooling, self._encoded[2 * index], self._encoded[2 * index + 1]])
             for index in range(len(drawn.rows))
         )
-        self._dense = self._embed(range(len(drawn.rows)), rows, lambda _: None)
+        self._dense = self._embed(range(len(drawn.rows)), batch_size, lambda _: None)
         self._dense_cosines = np.array([cosine(first, second) for first, second in self._dense])
 
-    def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
+    def answer(self, positions: Sequence[int], batch_size: BatchSize, tick: Tick) -> Mapping[int, DocumentAnswers]:
         """Cosine of the pair, and mean cosine to the dense model's embeddings."""
-        now = self._embed(positions, rows, tick)
+        now = self._embed(positions, batch_size, tick)
         found: dict[int, DocumentAnswers] = {}
         for position, (first, second) in zip(positions, now, strict=True):
             dense_first, dense_second = self._dense[position]
@@ -106,12 +107,12 @@ class EmbeddingTask(HeadTask):
             raise TaskError(f"reference scores must be finite and differ, but those of '{self.name}' do not")
         return scores
 
-    def _embed(self, positions: Sequence[int], rows: int, tick: Tick) -> Vectors:
+    def _embed(self, positions: Sequence[int], batch_size: BatchSize, tick: Tick) -> Vectors:
         """Present embeddings, shape (positions, 2, width)."""
         places = [2 * position + part for position in positions for part in (0, 1)]
         vectors: dict[int, Vectors] = {}
         finished = 0
-        for batch, inputs, output in batch_outputs(self._loaded, [self._encoded[place] for place in places], rows):
+        for batch, inputs, output in batch_outputs(self._loaded, [self._encoded[place] for place in places], batch_size):
             hidden = output.last_hidden_state.float()
             pooled = POOLINGS[self._pooling](hidden, inputs["attention_mask"]).double().cpu().numpy()
             vectors |= dict(zip(batch, pooled, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dse.evaluation.evaluator_settings import TOKENS_PER_ROW, batches
+from dse.evaluation.evaluator_settings import BatchSize, batches
 from dse.models import LoadedModel
 
 __all__ = ["EncodedText", "batch_outputs", "encoded_texts"]
@@ -26,16 +26,19 @@ def encoded_texts(loaded: LoadedModel, encoding: Mapping[str, Any], count: int) 
 
 
 def batch_outputs(
-    loaded: LoadedModel, texts: Sequence[EncodedText], rows: int
+    loaded: LoadedModel, texts: Sequence[EncodedText], batch_size: BatchSize
 ) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
     """Run texts through the model in its present state.
 
     Args:
         texts: Encoded texts without padding.
-        rows: A batch has at most this many times 128 tokens, and at least one text.
+        batch_size: Tokens in a batch, which has at least one text; halved when memory runs out.
 
     Yields:
         Indices of the texts in the batch, the padded inputs (batch, tokens), and the model's output.
+
+    Raises:
+        OutOfMemoryError: The device has no room for a single text.
     """
     tokenizer = loaded.tokenizer
     padding = {
@@ -43,8 +46,10 @@ def batch_outputs(
         "attention_mask": 0,
         "token_type_ids": int(getattr(tokenizer, "pad_token_type_id", 0)),
     }
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]["input_ids"]))
-    for batch in batches(order, lambda index: len(texts[index]["input_ids"]), rows * TOKENS_PER_ROW):
+    waiting = sorted(range(len(texts)), key=lambda index: -len(texts[index]["input_ids"]))
+
+    def next_batch() -> tuple[list[int], dict[str, Tensor], Any]:
+        batch = next(batches(waiting, lambda index: len(texts[index]["input_ids"]), batch_size.tokens))
         longest = len(texts[batch[0]]["input_ids"])
         inputs = {
             key: torch.tensor(
@@ -54,5 +59,9 @@ def batch_outputs(
             for key in texts[batch[0]]
         }
         with torch.inference_mode():
-            output = loaded.model(**inputs)
+            return batch, inputs, loaded.model(**inputs)
+
+    while waiting:
+        batch, inputs, output = batch_size.run(next_batch)
+        waiting = waiting[len(batch) :]
         yield batch, inputs, output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import time
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from dse.config import HEAD_METRICS, DatasetTaskConfig, Head
 from dse.errors import ModelError, NonFiniteError
 from dse.evaluation.answers import Answers
-from dse.evaluation.evaluator_settings import BatchSize, answer_identity, check_positive, last_place, ticker
+from dse.evaluation.evaluator_settings import BatchSize, answer_identity, batch_size_of, check_positive, last_place, ticker
 from dse.evaluation.heads.classification import ClassificationTask
 from dse.evaluation.heads.dataset_rows import read_rows
 from dse.evaluation.heads.embedding import EmbeddingTask
@@ -44,7 +43,7 @@ class HeadEvaluator:
         *,
         limit: int | None = None,
         seed: int = 0,
-        batch_size: int | str = 16,
+        batch_size: int | str | BatchSize = "auto",
         max_length: int | None = None,
     ) -> None:
         """Read and check the data.
@@ -53,7 +52,8 @@ class HeadEvaluator:
             loaded: The model. It must be dense now and may be in any state when it is evaluated.
             tasks: Tasks with distinct names, all for the head of the model.
             limit: Documents for each task without its own limit, drawn by `seed`; None means all.
-            batch_size: A batch has at most this many times 128 tokens, or "auto"; see `BatchSize`.
+            batch_size: A batch has at most this many times 128 tokens, or "auto"; see `BatchSize`. Halved whenever
+                the device runs out of memory.
             max_length: Tokens per text, None for 512 (384 for question answering) or the model's own limit.
 
         Raises:
@@ -62,11 +62,11 @@ class HeadEvaluator:
             ModelError: The model does not have the head.
         """
         check_positive(limit=limit, max_length=max_length)
-        self._batch_size = BatchSize(batch_size, loaded.device.type)
+        self.batch_size = batch_size_of(batch_size, loaded.device.type)
         check_task_names(task.task_name for task in tasks)
-        self._loaded, rows = loaded, self._batch_size.rows
+        self._loaded = loaded
         self._tasks = [
-            _prepared(loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, rows=rows)
+            _prepared(loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, batch_size=self.batch_size)
             for task in tasks
         ]
         self.fingerprint = self._fingerprint()
@@ -106,10 +106,10 @@ class HeadEvaluator:
         tick = ticker(progress, known.scored)
         for task, positions in zip(self._tasks, asked, strict=True):
             if positions:
-                found = self._batch_size.run(functools.partial(task.answer, positions, tick=tick))
+                found = task.answer(positions, self.batch_size, tick)
                 known.by_document.update({task.digests[position]: answer for position, answer in found.items()})
         results = tuple(_result(task, positions, known) for task, positions in zip(self._tasks, chosen, strict=True))
-        return EvaluationResult(results, time.perf_counter() - start)
+        return EvaluationResult(results, time.perf_counter() - start, self.batch_size.tokens)
 
     def within_share(self, share: float) -> dict[str, NDArray[np.bool_]]:
         """See `ModelEvaluator.within_share`."""
@@ -128,7 +128,7 @@ class HeadEvaluator:
 
 
 def _prepared(
-    loaded: LoadedModel, task: DatasetTaskConfig, *, limit: int | None, seed: int, max_length: int | None, rows: int
+    loaded: LoadedModel, task: DatasetTaskConfig, *, limit: int | None, seed: int, max_length: int | None, batch_size: BatchSize
 ) -> HeadTask:
     head = head_of(type(loaded.model))
     if head != task.head:
@@ -145,7 +145,7 @@ def _prepared(
         return ClassificationTask(task, drawn, loaded, longest)
     if task.head == "question_answering":
         return QuestionAnsweringTask(task, drawn, loaded, longest)
-    return EmbeddingTask(task, drawn, loaded, longest, rows)
+    return EmbeddingTask(task, drawn, loaded, longest, batch_size)
 
 
 def _head_name(head: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from dse.config import DatasetTaskConfig
 from dse.errors import NonFiniteError
 from dse.evaluation.answers import DocumentAnswers
+from dse.evaluation.evaluator_settings import BatchSize
 from dse.evaluation.graded_metrics import GradedMetric
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.statistics.intervals import Outcomes
@@ -43,12 +44,12 @@ class HeadTask(ABC):
         return self.config.task_name
 
     @abstractmethod
-    def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
+    def answer(self, positions: Sequence[int], batch_size: BatchSize, tick: Tick) -> Mapping[int, DocumentAnswers]:
         """Answers of the model in its present state.
 
         Args:
             positions: Positions of the documents in `documents`.
-            rows: A batch has at most this many times 128 tokens.
+            batch_size: Tokens in a batch; halved when memory runs out.
             tick: Called as documents are finished.
 
         Returns:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dse.config import DatasetTaskConfig
 from dse.errors import ModelError, TaskError
 from dse.evaluation.answers import DocumentAnswers
+from dse.evaluation.evaluator_settings import BatchSize
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import EncodedText, batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
@@ -64,13 +65,13 @@ class QuestionAnsweringTask(HeadTask):
             for windows, context, accepted in zip(self._windows, self._contexts, self._accepted, strict=True)
         )
 
-    def answer(self, positions: Sequence[int], rows: int, tick: Tick) -> Mapping[int, DocumentAnswers]:
+    def answer(self, positions: Sequence[int], batch_size: BatchSize, tick: Tick) -> Mapping[int, DocumentAnswers]:
         """The text of the best span of each context."""
         windows = [window for position in positions for window in self._windows[position]]
         waiting = {position: len(self._windows[position]) for position in positions}
         best: dict[int, tuple[float, str]] = {}
         refusal: dict[int, float] = {}
-        for batch, _, output in batch_outputs(self._loaded, [window.encoded for window in windows], rows):
+        for batch, _, output in batch_outputs(self._loaded, [window.encoded for window in windows], batch_size):
             starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
             for row, index in enumerate(batch):
                 window, length = windows[index], len(windows[index].spans)

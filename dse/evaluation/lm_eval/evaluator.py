@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dse.errors import ModelError
 from dse.evaluation.answers import Answers
-from dse.evaluation.evaluator_settings import BatchSize, answer_identity, check_positive, last_place, ticker
+from dse.evaluation.evaluator_settings import BatchSize, answer_identity, batch_size_of, check_positive, last_place, ticker
 from dse.evaluation.lm_eval.document_subset import requests_to_ask, share_of_leaves, store_answers
 from dse.evaluation.lm_eval.graded_outcomes import graded_names
 from dse.evaluation.lm_eval.language_model import ScoringLM
@@ -64,7 +64,7 @@ class Evaluator:
         limit: int | None = None,
         fresh: int = 0,
         seed: int = 0,
-        batch_size: int | str = 16,
+        batch_size: int | str | BatchSize = "auto",
         max_length: int | None = None,
         apply_chat_template: bool = False,
         masked_scoring: MaskedScoring = "within_word",
@@ -78,7 +78,7 @@ class Evaluator:
             fresh: As in `evaluator_for`.
             seed: Seed of the documents and few-shot examples.
             batch_size: A batch has at most this many times 128 tokens, or fewer if the device is fastest with fewer.
-                "auto" starts with 64 on a GPU (16 elsewhere) and halves after out-of-memory errors.
+                "auto" is 64 on a GPU and 16 elsewhere. Halved whenever the device runs out of memory.
             max_length: Tokens of context, None for the model's own limit. Longer requests lose their beginning; longer
                 texts of a perplexity are scored in windows.
             apply_chat_template: Wrap each prompt in the tokenizer's chat template.
@@ -90,8 +90,7 @@ class Evaluator:
             ModelError: The model has no language-model head, or lacks the requested chat template.
         """
         check_positive(limit=limit, max_length=max_length)
-        self._batch_size = BatchSize(batch_size, loaded.device.type)
-        rows = self._batch_size.rows
+        self.batch_size = batch_size_of(batch_size, loaded.device.type)
         _check_model(loaded, needs_template=apply_chat_template)
         sources = [resolve_task(spec) for spec in tasks]
         check_task_names(source.name for source in sources)
@@ -100,9 +99,9 @@ class Evaluator:
         with quiet_lm_eval(), swallowed_output():
             self._lm: ScoringLM | MaskedScoringLM
             if loaded.topology.is_decoder:
-                self._lm = ScoringLM(loaded, batch_size=rows, max_length=max_length)
+                self._lm = ScoringLM(loaded, max_length=max_length)
             else:
-                self._lm = MaskedScoringLM(loaded, batch_size=rows, max_length=max_length, scoring=masked_scoring)
+                self._lm = MaskedScoringLM(loaded, max_length=max_length, scoring=masked_scoring)
             template = self._lm.apply_chat_template if apply_chat_template else None
             self._tasks = [
                 _prepare(spec, source, limit=spec.limit or limit, fresh=fresh, seed=seed, chat_template=template)
@@ -143,11 +142,11 @@ class Evaluator:
         known = Answers() if answers is None else answers
         tasks = [replace(task, leaves=tuple(share_of_leaves(task.leaves, share))) for task in self._tasks]
         leaves = [leaf for task in tasks for leaf in task.leaves]
-        self._batch_size.run(lambda rows: self._score(requests_to_ask(leaves, known), rows, progress))
+        self._score(requests_to_ask(leaves, known), progress)
         store_answers(leaves, known)
         with quiet_lm_eval():
             results = tuple(task_result(t.name, t.metric, t.spec.weight, t.leaves) for t in tasks)
-        return EvaluationResult(results, time.perf_counter() - start)
+        return EvaluationResult(results, time.perf_counter() - start, self.batch_size.tokens)
 
     def within_share(self, share: float) -> dict[str, NDArray[np.bool_]]:
         """See `ModelEvaluator.within_share`."""
@@ -163,7 +162,7 @@ class Evaluator:
             digest for task in self._tasks for leaf in share_of_leaves(task.leaves, share) for digest in leaf.digests
         ]
 
-    def _score(self, asked: Sequence[Any], rows: int, progress: Callable[[int, int], None] | None) -> None:
+    def _score(self, asked: Sequence[Any], progress: Callable[[int, int], None] | None) -> None:
         """Score these requests and store the answers in them."""
         by_type: dict[str, list[Any]] = {}
         for instance in asked:
@@ -171,7 +170,7 @@ class Evaluator:
         tick = ticker(progress, sum(map(len, by_type.values())))
         with quiet_lm_eval():
             for kind, requests in by_type.items():
-                answers = self._lm.answer(kind, requests, rows=rows, tick=tick)
+                answers = self._lm.answer(kind, requests, self.batch_size, tick)
                 for request, answer in zip(requests, answers, strict=True):
                     request.resps.append(answer)
 

@@ -13,35 +13,61 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dse.errors import ModelError, NonFiniteError, TaskError
-from dse.evaluation.evaluator_settings import TOKENS_PER_ROW
+from dse.evaluation.evaluator_settings import TOKENS_PER_ROW, BatchSize
 from dse.evaluation.lm_eval.shared_prefix import Request, SharedPrefixLM
 from dse.evaluation.scoring import Score
 from dse.models import LoadedModel
+from dse.out_of_memory import is_out_of_memory
 
 __all__ = ["ProgressingLM", "ScoringLM", "check_finite", "document_of"]
 
 
 class ProgressingLM:
-    """An lm-eval model whose batch size and progress callback are set at each call."""
+    """An lm-eval model whose batch size and progress callback are set at each call.
 
-    _rows: int
-    _tick: Callable[[int], None] = staticmethod(lambda _: None)
+    Attributes:
+        batch_limit: Set by `answer`; batches are filled up to its tokens.
+        keep: Subclasses call it with (position in the requests, answer) of every answer as soon as it is finished.
+    """
 
-    def answer(self, kind: str, requests: Sequence[Any], *, rows: int, tick: Callable[[int], None]) -> list[Any]:
+    batch_limit: BatchSize
+    keep: Callable[[int, Any], None] = staticmethod(lambda _position, _answer: None)
+
+    def answer(
+        self, kind: str, requests: Sequence[Any], batch_size: BatchSize, tick: Callable[[int], None]
+    ) -> list[Any]:
         """One answer for each of these requests, which are all of the same type.
+
+        After an out-of-memory error the batch size is halved, and the requests that have no answer yet are asked again.
 
         Args:
             kind: Type of the requests, the name of a method of lm-eval's `LM`, such as "loglikelihood".
             requests: In the order of the answers.
-            rows: A batch has at most this many times 128 tokens.
+            batch_size: Limits the batches.
             tick: Called with the number of requests just finished.
 
         Raises:
             NonFiniteError: A score is NaN or infinite.
+            OutOfMemoryError: The device has no room for the smallest batch.
         """
-        self._rows, self._tick = rows, tick
-        answers: list[Any] = getattr(self, kind)(requests)
-        return answers
+        self.batch_limit = batch_size
+        found: dict[int, Any] = {}
+
+        def ask_the_rest() -> None:
+            waiting = [index for index in range(len(requests)) if index not in found]
+
+            def keep(position: int, answer: Any) -> None:
+                found[waiting[position]] = answer
+                tick(1)
+
+            self.keep = keep
+            try:
+                getattr(self, kind)([requests[index] for index in waiting])
+            finally:
+                del self.keep
+
+        batch_size.run(ask_the_rest)
+        return [found[index] for index in range(len(requests))]
 
 
 class ScoringLM(ProgressingLM, SharedPrefixLM):
@@ -52,14 +78,13 @@ class ScoringLM(ProgressingLM, SharedPrefixLM):
 
     Args:
         loaded: The model.
-        batch_size: A batch has at most this many times 128 tokens, or fewer if the device is fastest with fewer.
         max_length: Tokens of context; None for the model's own limit.
 
     Raises:
         ModelError: The tokenizer has neither a beginning- nor an end-of-text token.
     """
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int, max_length: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_length: int | None) -> None:
         tokenizer = loaded.tokenizer
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise ModelError(
@@ -71,7 +96,7 @@ class ScoringLM(ProgressingLM, SharedPrefixLM):
             super().__init__(
                 loaded.model, tokenizer=copy.deepcopy(tokenizer), max_length=max_length, softmax_dtype="float32"
             )
-        self._rows = batch_size
+        self.batch_limit = BatchSize("auto", loaded.device.type)
         self._asked: list[Any] = []
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
@@ -118,13 +143,14 @@ class ScoringLM(ProgressingLM, SharedPrefixLM):
         """Log-likelihood of every whole text, scored in slices so that progress is reported."""
         self._asked = []
         scores: list[float] = []
-        for start in range(0, len(requests), self._rows):
-            part = requests[start : start + self._rows]
+        texts_at_once = max(1, self.batch_limit.tokens // TOKENS_PER_ROW)
+        for start in range(0, len(requests), texts_at_once):
+            part = requests[start : start + texts_at_once]
             found = super().loglikelihood_rolling(part, disable_tqdm=True)
-            for request, score in zip(part, found, strict=True):
+            for position, (request, score) in enumerate(zip(part, found, strict=True), start):
                 check_finite(score, request)
+                self.keep(position, score)
             scores.extend(found)
-            self._tick(len(part))
         return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
@@ -135,33 +161,37 @@ class ScoringLM(ProgressingLM, SharedPrefixLM):
         probe = torch.tensor([self.tok_encode(requests[0].args[0])[: self.max_length]], device=self.device)
         if probe.numel():
             check_finite(float(self._model_call(probe).sum()), requests[0])
-        self.cache_hook = _Ticker(self._tick)
         return super().generate_until(requests, disable_tqdm=True)
 
     def _finished(self, found: Sequence[tuple[int, Score]], bar: tqdm[Any]) -> None:
         """Refuse non-finite scores at once: an invalid trial need not be scored to its end."""
         if not self._asked:  # the windows of whole texts are checked by the caller
             return
-        for index, (score, _) in found:
+        for index, (score, is_greedy) in found:
             check_finite(score, self._asked[index])
-        self._tick(len(found))
+            self.keep(index, (score, is_greedy))
+
+    def _generated(self, index: int, text: str) -> None:
+        self.keep(index, text)
+
+    def _cache_tokens(self) -> int:
+        """Tokens whose keys and values fit into memory: half of those of the last batch that did not fit."""
+        most, limit = super()._cache_tokens(), self.batch_limit.generation_tokens
+        return most if limit is None else max(1, min(most, limit))
+
+    def _generate(self, requests: Sequence[Any], tokens: int) -> list[str]:
+        try:
+            return super()._generate(requests, tokens)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.batch_limit.generation_tokens = tokens // 2
+            raise
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Score]:
-        self._scorer.batch_tokens = self._rows * TOKENS_PER_ROW
+        self._scorer.batch_tokens = self.batch_limit.tokens
         return super()._loglikelihood_tokens(requests, disable_tqdm=True)
-
-
-class _Ticker:
-    """Takes the place of lm-eval's cache hook to count generated texts."""
-
-    def __init__(self, tick: Callable[[int], None]) -> None:
-        self._tick = tick
-
-    def add_partial(self, kind: str, request: object, answer: object) -> None:
-        if kind == "generate_until":
-            self._tick(1)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from dse.errors import ModelError, TaskError
-from dse.evaluation.evaluator_settings import TOKENS_PER_ROW, batches
+from dse.evaluation.evaluator_settings import BatchSize, batches
 from dse.evaluation.lm_eval.language_model import ProgressingLM, check_finite, document_of
 from dse.evaluation.scoring.masked_text import MaskedScoring, MaskedText, encode_masked, masked_positions, windows_of
 from dse.models import LoadedModel, context_tokens
@@ -42,7 +42,6 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
 
     Args:
         loaded: The model; it must have a masked-language-model head.
-        batch_size: A batch has at most this many times 128 tokens.
         max_length: Tokens per text, including special ones; longer texts lose their beginning.
         scoring: Which tokens are masked together.
 
@@ -50,7 +49,7 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, batch_size: int, max_length: int | None, scoring: MaskedScoring = "within_word"
+        self, loaded: LoadedModel, *, max_length: int | None, scoring: MaskedScoring = "within_word"
     ) -> None:
         super().__init__()
         tokenizer = loaded.tokenizer
@@ -66,7 +65,7 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
         self._scoring: MaskedScoring = scoring
         longest = context_tokens(loaded.model) or _LONGEST_WITHOUT_LIMIT
         self.max_length = min(longest, max_length or longest)
-        self._rows = batch_size
+        self.batch_limit = BatchSize("auto", loaded.device.type)
         self._texts: dict[tuple[str, str], MaskedText] = {}
 
     def prepare(self, requests: Sequence[Any]) -> int:
@@ -103,8 +102,9 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
         scores = []
         for request in requests:
             windows = list(windows_of(encode_masked(self._tokenizer, "", request.args[0]), self.max_length))
-            scores.append(math.fsum(score for score, _ in self._score(windows, [request] * len(windows), ticks=False)))
-            self._tick(1)
+            found = self._score(windows, [request] * len(windows), keeps=False)
+            scores.append(math.fsum(score for score, _ in found))
+            self.keep(len(scores) - 1, scores[-1])
         return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
@@ -122,28 +122,26 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
         return self._texts[key]
 
     def _score(
-        self, texts: Sequence[MaskedText], requests: Sequence[Any], *, ticks: bool = True
+        self, texts: Sequence[MaskedText], requests: Sequence[Any], *, keeps: bool = True
     ) -> list[tuple[float, bool]]:
         """(sum of the log-probabilities of the targets, whether all are the most likely tokens) of each text."""
         parts: list[list[float]] = [[] for _ in texts]
         greedy = [True] * len(texts)
         for batch in self._batches(texts):
             scores, likeliest = self._score_batch(texts, batch)
-            finished = 0
             for row, score, is_likeliest in zip(batch, scores, likeliest, strict=True):
                 check_finite(score, requests[row.text])
                 parts[row.text].append(score)
                 greedy[row.text] &= is_likeliest
-                finished += len(parts[row.text]) == len(texts[row.text].targets)
-            if ticks and finished:
-                self._tick(finished)
+                if keeps and len(parts[row.text]) == len(texts[row.text].targets):
+                    self.keep(row.text, (math.fsum(parts[row.text]), greedy[row.text]))
         return [(math.fsum(part), is_greedy) for part, is_greedy in zip(parts, greedy, strict=True)]
 
     def _batches(self, texts: Sequence[MaskedText]) -> Iterator[list[_Row]]:
-        """Rows in batches of at most `rows` x 128 tokens, longest first, so that out-of-memory errors occur early."""
+        """Rows in batches filled by tokens, longest first, so that out-of-memory errors occur early."""
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         rows = (_Row(index, target) for index in order for target in texts[index].targets)
-        return batches(rows, lambda row: len(texts[row.text]), self._rows * TOKENS_PER_ROW)
+        return batches(rows, lambda row: len(texts[row.text]), self.batch_limit.tokens)
 
     def _score_batch(self, texts: Sequence[MaskedText], batch: Sequence[_Row]) -> tuple[list[float], list[bool]]:
         longest = max(len(texts[row.text]) for row in batch)

@@ -69,11 +69,11 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         """Continuation of every context, with the generation settings of its task."""
         texts: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Generating") as bar:
-            for batch in self._generation_batches(requests):
-                self.batch_size_per_gpu = len(batch)
-                found = super().generate_until([requests[index] for index in batch], disable_tqdm=True)
+            for batch, tokens in self._generation_batches(requests):
+                found = self._generate([requests[index] for index in batch], tokens)
                 for index, text in zip(batch, found, strict=True):
                     texts[index] = text
+                    self._generated(index, text)
                 bar.update(len(batch))
         return texts
 
@@ -98,13 +98,26 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     def _finished(self, found: Sequence[tuple[int, Score]], bar: tqdm[Any]) -> None:
         bar.update(len(found))
 
+    def _generate(self, requests: Sequence[Any], tokens: int) -> list[str]:
+        """Generate one batch, whose key-value cache holds this many tokens at its end."""
+        self.batch_size_per_gpu = len(requests)
+        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return texts
+
+    def _generated(self, index: int, text: str) -> None:
+        """A finished text; for subclasses."""
+
     def _precision(self) -> Any:
         if self.mixed_precision_dtype is None:
             return nullcontext()
         return torch.autocast(device_type=self.device.type, dtype=self.mixed_precision_dtype)
 
-    def _generation_batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
-        """Request indices, longest context first, in batches of equal settings whose key-value caches fit in memory."""
+    def _generation_batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[int], int]]:
+        """Batches of equal settings whose key-value caches fit in memory, longest context first.
+
+        Yields:
+            Indices of the requests, and the tokens in the cache at the end of the generation, including padding.
+        """
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -113,7 +126,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             new_tokens = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)["max_gen_toks"]
             whole = {index: min(lengths[index] + new_tokens, self.max_length) for index in members}
             longest_first = sorted(members, key=lambda index: -lengths[index])
-            yield from batches(longest_first, whole.__getitem__, self._cache_tokens())
+            for batch in batches(longest_first, whole.__getitem__, self._cache_tokens()):
+                yield batch, len(batch) * whole[batch[0]]
 
     def _cache_tokens(self) -> int:
         """Tokens whose keys and values fit into memory, at 2 x layers x key/value heads x head size each."""
@@ -123,5 +137,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
         room: float = _CPU_CACHE_BYTES
         if self.device.type == "cuda":
-            room = torch.cuda.mem_get_info(self.device)[0] * _GPU_CACHE_SHARE
+            # Memory that the allocator keeps for reuse is free for a cache, too.
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            room = (torch.cuda.mem_get_info(self.device)[0] + kept) * _GPU_CACHE_SHARE
         return max(1, int(room // (per_token * self.model.dtype.itemsize)))

@@ -11,22 +11,40 @@ It needs only torch and transformers. Load it with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`config.low_rank` lists the replaced modules by path, with rank, core and bias. The modules of one `stack` read the same
-input and share their right factor. `config.removed` lists the removed blocks and layers.
+`config.low_rank` lists the replaced modules by path in the base model, with rank, core and bias. The modules of one
+`stack` read the same input and share their right factor; if a norm is named, the factor is applied behind that norm.
+`config.removed` lists the removed blocks and layers. `config.num_hidden_layers` counts the attention blocks left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.pytorch_utils import Conv1D
 
+from dse.models.plain_attributes import copy_plain_attributes
 from dse.decomposition.expert_modules import TuckerExperts, TuckerExpertWeight
-from dse.decomposition.low_rank_modules import LowRankLinear, SharedProduct, StackedLinear
-from dse.models.removed_modules import PassedLayer, RemovedBlock
+from dse.decomposition.low_rank_modules import LowRankLinear, NormThenFactor, SharedProduct, StackedLinear, linear_from
+from dse.models.removed_modules import LayerList, RemovedBlock
+
+
+def tensor_parallel_plan(dense: Mapping[str, str] | None) -> dict[str, str]:
+    """The base architecture's plan, extended to factors.
+
+    The left factor of a matrix that is split by output rows is split the same way, and so is the right factor of a
+    matrix that is split by input columns. The other factors are small and stay whole. Patterns match prefixes, so those
+    of factors come first, and those of dense matrices end in `$`.
+    """
+    plan = {}
+    for pattern, style in (dense or {}).items():
+        split = {"colwise": "left", "rowwise": "right"}.get(style[:7])
+        for factor in ("left", "core", "right") if split else ():
+            plan[f"{pattern}.{factor}"] = style if factor == split else "replicate"
+    return plan | {f"{pattern}$": style for pattern, style in (dense or {}).items()}
 
 
 class LowRankLlamaConfig(LlamaConfig):
@@ -37,71 +55,23 @@ class LowRankLlamaConfig(LlamaConfig):
     """
 
     model_type = "lowrank-llama"
+    base_model_tp_plan = tensor_parallel_plan(LlamaConfig.base_model_tp_plan)
 
     low_rank: dict[str, Any] | None = None
+    low_rank_head: dict[str, Any] | None = None
     removed: dict[str, Any] | None = None
 
 
-class LowRankLlamaForCausalLM(LlamaForCausalLM):
-    """The base model with the low-rank modules of `config.low_rank` and without the parts in `config.removed`."""
+class LowRankMixin:
+    """What the base model and the model with a head have in common."""
 
-    config_class = LowRankLlamaConfig
-
-    def __init__(self, config: LowRankLlamaConfig, *args: Any, **kwargs: Any) -> None:
-        if getattr(config, "add_pooling_layer", True) is False:  # a BERT body that was saved without its pooler
-            kwargs["add_pooling_layer"] = False
-        # The base class may select submodules by the config's type (AutoModel.from_config), so it gets the base type.
-        config.__class__ = LlamaConfig
-        try:
-            super().__init__(config, *args, **kwargs)
-        finally:
-            config.__class__ = LowRankLlamaConfig
-        self._insert_factors(config.low_rank or {})
-        self._remove_blocks(**(config.removed or {}))
-        self.post_init()
-        self._tp_plan = {}  # the base class's tensor-parallel plan splits dense matrices; it does not fit factors
-
-    def _insert_factors(self, low_rank: dict[str, Any]) -> None:
-        """Replace the modules listed in `config.low_rank`."""
-        shared: dict[str, SharedProduct] = {}
-        for path, form in low_rank.items():
-            dense = self.get_submodule(path)
-            # <experts>
-            if "experts" in form:
-                gate_up = _expert_weight(dense.gate_up_proj.shape, form["experts"]["gate_up"])
-                down = _expert_weight(dense.down_proj.shape, form["experts"]["down"])
-                self._replace(path, TuckerExperts(dense, gate_up, down))
-                continue
-            # </experts>
-            # GPT-2's Conv1D stores its weight as (in_features, out_features).
-            out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
-            rank = form["rank"]
-            left, right = _random(out_features, rank), _random(rank, in_features)
-            core = _random(rank, rank) if form["core"] else None
-            bias = torch.zeros(out_features) if form["bias"] else None
-            if "stack" in form:
-                members = form["stack"]
-                if members[0] not in shared:
-                    shared[members[0]] = SharedProduct(right, core, len(members))
-                module = StackedLinear(left, bias, shared[members[0]], members.index(path))
-            else:
-                module = LowRankLinear(left, right, bias, core)
-            self._replace(path, module)
-
-    def _remove_blocks(self, blocks: Any = (), norms: Any = (), layers: Any = (), cache_slots: Any = ()) -> None:
-        """Remove the blocks and layers listed in `config.removed`; remaining attention moves up in the KV cache."""
-        for path in cache_slots:
-            self.get_submodule(path).layer_idx = cache_slots[path]
-        for path in blocks:
-            self._replace(path, RemovedBlock(blocks[path]))
-        for path in norms:
-            self._replace(path, nn.Identity())
-        for path in layers:
-            self._replace(path, PassedLayer(self.get_submodule(path), layers[path]))
-
-    def _replace(self, path: str, module: nn.Module) -> None:
-        parent_path, _, name = path.rpartition(".")
-        setattr(self.get_submodule(parent_path), name, module.requires_grad_())
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values of factors that keep the variance of activations; `from_pretrained` reads the real ones."""
+        super()._init_weights(module)
+        if isinstance(module, (LowRankLinear, NormThenFactor, SharedProduct, StackedLinear)):
+            for factor in module.children():
+                if isinstance(factor, nn.Linear) and not getattr(factor.weight, "_is_hf_initialized", False):
+                    nn.init.normal_(factor.weight, std=factor.in_features**-0.5)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -116,22 +86,149 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
         return (model, info) if output_loading_info else model
 
 
-def _random(*shape: int) -> Tensor:
-    """Initial values that keep the variance of activations; `from_pretrained` overwrites them."""
-    factor = torch.empty(shape)
-    nn.init.normal_(factor, std=shape[-1] ** -0.5)  # transformers may turn this into a no-op that returns None
-    return factor
+class LowRankLlamaModel(LowRankMixin, LlamaModel):
+    """The base model with the low-rank modules of `config.low_rank` and without the parts in `config.removed`."""
+
+    config_class = LowRankLlamaConfig
+
+    def __init__(self, config: LowRankLlamaConfig, *args: Any, **kwargs: Any) -> None:
+        if getattr(config, "add_pooling_layer", True) is False:  # a BERT body that was saved without its pooler
+            kwargs["add_pooling_layer"] = False
+        removed = dict(config.removed or {})
+        counted = {name: getattr(config, name) for name in removed.get("built_with", {})}
+        try:
+            set_all(config, removed.pop("built_with", {}))  # every layer, as in the base model
+            super().__init__(config, *args, **kwargs)
+        finally:
+            set_all(config, counted)
+        if removed:
+            remove_blocks(self, **removed)
+        insert_factors(self, config.low_rank or {})
+        self.post_init()
+
+
+# <head>
+class LowRankLlamaForCausalLM(LowRankMixin, LlamaForCausalLM):
+    """The model with its head, on top of the low-rank base model."""
+
+    config_class = LowRankLlamaConfig
+
+    def __init__(self, config: LowRankLlamaConfig, *args: Any, **kwargs: Any) -> None:
+        # The base class may select submodules by the config's type (AutoModel.from_config), so it gets the base type.
+        config.__class__ = LlamaConfig
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.__class__ = LowRankLlamaConfig
+        pooling = {"add_pooling_layer": False} if getattr(self.model, "pooler", 0) is None else {}
+        self.model = LowRankLlamaModel(config, **pooling)
+        insert_factors(self, config.low_rank_head or {})
+        self.post_init()
+
+
+# </head>
+def insert_factors(model: nn.Module, low_rank: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the listed modules. Initial values are set later, by `_init_weights`."""
+    shared: dict[str, SharedProduct] = {}
+    replaced: dict[str, list[str]] = {}
+    for path, form in low_rank.items():
+        dense = model.get_submodule(path)
+        # <experts>
+        if "experts" in form:
+            gate_up = expert_weight(dense.gate_up_proj.shape, form["experts"]["gate_up"])
+            down = expert_weight(dense.down_proj.shape, form["experts"]["down"])
+            replace(model, path, TuckerExperts(dense, gate_up, down))
+            continue
+        # </experts>
+        # GPT-2's Conv1D stores its weight as (in_features, out_features).
+        out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
+        rank, stack, norm = form["rank"], form.get("stack", [path]), form.get("norm")
+        left, right = torch.empty(out_features, rank), torch.empty(rank, in_features)
+        core = torch.empty(rank, rank) if form["core"] else None
+        bias = torch.zeros(out_features) if form["bias"] else None
+        if norm is not None:
+            if path == stack[0]:
+                replace(model, norm, NormThenFactor(model.get_submodule(norm), right, core))
+            replace(model, path, linear_from(left, bias))
+            continue
+        if "stack" in form:
+            if stack[0] not in shared:
+                shared[stack[0]] = SharedProduct(right, core, len(stack))
+            module = StackedLinear(left, bias, shared[stack[0]], stack.index(path))
+        else:
+            module = LowRankLinear(left, right, bias, core)
+        replace(model, path, module)
+        parent, _, name = path.rpartition(".")
+        replaced.setdefault(parent, []).append(name)
+    for parent, names in replaced.items():
+        module = model.get_submodule(parent)
+        module.__class__ = class_with(type(module), tuple(sorted(names)))
+
+
+_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def class_with(cls: type, names: tuple[str, ...]) -> type:
+    """The subclass for parents of which exactly these children are low-rank.
+
+    Engines analyse each class once, for example to fuse the projections that read the same input.
+    """
+    if (cls, names) not in _classes:
+        _classes[cls, names] = type(cls.__name__, (cls,), {"__module__": __name__})
+    return _classes[cls, names]
+
+
+def remove_blocks(
+    model: nn.Module,
+    layers: str,
+    passed: Sequence[int],
+    groups: Sequence[int],
+    blocks: Mapping[str, int],
+    norms: Sequence[str],
+    cache_slots: Mapping[str, int],
+) -> None:
+    """Drop the passed layers, remove the listed blocks, and number the remaining attention blocks.
+
+    Paths are those after the passed layers are dropped.
+    """
+    kept = [layer for i, layer in enumerate(model.get_submodule(layers)) if i not in passed]
+    replace(model, layers, LayerList(kept, groups) if groups else nn.ModuleList(kept))
+    for path, returned_items in blocks.items():
+        replace(model, path, RemovedBlock(returned_items))
+    for path in norms:
+        replace(model, path, nn.Identity())
+    for path, slot in cache_slots.items():
+        model.get_submodule(path).layer_idx = slot
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module.requires_grad_())
+
+
+def set_all(target: Any, values: Mapping[str, Any]) -> None:
+    """Set several attributes."""
+    for name, value in values.items():
+        setattr(target, name, value)
 
 
 # <experts>
-def _expert_weight(shape: torch.Size, ranks: list[int]) -> TuckerExpertWeight:
-    """Random core and factors; modes of full rank have no factor."""
+def expert_weight(shape: torch.Size, ranks: list[int]) -> TuckerExpertWeight:
+    """Random core and factors that keep the variance of activations; modes of full rank have no factor."""
     experts, left, right = ((shape[0], ranks[0]), (shape[1], ranks[1]), (ranks[2], shape[2]))
     factors = [
-        _random(*factor) if rank < size else None
+        random_tensor(*factor) if rank < size else None
         for factor, rank, size in zip((experts, left, right), ranks, shape, strict=True)
     ]
-    return TuckerExpertWeight(_random(*ranks), *factors)
+    return TuckerExpertWeight(random_tensor(*ranks), *factors)
+
+
+def random_tensor(*shape: int) -> Tensor:
+    """Normal numbers with the variance of one over the last dimension."""
+    tensor = torch.empty(shape)
+    nn.init.normal_(tensor, std=shape[-1] ** -0.5)  # transformers may turn this into a no-op that returns None
+    return tensor
 
 
 # </experts>

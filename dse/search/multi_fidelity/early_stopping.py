@@ -13,7 +13,7 @@ from scipy.stats import norm, qmc
 from dse.errors import ConfigError, NonFiniteError
 from dse.evaluation.result import EvaluationResult
 from dse.evaluation.statistics.intervals import Interval
-from dse.pareto import Objective, directions_of, non_dominated, normalised_hypervolume, reference_point
+from dse.pareto import Objective, directions_of, ideal_point, non_dominated, normalised_hypervolume, reference_point
 from dse.search.multi_fidelity.estimate import DocumentMasks, Estimate, estimate_objective
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
@@ -136,7 +136,8 @@ class EarlyStopping:
         return float(np.mean(added)) / self._volume
 
     def _volume_with(self, values: FloatArray) -> float:
-        return normalised_hypervolume(values, self._reference or [], [o.ideal for o in self._objectives])
+        corner = self._reference or []
+        return normalised_hypervolume(values, corner, ideal_point(self._objectives, corner))
 
 
 def _value(objective: Objective, record: TrialRecord) -> float:

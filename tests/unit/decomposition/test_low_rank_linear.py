@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dse.decomposition import LowRankLinear
+from dse.decomposition.low_rank_modules import NormThenFactor, linear_from
 
 
 @given(leading=st.lists(st.integers(1, 4), max_size=3), has_bias=st.booleans(), has_core=st.booleans())
@@ -41,6 +43,32 @@ def test_an_empty_batch_gives_an_empty_output() -> None:
 
 def test_state_dict_names_match_those_of_exports() -> None:
     module = LowRankLinear(torch.ones(4, 2), torch.ones(2, 3), torch.ones(4), torch.ones(2, 2))
-    assert set(module.state_dict()) == {"left", "right", "core", "bias"}
+    assert set(module.state_dict()) == {"left.weight", "left.bias", "right.weight", "core.weight"}
     assert not any(parameter.requires_grad for parameter in module.parameters())
-    assert "rank=2, core" in repr(module)
+    assert "rank=2" in repr(module)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_factors_are_plain_linear_layers_around_the_given_tensors(has_bias: bool) -> None:
+    """Engines replace exactly `nn.Linear`; a linear layer built by torch has the same attributes."""
+    left, bias = torch.ones(4, 2), nn.Parameter(torch.ones(4), requires_grad=False) if has_bias else None
+    found = linear_from(left, bias)
+    built = nn.Linear(2, 4, bias=has_bias)
+    assert type(found) is nn.Linear
+    assert found.weight.data_ptr() == left.data_ptr()
+    assert found.bias is bias
+    assert vars(found).keys() == vars(built).keys()
+    assert repr(found) == repr(built)
+
+
+@pytest.mark.parametrize("has_core", [False, True])
+def test_a_norm_then_a_factor_equals_the_norm_and_the_low_rank_layer(has_core: bool) -> None:
+    torch.manual_seed(0)
+    norm, left, right = nn.LayerNorm(5), torch.randn(7, 3), torch.randn(3, 5)
+    core = torch.randn(3, 3) if has_core else None
+    x = torch.randn(2, 4, 5)
+    narrow = NormThenFactor(norm, right, core)
+    assert narrow(x).shape == (2, 4, 3)
+    assert torch.equal(linear_from(left)(narrow(x)), LowRankLinear(left, right, None, core)(norm(x)))
+    names = {"norm.weight", "norm.bias", "right.weight"} | ({"core.weight"} if has_core else set())
+    assert set(narrow.state_dict()) == names

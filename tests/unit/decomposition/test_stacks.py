@@ -222,6 +222,8 @@ def test_stacks_survive_swaps_copies_dtype_changes_and_forks(llama: LoadedModel,
     assert os.read(read, 1) == b"1"
     with pytest.raises(PointError, match="decomposed already"):
         apply_point(llama.model, llama.topology, DesignPoint.uniform(llama.topology, "svd", 2, [0], ["key"]), bank)
+    with pytest.raises(PointError, match="must be dense while a factor bank is built"):
+        FactorBank.build(llama, {"svd": {"layers.0.key": 2}}, folder=tmp_path / "again")
     handle.undo()
 
 

@@ -136,7 +136,7 @@ def test_factors_get_the_dtype_of_the_weight(llama: LoadedModel, tmp_path: Path)
     llama.model.to(torch.bfloat16)
     with decompose(llama, point, bank):
         module = llama.model.get_submodule(llama.topology["layers.1.query"].module)
-        assert module.left.dtype == torch.bfloat16
+        assert module.left.weight.dtype == torch.bfloat16
         assert llama.model(TOKENS).logits.dtype == torch.bfloat16
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 import dse.measurement.memory as memory_module
 from dse.errors import InvalidMeasurementError, OutOfMemoryError
@@ -69,6 +70,22 @@ def test_prefill_and_decode_have_separate_peaks(llama):
     assert 30 * MIB < result.decode_rise_bytes < 64 * MIB
     cache = torch.zeros(2, 2, 1, 2, 16 + 2, 8)  # keys and values, layers, batch, heads, tokens, head size
     assert result.kv_cache_bytes == cache.numel() * cache.element_size()
+
+
+@on_linux
+def test_the_key_value_cache_counts_in_both_phases():
+    """The cache outweighs everything else here: its arithmetic bounds both rises from below, and decode from above."""
+    layers, heads, head_size, batch, prompt, new = 8, 4, 64, 16, 256, 2
+    config = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    model = tiny_model("llama", **config, head_dim=head_size, max_position_embeddings=512)
+    spec = LatencySpec(prompt_tokens=prompt, new_tokens=new, batch_size=batch)
+    per_token = 2 * layers * heads * head_size * 4
+    result = measure_peak_memory(model, spec, kv_cache_bytes_per_token=per_token)
+    cache_bytes = per_token * batch * (prompt + new)
+    assert result.kv_cache_bytes == cache_bytes == 67_633_152
+    assert result.prefill_rise_bytes >= 0.98 * cache_bytes
+    # A growing cache is copied, and the heap may keep the room of the old keys and values resident.
+    assert 0.98 * cache_bytes <= result.decode_rise_bytes <= 2.1 * cache_bytes
 
 
 @on_linux

@@ -260,29 +260,74 @@ class _SmallDevice(nn.Module):
         return self.head(hidden)
 
 
+@contextlib.contextmanager
+def limited_tokens(model: nn.Module, most_tokens: int) -> Iterator[list[int]]:
+    """A device with room for `most_tokens` tokens in a forward pass, a key-value cache included; notes each pass."""
+    seen: list[int] = []
+
+    def check(_module: nn.Module, _arguments: object, keywords: dict[str, Any]) -> None:
+        rows, tokens = keywords["input_ids"].shape
+        cache = keywords.get("past_key_values")
+        seen.append(rows * (tokens + (0 if cache is None else cache.get_seq_length())))
+        if seen[-1] > most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    handle = model.model.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[operator]
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
         (RuntimeError, "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
-        (MemoryError, ""),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (MemoryError, "Unable to allocate 4.00 GiB for an array with shape (4, 268435456)"),
     ],
 )
-def test_out_of_memory_is_reported_and_auto_batches_shrink(
+def test_a_device_without_room_for_one_batch_is_reported(
     loaded: LoadedModel, write_task: TaskWriter, error: type[Exception], message: str
 ) -> None:
-    tasks = specs(write_task("choice"))
-    fixed, auto = Evaluator(loaded, tasks, batch_size=16), Evaluator(loaded, tasks, batch_size="auto")
-    expected = fixed.evaluate()
+    evaluator = Evaluator(loaded, specs(write_task("choice")), batch_size=16)
+    expected = evaluator.evaluate()
     with replaced(loaded.model, "lm_head", _SmallDevice(loaded.model.lm_head, 300, error, message)):
-        with pytest.raises(OutOfMemoryError, match="an evaluation batch of `batch_size` 16, but"):
-            fixed.evaluate()
-        assert auto.evaluate().accuracy == expected.accuracy
+        assert evaluator.evaluate().accuracy == expected.accuracy
     with (
         replaced(loaded.model, "lm_head", _SmallDevice(loaded.model.lm_head, 0, error, message)),
-        pytest.raises(OutOfMemoryError, match="an evaluation batch of `batch_size` 1, but"),
+        pytest.raises(OutOfMemoryError, match="an evaluation batch of 16 tokens, but"),
     ):
-        auto.evaluate()
+        evaluator.evaluate()
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 16])
+@pytest.mark.parametrize("kind", ["choice", "cloze", "rolling", "generate"])
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    loaded: LoadedModel,
+    write_task: TaskWriter,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    batch_size: int | str,
+) -> None:
+    evaluator = Evaluator(loaded, specs(write_task(kind)), batch_size=batch_size)
+    expected = evaluator.evaluate()
+    assert expected.batch_tokens == 16 * 128
+    done: list[int] = []
+    with limited_tokens(loaded.model, 140) as seen:
+        found = evaluator.evaluate(lambda finished, _: done.append(finished))
+        refused = sum(tokens > 140 for tokens in seen)
+        again = evaluator.evaluate()
+        assert sum(tokens > 140 for tokens in seen) == refused  # the reduced batch stays
+    (before,), (after,) = expected.tasks, found.tasks
+    np.testing.assert_allclose(after.outcomes, before.outcomes, rtol=1e-5)
+    np.testing.assert_allclose(again.tasks[0].outcomes, before.outcomes, rtol=1e-5)
+    assert after.value == pytest.approx(before.value, rel=1e-6)
+    assert refused >= 1
+    assert found.batch_tokens == again.batch_tokens == 16 * 128 // 2**refused
+    assert done == list(range(1, len(done) + 1))  # every request is finished once
+    assert caplog.text.count("batches have at most") == refused
 
 
 def test_other_model_errors_are_not_reported_as_out_of_memory(loaded: LoadedModel, write_task: TaskWriter) -> None:

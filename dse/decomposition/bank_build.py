@@ -1,0 +1,114 @@
+"""Decompose the tensors that a factor bank lacks, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from dse.cost import check_point
+from dse.decomposition.calibration_text import CalibrationWindows
+from dse.decomposition.factor_store import FactorStore
+from dse.decomposition.factors import as_matrix
+from dse.decomposition.layer_grams import GramSettings, iterate_layer_grams
+from dse.decomposition.low_rank_modules import LowRankLinear, StackedLinear
+from dse.decomposition.methods import METHODS, factorise
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import PointError
+from dse.models import LoadedModel
+from dse.models.layer_paths import layer_paths
+from dse.progress import ProgressCallback
+
+__all__ = ["dense_weight", "fill_store"]
+
+
+def fill_store(
+    store: FactorStore,
+    loaded: LoadedModel,
+    method: str,
+    ranks: Mapping[str, int],
+    calibration: CalibrationWindows | None,
+    settings: GramSettings,
+    progress: ProgressCallback,
+) -> None:
+    """Decompose the tensors of `ranks` and write them, one by one, so that a killed build continues where it stopped.
+
+    Args:
+        store: Where the factors go.
+        loaded: The dense model, resident or with its weights on disk.
+        method: A key of `METHODS`.
+        ranks: Tensor or stack to rank.
+        calibration: Calibration text; required by calibrated methods.
+        settings: Devices and memory.
+        progress: Called as ("decompose", done, total) in tensors, and with the phases of `iterate_layer_grams`.
+    """
+    names = tuple(matrix.name for matrix in loaded.topology.matrices if matrix.name in ranks)
+    for name in names:
+        check_point(loaded.topology, DesignPoint.of({name: TensorChoice(method, ranks[name])}))
+        _check_dense(loaded, name)
+    progress("decompose", 0, len(names))
+    done = 0
+    for name, gram, gradient_gram in _inputs(loaded, method, names, calibration, settings, progress):
+        store.put(name, factorise(dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
+        done += 1
+        progress("decompose", done, len(names))
+
+
+def _inputs(
+    loaded: LoadedModel,
+    method: str,
+    names: tuple[str, ...],
+    calibration: CalibrationWindows | None,
+    settings: GramSettings,
+    progress: ProgressCallback,
+) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """Yield each name with its Gram matrices, while its weight is in memory."""
+    entry = METHODS[method]
+    if not entry.is_calibrated or calibration is None:
+        yield from _weights_only(loaded, names)
+        return
+    grams = iterate_layer_grams(
+        loaded, names, calibration, with_gradients=entry.needs_gradients, settings=settings, progress=progress
+    )
+    for of_layer in grams:
+        for sharing, gram in of_layer.sharing.items():
+            for name in sharing:
+                yield name, gram, of_layer.gradients.get(name)
+
+
+def _weights_only(loaded: LoadedModel, names: tuple[str, ...]) -> Iterator[tuple[str, None, None]]:
+    by_layer: dict[int | None, list[str]] = {}
+    for name in names:
+        by_layer.setdefault(loaded.topology.matrix(name).layer, []).append(name)
+    paths = layer_paths(loaded.topology)
+    for layer, of_layer in by_layer.items():
+        if loaded.checkpoint is None:
+            present = nullcontext()
+        else:
+            modules = [path for name in of_layer for path in loaded.topology.matrix(name).modules]
+            wanted = modules if layer is None else [paths[layer]]
+            present = loaded.checkpoint.present(loaded.model, wanted, loaded.device)
+        with present:
+            for name in of_layer:
+                yield name, None, None
+
+
+def dense_weight(loaded: LoadedModel, name: str) -> Tensor:
+    """The weight of a tensor, or the stacked weights of a stack's members."""
+    found = [loaded.model.get_submodule(path) for path in loaded.topology.matrix(name).modules]
+    weights = [as_matrix(module).detach() for module in found]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def _check_dense(loaded: LoadedModel, name: str) -> None:
+    for path in loaded.topology.matrix(name).modules:
+        try:
+            module = loaded.model.get_submodule(path)
+        except AttributeError:  # its block is removed
+            module = None
+        if module is None or isinstance(module, (LowRankLinear, StackedLinear)):
+            raise PointError(
+                f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first"
+            )

@@ -1,0 +1,177 @@
+"""ONNX Runtime: runs `model.onnx`, whose key-value cache goes in and out as tensors and stays on the device."""
+
+import importlib.metadata
+import json
+import os
+
+from backend_support import Unsupported, random_prompts, run_batches, seconds_of
+
+GRAPH = "model.onnx"
+MAX_WEIGHTS = 16
+"""Different weights of one shape when products are timed; ONNX Runtime packs each into a copy of its own."""
+
+
+class Backend:
+    """See `dse.engines.worker`. Options besides device, dtype and threads are entries of the session's config."""
+
+    def load(self, folder, options):
+        """Open a session on the folder's graph; its dtype is that of the file."""
+        import numpy
+        import onnxruntime
+
+        self._np, self._ort = numpy, onnxruntime
+        self._options = options
+        self._device, self._device_index = _device_of(options["device"])
+        self._session = self._opened(os.path.join(folder, GRAPH))
+        self._types = {port.name: _NUMPY_TYPES[port.type] for port in self._session.get_inputs()}
+        self._caches = [port for port in self._session.get_inputs() if port.name.startswith("past_key_values.")]
+        self._outputs = [port.name for port in self._session.get_outputs()]
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            self._vocabulary = int(json.load(file)["vocab_size"])
+
+    def run(self, work):
+        """Serve the requests in batches of the concurrency."""
+        return run_batches(work, random_prompts(self._vocabulary, work), self._generate)
+
+    def greedy(self, prompts, new_tokens):
+        """Greedy continuations, one prompt after the other, so that none is padded."""
+        return [self._generate([prompt], new_tokens, lambda: None)[0] for prompt in prompts]
+
+    def log_probabilities(self, prompts):
+        """Log-probability of each prompt token but the first."""
+        np = self._np
+        found = []
+        for prompt in prompts:
+            outputs = self._forward(np.array([prompt], dtype=np.int64), self._empty_caches(1), 0)
+            logits = outputs[0].numpy()[0, :-1].astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+            found.append(np.take_along_axis(logits, np.array(prompt[1:])[:, None], -1)[:, 0].tolist())
+        return found
+
+    def time_products(self, shapes, footprint_bytes):
+        """Time a chain-free graph of `MatMul` nodes with different weights."""
+        try:
+            import onnx  # noqa: F401 - graphs are built with it
+        except ImportError:
+            raise Unsupported("ONNX Runtime times products of graphs built with onnx: `pip install onnx`") from None
+        return [self._seconds(shape, footprint_bytes) for shape in shapes]
+
+    def versions(self):
+        """Version of ONNX Runtime."""
+        for name in ("onnxruntime", "onnxruntime-gpu"):
+            try:
+                return {name: importlib.metadata.version(name)}
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return {"onnxruntime": self._ort.__version__}
+
+    def close(self):
+        """Nothing to end."""
+
+    def _opened(self, model):
+        """A session on a file or on serialised bytes."""
+        settings = self._ort.SessionOptions()
+        settings.log_severity_level = 3
+        if self._options["threads"]:
+            settings.intra_op_num_threads = self._options["threads"]
+        for name, value in self._options.items():
+            if name not in ("device", "dtype", "threads"):
+                settings.add_session_config_entry(name, str(value))
+        if self._device == "cuda" and "CUDAExecutionProvider" not in self._ort.get_available_providers():
+            raise ValueError("device cuda needs ONNX Runtime with CUDA: `pip install onnxruntime-gpu`")
+        cuda = ("CUDAExecutionProvider", {"device_id": self._device_index})
+        providers = [cuda, "CPUExecutionProvider"] if self._device == "cuda" else ["CPUExecutionProvider"]
+        return self._ort.InferenceSession(model, settings, providers=providers)
+
+    def _value(self, array):
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, self._device_index)
+
+    def _empty_caches(self, batch):
+        found = {}
+        for port in self._caches:
+            _, heads, _, width = port.shape
+            found[port.name] = self._value(self._np.zeros((batch, heads, 0, width), dtype=self._types[port.name]))
+        return found
+
+    def _forward(self, tokens, caches, past):
+        """All outputs, logits first; `tokens` of shape (batch, new) follow `past` cached ones."""
+        np = self._np
+        batch, new = tokens.shape
+        positions = np.broadcast_to(np.arange(past, past + new, dtype=np.int64), (batch, new))
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((batch, past + new), dtype=np.int64),
+            "position_ids": np.ascontiguousarray(positions),
+        }
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            if name in self._types:
+                binding.bind_ortvalue_input(name, self._value(array))
+        for name, value in caches.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            on_cpu = name == "logits" or self._device == "cpu"
+            binding.bind_output(name, "cpu" if on_cpu else self._device, 0 if on_cpu else self._device_index)
+        self._session.run_with_iobinding(binding)
+        return binding.get_outputs()
+
+    def _generate(self, batch, new_tokens, on_token):
+        """Greedy tokens of equally long prompts."""
+        np = self._np
+        tokens, caches, past = np.array(batch, dtype=np.int64), self._empty_caches(len(batch)), 0
+        found = []
+        for _ in range(new_tokens):
+            outputs = self._forward(tokens, caches, past)
+            past += tokens.shape[1]
+            caches = dict(zip(caches, outputs[1:]))
+            tokens = outputs[0].numpy()[:, -1:].argmax(-1)
+            on_token()
+            found.append(tokens)
+        return np.concatenate(found, 1).tolist()
+
+    def _seconds(self, shape, footprint_bytes):
+        """Seconds of one product: a graph that multiplies one input by several weights."""
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        np = self._np
+        rows, columns, results = shape
+        element = np.dtype(np.float16 if self._options["dtype"] == "float16" else np.float32)
+        kind = TensorProto.FLOAT16 if element == np.float16 else TensorProto.FLOAT
+        count = max(1, min(footprint_bytes // (columns * results * element.itemsize), MAX_WEIGHTS))
+        generator = np.random.default_rng(0)
+        weights = [
+            numpy_helper.from_array(generator.uniform(-1, 1, (columns, results)).astype(element), f"w{i}")
+            for i in range(count)
+        ]
+        nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(count)]
+        ports = [helper.make_tensor_value_info(f"y{i}", kind, [rows, results]) for i in range(count)]
+        entry = [helper.make_tensor_value_info("x", kind, [rows, columns])]
+        graph = helper.make_graph(nodes, "products", entry, ports, weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        session = self._opened(onnx.ModelProto.SerializeToString(model))
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("x", self._value(generator.uniform(-1, 1, (rows, columns)).astype(element)))
+        for port in ports:
+            binding.bind_output(port.name, self._device, self._device_index)
+
+        def one_pass():
+            session.run_with_iobinding(binding)
+
+        return seconds_of(one_pass, count)
+
+
+def _device_of(name):
+    kind, _, index = name.partition(":")
+    return kind, int(index or 0)
+
+
+_NUMPY_TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
+}
