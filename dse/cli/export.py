@@ -1,4 +1,4 @@
-"""`dse export`: write the models of trials as folders for transformers."""
+"""`dse export`: write the models of trials as folders for transformers and for inference engines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from dse.cli.options import add_command
 if TYPE_CHECKING:
     from dse.export import ExportResult
 
+FORMATS = {
+    "transformers": "factors, for transformers and vLLM",
+    "dense": "factors multiplied out: runs anywhere, saves nothing",
+    "onnx": "a graph for ONNX Runtime",
+    "openvino": "a graph for OpenVINO",
+    "decilm": "removed blocks of a Llama-like model as DeciLM, which vLLM runs natively",
+}
+"""As in `dse.export.formats`, which takes a second to import."""
+
 
 def add_parser(commands: Any) -> None:
     """Add `dse export`."""
@@ -18,8 +27,9 @@ def add_parser(commands: Any) -> None:
         commands,
         "export",
         run,
-        summary="write the model of a trial as a folder for transformers",
+        summary="write the model of a trial as a folder for an engine",
         example="dse export runs/quickstart --trial 12 --out exports/smollm2-small",
+        details="formats:\n" + "\n".join(f"  {name:<14}{summary}" for name, summary in FORMATS.items()),
     )
     parser.add_argument("directory", metavar="DIR", help="folder of the study")
     parser.add_argument("--trial", type=int, action="append", required=True, metavar="N", help="trial; repeatable")
@@ -27,8 +37,17 @@ def add_parser(commands: Any) -> None:
         "--out", required=True, metavar="FOLDER", help="new folder; with several trials, one subfolder per trial"
     )
     parser.add_argument(
-        "--dense", action="store_true", help="write merged dense weights, which run in any engine but save nothing"
+        "--format", default="transformers", metavar="FORMAT", help=f"{', '.join(FORMATS)} (transformers)"
     )
+    parser.add_argument("--dense", action="store_true", help="same as `--format dense`")
+    parser.add_argument(
+        "--verify-in",
+        action="append",
+        default=[],
+        metavar="ENGINE",
+        help="further engine that must reproduce the model, such as vllm; repeatable",
+    )
+    parser.add_argument("--python", metavar="PATH", help="Python interpreter of the engine that verifies the export")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,21 +57,34 @@ def run(options: argparse.Namespace) -> int:
     from dse.export import export_trials
 
     with TerminalListener() as listener:
-        results = export_trials(options.directory, options.trial, options.out, dense=options.dense, listener=listener)
+        results = export_trials(
+            options.directory,
+            options.trial,
+            options.out,
+            format=options.format,
+            dense=options.dense,
+            verify_in=options.verify_in,
+            python=options.python,
+            listener=listener,
+        )
     return print_result(options, results, _print_exports, as_json)
 
 
 def _print_exports(results: Sequence[ExportResult]) -> None:
+    from dse.cli.verify import print_report
     from dse.report.units import percent
 
     for result in results:
         size_mb, dense_mb = result.weight_file_bytes / 1e6, result.dense_weight_bytes / 1e6
         print(f"{result.folder}: {size_mb:.1f} MB of weights (dense: {dense_mb:.1f} MB)")
         if result.is_dense:
-            print("  merged dense weights: run in any engine, save nothing")
+            print("  dense weights: run in any engine, save nothing")
         else:
             print(f"  {percent(result.reduction)} of the parameters removed")
+        if not result.is_dense and result.max_logit_difference is not None:
             print(f'  load: AutoModelForCausalLM.from_pretrained("{result.folder}", trust_remote_code=True)')
         if result.max_logit_difference is not None:
             largest, limit = result.max_logit_difference, result.tolerance
             print(f"  reloaded in a fresh process: largest logit difference {largest:.2g} (limit {limit:.2g})")
+        for report in result.engine_reports:
+            print_report(report, indent="  ")

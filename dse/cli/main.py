@@ -30,12 +30,13 @@ from dse.cli import (
     run,
     sensitivity,
     space,
+    verify,
 )
 from dse.cli.options import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from dse.errors import DseError, UserError
 
 # In the order of `dse --help`.
-_STUDY_COMMANDS = (run, front, recommend, compare, export)
+_STUDY_COMMANDS = (run, front, recommend, compare, export, verify)
 _MODEL_COMMANDS = (cost, space, sensitivity, allocate, evaluate, measure, profile_device, doctor)
 
 
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line; None means `sys.argv`.
 
     Returns:
-        The exit code: 0 success, 2 user-fixable error, 3 no point fits, 130 interrupted.
+        The exit code: 0 success, 1 `dse verify` found other outputs, 2 user-fixable error, 3 no point fits, 130
+        interrupted.
     """
     options = build_parser().parse_args(arguments)
     _set_up_process()

@@ -11,7 +11,7 @@ from dse.defaults import CALIBRATION_TOKENS
 if TYPE_CHECKING:
     from dse.standalone import CalibrationText, ModelRequest
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 2, 3, 130
+EXIT_OK, EXIT_DIFFERS, EXIT_USER_ERROR, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 POINT_HELP = (
     'design point: JSON text, a JSON file, or "dense"; compact form {"method": "tucker", "rank": 1, "layers": [2, 17],'
@@ -128,3 +128,16 @@ def count(text: str) -> int:
     if not text.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer of at least 0, but got '{text}'")
     return int(text)
+
+
+def engine_option(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE; a value that reads as a YAML number or truth value becomes one."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, but got '{text}'")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import yaml
@@ -187,6 +188,17 @@ class StudyConfig(Section):
     def head(self) -> Head | None:
         """The model head of the dataset tasks; None if there are none."""
         return next((task.head for task in self.tasks if isinstance(task, DatasetTaskConfig)), None)
+
+    def with_workers(self, workers: WorkersConfig | Mapping[str, Any] | int | None) -> StudyConfig:
+        """The study with other workers: a number of them, or keys that override its own."""
+        if workers is None:
+            return self
+        if isinstance(workers, int):
+            workers = {"count": workers}
+        if not isinstance(workers, WorkersConfig):
+            own = {} if self.workers is None else self.workers.model_dump()
+            workers = WorkersConfig(**{**own, **workers})
+        return self.model_copy(update={"workers": workers})
 
     def to_yaml(self) -> str:
         """The resolved study as YAML, including every default."""

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import os
+from pathlib import Path
 
 from backend_support import Unsupported, random_prompts, run_batches, seconds_of
 
@@ -22,12 +22,12 @@ class Backend:
         self._np, self._ort = numpy, onnxruntime
         self._options = options
         self._device, self._device_index = _device_of(options["device"])
-        self._session = self._opened(os.path.join(folder, GRAPH))
+        self._session = self._opened(str(Path(folder) / GRAPH))
         self._types = {port.name: _NUMPY_TYPES[port.type] for port in self._session.get_inputs()}
         self._caches = [port for port in self._session.get_inputs() if port.name.startswith("past_key_values.")]
         self._outputs = [port.name for port in self._session.get_outputs()]
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            self._vocabulary = int(json.load(file)["vocab_size"])
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        self._vocabulary = int(config["vocab_size"])
 
     def run(self, work):
         """Serve the requests in batches of the concurrency."""
@@ -124,7 +124,7 @@ class Backend:
         for _ in range(new_tokens):
             outputs = self._forward(tokens, caches, past)
             past += tokens.shape[1]
-            caches = dict(zip(caches, outputs[1:]))
+            caches = dict(zip(caches, outputs[1:], strict=True))
             tokens = outputs[0].numpy()[:, -1:].argmax(-1)
             on_token()
             found.append(tokens)

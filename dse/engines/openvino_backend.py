@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import os
+from pathlib import Path
 
 from backend_support import random_prompts, run_batches, seconds_of
 
@@ -34,11 +34,11 @@ class Backend:
             **{name: value for name, value in options.items() if name not in ("device", "dtype", "threads")},
         }
         self._core = openvino.Core()
-        model = self._core.read_model(os.path.join(folder, GRAPH))
+        model = self._core.read_model(str(Path(folder) / GRAPH))
         self._request = self._core.compile_model(model, self._device, self._properties).create_infer_request()
         self._inputs = {name for port in model.inputs for name in port.get_names()}
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            self._vocabulary = int(json.load(file)["vocab_size"])
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        self._vocabulary = int(config["vocab_size"])
 
     def run(self, work):
         """Serve the requests in batches of the concurrency."""

@@ -1,7 +1,12 @@
-"""Export design points as Hugging Face folders that load without `dse`; each is verified by reloading it in a new
-process.
+"""Export design points as folders that transformers, vLLM, ONNX Runtime or OpenVINO load without `dse`.
+
+Each is verified in its engine, in a new process.
 """
 
+from dse.export.engine_check import EngineReport as EngineReport
+from dse.export.engine_check import verify_export as verify_export
+from dse.export.formats import EXPORT_FORMATS as EXPORT_FORMATS
+from dse.export.formats import ExportFormat as ExportFormat
 from dse.export.point_export import ExportResult as ExportResult
 from dse.export.point_export import export_point as export_point
 from dse.export.point_export import export_points as export_points

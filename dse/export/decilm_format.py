@@ -36,7 +36,7 @@ def check_decilm(loaded: LoadedModel, point: DesignPoint) -> None:
     name, config = type(loaded.model).__name__, loaded.model.config
     if name not in _FAMILIES:
         raise ExportError(
-            f"`--format decilm` needs a model of {', '.join(_FAMILIES)}, but it is a {name}; use `--format transformers`"
+            f"`--format decilm` needs a {' or '.join(_FAMILIES)}, but got a {name}; use `--format transformers`"
         )
     if _uses_window(config):
         raise ExportError(
@@ -120,9 +120,7 @@ def _kept_blocks(topology: Topology, point: DesignPoint) -> Sequence[frozenset[s
     """Roles of the blocks that each layer keeps, by layer."""
     removed = {(topology.blocks_by_name[name].layer, topology.blocks_by_name[name].role) for name in point.removed}
     roles = ("attention", "mlp")
-    return [
-        frozenset(role for role in roles if (layer, role) not in removed) for layer in range(topology.layer_count)
-    ]
+    return [frozenset(role for role in roles if (layer, role) not in removed) for layer in range(topology.layer_count)]
 
 
 def _mlp_width(model: nn.Module, layer: int, default: int) -> int:

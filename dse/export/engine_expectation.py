@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dse.errors import ExportError
 from dse.export.expectation import half_precision_tolerance
-from dse.files import write_text_atomically
+from dse.files import write_text
 
 __all__ = [
     "VERIFICATION_FILE",
@@ -137,13 +137,14 @@ def _greedy(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[int], l
     ids, cache = torch.tensor([list(prompt)], device=model.device), None
     with torch.inference_mode():
         for _ in range(_NEW_TOKENS):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True) if cache else model(input_ids=ids)
+            past = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+            output = model(input_ids=ids, **past)
             best = output.logits[0, -1].float().topk(2)
             found.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
             cache = output.get("past_key_values")
             new = torch.tensor([found[-1:]], device=model.device)
-            ids = new if cache else torch.cat((ids, new), 1)
+            ids = torch.cat((ids, new), 1) if cache is None else new
     return found, gaps
 
 
@@ -155,7 +156,7 @@ def weight_file_sizes(folder: Path, patterns: Sequence[str]) -> dict[str, int]:
 
 def write_engine_expectation(folder: Path, expected: EngineExpectation) -> None:
     """Write `verification.json`."""
-    write_text_atomically(folder / VERIFICATION_FILE, json.dumps(asdict(expected)) + "\n")
+    write_text(folder / VERIFICATION_FILE, json.dumps(asdict(expected)) + "\n")
 
 
 def read_engine_expectation(folder: Path) -> EngineExpectation:
@@ -180,5 +181,7 @@ def read_engine_expectation(folder: Path) -> EngineExpectation:
         if len(rows) != 1 or not expected.prompts:
             raise ValueError("its lists differ in length")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ExportError(f"{file} must be as `dse export` wrote it, but it is damaged ({error}); export again") from error
+        raise ExportError(
+            f"{file} must be as `dse export` wrote it, but it is damaged ({error}); export again"
+        ) from error
     return expected

@@ -17,7 +17,7 @@ from dse.errors import ExportError
 from dse.export.reload_check import EXPECTED_FILE, EXPECTED_TENSORS, main_output, tensor_digests, token_ids
 from dse.models import LoadedModel
 
-__all__ = ["FLOAT32_TOLERANCE", "Expectation", "probe_batches", "write_expectation"]
+__all__ = ["FLOAT32_TOLERANCE", "Expectation", "half_precision_tolerance", "probe_batches", "write_expectation"]
 
 FLOAT32_TOLERANCE = 1e-4
 """Largest absolute difference of a logit allowed in float32.
@@ -120,4 +120,9 @@ def _tolerance(dtype: torch.dtype, largest: float, *, is_merged: bool) -> float:
     """1e-4 for float32; in half precision a few steps of the dtype at the magnitude of the largest output."""
     if dtype in (torch.float32, torch.float64):
         return FLOAT32_TOLERANCE * (max(1.0, largest) if is_merged else 1.0)
+    return half_precision_tolerance(dtype, largest)
+
+
+def half_precision_tolerance(dtype: torch.dtype, largest: float) -> float:
+    """A few steps of the dtype at the magnitude of the largest output."""
     return _HALF_STEPS * torch.finfo(dtype).eps * 2.0 ** math.ceil(math.log2(max(1.0, largest)))

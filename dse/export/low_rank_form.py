@@ -116,7 +116,7 @@ def _below(value: Any, prefix: str, kept: KeptLayers) -> Any:
 
 
 def _older_rope_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """`rope_theta` at top level too: transformers 4 does not read it from `rope_parameters`, and uses 10000 silently."""
+    """`rope_theta` at top level: transformers 4 does not read `rope_parameters`, and would silently use 10000."""
     rope = getattr(model.config, "rope_parameters", None)
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     return {} if theta is None else {"rope_theta": theta}

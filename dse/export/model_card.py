@@ -29,6 +29,18 @@ _PIPELINES = {
 }
 
 
+_LIBRARIES = {"onnx": "onnx", "openvino": "openvino"}
+_CODE = {
+    "transformers": "`modeling_lowrank.py` of this folder, a short file that you can read first",
+    "decilm": "`configuration_decilm.py` and `modeling_decilm.py` of this folder, short files that you can read first",
+}
+
+_WRONG_CLASS = {
+    "transformers": "does not support factors and would use random weights",
+    "decilm": "has every block and would use random weights",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class CardContent:
     """The content of a model card.
@@ -39,11 +51,12 @@ class CardContent:
         fingerprint: Fingerprint of the dense model's config and weights.
         topology: Topology of the dense model.
         point: The design point.
+        format: Name of the export format.
         is_dense: Whether the factors are multiplied out.
         auto_class: The transformers class that loads the folder.
         dtype: Dtype of the weights.
         parameters: Number of parameters in the folder.
-        weight_file_bytes: Size of its safetensors files.
+        weight_file_bytes: Size of the files that hold weights.
         dense_weight_bytes: Size of the dense model's weights.
         other_bytes: Size of its other files, without this card.
         max_difference: Largest difference on reloading; None if it was not verified.
@@ -56,6 +69,7 @@ class CardContent:
     fingerprint: str
     topology: Topology
     point: DesignPoint
+    format: str
     is_dense: bool
     auto_class: str
     dtype: str
@@ -80,7 +94,7 @@ def model_card(content: CardContent) -> str:
 
 
 def _front_matter(content: CardContent) -> str:
-    head: dict[str, Any] = {"library_name": "transformers"}
+    head: dict[str, Any] = {"library_name": _LIBRARIES.get(content.format, "transformers")}
     if content.auto_class in _PIPELINES:
         head["pipeline_tag"] = _PIPELINES[content.auto_class]
     if _HUB_ID.fullmatch(content.base_model):
@@ -140,7 +154,10 @@ def _sizes(content: CardContent) -> str:
 
 
 def _loading(content: CardContent) -> str:
-    remote = "" if content.is_dense else ", trust_remote_code=True"
+    if content.format in _LIBRARIES:
+        return ""  # the section of verified engines says how to load a graph
+    needs_code = content.format in _CODE and not (content.format == "transformers" and content.is_dense)
+    remote = ", trust_remote_code=True" if needs_code else ""
     lines = [
         "## How to load it",
         "",
@@ -152,12 +169,12 @@ def _loading(content: CardContent) -> str:
         f"model = {content.auto_class}.from_pretrained(folder{remote})",
         "```",
     ]
-    if not content.is_dense:
+    if needs_code:
         lines += [
             "",
-            "`trust_remote_code=True` runs `modeling_lowrank.py` of this folder, a short file that you can read first."
-            " It needs only torch and transformers (5 or later). Without it, the folder refuses to load. Do not load it"
-            " with the base architecture's own class, which does not support factors and would use random weights.",
+            f"`trust_remote_code=True` runs {_CODE[content.format]}. It needs only torch and transformers (5 or later)."
+            " Without it, the folder refuses to load. Do not load it with the base architecture's own class, which"
+            f" {_WRONG_CLASS[content.format]}.",
         ]
     return "\n".join(lines)
 
@@ -205,7 +222,9 @@ def _provenance(content: CardContent) -> str:
     if details.get("study") is not None:
         trial = f", trial {text(details['trial'])}" if details.get("trial") is not None else ""
         lines.append(f"- Study: {text(details['study'])}{trial}")
-    if content.max_difference is None:
+    if content.format in _LIBRARIES:
+        pass  # the section of verified engines says it
+    elif content.max_difference is None:
         lines.append("- Not verified by reloading")
     else:
         lines.append(

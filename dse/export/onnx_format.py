@@ -58,7 +58,8 @@ def write_onnx(loaded: LoadedModel, folder: Path) -> None:
         from transformers.exporters import OnnxConfig, OnnxExporter
 
         inputs = example_inputs(loaded.model)
-        graph = OnnxExporter().export(loaded.model, inputs, OnnxConfig(dynamic_shapes=dynamic_shapes(inputs))).program
+        settings = OnnxConfig(dynamic_shapes=dynamic_shapes(inputs))
+        graph = OnnxExporter().export(loaded.model, inputs, settings).program
         for ports, cache in ((graph.graph.inputs, "past_key_values"), (graph.graph.outputs, "present")):
             for port, name in zip(ports, port_names([str(port.name) for port in ports], cache), strict=True):
                 port.name = name

@@ -42,6 +42,10 @@ def write_openvino(loaded: LoadedModel, folder: Path) -> None:
         from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
         inputs = example_inputs(loaded.model)
-        graph = OpenVINOExporter().export(loaded.model, inputs, OpenVINOConfig(dynamic_shapes=dynamic_shapes(inputs))).program
+        graph = (
+            OpenVINOExporter()
+            .export(loaded.model, inputs, OpenVINOConfig(dynamic_shapes=dynamic_shapes(inputs)))
+            .program
+        )
         openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
     write_graph_config(loaded.model, inputs, folder)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from dse.cost import check_point, point_cost
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import DesignPoint
 from dse.errors import ExportError
+from dse.export.engine_card import update_card
+from dse.export.engine_check import EngineReport, check_engine, failed_check, note_verified, verify_in_engine
+from dse.export.engine_expectation import (
+    EngineExpectation,
+    VerifiedEngine,
+    weight_file_sizes,
+    write_engine_expectation,
+)
+from dse.export.formats import export_format
 from dse.export.model_card import CardContent, model_card
 from dse.export.staging import ExportRequest, StagedExport, check_target, stage
 from dse.export.verification import ReloadReport, verify_folders
@@ -19,7 +29,7 @@ from dse.export.weights import writing_errors
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
 
-__all__ = ["ExportResult", "export_point", "export_points"]
+__all__ = ["ExportResult", "check_engines", "export_point", "export_points"]
 
 
 @dataclass(frozen=True)
@@ -28,18 +38,21 @@ class ExportResult:
 
     Attributes:
         folder: Its folder.
+        format: Name of its format.
         is_dense: Whether it holds only dense matrices, and so saves nothing.
         parameters: Number of parameters in this folder; tied ones count once.
         reduction: 1 - parameters / parameters of the dense model.
         bytes_on_disk: Size of all its files.
-        weight_file_bytes: Size of its safetensors files.
+        weight_file_bytes: Size of the files that hold weights.
         dense_weight_bytes: Size of the dense model's weights in the same dtype, without file headers.
-        max_logit_difference: Largest difference on reloading; None if it was not verified.
+        max_logit_difference: Largest difference on reloading in transformers; None if it was not reloaded there.
         tolerance: Largest difference allowed.
         files: Names of its files, sorted.
+        engine_reports: One for each engine that ran it.
     """
 
     folder: Path
+    format: str
     is_dense: bool
     parameters: int
     reduction: float
@@ -49,10 +62,12 @@ class ExportResult:
     max_logit_difference: float | None
     tolerance: float
     files: tuple[str, ...]
+    engine_reports: tuple[EngineReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The attributes as a JSON mapping."""
-        return vars(self) | {"folder": str(self.folder), "files": list(self.files)}
+        reports = [report.to_json() | {"folder": str(self.folder)} for report in self.engine_reports]
+        return vars(self) | {"folder": str(self.folder), "files": list(self.files), "engine_reports": reports}
 
 
 def export_point(
@@ -62,8 +77,10 @@ def export_point(
     folder: Path,
     *,
     card_details: Mapping[str, Any] | None = None,
-    dense: bool = False,
+    format: str = "transformers",
     verify: bool = True,
+    verify_in: Sequence[str] = (),
+    python: str | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> ExportResult:
     """Write one point as a Hugging Face folder; see `export_points`.
@@ -74,8 +91,10 @@ def export_point(
         bank: Source of the point's factors.
         folder: The destination, which must not exist or be empty.
         card_details: Details for the model card; see `ExportRequest`.
-        dense: Whether to multiply the factors out.
+        format: Name of the format; see `dse.export.formats`.
         verify: Whether to reload it in a new process and compare before it is published.
+        verify_in: Further engines that must reproduce the model.
+        python: Interpreter of these engines, or of the format's own engine if none is named.
         progress: Called as ("write", exports, exports) and ("verify", exports, exports).
 
     Raises:
@@ -83,8 +102,10 @@ def export_point(
         PointError: The point does not fit the model.
         StorageFullError: The disk has no room or cannot be written.
     """
-    request = ExportRequest(point, folder, dense, card_details or {})
-    return export_points(loaded, [request], bank, verify=verify, progress=progress)[0]
+    request = ExportRequest(point, folder, format, card_details or {})
+    return export_points(loaded, [request], bank, verify=verify, verify_in=verify_in, python=python, progress=progress)[
+        0
+    ]
 
 
 def export_points(
@@ -93,9 +114,11 @@ def export_points(
     bank: FactorSource,
     *,
     verify: bool = True,
+    verify_in: Sequence[str] = (),
+    python: str | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> tuple[ExportResult, ...]:
-    """Write several points, each to its own folder; one new process verifies all of them.
+    """Write several points, each to its own folder; new processes verify all of them.
 
     Every export is written beside its destination and renamed at the end: a folder is either complete and verified, or
     absent. If one fails, none is published.
@@ -105,28 +128,56 @@ def export_points(
         requests: The exports to write.
         bank: Source of the points' factors.
         verify: Whether to reload in a new process and compare.
+        verify_in: Further engines that must reproduce the model, for example `vllm`.
+        python: Interpreter of these engines, or of the format's own engine if none is named.
         progress: Called as ("write", exports, exports) and ("verify", exports, exports).
 
     Raises:
         ExportError: A destination is taken, the architecture cannot be exported, or a reload differs.
+        EngineUnavailableError: An engine is not installed.
+        EngineError: An engine cannot load an export.
         PointError: A point does not fit the model.
         StorageFullError: The disk has no room or cannot be written.
     """
     _check_requests(loaded, requests)
+    if verify:
+        check_engines([request.format for request in requests], verify_in, python)
     staged: list[StagedExport] = []
     try:
         for request in requests:
             progress("write", len(staged), len(requests))
             staged.append(stage(loaded, request, bank))
         progress("write", len(staged), len(requests))
-        reports = _verified(staged, progress) if verify else [None] * len(staged)
-        results = [_finish(loaded, *pair) for pair in zip(staged, reports, strict=True)]
+        checks = _verified(staged, verify_in, python, progress) if verify else [_Checks()] * len(staged)
+        results = [_finish(loaded, *pair) for pair in zip(staged, checks, strict=True)]
         for export in staged:
             export.publish()
         return tuple(results)
     finally:
         for export in staged:
             export.discard()
+
+
+def check_engines(formats: Iterable[str], verify_in: Sequence[str], python: str | None) -> None:
+    """Check that every engine that will verify these formats is installed and loads them.
+
+    Raises:
+        ConfigError: An engine is unknown or does not load a format.
+        EngineUnavailableError: An engine is not installed; the message gives the remedy.
+    """
+    for form in dict.fromkeys(formats):
+        for name in _engines(form, verify_in):
+            check_engine(form, name, _interpreter(name, verify_in, python))
+
+
+def _engines(form: str, verify_in: Sequence[str]) -> tuple[str, ...]:
+    """Engines that run an export of this format before it is published; transformers reloads it anyway."""
+    own = (export_format(form).engine,) if export_format(form).is_graph else ()
+    return tuple(dict.fromkeys((*own, *verify_in)))
+
+
+def _interpreter(name: str, verify_in: Sequence[str], python: str | None) -> str | None:
+    return python if not verify_in or name in verify_in else None
 
 
 def _check_requests(loaded: LoadedModel, requests: Sequence[ExportRequest]) -> None:
@@ -137,37 +188,74 @@ def _check_requests(loaded: LoadedModel, requests: Sequence[ExportRequest]) -> N
         if targets.count(target) > 1 or any(target in other.parents for other in targets):
             raise ExportError(f"every export must have a folder of its own, but '{request.folder}' is used twice")
         check_point(loaded.topology, request.point)
+        request.form.check(loaded, request.point)
 
 
-def _verified(staged: Sequence[StagedExport], progress: ProgressCallback) -> tuple[ReloadReport, ...]:
+@dataclass(frozen=True)
+class _Checks:
+    """The reports of one export: of the reload in transformers, and of the engines that ran it."""
+
+    reload: ReloadReport | None = None
+    engines: tuple[EngineReport, ...] = ()
+
+
+def _verified(
+    staged: Sequence[StagedExport], verify_in: Sequence[str], python: str | None, progress: ProgressCallback
+) -> list[_Checks]:
     progress("verify", 0, len(staged))
-    reports = verify_folders([(export.folder, export.expectation) for export in staged])
-    for export, report in zip(staged, reports, strict=True):
+    reloads = _reloaded(staged)
+    checks = []
+    for done, export in enumerate(staged, start=1):
+        engines = []
+        for name in _engines(export.request.format, verify_in):
+            if export.engine_expectation is None:
+                raise ExportError(
+                    f"an engine verifies models that generate text, but '{export.request.folder}' is none"
+                )
+            interpreter = _interpreter(name, verify_in, python)
+            report = verify_in_engine(export.folder, export.engine_expectation, name, python=interpreter)
+            if not report.is_valid:
+                raise failed_check(report, export.request.folder)
+            engines.append(report)
+        checks.append(_Checks(reloads.get(export.folder), tuple(engines)))
+        progress("verify", done, len(staged))
+    return checks
+
+
+def _reloaded(staged: Sequence[StagedExport]) -> dict[Path, ReloadReport]:
+    """Reports of the exports that transformers loads, all from one process, by temporary folder."""
+    loadable = [export for export in staged if export.expectation is not None]
+    if not loadable:
+        return {}
+    pairs = [(export.folder, export.expectation) for export in loadable if export.expectation is not None]
+    reports = verify_folders(pairs)
+    for export, report in zip(loadable, reports, strict=True):
         if not report.is_valid:
             raise ExportError(
                 f"an export must reproduce the decomposed model, but '{export.request.folder}' (point"
                 f" {export.request.point.id}) does not: {report.problem}; its files were removed"
             )
-    progress("verify", len(staged), len(staged))
-    return reports
+    return {export.folder: report for export, report in zip(loadable, reports, strict=True)}
 
 
-def _finish(loaded: LoadedModel, export: StagedExport, report: ReloadReport | None) -> ExportResult:
+def _finish(loaded: LoadedModel, export: StagedExport, checks: _Checks) -> ExportResult:
     """Write the model card and the design point, and add up the sizes."""
     request, dense_parameters = export.request, loaded.topology.parameters_dense
     parameters = dense_parameters if request.is_dense else point_cost(loaded.topology, request.point).parameters
-    tolerance = export.expectation.tolerance
-    difference = None if report is None else report.max_difference
+    tolerance = 0.0 if export.expectation is None else export.expectation.tolerance
+    difference = None if checks.reload is None else checks.reload.max_difference
     with writing_errors(request.folder):
         point_text = json.dumps(request.point.to_json(), indent=2, sort_keys=True) + "\n"
         (export.folder / "design_point.json").write_text(point_text, encoding="utf-8")
-        weight_bytes = sum(file.stat().st_size for file in export.folder.glob("*.safetensors"))
+        expected = _noted(export, checks)
+        weight_bytes = sum(weight_file_sizes(export.folder, request.form.weight_files).values())
         content = CardContent(
             base_model=_base_name(loaded, request),
             revision=loaded.revision,
             fingerprint=loaded.fingerprint,
             topology=loaded.topology,
             point=request.point,
+            format=request.format,
             is_dense=request.is_dense,
             auto_class=export.auto_class,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
@@ -180,8 +268,11 @@ def _finish(loaded: LoadedModel, export: StagedExport, report: ReloadReport | No
             details=request.card_details,
         )
         (export.folder / "README.md").write_text(model_card(content), encoding="utf-8")
+        if expected is not None:
+            update_card(export.folder, expected)
         return ExportResult(
             folder=request.folder,
+            format=request.format,
             is_dense=request.is_dense,
             parameters=parameters,
             reduction=1 - parameters / dense_parameters,
@@ -191,7 +282,22 @@ def _finish(loaded: LoadedModel, export: StagedExport, report: ReloadReport | No
             max_logit_difference=difference,
             tolerance=tolerance,
             files=tuple(sorted(file.name for file in export.folder.iterdir())),
+            engine_reports=checks.engines,
         )
+
+
+def _noted(export: StagedExport, checks: _Checks) -> EngineExpectation | None:
+    """The engine expectation with the engines that were verified, as written to the folder."""
+    expected = export.engine_expectation
+    if expected is None:
+        return None
+    if checks.reload is not None:
+        packages = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
+        expected = replace(expected, verified={"transformers": VerifiedEngine(packages)})
+        write_engine_expectation(export.folder, expected)
+    for report in checks.engines:
+        expected = note_verified(export.folder, expected, report)
+    return expected
 
 
 def _folder_bytes(folder: Path) -> int:

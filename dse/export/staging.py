@@ -18,9 +18,14 @@ from transformers import PreTrainedModel
 from dse.decomposition.surgery import FactorSource, decompose
 from dse.design_point import DesignPoint
 from dse.errors import ExportError, StorageFullError
-from dse.export.dense_form import merged_state, write_dense_form
+from dse.export.engine_expectation import (
+    EngineExpectation,
+    expected_of,
+    weight_file_sizes,
+    write_engine_expectation,
+)
 from dse.export.expectation import Expectation, write_expectation
-from dse.export.low_rank_form import write_low_rank_form
+from dse.export.formats import ExportFormat, export_format
 from dse.export.modelling_code import auto_classes
 from dse.export.weights import model_bytes, writing_errors
 from dse.models import LoadedModel
@@ -38,7 +43,7 @@ class ExportRequest:
     Attributes:
         point: The design point; the dense point exports the dense model.
         folder: The destination, which must not exist or be empty.
-        dense: Whether to multiply the factors out.
+        format: Name of the format; see `dse.export.formats`.
         card_details: For the model card, all optional: `study` (name), `trial` (number), `row` and `dense_row` (rows of
             the trials table, as mappings), `environment` (from `dse.measurement.describe_environment`), `versions`
             (name to version), `license` (a hub identifier), `base_model` (a display name).
@@ -46,13 +51,22 @@ class ExportRequest:
 
     point: DesignPoint
     folder: Path
-    dense: bool = False
+    format: str = "transformers"
     card_details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def form(self) -> ExportFormat:
+        """The format.
+
+        Raises:
+            ExportError: Its name is unknown.
+        """
+        return export_format(self.format)
 
     @property
     def is_dense(self) -> bool:
         """Whether the folder will hold only dense matrices."""
-        return self.dense or self.point.is_dense
+        return self.format == "dense" or self.point.is_dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +76,8 @@ class StagedExport:
     Attributes:
         request: The request.
         folder: Its temporary folder.
-        expectation: What a reload must reproduce.
+        expectation: What a reload in transformers must reproduce; None if transformers does not load the folder.
+        engine_expectation: What an engine must reproduce; None if the model does not generate text.
         auto_class: The transformers class that loads it.
         dense_weight_bytes: Size of the dense model's weights.
         created: Parent folders created for it, the innermost first.
@@ -70,7 +85,8 @@ class StagedExport:
 
     request: ExportRequest
     folder: Path
-    expectation: Expectation
+    expectation: Expectation | None
+    engine_expectation: EngineExpectation | None
     auto_class: str
     dense_weight_bytes: int
     created: tuple[Path, ...]
@@ -136,19 +152,28 @@ def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> St
         StorageFullError: The disk has no room or cannot be written.
     """
     check_target(request.folder)
-    auto = auto_classes(loaded.model)
+    form = request.form
+    form.check(loaded, request.point)
+    auto_class = auto_classes(loaded.model)[0]
     dense_bytes = model_bytes(loaded.model)
+    expectation = engine_expectation = None
     with _beside(request.folder, dense_bytes) as (place, created):
         folder, expected = place / "export", place / "expected"
         with decompose(loaded, request.point, bank), quiet_transformers(), writing_errors(request.folder):
-            if request.is_dense:
-                state = merged_state(loaded.model, loaded.topology, request.point)
-                write_dense_form(loaded.model, state, folder)
-            else:
-                state = write_low_rank_form(loaded.model, loaded.topology, request.point, auto, folder)
+            state = form.write(loaded, request.point, folder)
             _write_companions(loaded, folder)
-            expectation = write_expectation(loaded, state, auto[0], expected, is_plain=request.is_dense)
-    return StagedExport(request, folder, expectation, auto[0], dense_bytes, created)
+            if not form.is_graph:
+                needs_code = form.needs_remote_code and not (form.name == "transformers" and request.is_dense)
+                expectation = write_expectation(loaded, state, auto_class, expected, is_plain=not needs_code)
+            if _generates(loaded.model):
+                sizes = weight_file_sizes(folder, form.weight_files)
+                engine_expectation = expected_of(loaded.model, loaded.tokenizer, form.name, sizes)
+                write_engine_expectation(folder, engine_expectation)
+    return StagedExport(request, folder, expectation, engine_expectation, auto_class, dense_bytes, created)
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 @contextlib.contextmanager

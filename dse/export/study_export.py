@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dse.errors import ExportError, StudyError
-from dse.export.point_export import ExportResult, export_points
+from dse.export.formats import export_format
+from dse.export.point_export import ExportResult, check_engines, export_points
 from dse.export.staging import ExportRequest
 from dse.report.trials_table import dense_row
 from dse.search.spaces.base import SearchSpace
@@ -21,16 +22,22 @@ def export_trials(
     trials: int | Sequence[int],
     out: str | Path,
     *,
+    format: str = "transformers",
     dense: bool = False,
+    verify_in: Sequence[str] = (),
+    python: str | None = None,
     listener: StudyListener | None = None,
 ) -> tuple[ExportResult, ...]:
-    """Write the models of these trials as folders that transformers loads without `dse`.
+    """Write the models of these trials as folders that engines load without `dse`, each verified in its engine.
 
     Args:
         study: An open study, or its folder.
         trials: One trial number or several.
         out: The new folder; for several trials, each gets `trial-<n>` inside it.
-        dense: Write merged dense weights instead of factors, for runtimes without low-rank layers. Saves nothing.
+        format: transformers, dense, onnx, openvino or decilm; see `dse.export.formats`.
+        dense: The same as `format="dense"`: merged weights instead of factors, which saves nothing.
+        verify_in: Further engines that must reproduce the model, for example `vllm`.
+        python: Interpreter of these engines, or of the format's own engine if none is named.
         listener: Receives progress.
 
     Returns:
@@ -38,12 +45,19 @@ def export_trials(
 
     Raises:
         StudyError: A trial does not exist or is not complete, or the model has changed since the study.
-        ExportError: The folder is taken, or a reload differs; no folder is left then.
+        ExportError: The format does not fit the model or the point, the folder is taken, or an engine computes
+            something else; no folder is left then.
+        EngineUnavailableError: An engine is not installed.
+        EngineError: An engine cannot load an export, died or hung.
     """
     opened = study if isinstance(study, Study) else open_study(study)
     numbers = [trials] if isinstance(trials, int) else list(dict.fromkeys(trials))
     if not numbers:
         raise ExportError("an export needs at least one trial, but got none; name some with --trial")
+    if dense and format not in ("transformers", "dense"):
+        raise ExportError(f"`--dense` stands for `--format dense`, but the format is '{format}'; name one of them")
+    form = export_format("dense" if dense else format)
+    check_engines([form.name], verify_in, python)
     listener = listener or StudyListener()
     records = [opened.record(number) for number in numbers]
     folder = Path(out)
@@ -56,12 +70,12 @@ def export_trials(
         ExportRequest(
             record.point,
             folder if len(numbers) == 1 else folder / f"trial-{record.trial}",
-            dense,
+            form.name,
             _card_details(opened, record.trial),
         )
         for record in records
     ]
-    return export_points(loaded, requests, bank, progress=listener.on_phase)
+    return export_points(loaded, requests, bank, verify_in=verify_in, python=python, progress=listener.on_phase)
 
 
 def _check_same_model(study: Study, fingerprint: str) -> None:

@@ -9,7 +9,7 @@ from dse.errors import ConfigError, did_you_mean
 __all__ = ["MODES", "LatencySpec"]
 
 MODES = ("eager", "compile", "cuda_graph")
-"""How a decode step is executed; see `dse.measurement.execution`."""
+"""How a decode step is executed; see `dse.measurement.modes`."""
 
 _MINIMUM = {"blocks": 2, "warmup_blocks": 0, "max_warmup_blocks": 0, "seed": 0}
 

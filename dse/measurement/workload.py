@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dse.errors import ConfigError, InvalidMeasurementError
 from dse.measurement.clock import synchronize
-from dse.measurement.execution import EXECUTIONS, EagerExecution, Execution, Generation, Variant, copy_of, require_mode
+from dse.measurement.execution import EagerExecution, Execution, Generation, Variant, copy_of
 from dse.measurement.latency_spec import LatencySpec
+from dse.measurement.modes import EXECUTIONS, require_mode, require_static_decode
 
 __all__ = ["Workload", "check_workload"]
 
@@ -58,6 +59,8 @@ class Workload:
         probe.prefill(first)
         self.decodes = first.cache is not None
         require_mode(spec.mode, self.devices, decodes=self.decodes)
+        if spec.mode != EagerExecution.mode:
+            require_static_decode(spec.mode, model, self.prompt, spec.new_tokens, options)
         self._execution: Execution = EXECUTIONS[spec.mode](model, self.prompt, spec.new_tokens, options)
 
     def begin(self, variant: Variant = "baseline") -> Generation:
@@ -116,7 +119,7 @@ class Workload:
 
 
 def check_workload(model: nn.Module, spec: LatencySpec) -> None:
-    """Check that a model can be measured, by running one token of one sequence only.
+    """Check that a model can be measured, by running one token of one sequence; one prompt if the mode is not eager.
 
     Raises:
         ConfigError: The prompt exceeds the model's context, or the mode is not available.

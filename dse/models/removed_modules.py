@@ -5,7 +5,7 @@ Exports copy this file's classes into their modelling file (`dse.export.modellin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class LayerList(nn.ModuleList):
         groups: Number of layers in each group.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], groups: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], groups: Sequence[int]) -> None:
         super().__init__(layers)
         self.groups = tuple(groups)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 
@@ -19,13 +20,13 @@ from dse.search.spaces.depth_profile import DepthProfileSpace
 from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
 from dse.sensitivity.divergence_meter import DivergenceMeter, OptionDivergence
-from dse.sensitivity.measure_profile import measure_profile, profile_origin
+from dse.sensitivity.measure_profile import measure_profile, measure_profile_share, profile_origin
 from dse.sensitivity.measurement_cache import MeasurementCache
 from dse.sensitivity.option import Unit
 from dse.sensitivity.profile_settings import ProfileSettings
 from dse.sensitivity.sensitivity_table import SensitivityTable
 
-__all__ = ["MIN_TRIALS", "study_table"]
+__all__ = ["MIN_TRIALS", "measure_table_share", "study_table"]
 
 MIN_TRIALS = 12
 """Smallest budget for which a sensitivity profile pays off: it takes about as long as a few trials."""
@@ -42,6 +43,7 @@ def study_table(
     *,
     progress: ProgressCallback,
     notify: Callable[[str], None],
+    known: Mapping[str, OptionDivergence] | None = None,
 ) -> SensitivityTable | None:
     """The measured sensitivity table of the space's options; None if the search does not use one or it is unavailable.
 
@@ -52,18 +54,73 @@ def study_table(
         bank: Factors up to the largest ranks of the space.
         calibration: Calibration text of the factors, for methods that need it.
         progress: Receives the progress of phase "sensitivity".
+        known: Measurements of other processes, by the canonical JSON of their points.
 
     Raises:
         CalibrationError: There is too little text.
         StorageFullError: The cache is not writable.
     """
-    if not config.search_parts.warm_starts or config.budget.trials < MIN_TRIALS:
-        return None
-    if not isinstance(space, (LevelSpace, DepthProfileSpace)):
+    if not _uses_table(config, space):
         return None
     if config.head is not None:
         notify("no sensitivity profile: it needs a language-model head; the search starts without one")
         return None
+    windows, settings = _windows_and_settings(config, loaded, space)
+    try:
+        if isinstance(space, DepthProfileSpace):
+            return measure_profile(loaded, windows, calibration, settings, known=known, progress=progress).table
+        cache = _level_cache(loaded, windows, calibration, settings)
+        cache.add(known or {})
+        table = level_table(cast(LevelSpace, space), settings.methods[0])
+        return _measured_level_table(table, loaded, windows, bank, cache, progress)
+    except ModelError as error:
+        notify(f"no sensitivity profile: {error}; the search starts without one")
+        return None
+
+
+def measure_table_share(
+    config: StudyConfig,
+    loaded: LoadedModel,
+    space: SearchSpace,
+    bank: FactorBank,
+    calibration: CalibrationWindows | None,
+    *,
+    share: tuple[int, int],
+    progress: ProgressCallback,
+) -> dict[str, OptionDivergence]:
+    """Measure a part of the study's sensitivity table, for several processes that measure it together.
+
+    Args:
+        share: Index of this process and number of processes.
+
+    Returns:
+        The canonical JSON of each point to its divergence, of all measurements in this machine's cache; nothing if the
+        study has no table.
+    """
+    if not _uses_table(config, space) or config.head is not None:
+        return {}
+    windows, settings = _windows_and_settings(config, loaded, space)
+    try:
+        if isinstance(space, DepthProfileSpace):
+            return measure_profile_share(loaded, windows, calibration, settings, share, progress=progress)
+        cache = _level_cache(loaded, windows, calibration, settings)
+        table = level_table(cast(LevelSpace, space), settings.methods[0])
+        part = replace(table, units=table.units[share[0] :: share[1]])
+        _measured_level_table(part, loaded, windows, bank, cache, progress)
+        return cache.entries
+    except ModelError:  # `study_table` tells the user
+        return {}
+
+
+def _uses_table(config: StudyConfig, space: SearchSpace) -> bool:
+    is_asked = config.search_parts.warm_starts and config.budget.trials >= MIN_TRIALS
+    return is_asked and isinstance(space, (LevelSpace, DepthProfileSpace))
+
+
+def _windows_and_settings(
+    config: StudyConfig, loaded: LoadedModel, space: SearchSpace
+) -> tuple[Tensor, ProfileSettings]:
+    """Token ids of the text to measure on, and what is measured."""
     windows = held_out_windows(
         loaded.tokenizer, config.calibration, config.search.profile_tokens, longest_window=longest_window(loaded.model)
     ).to(loaded.device)
@@ -74,28 +131,25 @@ def study_table(
         multiple=config.space.ranks.settled_multiple,
         with_removals=config.space.removal,
     )
-    try:
-        if isinstance(space, DepthProfileSpace):
-            return measure_profile(loaded, windows, calibration, settings, progress=progress).table
-        return _measured_level_table(space, loaded, windows, bank, calibration, settings, progress)
-    except ModelError as error:
-        notify(f"no sensitivity profile: {error}; the search starts without one")
-        return None
+    return windows, settings
+
+
+def _level_cache(
+    loaded: LoadedModel, windows: Tensor, calibration: CalibrationWindows | None, settings: ProfileSettings
+) -> MeasurementCache:
+    origin = profile_origin(loaded, windows, calibration, settings)
+    return MeasurementCache(cache_dir() / "sensitivity" / origin.fingerprint / "measurements.json", origin)
 
 
 def _measured_level_table(
-    space: LevelSpace,
+    table: SensitivityTable,
     loaded: LoadedModel,
     windows: Tensor,
     bank: FactorBank,
-    calibration: CalibrationWindows | None,
-    settings: ProfileSettings,
+    cache: MeasurementCache,
     progress: ProgressCallback,
 ) -> SensitivityTable:
-    """Each group of the space at each of its levels, measured alone."""
-    table = level_table(space, settings.methods[0])
-    origin = profile_origin(loaded, windows, calibration, settings)
-    cache = MeasurementCache(cache_dir() / "sensitivity" / origin.fingerprint / "measurements.json", origin)
+    """The table of a space's groups at each of their levels, each measured alone."""
     total, done = sum(len(unit.options) - 1 for unit in table.units), 0
     measured: dict[str, Unit] = {}
     meter: DivergenceMeter | None = None
@@ -118,7 +172,7 @@ def _measured_level_table(
             progress("sensitivity", done, total)
         cache.save()
         measured[unit.name] = replace(unit, options=tuple(options))
-    return replace(table, units=tuple(measured[unit.name] for unit in table.units), origin=origin)
+    return replace(table, units=tuple(measured[unit.name] for unit in table.units), origin=cache.origin)
 
 
 def _first_layer(loaded: LoadedModel, unit: Unit) -> int | None:

@@ -31,7 +31,7 @@ from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 from dse.sensitivity.truncation import truncation_errors
 from dse.topology import Matrix
 
-__all__ = ["measure_profile", "profile_origin"]
+__all__ = ["measure_profile", "measure_profile_share", "profile_origin"]
 
 logger = logging.getLogger("dse")
 
@@ -67,6 +67,7 @@ def measure_profile(
     *,
     text: str = "",
     folder: Path | None = None,
+    known: Mapping[str, OptionDivergence] | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> SensitivityProfile:
     """The sensitivity profile of a model; cached measurements are not repeated.
@@ -76,6 +77,7 @@ def measure_profile(
         calibration: Calibration text, for methods that need it.
         text: Description of the text, stored in the profile.
         folder: Folder of all profiles; default: the user's cache.
+        known: Measurements of other processes, by the canonical JSON of their points.
         progress: Called as ("calibrate", ...), ("decompose", ...) and ("sensitivity", done, measurements).
 
     Raises:
@@ -95,11 +97,36 @@ def measure_profile(
             logger.warning("%s; the profile is rebuilt from its measurements", error)
     bank = FactorBank.build(loaded, settings.rank_requests(loaded.topology), calibration, progress=progress)
     cache = MeasurementCache(home / "measurements.json", origin)
+    cache.add(known or {})
     profiler = _Profiler(loaded, windows, bank, cache, settings, progress)
     parts, table = profiler.run(origin)
     profile = SensitivityProfile(loaded.ref, loaded.topology.architecture, text, parts, table)
     profile.write(path)
     return profile
+
+
+def measure_profile_share(
+    loaded: LoadedModel,
+    windows: Tensor,
+    calibration: CalibrationWindows | None,
+    settings: ProfileSettings,
+    share: tuple[int, int],
+    *,
+    progress: ProgressCallback = ignore_progress,
+) -> dict[str, OptionDivergence]:
+    """Measure every n-th layer of a profile, for n processes that measure it together.
+
+    Args:
+        share: Index of this process and number of processes.
+
+    Returns:
+        The canonical JSON of each point to its divergence, of all measurements in this machine's cache.
+    """
+    origin = profile_origin(loaded, windows, calibration, settings)
+    cache = MeasurementCache(cache_dir() / "sensitivity" / origin.fingerprint / "measurements.json", origin)
+    bank = FactorBank.build(loaded, settings.rank_requests(loaded.topology), calibration, progress=progress)
+    _Profiler(loaded, windows, bank, cache, settings, progress).measure_layers(*share)
+    return cache.entries
 
 
 class _Profiler:
@@ -134,10 +161,7 @@ class _Profiler:
 
     def run(self, origin: TableOrigin) -> tuple[tuple[MeasuredPart, ...], SensitivityTable]:
         """Measure all layers; each layer is saved before the next one starts."""
-        units = []
-        for _, blocks in itertools.groupby(self._blocks, lambda block: block.layer):
-            units += [self._unit(block) for block in blocks]
-            self._cache.save()
+        units = self.measure_layers(0, 1)
         tensors = [part for part in self._parts if part.role not in _BLOCK_KINDS]
         whole_blocks = [part for part in self._parts if part.role in _BLOCK_KINDS]
         topology = self._loaded.topology
@@ -145,6 +169,15 @@ class _Profiler:
             tuple(units), topology.parameters_dense, origin, one_remains=groups_that_remain(topology)
         )
         return (*tensors, *whole_blocks), table
+
+    def measure_layers(self, first: int, step: int) -> list[Unit]:
+        """The units of every `step`-th layer, beginning with the one of index `first`."""
+        units = []
+        layers = (list(blocks) for _, blocks in itertools.groupby(self._blocks, lambda block: block.layer))
+        for blocks in itertools.islice(layers, first, None, step):
+            units += [self._unit(block) for block in blocks]
+            self._cache.save()
+        return units
 
     def _planned(self) -> int:
         """Number of measurements."""

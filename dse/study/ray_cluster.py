@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from dse.config import WorkersConfig
 from dse.errors import ConfigError, DseError, StudyError
 
-__all__ = ["RayCluster", "RayCall", "Share", "WorkerLostError", "connected"]
+__all__ = ["RayCall", "RayCluster", "Share", "WorkerLostError", "call_actor", "connected"]
 
 _CONNECT_S = 10.0
 _CORE_STEPS = 10_000
@@ -128,23 +130,13 @@ class RayCluster:
             options["runtime_env"] = self._config.runtime_env
         return ray.remote(kind).options(**options).remote(*arguments)
 
-    def start_here(self, kind: type) -> Any:
+    def start_here(self, kind: type, *arguments: Any) -> Any:
         """Start a light actor on the driver's node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        return ray.remote(kind).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
-
-    def call(self, actor: Any, method: str, *arguments: Any) -> RayCall:
-        """Call a method of an actor without waiting."""
-        return RayCall(getattr(actor, method).remote(*arguments))
-
-    def put(self, value: Any) -> Any:
-        """Store a value in the object store; as an argument of a call it is replaced by the value."""
-        import ray
-
-        return ray.put(value)
+        return ray.remote(kind).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(*arguments)
 
     def wait(self, calls: Sequence[RayCall], timeout_s: float) -> list[RayCall]:
         """The calls that are done, at least one of them unless the time is over."""
@@ -169,6 +161,11 @@ class RayCluster:
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def call_actor(actor: Any, method: str, *arguments: Any) -> RayCall:
+    """Call a method of an actor without waiting."""
+    return RayCall(getattr(actor, method).remote(*arguments))
+
+
 @contextlib.contextmanager
 def connected(config: WorkersConfig) -> Iterator[RayCluster]:
     """Start Ray on this machine, or join a cluster; disconnected, and what was started is stopped, at the end.
@@ -187,6 +184,7 @@ def connected(config: WorkersConfig) -> Iterator[RayCluster]:
     if ray.is_initialized():  # by a program that uses dse as a library
         yield RayCluster(config)
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if config.ray_address is None:
             cores = _usable_cores()
@@ -208,6 +206,10 @@ def connected(config: WorkersConfig) -> Iterator[RayCluster]:
                 f" {' '.join(str(error).split())}; install the same ones"
             ) from None
         raise StudyError(f"Ray must start, but: {_first_line(error)}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # Ray replaces them
     try:
         yield RayCluster(config)
     finally:

@@ -9,18 +9,10 @@ from typing import Any
 from dse.errors import StudyError
 from dse.search.proposal import Proposal
 from dse.study.driver import StudyDriver
+from dse.study.same_study import MUST_STAY
 from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord
 
 __all__ = ["resume_or_start"]
-
-_MUST_STAY = {
-    "model_fingerprint": ("model weights", "pin `model.revision`"),
-    "evaluation_fingerprint": ("tasks, documents or lm-eval version", "restore them"),
-    "divergence_fingerprint": ("held-out text", "restore it"),
-    "calibration_fingerprint": ("calibration text", "restore it"),
-}
-"""Fact to its meaning and the remedy: trials before and after a change would not be comparable."""
-
 
 def resume_or_start(driver: StudyDriver) -> list[Proposal]:
     """Store the facts of a new study, or check them and restore the trials of an existing one.
@@ -80,7 +72,7 @@ def _check_same_facts(folder: Path, before: Mapping[str, Any], now: Mapping[str,
     Raises:
         StudyError: The model, the tasks or the calibration text have changed.
     """
-    for fact, (what, remedy) in _MUST_STAY.items():
+    for fact, (what, remedy) in MUST_STAY.items():
         if before.get(fact) != now[fact]:
             raise StudyError(
                 f"{folder} started with other {what} ({before.get(fact)}, now {now[fact]}); {remedy}, or choose"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dse.config import FidelityConfig, StudyConfig, load_study, parse_study
+from dse.config import FidelityConfig, StudyConfig, WorkersConfig, load_study, parse_study
 from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
 from dse.study.driver import StudyDriver
@@ -15,12 +16,12 @@ from dse.study.final_documents import final_pending
 from dse.study.finish import finish_study, has_resumed_stopped
 from dse.study.folder import StudyFolder
 from dse.study.lane_listener import LaneListener
-from dse.study.listener import StudyListener, watching_interrupts
+from dse.study.listener import Interrupts, StudyListener, watching_interrupts
 from dse.study.resume import resume_or_start
 from dse.study.serving_front import serving_pending
 from dse.study.setup import prepare_study
 from dse.study.study import Study, started_study
-from dse.study.workers import LocalWorker
+from dse.study.workers import LocalWorker, Workers
 
 __all__ = ["run_study"]
 
@@ -31,6 +32,7 @@ def run_study(
     out: str | Path | None = None,
     trials: int | None = None,
     use_cache: bool = True,
+    workers: WorkersConfig | Mapping[str, Any] | int | None = None,
     listener: StudyListener | None = None,
 ) -> Study:
     """Run a study, or resume one, until its budget of trials is spent.
@@ -41,6 +43,7 @@ def run_study(
         trials: Total number of evaluated points, the baseline included; overrides the file.
         use_cache: Reuse answers of earlier evaluations of the same model, point and documents, and keep this study's in
             the user's cache. Otherwise the answers are kept in the study's folder until the study is finished.
+        workers: Number of workers, or the keys of a study file's `workers`, which they override.
         listener: Receives progress.
 
     Returns:
@@ -53,13 +56,11 @@ def run_study(
     config = _config_of(study)
     if trials is not None:
         config = config.model_copy(update={"budget": config.budget.model_copy(update={"trials": trials})})
+    config = config.with_workers(workers)
     folder = StudyFolder(Path(out) if out is not None else Path("runs") / config.name)
     folder.check_usable()
-    with (
-        folder.locked(),
-        LaneListener(listener or StudyListener(), folder.workers) as watcher,
-        contextlib.ExitStack() as engines,
-    ):
+    watcher = listener or StudyListener()
+    with folder.locked():
         config = folder.with_settled_multiple(config)
         started = started_study(folder.path)
         folder.check_same(config, started.evaluated_trials if started is not None else 0)
@@ -69,21 +70,63 @@ def run_study(
             finished = Study(folder.path)
             finished.write_reports()
             return finished
-        cache = EvaluationCache(cache_dir() / "evaluations" if use_cache else folder.answers)
-        prepared = prepare_study(config, watcher, None if started is None else started.attributes["objectives"], cache)
-        engines.callback(prepared.close)
-        folder.write_config(prepared.config)
-        with folder.logging_to_file(), watching_interrupts() as interrupts:
-            driver = StudyDriver(LocalWorker(prepared, watcher, interrupts), folder, watcher, interrupts)
-            with driver.closing():
-                unfinished = resume_or_start(driver)
-                driver.measure_idle("idle_power_before")
-                driver.search_until_spent(unfinished)
-                driver.measure_idle("idle_power_after")
-                finish_study(driver)
-            finished = Study(folder.path)
-            finished.write_reports()
+        started_with = None if started is None else started.attributes["objectives"]
+        with _ready_workers(config, folder, started_with, watcher, use_cache=use_cache) as ready:
+            finished = _drive(ready, folder)
         folder.drop_answers()
+    return finished
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Workers that have prepared the study, and who watches them."""
+
+    workers: Workers
+    listener: StudyListener
+    interrupts: Interrupts
+
+
+@contextlib.contextmanager
+def _ready_workers(
+    config: StudyConfig,
+    folder: StudyFolder,
+    started_with: Sequence[str] | None,
+    listener: StudyListener,
+    *,
+    use_cache: bool,
+) -> Iterator[_Ready]:
+    """Prepare the study in this process, or on the workers that it asks for."""
+    if config.workers is not None:
+        from dse.study.ray_workers import ray_workers
+
+        answers = None if use_cache else folder.answers
+        with ray_workers(config, config.workers, listener, folder.workers, started_with, answers) as workers:
+            with watching_interrupts() as interrupts:
+                yield _Ready(workers, listener, interrupts)
+        return
+    with LaneListener(listener, folder.workers) as watcher:
+        cache = EvaluationCache(cache_dir() / "evaluations" if use_cache else folder.answers)
+        prepared = prepare_study(config, watcher, started_with, cache)
+        try:
+            with watching_interrupts() as interrupts:
+                yield _Ready(LocalWorker(prepared, watcher, interrupts), watcher, interrupts)
+        finally:
+            prepared.close()
+
+
+def _drive(ready: _Ready, folder: StudyFolder) -> Study:
+    """Run the study to its end."""
+    folder.write_config(ready.workers.outline.config)
+    with folder.logging_to_file():
+        driver = StudyDriver(ready.workers, folder, ready.listener, ready.interrupts)
+        with driver.closing():
+            unfinished = resume_or_start(driver)
+            driver.measure_idle("idle_power_before")
+            driver.search_until_spent(unfinished)
+            driver.measure_idle("idle_power_after")
+            finish_study(driver)
+        finished = Study(folder.path)
+        finished.write_reports()
     return finished
 
 

@@ -76,9 +76,10 @@ class MeasureServing:
         plan = prepared.plan
         measurer = EngineMeasurer(prepared.loaded, plan, prepared.pair, listener.on_phase)
         try:
-            with device_lock(prepared.loaded.device), decompose(
-                prepared.loaded, self.record.point, prepared.evaluator.bank
-            ) as applied:
+            with (
+                device_lock(prepared.loaded.device),
+                decompose(prepared.loaded, self.record.point, prepared.evaluator.bank) as applied,
+            ):
                 cells = measurer.cells(applied, is_dense=self.dense is None, meter=plan.meter, idle=self.idle)
             found = serving_quantities(cells[0], self.dense, latencies=True) if cells[0].is_valid else {}
         except TrialError as error:
@@ -115,7 +116,8 @@ def measure_front(
     if key not in known:
         known[key] = dict(measure(baseline, None))
         if known[key]["reason"]:
-            raise EngineUnavailableError(f"the dense model must be measurable in the engine, but {known[key]['reason']}")
+            reason = known[key]["reason"]
+            raise EngineUnavailableError(f"the dense model must be measurable in the engine, but {reason}")
         keep(known)
     dense = {name: float(value["value"]) for name, value in known[key]["quantities"].items()}
     for record in waiting(known):
@@ -178,7 +180,7 @@ def mark_engine_fronts(
         present = {name: column for name, column in columns.items() if column in table.columns}
         if not present:
             continue
-        seen = is_eligible(table).to_numpy(dtype=bool) & table[list(present.values())].notna().all(axis=1).to_numpy()
+        seen = is_eligible(table) & table[list(present.values())].notna().all(axis=1).to_numpy()
         replaced = table.loc[seen].assign(**{name: table.loc[seen, column] for name, column in present.items()})
         front = pd.Series(data=False, index=table.index)
         if seen.any():

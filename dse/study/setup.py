@@ -91,6 +91,8 @@ def prepare_study(
     listener: StudyListener,
     started_with: Sequence[str] | None = None,
     cache: EvaluationCache | None = None,
+    *,
+    with_table: bool = True,
 ) -> PreparedStudy:
     """Check the whole study, load the model, and build or open the factor bank.
 
@@ -101,6 +103,7 @@ def prepare_study(
         listener: Receives progress.
         started_with: Objectives of the existing trials; None for a new study.
         cache: Keeps the answers of evaluations; None keeps none.
+        with_table: Whether to measure the sensitivity table, if the search uses one.
 
     Raises:
         UserError: A part of the study is not possible: model, space, task, objective, meter or calibration text.
@@ -151,9 +154,11 @@ def prepare_study(
     if config.measurement.is_external:
         pair = engine_pair(config.measurement, loaded, bank)
     measurer = TrialMeasurer(loaded, required, plan, listener.on_phase, pair if measures_in_engine else None)
-    table = study_table(
-        config, loaded, space, bank, calibration, progress=listener.on_phase, notify=listener.on_message
-    )
+    table = None
+    if with_table:
+        table = study_table(
+            config, loaded, space, bank, calibration, progress=listener.on_phase, notify=listener.on_message
+        )
     if pair is not None and measures_in_engine and required.serving:
         listener.on_message(f"starting {pair.engine.title} on the dense model")
         with device_lock(loaded.device):

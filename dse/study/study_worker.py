@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import platform
@@ -22,12 +21,13 @@ from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
 from dse.sensitivity.divergence_meter import OptionDivergence
 from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.study.driver_desk import bank_files, fetch_missing, hand_in
 from dse.study.jobs import EvaluateTrial, Job, MeasureIdle
 from dse.study.listener import StudyListener
 from dse.study.outline import StudyOutline
 from dse.study.setup import PreparedStudy, prepare_study
 
-__all__ = ["CacheFolder", "JobOutcome", "PhaseBoard", "StudyRequest", "StudyWorker", "WorkerFacts"]
+__all__ = ["CacheFolder", "JobOutcome", "Joined", "StudyRequest", "StudyWorker", "WorkerFacts"]
 
 _PHASE_PERIOD_S = 0.5
 
@@ -39,10 +39,12 @@ class CacheFolder:
     Attributes:
         path: Where it is on the driver's machine.
         token: Name of an empty file in it, by which a worker recognises the same folder.
+        is_named: Whether the study names the folder, which then precedes the worker's own.
     """
 
     path: Path
     token: str
+    is_named: bool
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,26 @@ class StudyRequest:
         config: The study.
         started_with: Objectives of the existing trials; None for a new study.
         answers: Folder of answers if the user's cache is not used; None if it is.
-        idle: Whether to measure the idle power of the worker's device.
+        threads: Threads on a CPU.
+        cache: The driver's cache folder.
     """
 
     config: StudyConfig
     started_with: tuple[str, ...] | None
     answers: Path | None
-    idle: bool = False
+    threads: int
+    cache: CacheFolder
 
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What must agree among workers, and who they are.
+    """Who a worker is, and what must agree among workers.
 
     Attributes:
         versions: Package to version, of Python, dse, torch and transformers.
         host: Name of the machine.
         pid: The process.
-        device: The kind of device, such as `NVIDIA H200` or the CPU's name.
+        device: The kind of device, such as `NVIDIA H200` or the processor's name.
         shares_cache: Whether its cache folder is the driver's.
     """
 
@@ -87,42 +91,52 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A worker that is ready for jobs.
+
+    Attributes:
+        facts: Who it is.
+        outline: The study as it has prepared it, without a sensitivity table.
+        messages: What it has to say to the user.
+        files: Folders of the factor bank, relative to the cache folder.
+        idle: The idle power of its device; None without a meter.
+    """
+
+    facts: WorkerFacts
+    outline: StudyOutline
+    messages: tuple[str, ...]
+    files: tuple[str, ...]
+    idle: Any
+
+
+@dataclass(frozen=True)
 class JobOutcome:
-    """The result of a job, and what it logged."""
+    """The result of a job, and what was logged meanwhile."""
 
     result: Any
     log: tuple[str, ...] = ()
 
 
-class PhaseBoard:
-    """An actor beside the driver: what each worker is doing."""
-
-    def __init__(self) -> None:
-        self._phases: dict[int, tuple[str, int, int]] = {}
-
-    def put(self, worker: int, phase: str, done: int, total: int) -> None:
-        """Note the phase of a worker."""
-        self._phases[worker] = (phase, done, total)
-
-    def read(self) -> dict[int, tuple[str, int, int]]:
-        """Worker to its phase, steps done and steps in all."""
-        return dict(self._phases)
-
-
 class StudyWorker:
-    """The actor. Its methods are called one at a time."""
+    """The actor. Its methods are called one at a time; one that is restarted prepares the study again.
 
-    def __init__(self, index: int, threads: int, cache: CacheFolder, board: Any) -> None:
+    Args:
+        index: Number of the worker.
+        request: What it prepares.
+        desk: The actor beside the driver.
+    """
+
+    def __init__(self, index: int, request: StudyRequest, desk: Any) -> None:
         import torch
 
-        self._index = index
-        self._listener = _BoardListener(index, board)
+        self._request, self._desk = request, desk
+        self._listener = _DeskListener(index, desk)
         self._prepared: PreparedStudy | None = None
-        self._request: StudyRequest | None = None
         self._idle: Any = None
         if not torch.cuda.is_available():
-            torch.set_num_threads(threads)
-        if "DSE_CACHE" not in os.environ and (cache.path / cache.token).is_file():
+            torch.set_num_threads(request.threads)
+        cache = request.cache
+        if (cache.is_named or "DSE_CACHE" not in os.environ) and (cache.path / cache.token).is_file():
             os.environ["DSE_CACHE"] = str(cache.path)
         self._shares_cache = (cache_dir() / cache.token).is_file()
 
@@ -145,24 +159,12 @@ class StudyWorker:
             shares_cache=self._shares_cache,
         )
 
-    def prepare(self, request: StudyRequest, table: SensitivityTable | None = None) -> tuple[StudyOutline, list[str]]:
-        """Load the model and open the factor bank, or build it; at once if that is done.
-
-        Returns:
-            The outline, without sensitivity table unless one is given, and messages for the user.
-        """
-        self._listener.messages.clear()
-        if self._prepared is None or self._request is None or self._request.config != request.config:
-            config = _on_this_device(request.config)
-            folder = cache_dir() / "evaluations" if request.answers is None else _usable(request.answers)
-            self._prepared = prepare_study(
-                config, self._listener, request.started_with, EvaluationCache(folder), with_table=False
-            )
-        self._request = request
-        if request.idle and self._idle is None:
-            self._idle = MeasureIdle().run(self._prepared, self._listener)
-        self._prepared = dataclasses.replace(self._prepared, table=table)
-        return StudyOutline.of(self._prepared), list(self._listener.messages)
+    def join(self) -> Joined:
+        """Load the model, and open the factor bank or build it; at once if that is done."""
+        prepared = self._ready()
+        root = cache_dir()
+        folders = tuple(str(folder.relative_to(root)) for folder in prepared.evaluator.bank.folders.values())
+        return Joined(self.describe(), StudyOutline.of(prepared), tuple(self._listener.messages), folders, self._idle)
 
     def measure_share(self, index: int, count: int) -> dict[str, OptionDivergence]:
         """Measure this worker's share of the sensitivity profile; known divergences are not measured again.
@@ -184,7 +186,7 @@ class StudyWorker:
         )
 
     def table(self, known: Mapping[str, OptionDivergence]) -> tuple[SensitivityTable | None, list[str]]:
-        """The sensitivity table, from divergences that the workers measured."""
+        """The sensitivity table from divergences that the workers measured, and messages for the user."""
         from dse.search.space_sensitivity import study_table
 
         prepared = self._ready()
@@ -202,11 +204,11 @@ class StudyWorker:
         return table, list(self._listener.messages)
 
     def run(self, job: Job) -> JobOutcome:
-        """Run a job on the resident model; a device that is lost ends the process, and Ray starts another."""
+        """Run a job on the resident model. If the device is lost, the process ends, and Ray starts another."""
         prepared = self._ready()
         if isinstance(job, EvaluateTrial):
             job = dataclasses.replace(job, idle=self._idle)
-        with _captured_log() as lines:
+        with _CapturedLog() as lines:
             result = job.run(prepared, self._listener)
         if getattr(getattr(result, "record", None), "state", "") == "failed":
             try:
@@ -215,65 +217,33 @@ class StudyWorker:
                 os._exit(1)
         return JobOutcome(result, tuple(lines))
 
-    def inventory(self) -> dict[str, tuple[int, str]]:
-        """File of the factor bank and the profile to its size and SHA-256, as paths relative to the cache folder."""
-        prepared = self._ready()
-        folders = [*prepared.evaluator.bank.folders.values()]
-        files = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*"))]
-        root = cache_dir()
-        return {
-            str(path.relative_to(root)): (path.stat().st_size, _digest(path))
-            for path in files
-            if path.is_file() and not path.name.startswith(".")
-        }
-
-    def missing(self, inventory: Mapping[str, tuple[int, str]]) -> list[str]:
-        """Files of another machine's inventory that are absent or different here."""
-        found = []
-        for name, (size, digest) in inventory.items():
-            path = cache_dir() / name
-            if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
-                found.append(name)
-        return found
-
-    def send(self, name: str, offset: int, size: int) -> bytes:
-        """A part of a file of the cache folder."""
-        with (cache_dir() / name).open("rb") as stream:
-            stream.seek(offset)
-            return stream.read(size)
-
-    def receive(self, name: str, offset: int, content: bytes) -> None:
-        """Append a part to a file that arrives."""
-        path = _arriving(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if offset else "wb") as stream:
-            stream.seek(offset)
-            stream.write(content)
-
-    def accept(self, name: str, digest: str) -> None:
-        """Move a file that has arrived to its place.
-
-        Raises:
-            StudyError: Its checksum is not the expected one.
-        """
-        path = _arriving(name)
-        if _digest(path) != digest:
-            path.unlink(missing_ok=True)
-            raise StudyError(f"{name} must arrive unchanged at {socket.gethostname()}, but its checksum differs")
-        path.replace(cache_dir() / name)
-
     def _ready(self) -> PreparedStudy:
-        if self._prepared is None:
-            raise StudyError("a worker must be prepared before it runs a job")
-        return self._prepared
+        if self._prepared is not None:
+            return self._prepared
+        if not self._shares_cache:
+            fetch_missing(self._desk)
+        request = self._request
+        folder = cache_dir() / "evaluations" if request.answers is None else _usable(request.answers)
+        prepared = prepare_study(
+            _on_this_device(request.config),
+            self._listener,
+            request.started_with,
+            EvaluationCache(folder),
+            with_table=False,
+        )
+        if not self._shares_cache:
+            hand_in(self._desk, bank_files(prepared.evaluator.bank.folders.values()))
+        self._idle = MeasureIdle().run(prepared, self._listener)
+        self._prepared = prepared
+        return prepared
 
 
-class _BoardListener(StudyListener):
-    """Keeps messages, and reports phases to the board."""
+class _DeskListener(StudyListener):
+    """Keeps messages, and reports phases to the desk."""
 
-    def __init__(self, index: int, board: Any) -> None:
+    def __init__(self, index: int, desk: Any) -> None:
         self.messages: list[str] = []
-        self._index, self._board = index, board
+        self._index, self._desk = index, desk
         self._phase, self._told_s = "", 0.0
 
     def on_message(self, message: str) -> None:
@@ -284,10 +254,10 @@ class _BoardListener(StudyListener):
         if phase == self._phase and now - self._told_s < _PHASE_PERIOD_S:
             return
         self._phase, self._told_s = phase, now
-        self._board.put.remote(self._index, phase, done, total)
+        self._desk.note.remote(self._index, phase, done, total)
 
 
-class _captured_log(logging.Handler):  # noqa: N801 - used as a context manager
+class _CapturedLog(logging.Handler):
     """What `dse` logs inside a block, as lines for the driver's log."""
 
     def __init__(self) -> None:
@@ -318,13 +288,3 @@ def _on_this_device(config: StudyConfig) -> StudyConfig:
 def _usable(answers: Path) -> Path:
     """The folder of answers in the study's folder or, on a machine without that, one of this process."""
     return answers if answers.parent.is_dir() else Path(tempfile.mkdtemp(prefix="dse-answers-"))
-
-
-def _arriving(name: str) -> Path:
-    path = cache_dir() / name
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

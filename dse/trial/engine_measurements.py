@@ -1,4 +1,4 @@
-"""Measure a trial's point while an engine serves requests, and put TTFT, TPOT, throughput and energy into its record."""
+"""Measure a trial's point while an engine serves requests: TTFT, TPOT, throughput and energy, for its record."""
 
 from __future__ import annotations
 
@@ -191,9 +191,7 @@ def _time(name: str, phase: PhaseLatency, dense: TrialRecord | Mapping[str, floa
     return _scaled(name, Interval(phase.ratio, phase.ratio_low, phase.ratio_high), dense)
 
 
-def _throughput(
-    measured: PairedServing, dense: TrialRecord | Mapping[str, float] | None
-) -> tuple[Interval, Interval]:
+def _throughput(measured: PairedServing, dense: TrialRecord | Mapping[str, float] | None) -> tuple[Interval, Interval]:
     """Tokens per second: the inverse of the time of all requests."""
     window, tokens = measured.window, measured.work.output_tokens
     if dense is None:
@@ -201,7 +199,8 @@ def _throughput(
         reach = times.iqr_s / 2
         low, high = tokens / (times.median_s + reach), tokens / max(times.median_s - reach, times.minimum_s)
         return Interval(tokens / times.median_s, low, high), Interval(1.0, 1.0, 1.0)
-    return _scaled("throughput_tokens_s", Interval(1 / window.ratio, 1 / window.ratio_high, 1 / window.ratio_low), dense)
+    inverse = Interval(1 / window.ratio, 1 / window.ratio_high, 1 / window.ratio_low)
+    return _scaled("throughput_tokens_s", inverse, dense)
 
 
 def _energies(measured: PairedServing, dense: TrialRecord | Mapping[str, float] | None) -> Quantities:
@@ -219,9 +218,7 @@ def _energies(measured: PairedServing, dense: TrialRecord | Mapping[str, float] 
     return found
 
 
-def _scaled(
-    name: str, ratio: Interval, dense: TrialRecord | Mapping[str, float]
-) -> tuple[Interval, Interval]:
+def _scaled(name: str, ratio: Interval, dense: TrialRecord | Mapping[str, float]) -> tuple[Interval, Interval]:
     base = dense.value(name) if isinstance(dense, TrialRecord) else dense.get(name)
     if base is None or ratio.low is None or ratio.high is None:
         raise InvalidMeasurementError(f"'{name}' of the dense model must be known, but it was not measured")

@@ -55,7 +55,7 @@ class DeciLMModel(LlamaModel):
     """A Llama body with the layers of `config.block_configs`."""
 
     config_class = DeciLMConfig
-    _no_split_modules = ["DeciLMDecoderLayer"]
+    _no_split_modules = ["DeciLMDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: DeciLMConfig) -> None:
         super().__init__(config)
@@ -73,7 +73,7 @@ class DeciLMForCausalLM(LlamaForCausalLM):
     """The body with its language-modelling head."""
 
     config_class = DeciLMConfig
-    _no_split_modules = ["DeciLMDecoderLayer"]
+    _no_split_modules = ["DeciLMDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: DeciLMConfig) -> None:
         super().__init__(config)

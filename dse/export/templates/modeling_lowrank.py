@@ -18,7 +18,7 @@ It needs only torch and transformers. Load it with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.pytorch_utils import Conv1D
 
-from dse.models.plain_attributes import copy_plain_attributes
 from dse.decomposition.expert_modules import TuckerExperts, TuckerExpertWeight
 from dse.decomposition.low_rank_modules import LowRankLinear, NormThenFactor, SharedProduct, StackedLinear, linear_from
+from dse.models.plain_attributes import copy_plain_attributes  # noqa: F401
 from dse.models.removed_modules import LayerList, RemovedBlock
 
 

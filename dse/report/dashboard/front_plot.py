@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from dse.report.dashboard.axis_values import AxisChoice, AxisValues, axis_values
 from dse.report.dashboard.snapshot import StudySnapshot
 from dse.report.dashboard.theme import THEMES, Theme, axis, colour_scale, frame
 from dse.report.dashboard.trial_groups import GROUPS, RangeFilter, groups_of, kept_by
-from dse.report.trials_table import number, objective_matrix
+from dse.report.trials_table import objective_matrix
 from dse.report.units import percent
 
 __all__ = ["FrontView", "front_plot", "plotted_trials"]
@@ -30,7 +31,6 @@ _HEIGHT = 520
 _MOST_BARS = 150
 """Dominated trials get interval bars up to this many: more would hide the front."""
 _MOST_LABELS = 40
-_STRIP, _STRIP_GAP = 0.05, 0.045  # shares of the plot
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def plotted_trials(snapshot: StudySnapshot) -> pd.DataFrame:
     for name, values in columns.items():
         before = table[name].tolist() if name in table.columns else [math.nan] * count
         grown[name] = [*before, *values]
+        if name in pending[0].known:
+            grown[name] = pd.to_numeric(grown[name])
     return grown
 
 
@@ -89,6 +91,41 @@ def front_plot(snapshot: StudySnapshot, view: FrontView) -> dict[str, Any]:
     """The figure as a Plotly dictionary; the number and order of its traces are the same for every study and view."""
     drawing = _Drawing.of(snapshot, view)
     return {"data": drawing.traces(), "layout": drawing.layout()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Limits:
+    """Extent of an axis. Trials without a value lie in a strip before its low end.
+
+    Attributes:
+        low: Low end of the values.
+        high: High end.
+        has_strip: Whether trials lie in the strip.
+    """
+
+    low: float
+    high: float
+    has_strip: bool
+
+    @classmethod
+    def of(cls, values: AxisValues, shown: Mask, has_strip: bool) -> _Limits:
+        """The extent of the values and of the intervals of the front, with a margin."""
+        inside = values.value[shown & np.isfinite(values.value)]
+        if inside.size == 0:
+            return cls(0.0, 1.0, has_strip)
+        low, high = float(inside.min()), float(inside.max())
+        margin = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
+        return cls(low - margin, high + margin, has_strip)
+
+    @property
+    def strip(self) -> float:
+        """Coordinate of the trials in the strip."""
+        return self.low - 0.05 * (self.high - self.low)
+
+    @property
+    def range(self) -> list[float]:
+        """The range of the axis, the strip included."""
+        return [self.low - 0.1 * (self.high - self.low) * self.has_strip, self.high]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,55 +140,48 @@ class _Drawing:
     groups: Mapping[str, Mask]
     kept: Mask
     hover: list[str]
+    across: _Limits
+    upward: _Limits
 
     @classmethod
     def of(cls, snapshot: StudySnapshot, view: FrontView) -> _Drawing:
-        trials = plotted_trials(snapshot)
-        groups = groups_of(trials)
-        state = trials["state"].to_numpy() if len(trials) else np.zeros(0, dtype=object)
-        groups["pending"] = np.isin(state, ("running", "queued"))
+        trials, groups, hover = _prepared(snapshot)
+        count = len(trials)
+        x, y = (axis_values(trials, entry, relative=view.relative) for entry in (view.x, view.y))
+        has_x, has_y = np.isfinite(x.value), np.isfinite(y.value)
+        shown = np.logical_or.reduce(list(groups.values()))
         return cls(
             snapshot,
             view,
             THEMES[view.theme],
             trials,
-            trials["trial"].to_numpy(dtype=int) if len(trials) else np.zeros(0, dtype=int),
-            axis_values(trials, view.x, relative=view.relative),
-            axis_values(trials, view.y, relative=view.relative),
+            trials["trial"].to_numpy(dtype=int) if count else np.zeros(0, dtype=int),
+            x,
+            y,
             groups,
             kept_by(trials, view.filters),
-            hover_texts(snapshot, trials),
+            hover,
+            _Limits.of(x, shown & (has_x | has_y), bool((shown & has_y & ~has_x).any())),
+            _Limits.of(y, shown & (has_x | has_y), bool((shown & has_x & ~has_y).any())),
         )
 
     @property
-    def has_x(self) -> Mask:
-        return np.isfinite(self.x.value)
+    def placed(self) -> Mask:
+        """Trials with a value on at least one axis."""
+        return np.asarray(np.isfinite(self.x.value) | np.isfinite(self.y.value))
 
     @property
-    def has_y(self) -> Mask:
-        return np.isfinite(self.y.value)
-
-    @property
-    def shown(self) -> Mask:
-        """Trials that belong to a group."""
-        return np.logical_or.reduce(list(self.groups.values())) if len(self.trials) else np.zeros(0, dtype=bool)
-
-    @property
-    def below(self) -> Mask:
-        """Trials with a value on the horizontal axis alone."""
-        return self.shown & self.has_x & ~self.has_y
-
-    @property
-    def beside(self) -> Mask:
-        """Trials with a value on the vertical axis alone."""
-        return self.shown & ~self.has_x & self.has_y
+    def measured(self) -> Mask:
+        """Trials with a value on both axes."""
+        return np.asarray(np.isfinite(self.x.value) & np.isfinite(self.y.value))
 
     def traces(self) -> list[dict[str, Any]]:
+        """The traces, from the lowest layer to the highest."""
         theme = self.theme
         many = int(self.groups["dominated"].sum()) > _MOST_BARS
         hollow = {"color": theme.surface, "size": 10, "line": {"color": theme.front, "width": 2}}
         diamond = {"color": theme.dense, "size": 14, "symbol": "diamond", "line": {"color": theme.surface, "width": 1.5}}
-        cross = {"color": theme.failed, "size": 9, "symbol": "x-thin", "line": {"color": theme.failed, "width": 2.2}}
+        cross = {"color": theme.failed, "size": 8, "symbol": "x-thin", "line": {"color": theme.failed, "width": 2.2}}
         return [
             self._outside(),
             self._group("dominated", {"color": theme.trials, "size": 7}, None if many else theme.bars),
@@ -159,7 +189,7 @@ class _Drawing:
             self._group("stopped", {"color": theme.muted, "size": 9, "symbol": "triangle-down-open"}, theme.bars),
             self._group("infeasible", {"color": theme.muted, "size": 8, "symbol": "square-open"}, None),
             self._group("failed", cross, None),
-            self._group("pending", {"color": theme.pending, "size": 12, "symbol": "hourglass"}, None),
+            self._group("pending", {"color": theme.pending, "size": 11, "symbol": "hourglass"}, None),
             self._group("tied", hollow, theme.front_bars),
             self._front(),
             self._group("dense", diamond, theme.dense),
@@ -169,34 +199,198 @@ class _Drawing:
         ]
 
     def _group(self, name: str, marker: dict[str, Any], bars: str | None) -> dict[str, Any]:
-        member = self.groups[name] & self.kept
-        trace = self._scatter(member, GROUPS[name], marker)
+        trace = self._scatter(self.groups[name] & self.kept, GROUPS[name], marker)
         if bars is not None:
-            rows = np.flatnonzero(member & self.has_x & self.has_y)
-            trace["error_x"], trace["error_y"] = _bars(self.x, rows, bars), _bars(self.y, rows, bars)
+            rows = np.flatnonzero(self.groups[name] & self.kept & self.placed)
+            trace |= {"error_x": _bars(self.x, rows, bars), "error_y": _bars(self.y, rows, bars)}
         return trace
 
     def _scatter(self, member: Mask, name: str, marker: dict[str, Any]) -> dict[str, Any]:
-        """The trials of a group; those without one of the values lie in the strips below and beside the plot."""
-        x, y, axes = self._placed(member)
-        rows = np.flatnonzero(member & (self.has_x | self.has_y))
-        assert len(x) == len(rows) or True
+        rows = np.flatnonzero(member & self.placed)
+        x, y = self.x.value[rows], self.y.value[rows]
         return {
             "type": "scatter",
             "mode": "markers",
             "name": name,
-            "x": x,
-            "y": y,
+            "x": np.where(np.isfinite(x), x, self.across.strip).tolist(),
+            "y": np.where(np.isfinite(y), y, self.upward.strip).tolist(),
             "marker": marker,
             "hovertext": [self.hover[row] for row in rows],
             "hoverinfo": "text",
             "customdata": self.numbers[rows].tolist(),
             "showlegend": bool(len(rows)),
-            **axes,
+            "cliponaxis": True,
         }
 
-    def _placed(self, member: Mask) -> tuple[list[float], list[float], dict[str, str]]:
-        rows = np.flatnonzero(member & (self.has_x | self.has_y))
-        x, y = self.x.value[rows], self.y.value[rows]
-        (left, _), (bottom, _) = self.strips
-        return np.where(np.isfinite(x), x, left).tolist(), np.where(np.isfinite(y), y, bottom).tolist(), {}
+    def _outside(self) -> dict[str, Any]:
+        shown = np.logical_or.reduce(list(self.groups.values()))
+        marker = {"color": self.theme.trials, "size": 5, "opacity": 0.28}
+        return self._scatter(shown & ~self.kept, "Outside the ranges", marker)
+
+    def _staircase(self) -> dict[str, Any]:
+        """The front of the two axes alone, over feasible trials."""
+        complete = [self.groups[name] for name in ("front", "dense", "tied", "dominated")]
+        eligible = np.logical_or.reduce(complete) & self.measured & self.kept
+        plane = np.column_stack([self.x.value, self.y.value])[eligible]
+        directions = [self.x.choice.objective.direction, self.y.choice.objective.direction]
+        steps = np.unique(plane[non_dominated(plane, directions)], axis=0) if len(plane) else plane
+        return {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "Front of these two axes",
+            "x": steps[:, 0].tolist(),
+            "y": steps[:, 1].tolist(),
+            "line": {
+                "color": self.theme.front,
+                "width": 1.5,
+                "shape": "hv" if directions[0] == "minimize" else "vh",
+            },
+            "opacity": 0.75,
+            "hoverinfo": "skip",
+            "showlegend": len(steps) > 1,
+        }
+
+    def _front(self) -> dict[str, Any]:
+        line = {"color": self.theme.surface, "width": 1.5}
+        marker: dict[str, Any] = {"size": 12, "color": self.theme.front, "line": line}
+        rows = np.flatnonzero(self.groups["front"] & self.kept & self.placed)
+        if self.view.colour is not None and len(rows):
+            colour = axis_values(self.trials, self.view.colour, relative=self.view.relative)
+            marker |= {
+                "color": [value if math.isfinite(value) else None for value in colour.value[rows].tolist()],
+                "colorscale": colour_scale(self.theme.ramp),
+                "showscale": True,
+                "colorbar": {
+                    "title": {"text": html.escape(colour.short_title), "side": "right", "font": {"size": 12}},
+                    "tickfont": {"size": 11, "color": self.theme.muted},
+                    "thickness": 10,
+                    "outlinewidth": 0,
+                },
+            }
+        trace = self._group("front", marker, self.theme.front_bars)
+        if len(rows) <= _MOST_LABELS:
+            up = "top" if self.y.choice.objective.direction == "maximize" else "bottom"
+            side = "left" if self.x.choice.objective.direction == "minimize" else "right"
+            trace |= {
+                "mode": "markers+text",
+                "text": [str(number) for number in self.numbers[rows]],
+                "textposition": f"{up} {side}",
+                "textfont": {"size": 11, "color": self.theme.text},
+            }
+        return trace
+
+    def _knee(self) -> dict[str, Any]:
+        member = np.zeros(len(self.trials), dtype=bool)
+        objectives = self.snapshot.objectives
+        if len(objectives) > 1 and len(self.trials) and self.groups["front"].sum() > 2:
+            found = knee_index(
+                objective_matrix(self.trials, objectives), directions_of(objectives), ~self.groups["dense"]
+            )
+            if found is not None:
+                member[found] = True
+        ring = {"color": "rgba(0,0,0,0)", "size": 21, "line": {"color": self.theme.text, "width": 1.5}}
+        return {**self._scatter(member & self.kept, "Knee", ring), "hoverinfo": "skip"}
+
+    def _chosen(self, letter: str, trial: int | None) -> dict[str, Any]:
+        member = self.numbers == (-1 if trial is None else trial)
+        marker = {"color": "rgba(0,0,0,0)", "size": 18, "symbol": "square", "line": {"color": self.theme.text, "width": 2}}
+        return {
+            **self._scatter(member, f"Chosen {letter}", marker),
+            "mode": "markers+text",
+            "text": [f"<b>{letter}</b>"] * int((member & self.placed).sum()),
+            "textposition": "bottom right" if letter == "A" else "top right",
+            "textfont": {"size": 14, "color": self.theme.text},
+            "showlegend": False,
+            "hoverinfo": "skip",
+        }
+
+    def layout(self) -> dict[str, Any]:
+        """Axes with their strips, and the legend above the plot."""
+        theme = self.theme
+        shapes: list[dict[str, Any]] = []
+        notes: list[dict[str, Any]] = []
+        note = {"showarrow": False, "font": {"size": 11, "color": theme.muted}}
+        band = {"type": "rect", "fillcolor": theme.grid, "line": {"width": 0}, "layer": "below", "opacity": 0.7}
+        if self.upward.has_strip:
+            ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": self.upward.range[0], "y1": self.upward.low}
+            shapes.append({**band, **ends})
+            text = f"no {html.escape(self.y.choice.label.lower())} yet"
+            notes.append({**note, "text": text, "xref": "paper", "x": 0.995, "xanchor": "right", "y": self.upward.strip})
+        if self.across.has_strip:
+            ends = {"yref": "paper", "y0": 0, "y1": 1, "x0": self.across.range[0], "x1": self.across.low}
+            shapes.append({**band, **ends})
+            text = f"no {html.escape(self.x.choice.label.lower())} yet"
+            place = {"yref": "paper", "y": 0.99, "yanchor": "top", "x": self.across.strip, "textangle": -90}
+            notes.append({**note, "text": text, **place})
+        hidden = int((np.logical_or.reduce(list(self.groups.values())) & ~self.placed).sum())
+        if not self.placed.any():
+            text = "No trial has a value on these axes yet. The page follows the study by itself."
+            notes.append({**note, "text": text, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "font": {"size": 14, "color": theme.muted}})  # noqa: E501
+        elif hidden:
+            text = f"{hidden} without a value on either axis"
+            notes.append({**note, "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "bottom", "xshift": 6, "yshift": 4})  # noqa: E501
+        return frame(
+            theme,
+            _HEIGHT,
+            margin={"l": 64, "r": 16, "t": 56, "b": 52},
+            xaxis=axis(theme, html.escape(self.x.title), range=self.across.range),
+            yaxis=axis(theme, html.escape(self.y.title), range=self.upward.range),
+            legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top", "font": {"size": 12}},
+            shapes=shapes,
+            annotations=notes,
+            dragmode="zoom",
+            uirevision=f"{self.view.x.key} {self.view.y.key} {self.view.relative}",
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _prepared(snapshot: StudySnapshot) -> tuple[pd.DataFrame, dict[str, Mask], list[str]]:
+    """Table, groups and hover texts, which every view of a snapshot shares."""
+    trials = plotted_trials(snapshot)
+    groups = groups_of(trials)
+    state = trials["state"].to_numpy() if len(trials) else np.zeros(0, dtype=object)
+    groups["pending"] = np.isin(state, ("running", "queued"))
+    return trials, groups, hover_texts(snapshot, trials)
+
+
+def _bars(values: AxisValues, rows: np.ndarray, colour: str) -> dict[str, Any]:
+    down = np.nan_to_num(np.clip(values.value[rows] - values.low[rows], 0.0, None))
+    up = np.nan_to_num(np.clip(values.high[rows] - values.value[rows], 0.0, None))
+    if not (down.any() or up.any()):
+        return {"visible": False}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up.tolist(),
+        "arrayminus": down.tolist(),
+        "color": colour,
+        "thickness": 1,
+        "width": 0,
+        "visible": True,
+    }
+
+
+def hover_texts(snapshot: StudySnapshot, trials: pd.DataFrame) -> list[str]:
+    """One text per trial, escaped, since Plotly interprets some HTML in hover labels."""
+    if trials.empty:
+        return []
+    choices = [AxisChoice(entry.name, entry.label, entry, True) for entry in snapshot.objectives]
+    plain = [axis_values(trials, choice, relative=False) for choice in choices]
+    against = [axis_values(trials, choice, relative=True) for choice in choices]
+    reduction = pd.to_numeric(trials["reduction"], errors="coerce").to_numpy(dtype=float)
+    texts = []
+    for row, (trial, state, point, origin, reason) in enumerate(
+        zip(*(trials[name].tolist() for name in ("trial", "state", "point_id", "origin", "reason")), strict=True)
+    ):
+        lines = [f"<b>Trial {int(trial)}</b>  {html.escape(str(point))}", f"{state}, {percent(reduction[row])} removed"]
+        for absolute, relative in zip(plain, against, strict=True):
+            value = absolute.value[row]
+            if math.isfinite(value):
+                change = f"  ({relative.text(relative.value[row])})" if relative.is_relative else ""
+                mark = "estimate " if absolute.is_estimate[row] else ""
+                lines.append(f"{absolute.choice.label.lower()} {mark}{absolute.text(value)}{change}")
+        lines.append(f"proposed by {html.escape(str(origin))}")
+        if isinstance(reason, str) and reason and state != "complete":
+            lines.append(html.escape(reason[:90]))
+        texts.append("<br>".join(lines))
+    return texts

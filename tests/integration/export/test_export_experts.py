@@ -46,7 +46,7 @@ def test_both_forms_reload_as_the_decomposed_model(family: str, tmp_path: Path, 
 
     # Verified in a new process without this package; the rest of the test reads the folders here.
     result = export_point(loaded, point, bank, tmp_path / "low_rank", verify=True)
-    export_point(loaded, point, bank, tmp_path / "dense", dense=True, verify=True)
+    export_point(loaded, point, bank, tmp_path / "dense", format="dense", verify=True)
 
     with quiet_transformers(), torch.inference_mode():
         thin, info = hf.AutoModelForCausalLM.from_pretrained(

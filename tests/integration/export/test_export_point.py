@@ -59,7 +59,7 @@ def written(
     calls: list[tuple[str, int, int]] = []
     requests = [
         ExportRequest(point, root / "exports" / "empty", card_details={"study": "quick", "trial": 7}),
-        ExportRequest(point, root / "exports" / "deep" / "merged", dense=True),
+        ExportRequest(point, root / "exports" / "deep" / "merged", format="dense"),
         ExportRequest(DesignPoint.dense(), root / "exports" / "whole"),
     ]
     results = export_points(loaded, requests, bank, progress=lambda *call: calls.append(call))
@@ -310,7 +310,7 @@ def test_invalid_destinations_are_refused_and_unchanged(
 def test_two_exports_cannot_share_a_folder(
     loaded: LoadedModel, point: DesignPoint, factors: object, tmp_path: Path, first: str, second: str
 ) -> None:
-    requests = [ExportRequest(point, tmp_path / first), ExportRequest(point, tmp_path / second, dense=True)]
+    requests = [ExportRequest(point, tmp_path / first), ExportRequest(point, tmp_path / second, format="dense")]
     with pytest.raises(ExportError, match="a folder of its own"):
         export_points(loaded, requests, factors)
     assert list(tmp_path.iterdir()) == []
@@ -417,7 +417,7 @@ def test_half_precision_heads_and_unusual_generation_settings_are_exported(
 
     results = export_points(
         loaded,
-        [ExportRequest(point, tmp_path / "low-rank"), ExportRequest(point, tmp_path / "merged", dense=True)],
+        [ExportRequest(point, tmp_path / "low-rank"), ExportRequest(point, tmp_path / "merged", format="dense")],
         make_factors(loaded),
     )
 

@@ -49,7 +49,7 @@ def test_exports_with_removed_blocks_reload_exactly(
     verify = family == "llama"  # in a new process; the others are reloaded here, which is faster
 
     result = export_point(loaded, point, factors, tmp_path / "thin", verify=verify)
-    export_point(loaded, point, factors, tmp_path / "dense", dense=True, verify=verify)
+    export_point(loaded, point, factors, tmp_path / "dense", format="dense", verify=verify)
 
     with quiet_transformers(), torch.inference_mode():
         thin = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "thin", trust_remote_code=True).eval()

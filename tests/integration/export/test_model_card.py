@@ -55,6 +55,7 @@ def content(**changes: Any) -> CardContent:
         fingerprint="0123456789abcdef",
         topology=TOPOLOGY,
         point=UNIFORM,
+        format="transformers",
         is_dense=False,
         auto_class="AutoModelForCausalLM",
         dtype="float32",

@@ -159,7 +159,7 @@ def test_unavailable_and_unknown_modes_are_refused(llama, bert):
 def test_compile_without_a_compiler_reports_the_reason(tmp_path):
     """In a separate process with no compiler on the path; the reason comes from the compiler stack."""
     source = (
-        "import torch; from dse.measurement.execution import mode_problem;"
+        "import torch; from dse.measurement.modes import mode_problem;"
         "print(mode_problem('compile', [torch.device('cpu')], decodes=True))"
     )
     environment = {**os.environ, "CXX": "no-such-compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -1,0 +1,128 @@
+"""What the workers of a study do, as `workers.json` in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dse.errors import StorageFullError
+from dse.report.worker_lanes import WorkerLane, write_lanes
+from dse.study.jobs import EvaluateTrial, Job
+from dse.study.study_worker import WorkerFacts
+
+__all__ = ["LaneBook"]
+
+_PERIOD_S = 1.0
+_COSTS = ("reduction", "parameters", "weight_bytes")
+
+
+class _Ticketed(Protocol):
+    @property
+    def job(self) -> Job: ...
+
+
+class _Worker(Protocol):
+    @property
+    def index(self) -> int: ...
+    @property
+    def facts(self) -> WorkerFacts | None: ...
+    @property
+    def ticket(self) -> _Ticketed | None: ...
+
+
+class LaneBook:
+    """The lanes of all workers, written at most once a second.
+
+    The file is a convenience: a disk that is full must not end a trial, so its errors are ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lanes: dict[int, WorkerLane] = {}
+        self._written_s = 0.0
+
+    def welcome(self, worker: _Worker) -> None:
+        """A worker is ready."""
+        facts = worker.facts
+        if facts is not None:
+            self._change(worker, state="idle", device=facts.device, host=facts.host, pid=facts.pid)
+
+    def begin(self, worker: _Worker) -> None:
+        """A worker begins a job."""
+        job = None if worker.ticket is None else worker.ticket.job
+        if not isinstance(job, EvaluateTrial):
+            return
+        record = job.record
+        self._change(
+            worker,
+            state="working",
+            phase="",
+            trial=record.trial,
+            origin=record.origin,
+            point_id=record.point_id,
+            cost={name: record.cost[name] for name in _COSTS if name in record.cost},
+            trial_started_s=time.time(),
+        )
+
+    def finish(self, worker: _Worker, result: Any) -> None:
+        """A worker has finished a job."""
+        lane, record = self._lane(worker), getattr(result, "record", None)
+        failed = record is not None and record.state == "failed"
+        self._change(
+            worker,
+            state="idle",
+            phase="",
+            trial=None,
+            finished=lane.finished + (record is not None),
+            failures=lane.failures + failed,
+            failures_in_a_row=lane.failures_in_a_row + 1 if failed else 0,
+            last_failure=record.reason if failed and record is not None else lane.last_failure,
+        )
+
+    def fail(self, worker: _Worker, reason: str) -> None:
+        """A worker has ended in a job."""
+        lane = self._lane(worker)
+        self._change(
+            worker,
+            state="idle",
+            phase="restart",
+            trial=None,
+            failures=lane.failures + 1,
+            failures_in_a_row=lane.failures_in_a_row + 1,
+            last_failure=reason,
+        )
+
+    def update(self, workers: Sequence[_Worker], phases: Mapping[int, tuple[str, int, int]]) -> None:
+        """Note the phases of working workers, and write the file if that is due."""
+        for worker in workers:
+            if worker.ticket is not None and worker.index in phases:
+                phase, done, total = phases[worker.index]
+                self._change(worker, phase=phase, done=done, total=total)
+        if time.monotonic() - self._written_s >= _PERIOD_S:
+            self.write(workers)
+
+    def end(self, workers: Sequence[_Worker]) -> None:
+        """All workers have ended."""
+        if self._written_s:
+            for worker in workers:
+                self._change(worker, state="ended", phase="", trial=None)
+            self.write(workers)
+
+    def write(self, workers: Sequence[_Worker]) -> None:
+        """Write the file now."""
+        self._written_s = time.monotonic()
+        now_s = time.time()
+        lanes = [dataclasses.replace(self._lane(worker), updated_s=now_s) for worker in workers]
+        with contextlib.suppress(StorageFullError, OSError):
+            write_lanes(self._path, lanes)
+
+    def _lane(self, worker: _Worker) -> WorkerLane:
+        fresh = WorkerLane(f"worker {worker.index + 1}", started_s=time.time())
+        return self._lanes.setdefault(worker.index, fresh)
+
+    def _change(self, worker: _Worker, **changes: Any) -> None:
+        self._lanes[worker.index] = dataclasses.replace(self._lane(worker), **changes)

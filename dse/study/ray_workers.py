@@ -1,0 +1,364 @@
+"""Workers as Ray actors. Ray places, restarts and watches them; this module gives out jobs and takes the results."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dse.config import StudyConfig, WorkersConfig
+from dse.errors import StudyError
+from dse.files import cache_dir, disk_errors
+from dse.study.driver_desk import DriverDesk
+from dse.study.jobs import EvaluateTrial, Job
+from dse.study.listener import StudyListener
+from dse.study.outline import StudyOutline
+from dse.study.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
+from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions
+from dse.study.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
+from dse.study.lane_book import LaneBook
+from dse.study.workers import FinishedJob, Workers
+
+__all__ = ["RayWorkers", "ray_workers"]
+
+logger = logging.getLogger("dse")
+
+_TICK_S = 0.5
+_RETRY_S = 1.0
+_MAX_DEATHS = 3
+"""Workers that may end in one job before it is given up."""
+_MAX_FAILED_STARTS = 5
+"""Times in a row that a worker may end before it is ready, before it counts as gone."""
+_PATIENCE_S = 60.0
+
+
+@dataclass
+class _Ticket:
+    """A submitted job, and why the workers that ran it ended."""
+
+    job: Job
+    deaths: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Member:
+    """One worker: its actor, and the call that is under way."""
+
+    index: int
+    actor: Any
+    facts: WorkerFacts | None = None
+    is_ready: bool = False
+    call: RayCall | None = None
+    ticket: _Ticket | None = None
+    begun_s: float = 0.0
+    failed_starts: int = 0
+    retry_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.index + 1}" + (f" on {self.facts.host}" if self.facts else "")
+
+
+class RayWorkers(Workers):
+    """Workers on Ray; made by `ray_workers`."""
+
+    def __init__(
+        self, cluster: RayCluster, share: Share, request: StudyRequest, settings: WorkersConfig, lanes: LaneBook
+    ) -> None:
+        self.count = share.workers
+        self._cluster, self._settings, self._lanes = cluster, settings, lanes
+        self._waiting: deque[_Ticket] = deque()
+        self._given_up: deque[FinishedJob] = deque()
+        self._all_busy_s = time.monotonic()
+        self._phases: RayCall | None = None
+        self._desk = cluster.start_here(DriverDesk, request.cache.path)
+        self._members = [
+            _Member(index, cluster.start(StudyWorker, share, index, request, self._desk))
+            for index in range(share.workers)
+        ]
+
+    def join_all(self, listener: StudyListener) -> None:
+        """Wait until all workers are ready, and measure the sensitivity profile with all of them.
+
+        The first worker prepares the study alone, so that the factor bank is built once.
+
+        Raises:
+            StudyError: A worker runs other versions, has another device or other data, or does not start.
+        """
+        self._listener = listener
+        members = self._members
+        listener.on_message(f"starting {self.count} worker{'s' * (self.count > 1)}")
+        facts: dict[int, WorkerFacts] = self._each(members, {m.index: ("describe",) for m in members})
+        for member in members:
+            member.facts = facts[member.index]
+        check_same_versions(list(facts.values()))
+        first: Joined = self._each(members[:1], {0: ("join",)})[0]
+        for message in first.messages:
+            listener.on_message(message)
+        self._outline_of(first)
+        call_actor(self._desk, "offer", first.files).result()
+        check_same_devices(first.outline, list(facts.values()), self._settings.mixed)
+        joined = {0: first} | self._each(members[1:], {m.index: ("join",) for m in members[1:]})
+        for member in members:
+            self._welcome(member, joined[member.index])
+        known: dict[str, Any] = {}
+        shares = {m.index: ("measure_share", m.index, self.count) for m in members}
+        for found in self._each(members, shares).values():
+            known |= found
+        table, messages = self._each(members[:1], {0: ("table", known)})[0]
+        for message in messages:
+            listener.on_message(message)
+        self.outline = dataclasses.replace(self.outline, table=table)
+        self._lanes.write(self._members)
+
+    def submit(self, job: Job) -> None:
+        """Add a job; it starts when a worker is free."""
+        self._waiting.append(_Ticket(job))
+
+    def next_finished(self) -> FinishedJob:
+        """Wait for a job to finish; one whose worker ended runs again on another."""
+        while True:
+            self._hand_out()
+            if self._given_up:
+                return self._given_up.popleft()
+            if (finished := self._step()) is not None:
+                return finished
+
+    def finished_in_grace(self) -> Iterator[FinishedJob]:
+        """Results that arrive within the period of grace."""
+        self._waiting.clear()
+        until_s = time.monotonic() + self._settings.grace_s
+        in_flight = sum(member.ticket is not None for member in self._members)
+        if in_flight and self._settings.grace_s:
+            self._listener.on_message(
+                f"stopping: {in_flight} trials have {self._settings.grace_s:.0f} s to finish; press Ctrl-C again to stop"
+                " at once"
+            )
+        while time.monotonic() < until_s and any(member.ticket is not None for member in self._members):
+            finished = self._step()
+            self._waiting.clear()
+            if finished is not None:
+                yield finished
+
+    def check_device(self) -> None:
+        """Workers check their own devices; one that lost its device is restarted."""
+
+    def close(self) -> None:
+        """End all workers."""
+        for member in self._members:
+            self._cluster.kill(member.actor, restart=False)
+        self._cluster.kill(self._desk, restart=False)
+        self._lanes.end(self._members)
+
+    # --- set-up ---
+
+    def _outline_of(self, joined: Joined) -> None:
+        self.outline: StudyOutline = joined.outline
+        self.idle = joined.idle
+
+    def _welcome(self, member: _Member, joined: Joined) -> None:
+        """Accept a worker that is ready, after its first start or a restart.
+
+        Raises:
+            StudyError: It differs from the first worker.
+        """
+        check_same_facts(self.outline.facts, joined.outline.facts, joined.facts.name)
+        check_same_devices(self.outline, [self._members[0].facts or joined.facts, joined.facts], self._settings.mixed)
+        member.facts, member.is_ready, member.failed_starts = joined.facts, True, 0
+        self._lanes.welcome(member)
+
+    def _each(self, members: Sequence[_Member], calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call a method of each worker, and again where the worker ends meanwhile; returns results by index."""
+        results: dict[int, Any] = {}
+        for member in members:
+            member.call = call_actor(member.actor, *calls[member.index])
+        while len(results) < len(members):
+            waiting = [member for member in members if member.index not in results]
+            for member in self._done(waiting):
+                try:
+                    results[member.index] = self._result_of(member)
+                except WorkerLostError as error:
+                    self._failed_start(member, str(error))
+                    time.sleep(_RETRY_S)
+                    member.call = call_actor(member.actor, *calls[member.index])
+            self._show_phase(waiting)
+        return results
+
+    def _failed_start(self, member: _Member, reason: str) -> None:
+        member.failed_starts += 1
+        logger.warning("%s ended before it was ready: %s", member.name, reason)
+        if member.failed_starts >= _MAX_FAILED_STARTS:
+            raise StudyError(
+                f"a worker must start, but {member.name} ended {member.failed_starts} times ({reason}); see Ray's logs"
+                " in /tmp/ray/session_latest/logs"
+            )
+
+    def _show_phase(self, members: Sequence[_Member]) -> None:
+        phases = self._read_phases()
+        for member in members:
+            if member.index in phases:
+                self._listener.on_phase(*phases[member.index])
+                return
+
+    # --- trials ---
+
+    def _hand_out(self) -> None:
+        """Give waiting jobs to free workers, the first worker first."""
+        for member in self._members:
+            if self._waiting and member.is_ready and member.call is None:
+                member.ticket = self._waiting.popleft()
+                member.begun_s = time.monotonic()
+                member.call = call_actor(member.actor, "run", member.ticket.job)
+                self._lanes.begin(member)
+
+    def _step(self) -> FinishedJob | None:
+        """Wait a moment for a call to finish; returns a finished job, if any."""
+        now = time.monotonic()
+        for member in self._members:
+            if member.call is None and not member.is_ready and now >= member.retry_s:
+                member.call = call_actor(member.actor, "join")
+        found: FinishedJob | None = None
+        for member in self._done([m for m in self._members if m.call is not None])[:1]:
+            found = self._take(member)
+        self._end_stuck()
+        self._lanes.update(self._members, self._read_phases())
+        self._complain_if_alone()
+        return found
+
+    def _take(self, member: _Member) -> FinishedJob | None:
+        ticket, member.ticket = member.ticket, None
+        try:
+            result = self._result_of(member)
+        except WorkerLostError as error:
+            member.is_ready, member.retry_s = False, time.monotonic() + _RETRY_S
+            if ticket is None:
+                self._failed_start(member, str(error))
+                return None
+            self._requeue(member, ticket, str(error))
+            return None
+        if ticket is None:
+            self._welcome(member, result)
+            return None
+        outcome: JobOutcome = result
+        for line in outcome.log:
+            logger.info("%s: %s", member.name, line)
+        self._lanes.finish(member, outcome.result)
+        return FinishedJob(ticket.job, outcome.result)
+
+    def _requeue(self, member: _Member, ticket: _Ticket, reason: str) -> None:
+        """Let another worker run the job of a worker that ended, unless several have ended in it."""
+        ticket.deaths.append(reason)
+        what = f"trial {ticket.job.record.trial}" if isinstance(ticket.job, EvaluateTrial) else "a job"
+        logger.warning("%s ended in %s: %s", member.name, what, reason)
+        self._lanes.fail(member, reason)
+        if len(ticket.deaths) >= _MAX_DEATHS:
+            self._given_up.append(
+                FinishedJob(
+                    ticket.job, None, f"{len(ticket.deaths)} workers ended in it, the last one because: {reason}"
+                )
+            )
+            return
+        self._listener.on_message(f"{member.name} ended in {what} and restarts; the trial is repeated")
+        self._waiting.appendleft(ticket)
+
+    def _end_stuck(self) -> None:
+        limit_s = self._settings.trial_timeout_s
+        for member in self._members:
+            if limit_s is None or member.ticket is None or time.monotonic() - member.begun_s < limit_s:
+                continue
+            self._cluster.kill(member.actor, restart=True)
+            ticket, member.ticket, member.call, member.is_ready = member.ticket, None, None, False
+            member.retry_s = time.monotonic() + _RETRY_S
+            self._requeue(member, ticket, f"the trial took longer than `trial_timeout_s: {limit_s:g}`")
+
+    def _complain_if_alone(self) -> None:
+        """Tell the user if jobs wait and no worker is there, once a minute."""
+        now = time.monotonic()
+        if any(member.is_ready for member in self._members):
+            self._all_busy_s = now
+        elif now - self._all_busy_s > _PATIENCE_S:
+            self._all_busy_s = now
+            self._listener.on_message(f"none of {self.count} workers is ready; waiting for Ray to restart them")
+
+    # --- calls ---
+
+    def _done(self, members: Sequence[_Member]) -> list[_Member]:
+        """Members whose call is finished, after at most a moment."""
+        by_call = {member.call: member for member in members if member.call is not None}
+        if not by_call:
+            time.sleep(_TICK_S)
+            return []
+        return [by_call[call] for call in self._cluster.wait(list(by_call), _TICK_S)]
+
+    def _result_of(self, member: _Member) -> Any:
+        call, member.call = member.call, None
+        if call is None:
+            raise ValueError("a worker without a call has no result")
+        return call.result()
+
+    def _read_phases(self) -> dict[int, tuple[str, int, int]]:
+        """What the workers last told the desk; the desk's answer is awaited only if it is there."""
+        phases: dict[int, tuple[str, int, int]] = {}
+        if self._phases is not None and self._cluster.wait([self._phases], 0):
+            with contextlib.suppress(WorkerLostError):
+                phases = self._phases.result()
+            self._phases = None
+        if self._phases is None:
+            self._phases = call_actor(self._desk, "phases")
+        return phases
+
+
+@contextlib.contextmanager
+def ray_workers(
+    config: StudyConfig,
+    settings: WorkersConfig,
+    listener: StudyListener,
+    lanes: Path,
+    started_with: Sequence[str] | None,
+    answers: Path | None,
+) -> Iterator[RayWorkers]:
+    """Start workers for a study and prepare it on them; they end with the block.
+
+    Args:
+        config: The study.
+        settings: Its workers.
+        listener: Receives progress.
+        lanes: The file that tells what the workers do.
+        started_with: Objectives of the existing trials; None for a new study.
+        answers: Folder of answers if the user's cache is not used; None if it is.
+
+    Raises:
+        UserError: Ray, a worker or a part of the study is not possible.
+    """
+    with connected(settings) as cluster, _cache_folder(settings) as cache:
+        share = cluster.share()
+        with_device = tuple(started_with) if started_with is not None else None
+        request = StudyRequest(config, with_device, answers, share.threads, cache)
+        workers = RayWorkers(cluster, share, request, settings, LaneBook(lanes))
+        try:
+            workers.join_all(listener)
+            yield workers
+        finally:
+            workers.close()
+
+
+@contextlib.contextmanager
+def _cache_folder(settings: WorkersConfig) -> Iterator[CacheFolder]:
+    """The driver's cache folder, with a file in it by which workers recognise it."""
+    root = cache_dir() if settings.cache is None else Path(settings.cache).expanduser()
+    token = f".driver-{uuid.uuid4().hex}"
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        (root / token).touch()
+    try:
+        yield CacheFolder(root.resolve(), token, settings.cache is not None)
+    finally:
+        with contextlib.suppress(OSError):
+            (root / token).unlink()
