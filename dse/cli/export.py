@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--verify-in",
         action="append",
-        default=[],
+        default=None,
         metavar="ENGINE",
         help="further engine that must reproduce the model, such as vllm; repeatable",
     )
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             options.out,
             format=options.format,
             dense=options.dense,
-            verify_in=options.verify_in,
+            verify_in=options.verify_in or (),
             python=options.python,
             listener=listener,
         )

@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
         example="dse verify exports/smollm2-small --engine vllm --python ~/venvs/vllm/bin/python",
         details=(
             "A success is added to the model card, with the commands that serve the folder in that engine.\n"
+            "Engines run the Python files of the folder: verify only folders that you trust.\n"
             "exit codes: 0 same outputs, 1 other outputs, 2 the folder or the engine cannot be used"
         ),
     )
@@ -35,7 +36,7 @@ def add_parser(commands: Any) -> None:
         "--option",
         type=engine_option,
         action="append",
-        default=[],
+        default=None,
         metavar="NAME=VALUE",
         help="option of the engine, such as max_model_len=512; repeatable",
     )
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from dse.cli.printing import as_json, print_result
     from dse.export import verify_export
 
-    report = verify_export(options.folder, options.engine, python=options.python, options=dict(options.option))
+    report = verify_export(options.folder, options.engine, python=options.python, options=dict(options.option or ()))
     print_result(options, report, print_report, as_json)
     return EXIT_OK if report.is_valid else EXIT_DIFFERS
 

@@ -11,13 +11,16 @@ from dse.double_precision import double_device, in_double
 
 __all__ = ["leading_eigenvectors", "leading_eigenvectors_of_product", "product_in_float64"]
 
-_OVERSAMPLING = 16
-_LARGEST_SHARE = 0.5
+_BLOCK = 32
+_LARGEST_SHARE = 0.3
 """Share of the whole space up to which a subspace is cheaper than a full decomposition."""
 
-_FIRST_BLOCKS = 5
-_TOLERANCE = 1e-10
-"""Residual of an accepted eigenvector, relative to the largest eigenvalue."""
+_FIRST_FACTOR = 3
+_CHECK_EVERY = 1.15
+"""Dimension, in multiples of the rank, of the first subspace that is checked, and its growth up to the next check."""
+
+_TOLERANCE = 1e-7
+"""Residual of an accepted eigenvector, relative to the smallest requested eigenvalue: the rounding of float32."""
 
 _SLICE_BYTES = 32 * 2**20
 
@@ -34,8 +37,7 @@ def leading_eigenvectors_of_product(
     """Eigenvectors of the `rank` largest eigenvalues of a positive semi-definite matrix that is not formed.
 
     A block Krylov space with full reorthogonalisation grows until the residual of every requested eigenvector is below
-    1e-10 of the largest eigenvalue, far below the rounding of the float32 factors. The block has more columns than
-    eigenvectors are requested, so repeated eigenvalues are found as well.
+    the rounding of the float32 Gram matrices, relative to the smallest requested eigenvalue.
 
     Args:
         product: A float64 matrix of shape (size, columns) to its product with the symmetric matrix.
@@ -49,30 +51,29 @@ def leading_eigenvectors_of_product(
 
     Source: Golub and Underwood (1977), the block Lanczos method; Musco and Musco (arXiv 1504.05477) for its error.
     """
-    block = rank + _OVERSAMPLING
-    limit = int(_LARGEST_SHARE * size) // block
-    if limit < _FIRST_BLOCKS:
+    limit, check = int(_LARGEST_SHARE * size), _FIRST_FACTOR * rank + 2 * _BLOCK
+    if check > limit:
         return None
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, block, generator=generator, dtype=torch.float64).to(double_device(device))
-    basis = torch.linalg.qr(start).Q
-    images = product(basis)
-    for blocks in range(2, limit + 1):
-        fresh = images[:, -block:]
+    start = torch.randn(size, _BLOCK, generator=generator, dtype=torch.float64).to(device)
+    basis, images = start.new_empty(size, limit + _BLOCK), start.new_empty(size, limit + _BLOCK)
+    fresh, used = torch.linalg.qr(start).Q, 0
+    while used <= limit:
+        basis[:, used : used + _BLOCK] = fresh
+        images[:, used : used + _BLOCK] = product(fresh)
+        used += _BLOCK
+        known, mapped = basis[:, :used], images[:, :used]
+        if used >= check:
+            check = int(_CHECK_EVERY * used)
+            values, rotation = torch.linalg.eigh(known.T @ mapped)
+            values, rotation = values[-rank:].flip(0), rotation[:, -rank:].flip(-1)
+            vectors = known @ rotation
+            residuals = (mapped @ rotation - vectors * values).norm(dim=0)
+            if bool((residuals <= _TOLERANCE * values[-1]).all()):
+                return vectors
+        fresh = mapped[:, -_BLOCK:]
         for _ in range(2):  # the second time removes what rounding left
-            fresh = fresh - basis @ (basis.T @ fresh)
-        addition = torch.linalg.qr(fresh).Q
-        addition = torch.linalg.qr(addition - basis @ (basis.T @ addition)).Q
-        basis = torch.cat((basis, addition), dim=1)
-        images = torch.cat((images, product(addition)), dim=1)
-        if blocks < _FIRST_BLOCKS:
-            continue
-        values, rotation = torch.linalg.eigh(basis.T @ images)
-        values, rotation = values[-rank:].flip(0), rotation[:, -rank:].flip(-1)
-        vectors = basis @ rotation
-        residuals = (images @ rotation - vectors * values).norm(dim=0)
-        if bool((residuals <= _TOLERANCE * values[0]).all()):
-            return vectors
+            fresh = torch.linalg.qr(fresh - known @ (known.T @ fresh)).Q
     return None
 
 

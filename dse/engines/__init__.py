@@ -10,6 +10,7 @@ from dse.engines.engine import EngineWindow as EngineWindow
 from dse.engines.engine import EngineWork as EngineWork
 from dse.engines.engine import FolderWriter as FolderWriter
 from dse.engines.engine_pair import EnginePair as EnginePair
+from dse.engines.engine_timings import engine_timings as engine_timings
 from dse.engines.registry import ENGINES as ENGINES
 from dse.engines.registry import engine_named as engine_named
 from dse.engines.server import ResidentServer as ResidentServer

@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.surgery import FactorSource
-from dse.design_point import DesignPoint
+from dse.design_point import DesignPoint, TensorChoice
 from dse.engines.engine import Engine, EngineSession, EngineSettings
 from dse.engines.folder_writer import folder_writer
 from dse.errors import EngineError, EngineUnavailableError, OutOfMemoryError, StorageFullError, UserError
@@ -26,14 +27,16 @@ class EnginePair:
         engine: The engine.
         settings: Interpreter, options, device and time limit; each session gets its share of the device.
         loaded: The model, dense whenever a method is called.
-        source: Source of the points' factors.
+        source: Source of the points' factors; None as long as only the dense model is run.
     """
 
-    def __init__(self, engine: Engine, settings: EngineSettings, loaded: LoadedModel, source: FactorSource) -> None:
+    def __init__(
+        self, engine: Engine, settings: EngineSettings, loaded: LoadedModel, source: FactorSource | None = None
+    ) -> None:
         self.engine = engine
         self._settings = engine.shared(settings)
         self._loaded = loaded
-        self._source = source
+        self.source = source
         self._baseline: EngineSession | None = None
         self._folders = contextlib.ExitStack()
 
@@ -86,9 +89,16 @@ class EnginePair:
 
     def _session(self, point: DesignPoint, folder: Path) -> EngineSession:
         try:
-            folder_writer()(self._loaded, point, self._source, folder, self.engine.format)
+            folder_writer()(self._loaded, point, self.source or _NoFactors(), folder, self.engine.format)
         except StorageFullError:
             raise
         except UserError as error:  # of this point only: the study goes on
             raise EngineError(f"engine '{self.engine.name}' cannot take this point: {error}") from error
         return self.engine.start(folder, self._settings)
+
+
+class _NoFactors:
+    """The source of the dense model's factors: it has none."""
+
+    def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
+        raise ValueError(f"the dense model has no factors, but '{name}' was asked for")

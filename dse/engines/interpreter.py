@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 __all__ = ["installed_versions"]
 
@@ -24,7 +25,7 @@ _TIME_LIMIT_S = 60.0
 
 
 def installed_versions(python: str, packages: Sequence[str]) -> tuple[Mapping[str, str], str]:
-    """Versions of the packages that are installed there, and the problem if the interpreter does not run ("" if it does).
+    """Versions of the packages that are installed there, and why the interpreter does not run ("" if it does).
 
     Args:
         python: Path of the interpreter, or its name on PATH.
@@ -33,7 +34,7 @@ def installed_versions(python: str, packages: Sequence[str]) -> tuple[Mapping[st
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     try:
         done = subprocess.run(
-            [os.path.expanduser(python), "-c", _QUERY, *packages],
+            [str(Path(python).expanduser()), "-c", _QUERY, *packages],
             capture_output=True,
             text=True,
             timeout=_TIME_LIMIT_S,

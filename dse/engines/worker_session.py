@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,8 @@ class WorkerSession(EngineSession):
         self._unread = b""
         begin_s = time.monotonic()
         self._process = self._started(python, backend, environment or {})
+        # Runs once, by `_kill` or with the last reference to a session that nobody closes.
+        self._end_group = weakref.finalize(self, _kill_group, self._process)
         try:
             options = {"device": settings.device, "dtype": settings.dtype, "threads": settings.threads}
             self._call("load", folder=str(folder), options={**options, **settings.options})
@@ -117,7 +120,7 @@ class WorkerSession(EngineSession):
         }
         try:
             return subprocess.Popen(
-                [os.path.expanduser(python), str(_HERE / "worker.py"), backend],
+                [str(Path(python).expanduser()), str(_HERE / "worker.py"), backend],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -183,16 +186,23 @@ class WorkerSession(EngineSession):
 
     def _tail(self) -> str:
         """The end of the engine's stderr, on one line."""
+        if self._errors.closed:
+            return ""
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 8192))
         text = " ".join(self._errors.read().decode(errors="replace").split())
         return f"; it last wrote: {text[-_TAIL_CHARACTERS:]}" if text else ""
 
     def _kill(self) -> None:
         """End the process group, and wait for the worker."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
+        self._end_group()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a worker and every process of its group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -13,6 +13,9 @@ from dse.models import LoadedModel
 
 __all__ = ["write_engine_folder"]
 
+_FORMATS = {"huggingface": "transformers", "onnx": "onnx", "openvino": "openvino"}
+"""Kind of folder to the export format that writes it."""
+
 
 def write_engine_folder(
     loaded: LoadedModel, point: DesignPoint, source: FactorSource, folder: Path, form: EngineFormat
@@ -32,6 +35,7 @@ def write_engine_folder(
         ExportError: The engine's format cannot hold the point.
         StorageFullError: The disk has no room.
     """
-    if form != "huggingface":
-        raise ExportError(f"no writer for the format '{form}' of an engine's folder is installed")
-    export_point(loaded, point, source, folder, verify=False)
+    if folder_format := _FORMATS.get(form):
+        export_point(loaded, point, source, folder, format=folder_format, verify=False)
+    else:
+        raise ExportError(f"an engine's folder must be of format {' or '.join(_FORMATS)}, but got '{form}'")

@@ -18,11 +18,12 @@ from dse.decomposition import (
     requests_of_points,
 )
 from dse.design_point import DesignPoint
-from dse.engines import EnginePair, engine_named
+from dse.engines import EnginePair, engine_named, engine_timings
 from dse.errors import ConfigError
 from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload, device_lock
+from dse.measurement.device_profile import ProductTimings
 from dse.models import LoadedModel, load_model
 from dse.out_of_memory import out_of_memory_by_phase
 from dse.pareto import Objective
@@ -123,8 +124,10 @@ def prepare_study(
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
     check_phases(objectives, loaded)
+    pair = engine_pair(config.measurement, loaded) if config.measurement.is_external else None
+    timings = None if pair is None else _engine_timings(config, loaded, pair, listener)
     with out_of_memory_by_phase(listener.on_phase, "device_profile") as progress:
-        config = settled_study(config, loaded, plan, progress, listener.on_message)
+        config = settled_study(config, loaded, plan, progress, listener.on_message, timings)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = checked_user_points(config, space)
     measures_in_engine = config.measurement.is_external and config.measurement.when == "every_trial"
@@ -138,7 +141,7 @@ def prepare_study(
     if required.latency or required.energy or required.memory or required.serving:
         for cell in plan.cells:
             check_workload(loaded.model, cell)  # a prompt that exceeds the model's context, an unavailable mode
-    plan = plan.with_profile(loaded, space, config)
+    plan = plan.with_profile(loaded, space, config, timings)
     evaluator = evaluator_for(loaded, config.tasks, config.evaluation) if config.tasks else None
     if evaluator is not None:
         check_tasks(objectives, evaluator.metrics, evaluator.graded)
@@ -152,9 +155,8 @@ def prepare_study(
         shares=tuple(config.fidelity.shares) if config.fidelity else (),
         has_rungs=config.fidelity is not None,
     )
-    pair = None
-    if config.measurement.is_external:
-        pair = engine_pair(config.measurement, loaded, bank)
+    if pair is not None:
+        pair.source = bank
     measurer = TrialMeasurer(loaded, required, plan, listener.on_phase, pair if measures_in_engine else None)
     table = None
     if with_table:
@@ -249,6 +251,19 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"`model.device` must be auto, cpu, cuda or cuda:<index>, but got '{name}'") from error
+
+
+def _engine_timings(
+    config: StudyConfig, loaded: LoadedModel, pair: EnginePair, listener: StudyListener
+) -> ProductTimings | None:
+    """Product timings in the study's engine, if the study needs any."""
+    settings = config.measurement
+    if not (settings.only_if_faster or settings.predict_latency or config.space.ranks.multiple == "device"):
+        return None
+    listener.on_message(f"starting {pair.engine.title} on the dense model")
+    with device_lock(loaded.device):
+        pair.start()
+        return engine_timings(pair, loaded.model, listener.on_message)
 
 
 def _final_evaluator(

@@ -20,6 +20,9 @@ from dse.trial.measurement_plan import MeasurementPlan
 
 __all__ = ["settled_space", "settled_study"]
 
+_PHASE_OF = {"ttft_s": "prefill_latency_s", "tpot_s": "decode_latency_s", "throughput_tokens_s": "decode_latency_s"}
+"""Objective of a serving engine to the latency whose products dominate it."""
+
 
 def settled_study(
     config: StudyConfig,
@@ -27,10 +30,12 @@ def settled_study(
     plan: MeasurementPlan,
     progress: ProgressCallback,
     notify: Callable[[str], None],
+    timings: ProductTimings | None = None,
 ) -> StudyConfig:
     """The study with `device` replaced by a number, from products timed in the phases of its latency objectives.
 
-    A study without latency objectives uses all phases of its model.
+    A study without latency objectives uses all phases of its model. `timings` are those of a serving engine; None times
+    products in this process.
 
     Raises:
         ConfigError: The space does not fit the model.
@@ -39,8 +44,11 @@ def settled_study(
     if config.space.ranks.multiple != "device":
         return config
     phases = {name: phase for name, phase in plan.phases().items() if loaded.topology.is_decoder or "prefill" in name}
-    asked = [phase for name, phase in phases.items() if name in {entry.name for entry in config.objectives}]
-    space = settled_space(config.space, loaded, asked or phases.values(), timings_for(loaded.model), progress, notify)
+    wanted = {_PHASE_OF.get(entry.name, entry.name) for entry in config.objectives}
+    asked = [phase for name, phase in phases.items() if name in wanted]
+    space = settled_space(
+        config.space, loaded, asked or phases.values(), timings or timings_for(loaded.model), progress, notify
+    )
     return config.model_copy(update={"space": space})
 
 

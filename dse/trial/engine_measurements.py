@@ -29,8 +29,13 @@ Quantities = Mapping[str, tuple[Interval, Interval]]
 """Quantity to its value and its ratio to the dense model."""
 
 
-def engine_pair(config: MeasurementConfig, loaded: LoadedModel, source: FactorSource) -> EnginePair:
+def engine_pair(config: MeasurementConfig, loaded: LoadedModel, source: FactorSource | None = None) -> EnginePair:
     """The engine of a study or a command, not started yet.
+
+    Args:
+        config: Engine, interpreter, options, time limit and cells.
+        loaded: The dense model.
+        source: Source of the points' factors; None as long as only the dense model is run.
 
     Raises:
         EngineUnavailableError: The engine is not installed in its interpreter.

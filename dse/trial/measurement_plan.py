@@ -21,7 +21,7 @@ from dse.measurement import (
     meter_kind,
     named_meter,
 )
-from dse.measurement.device_profile import ModelProfile, Phase, profile_model, timings_for
+from dse.measurement.device_profile import ModelProfile, Phase, ProductTimings, profile_model, timings_for
 from dse.models import LoadedModel
 from dse.search.spaces.base import SearchSpace
 
@@ -81,8 +81,16 @@ class MeasurementPlan:
             f"{name}_latency_s": Phase.of(name, first.batch_size, first.prompt_tokens) for name in ("prefill", "decode")
         }
 
-    def with_profile(self, loaded: LoadedModel, space: SearchSpace, config: StudyConfig) -> MeasurementPlan:
+    def with_profile(
+        self, loaded: LoadedModel, space: SearchSpace, config: StudyConfig, timings: ProductTimings | None = None
+    ) -> MeasurementPlan:
         """The plan with a device profile, if the study asks for one.
+
+        Args:
+            loaded: The dense model.
+            space: The search space.
+            config: The study.
+            timings: Product timings of a serving engine; None times products in this process.
 
         Raises:
             ConfigError: The space has fused experts, which the profile does not cover, or nothing in the space is
@@ -103,7 +111,7 @@ class MeasurementPlan:
             phases = phases or (self.phases()["decode_latency_s"],)
         plan = dataclasses.replace(
             self,
-            profile=profile_model(loaded, timings_for(loaded.model)),
+            profile=profile_model(loaded, timings or timings_for(loaded.model)),
             predicts_latency=settings.predict_latency,
             must_be_faster_in=phases,
         )

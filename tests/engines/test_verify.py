@@ -14,7 +14,8 @@ from engine_environments import engine_python, needs_modules
 from safetensors.torch import load_file, save_file
 
 import dse
-from dse.export import export_point, export_trials
+from dse.cli.export import FORMATS
+from dse.export import EXPORT_FORMATS, export_point, export_trials
 from dse.study import open_study
 
 
@@ -113,6 +114,10 @@ def test_an_unknown_format_names_the_known_ones(low_rank_trial: tuple[Path, int]
     assert "did you mean 'onnx'?" in done.stderr
     done = run("export", study, "--trial", trial, "--out", tmp_path / "x", "--format", "onnx", "--dense", expect=2)
     assert "`--dense` stands for `--format dense`" in done.stderr
+
+
+def test_the_command_line_lists_every_format() -> None:
+    assert {name: form.summary for name, form in EXPORT_FORMATS.items()} == FORMATS
 
 
 def test_dense_is_an_alias(low_rank_trial: tuple[Path, int], tmp_path: Path) -> None:
