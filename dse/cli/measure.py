@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dse.cli.options import (
@@ -199,8 +199,17 @@ def _energy_rows(energy: Mapping[str, Any], notes: list[str]) -> Iterator[list[s
         for kind, label in (("per_token", f"energy per {token}"), ("net_per_token", "  net of idle power")):
             values = [((energy[side].get(phase) or {}).get(kind) or {}).get("mean_j") for side in ("dense", "point")]
             if any(value is not None for value in values):
-                yield [label, *(quantity_text(value, "J") for value in values), _ratio(*values), ""]
-    notes += [f"energy of {side}: {energy[side]['reason']}" for side in energy if energy[side]["reason"]]
+                paired = (energy.get("ratios") or {}).get(phase if kind == "per_token" else f"{phase}_net")
+                yield [label, *(quantity_text(value, "J") for value in values), *_energy_ratio(paired, values)]
+    notes += [f"energy of {side}: {energy[side]['reason']}" for side in ("dense", "point") if energy[side]["reason"]]
+
+
+def _energy_ratio(paired: Mapping[str, Any] | None, values: Sequence[float | None]) -> tuple[str, str]:
+    """The ratio of alternating windows with its interval; that of the two values if a window is invalid."""
+    if paired is None:
+        return _ratio(*values), ""
+    interval = "" if paired["low"] is None else f"{paired['low']:.3f} to {paired['high']:.3f}"
+    return f"{paired['ratio']:.3f}", interval
 
 
 def _memory_rows(memory: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:

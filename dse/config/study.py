@@ -85,8 +85,17 @@ class StudyConfig(Section):
     search: SearchConfig = Field(SearchConfig(), description="auto, off, or parts such as {refinement: false}")
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
+    residency: Literal["auto", "dense_and_candidate", "candidate", "sharded"] = Field(
+        "auto",
+        description="weights on the device: both sides of a trial, the side in use, or layers over all visible GPUs",
+    )
     workers: WorkersConfig | None = Field(
         None, description="a number of workers, or a section; none evaluates in the process of `dse run`"
+    )
+    storage: str | None = Field(
+        None,
+        description="database for a team: postgresql+psycopg://USER@HOST:5432/DATABASE, its password in PGPASSWORD or"
+        " ~/.pgpass; none stores the study in its folder",
     )
     enqueue: list[dict[str, Any]] = Field(
         [],
@@ -108,6 +117,18 @@ class StudyConfig(Section):
                 raise ValueError("must be none, auto, or rungs such as {proxy_tokens: 2048, shares: [0.1, 0.3]}")
             return {}
         return value
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        scheme, separator, rest = url.partition("://")
+        if not separator or scheme != "postgresql+psycopg":
+            raise ValueError("must look like postgresql+psycopg://USER@HOST:5432/DATABASE")
+        if ":" in rest.rpartition("@")[0] or "password=" in rest.lower():
+            raise ValueError("must not hold a password, since study files are shared; set PGPASSWORD or use ~/.pgpass")
+        return url
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -149,6 +170,11 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.residency == "candidate" and self.measurement.mode == "cuda_graph":
+            raise ValueError(
+                "`residency: candidate` moves weights between measurements, but a CUDA graph needs them in one place;"
+                " set `measurement.mode: eager`, or `residency: dense_and_candidate`"
+            )
         names = [objective.name for objective in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"an objective may be named once, but got {names}")

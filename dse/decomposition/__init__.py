@@ -17,7 +17,6 @@ from dse.decomposition.factors import LowRankFactors as LowRankFactors
 from dse.decomposition.factors import TuckerFactors as TuckerFactors
 from dse.decomposition.fisher_svd import fisher_svd as fisher_svd
 from dse.decomposition.gradient_grams import GradientGrams as GradientGrams
-from dse.decomposition.hidden_states import StateBudget as StateBudget
 from dse.decomposition.layer_grams import GramSettings as GramSettings
 from dse.decomposition.layer_grams import iterate_layer_grams as iterate_layer_grams
 from dse.decomposition.low_rank_modules import LowRankLinear as LowRankLinear
@@ -35,3 +34,4 @@ from dse.decomposition.svd_methods import whitened_svd as whitened_svd
 from dse.decomposition.tucker import tucker as tucker
 from dse.decomposition.tucker import tucker_merged as tucker_merged
 from dse.decomposition.tucker import tucker_of_experts as tucker_of_experts
+from dse.models.tensor_store import StoreBudget as StoreBudget

@@ -36,11 +36,11 @@ from dse.decomposition.gradient_grams import (
     backpropagate,
 )
 from dse.decomposition.gram_sums import GradientSums, InputSums
-from dse.decomposition.hidden_states import StateBudget
 from dse.decomposition.layer_calls import NotSequentialError
 from dse.decomposition.layer_walk import LayerWalk
 from dse.errors import NonFiniteError
 from dse.models import LoadedModel
+from dse.models.tensor_store import StoreBudget
 from dse.progress import ProgressCallback, ignore_progress
 
 __all__ = ["GramSettings", "LayerGrams", "iterate_layer_grams"]
@@ -62,7 +62,7 @@ class GramSettings:
     """
 
     devices: tuple[torch.device, ...] | None = None
-    states: StateBudget | None = None
+    states: StoreBudget | None = None
     folder: Path | None = None
     gram_budget_bytes: int = DEFAULT_GRAM_BUDGET_BYTES
     is_sequential: bool = True

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dse.decomposition.hidden_states import HiddenStates, StateBudget
 from dse.decomposition.layer_calls import (
     CallRecorder,
     LayerCall,
@@ -27,6 +26,7 @@ from dse.decomposition.layer_calls import (
 from dse.files import cache_dir
 from dse.models import LoadedModel
 from dse.models.layer_paths import layer_paths
+from dse.models.tensor_store import StoreBudget, TensorStore
 
 __all__ = ["LayerWalk"]
 
@@ -57,7 +57,7 @@ class LayerWalk:
         batches: Sequence[Tensor],
         *,
         devices: Sequence[torch.device] | None = None,
-        budget: StateBudget | None = None,
+        budget: StoreBudget | None = None,
         folder: Path | None = None,
     ) -> None:
         self.loaded = loaded
@@ -69,7 +69,7 @@ class LayerWalk:
         if getattr(loaded.model.config.get_text_config(), "num_kv_shared_layers", 0):
             raise NotSequentialError("its layers read the keys and values of other layers")
         self.devices = tuple(devices) if devices else (loaded.device,)
-        self.states = HiddenStates(budget or StateBudget.of(self.devices[0]), folder or cache_dir())
+        self.states = TensorStore(budget or StoreBudget.of(self.devices[0]), folder or cache_dir())
         self._calls: list[list[LayerCall]] = []
         self._recorder = CallRecorder(loaded.model, self.layers)
         self._begin()

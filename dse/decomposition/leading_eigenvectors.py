@@ -1,15 +1,16 @@
-"""Eigenvectors of the largest eigenvalues of a symmetric matrix, which may be given as a product with vectors."""
+"""Eigenvectors of the largest eigenvalues of a symmetric matrix, which need not be formed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dse.double_precision import double_device, in_double
+from dse.double_precision import in_double
 
-__all__ = ["leading_eigenvectors", "leading_eigenvectors_of_product", "product_in_float64"]
+__all__ = ["SymmetricProduct", "leading_eigenvectors", "product_in_float64"]
 
 _BLOCK = 32
 _LARGEST_SHARE = 0.3
@@ -25,42 +26,52 @@ _TOLERANCE = 1e-7
 _SLICE_BYTES = 32 * 2**20
 
 
-def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the `rank` largest eigenvalues, largest first, as columns; from a full decomposition."""
-    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
-    return vectors[:, -rank:].flip(-1)
+@dataclass(frozen=True, eq=False)
+class SymmetricProduct:
+    """A positive semi-definite matrix in float64, as its product with vectors.
+
+    Attributes:
+        size: Rows.
+        device: Device of the vectors.
+        times: A matrix of shape (size, columns) to its product with the symmetric matrix.
+        form: Computes the symmetric matrix itself.
+    """
+
+    size: int
+    device: torch.device
+    times: Callable[[Tensor], Tensor]
+    form: Callable[[], Tensor]
 
 
-def leading_eigenvectors_of_product(
-    product: Callable[[Tensor], Tensor], size: int, rank: int, device: torch.device
-) -> Tensor | None:
-    """Eigenvectors of the `rank` largest eigenvalues of a positive semi-definite matrix that is not formed.
+def leading_eigenvectors(symmetric: SymmetricProduct, rank: int) -> Tensor:
+    """Eigenvectors of the `rank` largest eigenvalues, largest first, as columns; shape (size, rank).
+
+    A few of many are found in a subspace. Otherwise, or if that does not converge, the matrix is formed and decomposed.
+    """
+    vectors = _in_a_subspace(symmetric, rank)
+    if vectors is None:
+        vectors = torch.linalg.eigh(symmetric.form()).eigenvectors[:, -rank:].flip(-1)
+    return vectors
+
+
+def _in_a_subspace(symmetric: SymmetricProduct, rank: int) -> Tensor | None:
+    """The leading eigenvectors without the matrix; None if a full decomposition is cheaper.
 
     A block Krylov space with full reorthogonalisation grows until the residual of every requested eigenvector is below
     the rounding of the float32 Gram matrices, relative to the smallest requested eigenvalue.
 
-    Args:
-        product: A float64 matrix of shape (size, columns) to its product with the symmetric matrix.
-        size: Rows of the symmetric matrix.
-        rank: Number of eigenvectors.
-        device: Device of the vectors.
-
-    Returns:
-        Shape (size, rank), largest eigenvalue first; None if the space would be so large that a full decomposition is
-        cheaper.
-
     Source: Golub and Underwood (1977), the block Lanczos method; Musco and Musco (arXiv 1504.05477) for its error.
     """
-    limit, check = int(_LARGEST_SHARE * size), _FIRST_FACTOR * rank + 2 * _BLOCK
+    limit, check = int(_LARGEST_SHARE * symmetric.size), _FIRST_FACTOR * rank + 2 * _BLOCK
     if check > limit:
         return None
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, _BLOCK, generator=generator, dtype=torch.float64).to(device)
-    basis, images = start.new_empty(size, limit + _BLOCK), start.new_empty(size, limit + _BLOCK)
+    start = torch.randn(symmetric.size, _BLOCK, generator=generator, dtype=torch.float64).to(symmetric.device)
+    basis, images = (start.new_empty(symmetric.size, limit + _BLOCK) for _ in range(2))
     fresh, used = torch.linalg.qr(start).Q, 0
     while used <= limit:
         basis[:, used : used + _BLOCK] = fresh
-        images[:, used : used + _BLOCK] = product(fresh)
+        images[:, used : used + _BLOCK] = symmetric.times(fresh)
         used += _BLOCK
         known, mapped = basis[:, :used], images[:, :used]
         if used >= check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import starmap
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
+from dse.models.load import WaitingWeightsLike
 from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
 
 __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_modules"]
@@ -49,9 +50,10 @@ class PointFactorSource(Protocol):
 class AppliedPoint:
     """A point that is applied to a model; `undo()` restores the original dense modules."""
 
-    def __init__(self, point: DesignPoint, swaps: list[Swap]) -> None:
+    def __init__(self, point: DesignPoint, swaps: list[Swap], waiting: WaitingWeightsLike | None = None) -> None:
         self.point = point
         self._swaps = swaps
+        self._waiting = waiting
 
     @property
     def is_applied(self) -> bool:
@@ -60,21 +62,38 @@ class AppliedPoint:
 
     def use_baseline(self) -> None:
         """Switch to the dense modules. They were never changed, so the weights are bit-identical."""
+        if self._waiting is not None:
+            self._waiting.release(self._side("point"), kept=self._side("dense"))
+            self._waiting.restore(self._side("dense"))
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.dense)
 
     def use_candidate(self) -> None:
         """Switch to the low-rank modules."""
+        if self._waiting is not None:
+            self._waiting.release(self._side("dense"), kept=self._side("point"))
+            self._waiting.restore(self._side("point"))
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.point)
 
     def undo(self) -> None:
         """Restore the dense modules permanently and release the factors."""
         self.use_baseline()
+        if self._waiting is not None:
+            self._waiting.forget(self._side("point"))
         self._swaps.clear()
 
+    def _side(self, side: Literal["dense", "point"]) -> list[nn.Module]:
+        return _modules_of(self._swaps, side)
 
-def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source: FactorSource) -> AppliedPoint:
+
+def apply_point(
+    model: nn.Module,
+    topology: Topology,
+    point: DesignPoint,
+    source: FactorSource,
+    waiting: WaitingWeightsLike | None = None,
+) -> AppliedPoint:
     """Replace the tensors of `point` by low-rank modules and remove the blocks that it removes.
 
     Everything is resolved and checked before anything is replaced. If a factor is missing, nothing has been replaced.
@@ -84,6 +103,7 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
         topology: Its topology.
         point: The design point.
         source: Source of the factors, which are moved to the dense weight's device and dtype.
+        waiting: Takes the side that is not in use out of the device (`LoadedModel.waiting`).
 
     Returns:
         A handle that undoes the point.
@@ -111,15 +131,17 @@ def apply_point(model: nn.Module, topology: Topology, point: DesignPoint, source
     if isinstance(source, PointFactorSource):
         source = source.of_point(point)
     swaps: list[Swap] = []
-    for name, choice in point:
-        if not choice.is_removal and name not in topology.experts_by_name:
-            swaps += _factor_swaps(model, topology.matrix(name), source.factors(name, choice))
-    swaps += [*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)]
-    applied = AppliedPoint(point, swaps)
     try:
+        for name, choice in point:
+            if not choice.is_removal and name not in topology.experts_by_name:
+                swaps += _factor_swaps(model, topology.matrix(name), source.factors(name, choice))
+                if waiting is not None:  # now, so that the device never holds both sides of the whole point
+                    waiting.release(_modules_of(swaps, "dense"), kept=_modules_of(swaps, "point"))
+        swaps += [*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)]
+        applied = AppliedPoint(point, swaps, waiting)
         applied.use_candidate()
-    except BaseException:  # an interrupt between two swaps must not leave half of the point applied
-        applied.undo()
+    except BaseException:  # also an interrupt between two swaps, which must not leave half of the point applied
+        AppliedPoint(point, swaps, waiting).undo()
         raise
     return applied
 
@@ -131,11 +153,16 @@ def decompose(loaded: LoadedModel, point: DesignPoint, source: FactorSource) -> 
     Raises:
         PointError: The point does not fit this model.
     """
-    handle = apply_point(loaded.model, loaded.topology, point, source)
+    handle = apply_point(loaded.model, loaded.topology, point, source, loaded.waiting)
     try:
         yield handle
     finally:
         handle.undo()
+
+
+def _modules_of(swaps: Sequence[Swap], side: Literal["dense", "point"]) -> list[nn.Module]:
+    """The modules of one side of the swaps."""
+    return [module for swap in swaps if isinstance(module := getattr(swap, side), nn.Module)]
 
 
 def _module_problems(model: nn.Module, tensor: DecomposableTensor, behind_norms: set[str]) -> list[PointError]:

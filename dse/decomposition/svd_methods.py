@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.input_checks import check_gram, check_rank
-from dse.double_precision import in_double
+from dse.decomposition.leading_eigenvectors import SymmetricProduct, leading_eigenvectors, product_in_float64
+from dse.double_precision import double_device, in_double
 from dse.errors import CalibrationError
 
-__all__ = ["cholesky_with_damping", "leading_eigenvectors", "truncated_svd", "whitened_svd"]
+__all__ = ["cholesky_with_damping", "truncated_svd", "whitened_svd"]
 
 logger = logging.getLogger("dse")
 
@@ -73,14 +74,26 @@ def whitened_svd(weight: Tensor, rank: int, gram: Tensor) -> LowRankFactors:
     """
     check_rank(weight, rank)
     check_gram(gram, weight.shape[1])
-    wide, moments = in_double(weight), in_double(gram)
+    wide, device = in_double(weight), double_device(weight.device)
     if weight.shape[0] <= weight.shape[1]:
-        left = leading_eigenvectors(wide @ moments @ wide.T, rank)
+        outputs = SymmetricProduct(
+            weight.shape[0],
+            device,
+            times=lambda columns: wide @ product_in_float64(gram, wide.T @ columns),
+            form=lambda: wide @ product_in_float64(gram, wide.T),
+        )
+        left = leading_eigenvectors(outputs, rank)
         right = left.T @ wide
     else:
-        cholesky = cholesky_with_damping(moments)
+        cholesky = cholesky_with_damping(in_double(gram))
         whitened = wide @ cholesky
-        directions = leading_eigenvectors(whitened.T @ whitened, rank)
+        inputs = SymmetricProduct(
+            weight.shape[1],
+            device,
+            times=lambda columns: whitened.T @ (whitened @ columns),
+            form=lambda: whitened.T @ whitened,
+        )
+        directions = leading_eigenvectors(inputs, rank)
         left = whitened @ directions
         right = torch.linalg.solve_triangular(cholesky.T, directions, upper=True).T
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
@@ -124,9 +137,3 @@ def warn_of_damping() -> None:
         " or dead channels); damping it by %g of its diagonal or more (reported once)",
         _FIRST_DAMPING,
     )
-
-
-def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the `rank` largest eigenvalues, largest first, as columns."""
-    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
-    return vectors[:, -rank:].flip(-1)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """ONNX Runtime: runs `model.onnx`, whose key-value cache goes in and out as tensors and stays on the device."""
 
 import importlib.metadata

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """OpenVINO: runs `openvino_model.xml`, whose key-value cache is state of the inference request."""
 
 import importlib.metadata

@@ -79,8 +79,8 @@ class Backend:
 
     def _prompt_log_probabilities(self, prompt):
         tokens = self._torch.tensor([prompt], device=self._device)
-        logits = self._model(input_ids=tokens).logits[0, :-1].double()
-        return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+        logits = self._model(input_ids=tokens).logits[0, :-1].cpu().double()
+        return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None].cpu())[:, 0].tolist()
 
     def _wait(self):
         if self._device.type == "cuda":

@@ -99,7 +99,7 @@ class TurnTaker:
                 is_long_enough = energy.elapsed_s >= _MIN_WINDOW_S and energy.updates >= self._meter.min_updates
                 if is_long_enough or energy.is_faulty or energy.elapsed_s >= _MAX_WINDOW_S:
                     break
-        self._check_conditions(self._meter)
+        self._check_conditions(self._meter, energy.duration_s)
         turn = Turn.of(windows, self._work.concurrency)
         if energy.problem is not None:
             return dataclasses.replace(turn, energy_reason=energy.reason)
@@ -108,8 +108,8 @@ class TurnTaker:
         net_j = None if idle_w is None else gross_j - idle_w * energy.duration_s
         return dataclasses.replace(turn, energy_j=gross_j, net_energy_j=net_j)
 
-    def _check_conditions(self, meter: EnergyMeter) -> None:
-        for condition in meter.conditions():
+    def _check_conditions(self, meter: EnergyMeter, window_s: float) -> None:
+        for condition in meter.conditions(window_s):
             foreign = foreign_processes(condition.other_processes, self._own_processes)
             for problem in dataclasses.replace(condition, other_processes=foreign).problems:
                 self.condition_problems[problem] = None

@@ -1,7 +1,7 @@
 """Latency, energy and memory of a resident model. Takes models and callables and does not depend on decomposition."""
 
 from dse.measurement.alternation import ModelSwap
-from dse.measurement.device_lock import device_in_use, device_lock
+from dse.measurement.device_lock import device_in_use, device_lock, passing_measurements
 from dse.measurement.doctor import Check, run_checks
 from dse.measurement.energy import EnergyResult, EnergySpread, PhaseEnergy, WindowEnergy, measure_energy
 from dse.measurement.energy_window import EnergyWindow
@@ -15,6 +15,7 @@ from dse.measurement.meter import DeviceCondition, EnergyMeter
 from dse.measurement.meter_errors import EnergyWindowError, NoMeterError
 from dse.measurement.meter_selection import MeterStatus, find_meters, meter_kind, named_meter, open_meter
 from dse.measurement.nvml import NvmlMeter
+from dse.measurement.paired_energy import EnergyRatio, PairedEnergy, measure_paired_energy
 from dse.measurement.rapl import RaplMeter
 from dse.measurement.replay import PowerTrace, ReplayMeter
 from dse.measurement.timing_statistics import Distribution
@@ -26,6 +27,7 @@ __all__ = [
     "DeviceCondition",
     "Distribution",
     "EnergyMeter",
+    "EnergyRatio",
     "EnergyResult",
     "EnergySpread",
     "EnergyWindow",
@@ -37,6 +39,7 @@ __all__ = [
     "ModelSwap",
     "NoMeterError",
     "NvmlMeter",
+    "PairedEnergy",
     "PairedLatency",
     "PhaseEnergy",
     "PhaseLatency",
@@ -55,9 +58,11 @@ __all__ = [
     "measure_energy",
     "measure_idle_power",
     "measure_latency",
+    "measure_paired_energy",
     "measure_peak_memory",
     "meter_kind",
     "named_meter",
     "open_meter",
+    "passing_measurements",
     "run_checks",
 ]

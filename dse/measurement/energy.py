@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from scipy import stats
@@ -17,7 +18,19 @@ from dse.measurement.meter import DeviceCondition, EnergyMeter
 from dse.measurement.workload import Workload
 from dse.out_of_memory import out_of_memory_errors
 
-__all__ = ["EnergyResult", "EnergySpread", "PhaseEnergy", "WindowEnergy", "measure_energy"]
+__all__ = [
+    "EnergyResult",
+    "EnergySpread",
+    "PhaseEnergy",
+    "WindowEnergy",
+    "WindowTaker",
+    "measure_energy",
+    "min_updates_for",
+    "units_of",
+]
+
+_BUSY_FACTOR = 1.25
+"""A device that draws more than this many times its idle power is at work; idle power varies with temperature."""
 
 
 @dataclass(frozen=True)
@@ -222,46 +235,74 @@ def measure_energy(
         ConfigError: The prompt exceeds the model's context, or a number is out of range.
         OutOfMemoryError: The device has too little memory.
     """
-    if windows < 1 or (precision is not None and not 0 < precision < 1):
-        raise ConfigError(f"`windows >= 1` and `0 < precision < 1` must hold, but got {windows} and {precision}")
-    min_updates = meter.min_updates if precision is None else math.ceil(1 / precision)
+    min_updates = min_updates_for(meter, windows, precision)
     with out_of_memory_errors("measuring energy"):
         workload = Workload(model, spec)
         generation = workload.begin()
         workload.prefill(generation)  # also warms up
-        measured = _PhaseMeasurement(meter, workload, idle, windows, min_updates, min_window_s, max_window_s)
-        sequences = spec.batch_size
-        units = {"sequences": sequences, "tokens": sequences * spec.prompt_tokens}
-        prefill = measured.phase(lambda: workload.prefill(workload.begin()), units)
+        taker = WindowTaker(meter, workload, idle, min_updates, min_window_s, max_window_s)
+
+        def phase(name: str, work: Callable[[], object]) -> PhaseEnergy:
+            before, taken, after = taker.take([work] * windows)
+            return PhaseEnergy(tuple(taken), units_of(spec, name), before, after)
+
+        prefill = phase("prefill", lambda: workload.prefill(workload.begin()))
         decode = None
         if workload.decodes:
+            workload.prefill(generation)
             workload.prepare(generation)
             workload.decode_again(generation)
-            units = {"sequences": sequences, "tokens": sequences * spec.new_tokens}
-            decode = measured.phase(lambda: workload.decode_again(generation), units)
+            decode = phase("decode", lambda: workload.decode_again(generation))
     return EnergyResult(prefill, decode, meter.name, meter.source, meter.is_replay, dict(meter.details), idle, spec)
 
 
+def min_updates_for(meter: EnergyMeter, windows: int, precision: float | None) -> int:
+    """Refreshes that a window must span; checks the numbers.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+    if windows < 1 or (precision is not None and not 0 < precision < 1):
+        raise ConfigError(f"`windows >= 1` and `0 < precision < 1` must hold, but got {windows} and {precision}")
+    return meter.min_updates if precision is None else math.ceil(1 / precision)
+
+
+def units_of(spec: LatencySpec, phase: str) -> Mapping[str, int]:
+    """Units of one batch: its sequences, and the tokens that `phase` computes."""
+    tokens = spec.prompt_tokens if phase == "prefill" else spec.new_tokens
+    return {"sequences": spec.batch_size, "tokens": spec.batch_size * tokens}
+
+
 @dataclass(frozen=True)
-class _PhaseMeasurement:
+class WindowTaker:
+    """Takes windows of repeated work, each until the meter is precise."""
+
     meter: EnergyMeter
     workload: Workload
     idle: IdlePower | None
-    windows: int
     min_updates: int
     min_window_s: float
     max_window_s: float
 
-    def phase(self, work: Callable[[], object], units: Mapping[str, int]) -> PhaseEnergy:
+    def take(
+        self, works: Iterable[Callable[[], object]]
+    ) -> tuple[tuple[DeviceCondition, ...], list[WindowEnergy], tuple[DeviceCondition, ...]]:
+        """One window of each work in turn, until one has a fault, which would recur.
+
+        Returns:
+            The devices' conditions before the first window, the windows, and the conditions after the last one.
+        """
         before = self.meter.conditions()
+        disturbed = "; ".join(found for condition in before if (found := _unknown_use(condition, self.idle)))
         taken: list[WindowEnergy] = []
         after: tuple[DeviceCondition, ...] = ()
-        for _ in range(self.windows):
+        for work in works:
             window, after = self._window(work)
+            window = dataclasses.replace(window, reason=window.reason or disturbed)
             taken.append(window)
             if window.fault:
-                break  # the error would recur
-        return PhaseEnergy(tuple(taken), units, before, after)
+                break
+        return before, taken, after
 
     def _window(self, work: Callable[[], object]) -> tuple[WindowEnergy, tuple[DeviceCondition, ...]]:
         repeats = 0
@@ -274,17 +315,35 @@ class _PhaseMeasurement:
                 is_long_enough = elapsed_s >= self.min_window_s and window.updates >= self.min_updates
                 if is_long_enough or window.is_faulty or elapsed_s >= self.max_window_s:
                     break
-        conditions = self.meter.conditions()
+        conditions = self.meter.conditions(window.duration_s)
         problem = window.problem
         per_device_j = window.per_device_j if problem is None else {}
         gross_j = sum(per_device_j.values()) if problem is None else None
         idle_w = None if self.idle is None else self.idle.power_w
         net_j = None if gross_j is None or idle_w is None else gross_j - idle_w * window.duration_s
         fault = "" if problem is None else type(problem).__name__
-        taken = WindowEnergy(
-            gross_j, net_j, per_device_j, window.duration_s, repeats, window.updates, fault, str(problem or "")
-        )
+        reason = str(problem or "") or "; ".join(found for condition in conditions for found in condition.problems)
+        taken = WindowEnergy(gross_j, net_j, per_device_j, window.duration_s, repeats, window.updates, fault, reason)
         return taken, conditions
+
+
+def _unknown_use(condition: DeviceCondition, idle: IdlePower | None) -> str:
+    """Why it cannot be excluded that others use the device; "" if it can, by its power before the window.
+
+    A device that tells neither who uses it nor how much is compared with its idle power.
+    """
+    if condition.use_is_known or not condition.other_contexts:
+        return ""
+    others = ", ".join(map(str, condition.other_contexts))
+    idle_w = None if idle is None else idle.per_device_w.get(condition.device)
+    if idle_w is None or condition.power_w is None:
+        return f"{condition.device} does not tell whether other processes ({others}) use it; end them"
+    if condition.power_w > _BUSY_FACTOR * idle_w:
+        return (
+            f"{condition.device} drew {condition.power_w:.3g} W before the window and {idle_w:.3g} W when idle, so"
+            f" other processes ({others}) used it"
+        )
+    return ""
 
 
 def _known(name: str, phase: PhaseEnergy, spread: EnergySpread | None) -> EnergySpread:

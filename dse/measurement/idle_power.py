@@ -48,7 +48,7 @@ def measure_idle_power(meter: EnergyMeter, *, min_duration_s: float = 1.0, max_d
             if window.elapsed_s >= min_duration_s and window.updates >= meter.min_updates:
                 break
             time.sleep(_STEP_S)
-    conditions = meter.conditions()
+    conditions = meter.conditions(window.duration_s)
     reason = window.reason
     # Other processes invalidate idle power; throttled clocks do not, since nothing runs.
     reason = reason or "; ".join(p for c in conditions if c.other_processes for p in c.problems)

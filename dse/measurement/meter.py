@@ -25,7 +25,10 @@ class DeviceCondition:
         clock_limits: What limits the clocks, in the driver's terms: "sw_power_cap", "hw_thermal_slowdown", ...
         throttled_by: The limits that invalidate a measurement. The configured power limit is not one of them: the card
             runs at it under load, for candidate and baseline alike.
-        other_processes: Ids of other processes that compute on the device.
+        other_contexts: Ids of other processes that hold a context on the device, such as a notebook; for information.
+        other_processes: Ids of the other processes that computed on the device; see `EnergyMeter.conditions`.
+        use_is_known: Whether the device tells if other processes compute on it.
+        power_w: Power draw at that moment.
         load_average: Load of the machine over the last minute, for CPUs; for information only.
     """
 
@@ -35,7 +38,10 @@ class DeviceCondition:
     memory_clock_mhz: float | None = None
     clock_limits: tuple[str, ...] = ()
     throttled_by: tuple[str, ...] = ()
+    other_contexts: tuple[int, ...] = ()
     other_processes: tuple[int, ...] = ()
+    use_is_known: bool = True
+    power_w: float | None = None
     load_average: float | None = None
 
     @property
@@ -79,8 +85,13 @@ class EnergyMeter(ABC):
     def synchronize(self) -> None:  # noqa: B027 - most meters have nothing to wait for
         """Wait until the devices have finished their queued work; CPU work has finished when its call returns."""
 
-    def conditions(self) -> tuple[DeviceCondition, ...]:
-        """Current condition of the devices; () if the meter does not report it."""
+    def conditions(self, window_s: float | None = None) -> tuple[DeviceCondition, ...]:
+        """Current condition of the devices; () if the meter does not report it.
+
+        Args:
+            window_s: Length of the window that has just ended, in which other processes may have used the devices;
+                None before a window.
+        """
         return ()
 
     def window(self, min_updates: int | None = None) -> EnergyWindow:

@@ -81,9 +81,10 @@ class NvmlMeter(EnergyMeter):
             self._open()
         return tuple(Channel(gpu.uuid, partial(self._read, gpu), self._new_readings) for gpu in self._gpus)
 
-    def conditions(self) -> tuple[DeviceCondition, ...]:
+    def conditions(self, window_s: float | None = None) -> tuple[DeviceCondition, ...]:
         """See `EnergyMeter.conditions`."""
-        return tuple(condition_of(gpu.handle, gpu.uuid) for gpu in self._gpus)
+        self.synchronize()
+        return tuple(condition_of(gpu.handle, gpu.uuid, window_s) for gpu in self._gpus)
 
     def synchronize(self) -> None:
         """See `EnergyMeter.synchronize`. A process that has not used CUDA has queued nothing."""

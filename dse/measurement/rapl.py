@@ -58,7 +58,7 @@ class RaplMeter(EnergyMeter):
             for domain in self._domains
         )
 
-    def conditions(self) -> tuple[DeviceCondition, ...]:
+    def conditions(self, window_s: float | None = None) -> tuple[DeviceCondition, ...]:
         """See `EnergyMeter.conditions`; the load average, since packages do not distinguish processes."""
         try:
             load = os.getloadavg()[0]

@@ -8,7 +8,7 @@ module are read when it is reached and released afterwards.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +79,13 @@ class Checkpoint:
             for table, attribute, empty in missing.values():
                 table[attribute] = empty
 
-    def load(self, model: nn.Module, device: torch.device | str) -> None:
-        """Put every weight into `model`, which stays there; tied weights stay tied."""
+    def load(self, model: nn.Module, place: Callable[[str], torch.device]) -> None:
+        """Put every weight into `model`, where it stays, on the device `place(name)`; tied weights stay tied."""
         loaded: dict[int, Tensor] = {}
         missing = _without_weights(model, [""], self.places)
         for name, (table, attribute, empty) in missing.items():
             if id(empty) not in loaded:
-                weight = next(self.read([name], device))[1]
+                weight = next(self.read([name], place(name)))[1]
                 is_parameter = isinstance(empty, nn.Parameter)
                 loaded[id(empty)] = nn.Parameter(weight, requires_grad=False) if is_parameter else weight
             table[attribute] = loaded[id(empty)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +35,22 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.
 """The supported dtypes. "auto" is not one of them: a trial must not depend on how a checkpoint was saved."""
 
 
+class WaitingWeightsLike(Protocol):
+    """`dse.models.residency.WaitingWeights`."""
+
+    def release(self, modules: Iterable[torch.nn.Module], kept: Iterable[torch.nn.Module] = ()) -> None:
+        """Move weights out of their device."""
+        ...
+
+    def restore(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Bring weights back."""
+        ...
+
+    def forget(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Drop what is kept."""
+        ...
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A model ready for decomposition: in evaluation mode, without gradients.
@@ -49,6 +65,7 @@ class LoadedModel:
         dtype: Dtype of its weights.
         sentence_files: Contents of sentence-transformers' files beside the weights, by path; for models without a head.
         checkpoint: The files that hold the weights, if the model was loaded without them; None if they are in memory.
+        waiting: Takes the side that is not in use, candidate or baseline, out of the device; None keeps both there.
     """
 
     ref: str
@@ -60,6 +77,7 @@ class LoadedModel:
     dtype: torch.dtype
     sentence_files: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+    waiting: WaitingWeightsLike | None = None
     _versions: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,8 +104,11 @@ class LoadedModel:
             raise ModelError("the fingerprint must be computed on the model as loaded, but its weights were changed")
         return model_fingerprint(self.model, self.checkpoint)
 
-    def read_weights(self) -> None:
-        """Read every weight that is still on disk into the memory of `device`, one by one.
+    def read_weights(self, place: Callable[[str], torch.device] | None = None) -> None:
+        """Read every weight that is still on disk into memory, one by one.
+
+        Args:
+            place: Name of a weight to its device; None for `device`.
 
         Raises:
             ModelError: The device has no room for them.
@@ -95,7 +116,7 @@ class LoadedModel:
         if self.checkpoint is None:
             return
         with _memory_errors(self.device, self.ref):
-            self.checkpoint.load(self.model, self.device)
+            self.checkpoint.load(self.model, place or (lambda _name: self.device))
         self.checkpoint = None
         self._versions = _in_place_changes(self.model)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dse.errors import InvalidMeasurementError
-from dse.pareto import Objective, ideal_point, normalised_hypervolume
+from dse.pareto import Objective, directions_of, ideal_point, non_dominated, normalised_hypervolume
 from dse.trial_record import EVALUATED_STATES, TrialRecord, objective_values
 
 __all__ = ["Ledger", "OriginShare", "choose_proposer", "credited_origins", "origin_shares", "selection_probabilities"]
@@ -86,7 +86,11 @@ class Ledger:
             return 0.0
         corner = [self.reference[objective.name] for objective in self.objectives]
         ideal = ideal_point(self.objectives, corner)
-        before, self._volume = self._volume, normalised_hypervolume(np.array(self._values), corner, ideal)
+        values = np.array(self._values)
+        before, self._volume = self._volume, normalised_hypervolume(values, corner, ideal)
+        # Dominated points never count again; keeping them would make every later trial slower.
+        kept = non_dominated(values, directions_of(self.objectives))
+        self._values = [entry for entry, is_kept in zip(self._values, kept, strict=True) if is_kept]
         return max(0.0, self._volume - before)
 
 

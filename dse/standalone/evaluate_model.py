@@ -12,6 +12,7 @@ from dse.decomposition import decompose
 from dse.design_point import DesignPoint
 from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator, PairedInterval, evaluator_for
 from dse.files import cache_dir
+from dse.measurement import device_in_use
 from dse.standalone.model_request import CalibrationText, ModelRequest, point_factors
 from dse.study import StudyListener
 
@@ -51,11 +52,12 @@ def evaluate_model(
     cost = point_cost(loaded.topology, found)
     evaluator = evaluator_for(loaded, task_configs, settings)
     cache = EvaluationCache(cache_dir() / "evaluations") if use_cache else None
-    dense, reused = _evaluate(evaluator, cache, DesignPoint.dense(), "", "evaluate dense", watcher)
+    with device_in_use(loaded.device):
+        dense, reused = _evaluate(evaluator, cache, DesignPoint.dense(), "", "evaluate dense", watcher)
     result, drop, graded = dense, None, {}
     if not found.is_dense:
         bank = point_factors(loaded, found, calibration or CalibrationText(), watcher)
-        with decompose(loaded, found, bank):
+        with device_in_use(loaded.device), decompose(loaded, found, bank):
             result, reused = _evaluate(evaluator, cache, found, bank.identity(found), "evaluate point", watcher)
         drop = result.accuracy_drop(dense)
         graded = {

@@ -21,8 +21,8 @@ from dse.measurement import (
     device_lock,
     grid_of,
     measure_cell,
-    measure_energy,
     measure_idle_power,
+    measure_paired_energy,
     measure_peak_memory,
     meter_kind,
     named_meter,
@@ -32,6 +32,7 @@ from dse.models.device_map import spread_over
 from dse.standalone.measure_engine import EngineRequest, measure_in_engine
 from dse.standalone.model_request import CalibrationText, ModelRequest, point_factors
 from dse.study import StudyListener, resolve_device
+from dse.trial.energy_quantities import paired_energy_entry
 from dse.trial_record import json_safe
 
 __all__ = ["MeasurementRequest", "measure_model"]
@@ -191,7 +192,7 @@ class _Cell:
             "latency": json_safe(dataclasses.asdict(latency)),
         }
         if latency.latency is not None:
-            document |= {"energy": self._both(self._energy), "memory": self._both(self._memory)}
+            document |= {"energy": self._energy(), "memory": self._both(self._memory)}
         return document
 
     def _both(self, measure: Callable[[DesignPoint], dict[str, Any] | None]) -> dict[str, Any]:
@@ -208,13 +209,23 @@ class _Cell:
                 found[side] = {"is_valid": False, "reason": str(error), "bytes_asked": asked}
         return found
 
-    def _energy(self, _point: DesignPoint) -> dict[str, Any] | None:
+    def _energy(self) -> dict[str, Any]:
+        """Both sides in alternating windows, with their ratio."""
         if self.meter is None:
-            return None
+            return {"dense": None, "point": None, "ratios": None}
         self.listener.on_phase("energy", 0, 1)
-        energy = measure_energy(self.loaded.model, self.spec, self.meter, idle=self.idle)
-        values: dict[str, Any] = json_safe(dataclasses.asdict(energy))
-        return {**values, "is_valid": energy.is_valid, "reason": energy.reason}
+        try:
+            energy = measure_paired_energy(self.loaded.model, self.spec, self.meter, self.applied, idle=self.idle)
+        except TrialError as error:
+            asked = error.bytes_asked if isinstance(error, OutOfMemoryError) else None
+            failed = {"is_valid": False, "reason": str(error), "bytes_asked": asked}
+            return {"dense": failed, "point": failed, "ratios": None}
+        sides = {"dense": energy.baseline, "point": energy.candidate}
+        found: dict[str, Any] = {
+            side: {**json_safe(dataclasses.asdict(one)), "is_valid": one.is_valid, "reason": one.reason}
+            for side, one in sides.items()
+        }
+        return {**found, "ratios": paired_energy_entry(energy)["ratios"]}
 
     def _memory(self, point: DesignPoint) -> dict[str, Any]:
         self.listener.on_phase("memory", 0, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dse.decomposition import METHODS, FactorBank, longest_window, named_calibration, requests_of_points
 from dse.defaults import CALIBRATION_TOKENS
 from dse.design_point import DesignPoint
+from dse.measurement import device_in_use, passing_measurements
 from dse.models import Head, LoadedModel, load_model, load_topology
 from dse.out_of_memory import out_of_memory_by_phase
 from dse.study import StudyListener, resolve_device
@@ -104,5 +105,6 @@ def point_factors(
             loaded.tokenizer, text.name, tokens=text.tokens, longest_window=longest_window(loaded.model)
         )
         listener.on_message(f"calibration text: {calibration.description}")
-    with out_of_memory_by_phase(listener.on_phase, "calibrate") as progress:
+    report = passing_measurements(listener.on_phase, loaded.device)
+    with device_in_use(loaded.device), out_of_memory_by_phase(report, "calibrate") as progress:
         return FactorBank.build(loaded, [point], calibration, progress=progress)

@@ -6,18 +6,21 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from dse.config import StudyConfig
 from dse.decomposition import (
     METHODS,
+    AppliedPoint,
     CalibrationWindows,
     FactorBank,
-    StateBudget,
+    StoreBudget,
     apply_point,
     calibration_windows,
     held_out_windows,
@@ -29,6 +32,8 @@ from dse.evaluation import evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import LatencySpec, measure_latency, measure_peak_memory
 from dse.models import LoadedModel
+from dse.models.residency import Residency
+from dse.progress import ProgressCallback, ignore_progress
 from dse.sensitivity.divergence_meter import DivergenceMeter
 from dse.sensitivity.stored_states import layer_modules
 from dse.standalone.plan_meters import Peaks, PhaseMeter
@@ -74,6 +79,7 @@ class Rehearsal:
         small: The model of one layer.
         topology: The topology of the whole model.
         requests: Method to tensor of the whole model to its largest rank.
+        residency: Where the study keeps the weights; see `dse.models.residency`.
     """
 
     def __init__(
@@ -82,14 +88,15 @@ class Rehearsal:
         small: LoadedModel,
         topology: Topology,
         requests: Mapping[str, Mapping[str, int]],
+        residency: Residency = "dense_and_candidate",
     ) -> None:
+        self._residency = residency
         self.config, self.small, self.topology = config, small, topology
         self._requests = requests
         self._layers: Sequence[nn.Module] = layer_modules(small.model, small.topology)
         self._meter = PhaseMeter(self._layers, small.device)
         self._folder = tempfile.TemporaryDirectory(prefix="dse_plan_")
-        self._calibration: CalibrationWindows | None = None
-        self._bank: FactorBank | None = None
+        self._progress: ProgressCallback = ignore_progress
         decomposed = [topology.matrix(name).layer for name in self._names(requests)]
         self.decomposed_layers = sorted({layer for layer in decomposed if layer is not None})
         self.small_requests = self._of_one_layer()
@@ -107,13 +114,9 @@ class Rehearsal:
 
     def bank(self) -> PhaseForecast:
         """Calibrate and decompose the tensors of one layer."""
-        methods, config = tuple(self.small_requests), self.config
-        if any(METHODS[method].is_calibrated for method in methods):
-            self._calibration = calibration_windows(
-                self.small.tokenizer, config.calibration, longest_window=longest_window(self.small.model)
-            )
         in_phase: dict[str, float] = {}
-        phase, since = "calibrate", time.perf_counter()
+        phase = "decompose" if self._calibration is None else "calibrate"
+        since = time.perf_counter()
 
         def progress(name: str, _done: int, _total: int) -> None:
             nonlocal phase, since
@@ -122,11 +125,10 @@ class Rehearsal:
             # The layer is decomposed between the last report of its calibration and the next one.
             phase, since = ("decompose" if name == "decompose" or _done == _total else name), now
 
+        self._progress = progress
         with self._meter.measuring() as peaks:
-            self._bank = FactorBank.build(
-                self.small, self.small_requests, self._calibration, folder=Path(self._folder.name), progress=progress
-            )
-            progress("decompose", 1, 1)
+            count = len(self._bank.folders)
+            progress("decompose", count, count)
         layers = len(self.decomposed_layers)
         seconds = peaks.for_layers(layers) - in_phase.get("decompose", 0.0) * (1 - layers)
         on_device, on_disk = self._state_bytes()
@@ -161,7 +163,7 @@ class Rehearsal:
             options: First layer that an option changes to the number of options.
         """
         windows = self._held_out(self.config.search.profile_tokens).to(self.small.device)
-        bank = self._built_bank()
+        bank = self._bank
         with self._meter.measuring() as peaks:
             meter = DivergenceMeter(self.small, windows, bank)
             with self._meter.measuring() as one:
@@ -239,38 +241,43 @@ class Rehearsal:
         total = kept = self._calibration.tokens * token_bytes
         if any(METHODS[method].needs_gradients for method in self.small_requests):
             total += self.depth * min(self._calibration.tokens, GRADIENT_TOKENS) * token_bytes
-        room = StateBudget.of(self.small.device).device_bytes
+        room = StoreBudget.of(self.small.device).device_bytes
         return max(0, min(total, room) - min(kept, room)), max(0, total - room)
 
     def _candidate_bytes(self) -> int:
         """Factors of a typical candidate beside the dense weights, in the layers that the rehearsal lacks."""
+        if self._residency == "candidate":  # the dense weights that the factors replace wait elsewhere
+            return 0
         factors = 0.5 * self.bank_bytes() / max(1, len(self._requests)) / 4 * self.small.dtype.itemsize
         return int(factors * (1 - 1 / max(1, len(self.decomposed_layers))))
 
-    def _held_out(self, tokens: int):  # type: ignore[no-untyped-def]
+    def _held_out(self, tokens: int) -> Tensor:
         return held_out_windows(
             self.small.tokenizer, self.config.calibration, tokens, longest_window=longest_window(self.small.model)
         )
 
-    def _built_bank(self) -> FactorBank:
-        if self._bank is None:
-            self.bank()
-        assert self._bank is not None
-        return self._bank
+    @cached_property
+    def _bank(self) -> FactorBank:
+        return FactorBank.build(
+            self.small, self.small_requests, self._calibration, folder=Path(self._folder.name), progress=self._progress
+        )
 
-    def _applied(self):  # type: ignore[no-untyped-def]
-        from contextlib import contextmanager
+    @cached_property
+    def _calibration(self) -> CalibrationWindows | None:
+        if not any(METHODS[method].is_calibrated for method in self.small_requests):
+            return None
+        return calibration_windows(
+            self.small.tokenizer, self.config.calibration, longest_window=longest_window(self.small.model)
+        )
 
-        @contextmanager
-        def applying():  # type: ignore[no-untyped-def]
-            point = self._whole_point(0.5)
-            applied = apply_point(self.small.model, self.small.topology, point, self._built_bank())
-            try:
-                yield applied
-            finally:
-                applied.undo()
-
-        return applying()
+    @contextmanager
+    def _applied(self) -> Iterator[AppliedPoint]:
+        """A typical candidate in the small model."""
+        applied = apply_point(self.small.model, self.small.topology, self._whole_point(0.5), self._bank)
+        try:
+            yield applied
+        finally:
+            applied.undo()
 
     def _whole_point(self, share: float) -> DesignPoint:
         """All tensors of the layer decomposed at this share of their largest rank, by the study's first method."""

@@ -11,6 +11,7 @@ from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, 
 from dse.decomposition import BUILTIN_TEXTS, CalibrationWindows, calibration_windows, held_out_windows, longest_window
 from dse.errors import ConfigError
 from dse.files import write_bytes, write_text
+from dse.measurement import device_in_use, passing_measurements
 from dse.models import LoadedModel
 from dse.out_of_memory import out_of_memory_by_phase
 from dse.report.front_png import heat_map_png
@@ -111,7 +112,8 @@ class PreparedSensitivity:
 
     def profile(self, listener: StudyListener) -> SensitivityProfile:
         """Measure the profile, or read it from the cache."""
-        with out_of_memory_by_phase(listener.on_phase, "calibrate") as progress:
+        report = passing_measurements(listener.on_phase, self.loaded.device)
+        with device_in_use(self.loaded.device), out_of_memory_by_phase(report, "calibrate") as progress:
             return measure_profile(
                 self.loaded, self.windows, self.calibration, self.settings, text=self.text, progress=progress
             )

@@ -1,4 +1,4 @@
-"""Forecast what a study needs before anything runs: memory and disk by phase, seconds, documents, and what to change."""
+"""Forecast what a study needs before anything runs: memory, disk and seconds by phase, documents, what to change."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dse.models import load_topology
 from dse.models.checkpoint import open_checkpoint
 from dse.models.miniature import first_layers
 from dse.models.model_source import resolve
+from dse.models.residency import Residency, choose_residency, free_bytes, visible_devices
 from dse.pareto import Objective
 from dse.search.space_sensitivity import profile_options
 from dse.search.spaces.base import SearchSpace
@@ -91,7 +92,8 @@ def plan_study(
         head=config.head,
     )
     requests = bank_requests(space, checked_user_points(settled, space))
-    rehearsal = Rehearsal(settled, small, topology, requests)
+    residency = _residency(settled, topology, device)
+    rehearsal = Rehearsal(settled, small, topology, requests, residency)
     plan = MeasurementPlan.of(settled, meter)
     try:
         phases = [_load(settled, topology, device), *_phases(settled, rehearsal, plan, objectives, space, watcher)]
@@ -107,6 +109,7 @@ def plan_study(
         "layers": topology.layer_count,
         "device": str(device),
         "dtype": config.model.dtype,
+        "residency": residency,
         "trials": config.budget.trials,
         "fits": all(place.available is None or place.needed <= place.available for place in places),
         "total_s": sum(phase.seconds * phase.repeats for phase in phases),
@@ -211,6 +214,17 @@ def _load_seconds(
     return (time.perf_counter() - start) * topology.parameters_dense / max(1, total)
 
 
+def _residency(config: StudyConfig, topology: Topology, device: torch.device) -> Residency:
+    """Where the study keeps its weights: as in the file, or what `auto` chooses with the memory that is free now."""
+    if config.residency != "auto":
+        return config.residency
+    if device.type != "cuda":
+        return "dense_and_candidate"
+    free = [free_bytes(one) or 0 for one in visible_devices(device)]
+    weights = topology.parameters_dense * getattr(torch, config.model.dtype).itemsize
+    return choose_residency(weights, free) or "candidate"
+
+
 def _with_settled_multiple(config: StudyConfig) -> StudyConfig:
     """The study with a rank multiple of 8 if it leaves the multiple to the device, which is timed when it runs."""
     if config.space.ranks.multiple != "device":
@@ -274,6 +288,10 @@ def _memory_advice(config: StudyConfig, places: Sequence[_Place]) -> Iterator[st
         if config.model.dtype == "float32":
             yield "halve the weights: `model: {dtype: bfloat16}`"
         if place.name == "gpu memory":
+            if config.residency != "candidate":
+                yield "keep one side of a trial on the device: `residency: candidate`"
+            if torch.cuda.device_count() > 1 and config.residency != "sharded":
+                yield "spread the layers over all GPUs: `residency: sharded`"
             yield "use the CPU's memory: `model: {device: cpu}`"
         if place.phase == "bank":
             yield "lower the memory of the bank: leave wide tensors out of `space: {roles: [...]}`"

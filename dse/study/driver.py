@@ -31,6 +31,7 @@ from dse.study.listener import Interrupts, StudyListener, StudyProgress
 from dse.study.outline import StudyOutline
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
+from dse.study.trial_tables import TrialTables
 from dse.study.workers import FinishedJob, Workers
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial.trial_evaluator import new_record
@@ -98,6 +99,7 @@ class StudyDriver:
     idle: IdlePower | None = None
     _begun_s: float = field(default_factory=time.monotonic)
     _evaluated_here: int = 0
+    _tables: TrialTables = field(default_factory=TrialTables)
 
     def __post_init__(self) -> None:
         config, objectives, plan = self.outline.config, self.outline.objectives, self.outline.plan
@@ -127,11 +129,20 @@ class StudyDriver:
             trials=config.budget.trials,
             is_parallel=self.workers.count > 1,
         )
+        self.storage.on_wait = self._wait_for_storage
 
     @property
     def outline(self) -> StudyOutline:
         """The study as the workers have prepared it."""
         return self.workers.outline
+
+    def _wait_for_storage(self, reason: str, waited_s: float) -> None:
+        """Tell the user, once at first and then once a minute, that the database is away."""
+        if self.interrupts.requested:
+            raise KeyboardInterrupt
+        if waited_s % 60 == 0:
+            self.listener.on_message(f"{reason}; waiting for it")
+            logger.warning("%s; waiting for it", reason)
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -337,10 +348,9 @@ class StudyDriver:
 
     def report_trial(self, record: TrialRecord) -> None:
         """Write the tables, log the trial and tell the listener; a failed trial checks that the device responds."""
-        study = self.study()
-        study.write_tables()
+        self._tables.refresh(self.study)
         logger.info("trial %d: %s", record.trial, _result(record))
-        self.listener.on_trial_end(self.progress(study), record)
+        self.listener.on_trial_end(self.progress(), record)
         if record.state == "failed":
             self.workers.check_device()
 
@@ -348,13 +358,12 @@ class StudyDriver:
         """The study as this process knows it."""
         return Study.running(self.folder, self.outline.config, self.storage.attributes, self.records)
 
-    def progress(self, study: Study | None = None) -> StudyProgress:
-        """The progress so far, with the front of `study` if given."""
+    def progress(self) -> StudyProgress:
+        """The progress so far, with the front of the last tables."""
         total, left = self.outline.config.budget.trials, None
         if self._evaluated_here:
             left = (time.monotonic() - self._begun_s) / self._evaluated_here * (total - self.evaluated)
-        front, hypervolume = (study.front_size, study.hypervolume) if study else (0, None)
-        return StudyProgress(self.evaluated, total, front, hypervolume, left)
+        return StudyProgress(self.evaluated, total, self._tables.front_size, self._tables.hypervolume, left)
 
     def _report_precision(self, evaluation: EvaluationResult | None) -> None:
         """Store the effect of half precision on the baseline's metrics, if the model is in half precision."""

@@ -34,6 +34,9 @@ class DriverDesk:
         self._folders: tuple[str, ...] = ()
         self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
 
+    def ping(self) -> None:
+        """Answer."""
+
     def note(self, worker: int, phase: str, done: int, total: int) -> None:
         """Note the phase of a worker."""
         self._phases[worker] = (phase, done, total)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dse.decomposition import FactorBank, decompose
 from dse.evaluation import Answers, EvaluationCache, EvaluationResult, ModelEvaluator
+from dse.measurement import device_in_use
 from dse.models import LoadedModel
 from dse.trial.rungs import with_evaluation
 from dse.trial_record import TrialRecord
@@ -40,7 +41,7 @@ class FinalEvaluator:
         """
         identity = self.evaluator.identity(record.point_id, self.bank.identity(record.point))
         answers = Answers() if self.cache is None else self.cache.read(identity)
-        with decompose(self.loaded, record.point, self.bank):
+        with device_in_use(self.loaded.device), decompose(self.loaded, record.point, self.bank):
             result = self.evaluator.evaluate(progress, answers=answers)
         if self.cache is not None:
             self.cache.write(identity, answers)

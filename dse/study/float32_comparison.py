@@ -8,6 +8,7 @@ import torch
 
 from dse.config import StudyConfig
 from dse.evaluation import EvaluationResult, ModelEvaluator, evaluator_for
+from dse.measurement import device_in_use
 from dse.models import LoadedModel, load_model
 from dse.out_of_memory import is_out_of_memory
 from dse.study.listener import StudyListener
@@ -53,7 +54,8 @@ def compare_with_float32(
         return None
     listener.on_message(f"evaluating the dense model in float32 to measure the effect of {config.model.dtype}")
     try:
-        full = _evaluator_in_float32(config, loaded).evaluate(lambda n, of: listener.on_phase("float32", n, of))
+        with device_in_use(loaded.device):
+            full = _evaluator_in_float32(config, loaded).evaluate(lambda n, of: listener.on_phase("float32", n, of))
     except Exception as error:
         if not is_out_of_memory(error.__cause__ or error):
             raise

@@ -17,6 +17,7 @@ from dse.errors import StudyError
 from dse.evaluation import EvaluationResult, read_graded, read_outcomes
 from dse.files import disk_errors, write_json, write_text
 from dse.report.worker_lanes import LANES_FILE
+from dse.study.storage_place import DatabasePlace, database_of, enter_database
 from dse.yaml_reading import read_yaml
 
 __all__ = ["StudyFolder"]
@@ -33,7 +34,8 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.study_yaml = path / "study.yaml"
-        self.storage = path / "study.db"
+        self.storage_file = path / "study.db"
+        self.storage_pointer = path / "storage.json"
         self.trials_csv = path / "trials.csv"
         self.front_csv = path / "front.csv"
         self.front_html = path / "front.html"
@@ -41,6 +43,20 @@ class StudyFolder:
         self.log = path / "run.log"
         self.workers = path / LANES_FILE
         self.answers = path / "answers"
+
+    @property
+    def storage(self) -> Path | DatabasePlace:
+        """Where the study is stored: its SQLite file, unless the folder names a database."""
+        return database_of(self.storage_pointer) or self.storage_file
+
+    def choose_storage(self, config: StudyConfig) -> None:
+        """Note the database that a study file names.
+
+        Raises:
+            ConfigError: The folder's study is stored elsewhere.
+        """
+        if config.storage is not None:
+            enter_database(self.storage_pointer, self.storage_file, config.storage, config.name)
 
     def outcomes(self, trial: int) -> Path:
         """The file of one trial's per-document outcomes."""
@@ -95,7 +111,7 @@ class StudyFolder:
                 " give this study another name"
             )
         if different:
-            with disk_errors(self.storage):
+            with disk_errors(self.path):
                 self.storage.unlink(missing_ok=True)
 
     def with_settled_multiple(self, config: StudyConfig) -> StudyConfig:
@@ -216,11 +232,11 @@ class _LogFile(logging.FileHandler):
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name == _LOCK or path.name.startswith(".study.yaml.")
+    return path.name in (_LOCK, "storage.json") or path.name.startswith((".study.yaml.", ".storage.json."))
 
 
 def _identity(config: StudyConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
-    del data["budget"], data["workers"]
+    del data["budget"], data["workers"], data["storage"]
     del data["evaluation"]["batch_size"]  # changes rounding alone, and memory may have run out
     return data

@@ -11,6 +11,7 @@ from dse.search.multi_fidelity import EarlyStopping
 from dse.study.float32_comparison import compare_with_float32
 from dse.study.listener import StudyListener
 from dse.study.setup import PreparedStudy
+from dse.trial.trial_evaluator import TrialPart
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
 __all__ = ["CompareFloat32", "EvaluateFinal", "EvaluateTrial", "Job", "MeasureIdle", "TrialResult"]
@@ -45,16 +46,19 @@ class EvaluateTrial:
         baseline: The dense model's trial; None while it is itself evaluated.
         rule: Stops a trial of too little promise; None evaluates every trial to the end.
         idle: The device's idle power, for net energy.
+        part: What to take; see `TrialEvaluator.evaluate`.
     """
 
     record: TrialRecord
     baseline: EvaluatedTrial | None = None
     rule: EarlyStopping | None = None
     idle: IdlePower | None = None
+    part: TrialPart = "all"
 
     def run(self, prepared: PreparedStudy, listener: StudyListener) -> TrialResult:
         """Evaluate the point; a failure is recorded, not raised."""
-        return TrialResult(*prepared.evaluator.evaluate(self.record, self.baseline, self.rule, self.idle))
+        found = prepared.evaluator.evaluate(self.record, self.baseline, self.rule, self.idle, self.part)
+        return TrialResult(*found)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,11 @@ class LaneBook:
         self._lanes: dict[int, WorkerLane] = {}
         self._written_s = 0.0
 
-    def welcome(self, worker: _Worker) -> None:
-        """A worker is ready."""
+    def welcome(self, worker: _Worker, phase: str = "") -> None:
+        """A worker is ready, or prepares the study."""
         facts = worker.facts
         if facts is not None:
-            self._change(worker, state="idle", device=facts.device, host=facts.host, pid=facts.pid)
+            self._change(worker, state="idle", phase=phase, device=facts.device, host=facts.host, pid=facts.pid)
 
     def begin(self, worker: _Worker) -> None:
         """A worker begins a job."""
@@ -106,17 +106,23 @@ class LaneBook:
             self.write(workers)
 
     def end(self, workers: Sequence[_Worker]) -> None:
-        """All workers have ended."""
+        """These workers have ended."""
         if self._written_s:
             for worker in workers:
                 self._change(worker, state="ended", phase="", trial=None)
-            self.write(workers)
+            self._save()
 
     def write(self, workers: Sequence[_Worker]) -> None:
         """Write the file now."""
-        self._written_s = time.monotonic()
         now_s = time.time()
-        lanes = [dataclasses.replace(self._lane(worker), updated_s=now_s) for worker in workers]
+        for worker in workers:
+            if self._lane(worker).state != "ended":
+                self._change(worker, updated_s=now_s)
+        self._save()
+
+    def _save(self) -> None:
+        self._written_s = time.monotonic()
+        lanes = [self._lanes[index] for index in sorted(self._lanes)]
         with contextlib.suppress(StorageFullError, OSError):
             write_lanes(self._path, lanes)
 

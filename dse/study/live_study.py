@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dse.errors import InvalidMeasurementError
-from dse.pareto import GrowingHypervolume, Objective, ideal_point, objectives_named
+from dse.pareto import GrowingHypervolume, Objective, ideal_point
 from dse.report.dashboard.snapshot import PendingTrial, StudySnapshot, VolumeStep
 from dse.report.rank_map import ModelShape, reduction_of, shape_of
 from dse.report.worker_lanes import LANES_FILE, WorkerLane, read_lanes

@@ -26,7 +26,15 @@ _CORE_STEPS = 10_000
 
 
 class WorkerLostError(Exception):
-    """The process of a worker ended, or cannot be reached; the message says why."""
+    """The process of a worker ended, or cannot be reached; the message says why.
+
+    Attributes:
+        is_starting: Whether Ray is still restarting the worker, so that the call never ran.
+    """
+
+    def __init__(self, reason: str, *, is_starting: bool = False) -> None:
+        super().__init__(reason)
+        self.is_starting = is_starting
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,15 @@ class Share:
 
 @dataclass(frozen=True)
 class RayCall:
-    """A call of an actor's method that is under way."""
+    """A call of an actor's method that is under way.
+
+    Attributes:
+        ref: The result to come.
+        begun: A result that comes as soon as the actor takes calls.
+    """
 
     ref: Any
+    begun: Any = None
 
     def result(self) -> Any:
         """Wait for the result.
@@ -77,15 +91,25 @@ class RayCall:
 
             return ray.get(self.ref)
         except errors.RayTaskError as error:
-            if isinstance(error, lost):
-                raise WorkerLostError(_first_line(error)) from None
             if isinstance(error.cause, DseError):
                 raise error.cause from None
             raise
         except errors.RuntimeEnvSetupError as error:
             raise StudyError(f"`workers.runtime_env` must be usable on every node, but: {_first_line(error)}") from None
         except lost as error:
-            raise WorkerLostError(_first_line(error)) from None
+            raise WorkerLostError(_reason(error), is_starting=not self._has_begun()) from None
+
+    def _has_begun(self) -> bool:
+        """Whether the actor took calls when this one was made."""
+        import ray
+
+        try:
+            ray.get(self.begun, timeout=0)
+        except ray.exceptions.ActorDiedError:
+            return True  # it failed to start, and Ray does not try again
+        except ray.exceptions.RayError:
+            return False
+        return True
 
 
 class RayCluster:
@@ -164,7 +188,8 @@ class RayCluster:
 
 def call_actor(actor: Any, method: str, *arguments: Any) -> RayCall:
     """Call a method of an actor without waiting."""
-    return RayCall(getattr(actor, method).remote(*arguments))
+    begun = actor.ping.remote()
+    return RayCall(getattr(actor, method).remote(*arguments), begun)
 
 
 def find_actor(name: str) -> Any:
@@ -269,6 +294,20 @@ def _cores(nodes: Sequence[float], workers: int) -> float:
         if sum(int(node) // cores for node in nodes) >= workers:
             return float(cores)
     return max(1, int(_CORE_STEPS * sum(nodes) / workers * 0.9)) / _CORE_STEPS if sum(nodes) else 0.0
+
+
+def _reason(error: BaseException) -> str:
+    """Why a worker is lost, in words."""
+    import ray.exceptions as errors
+
+    if isinstance(error, errors.OutOfMemoryError):
+        return "the machine ran out of memory, and Ray ended the worker"
+    if isinstance(error, errors.ActorDiedError):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[-1][:300] if lines else type(error).__name__
+    if isinstance(error, (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError)):
+        return "its process ended or its machine is gone"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

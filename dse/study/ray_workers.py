@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 import uuid
 from collections import deque
@@ -15,6 +16,7 @@ from typing import Any
 
 from dse.config import StudyConfig, WorkersConfig
 from dse.errors import StudyError
+from dse.evaluation import EvaluationResult
 from dse.files import cache_dir, disk_errors
 from dse.study.driver_desk import DriverDesk
 from dse.study.jobs import EvaluateTrial, Job
@@ -22,7 +24,7 @@ from dse.study.lane_book import LaneBook
 from dse.study.listener import StudyListener
 from dse.study.outline import StudyOutline
 from dse.study.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
-from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions
+from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions, measured_objectives
 from dse.study.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
 from dse.study.workers import FinishedJob, Workers
 
@@ -45,6 +47,12 @@ class _Ticket:
 
     job: Job
     deaths: list[str] = field(default_factory=list)
+    evaluation: EvaluationResult | None = None
+
+    def for_accuracy(self) -> Job | None:
+        """The part of a trial that does not depend on the device; None if there is none."""
+        is_trial = isinstance(self.job, EvaluateTrial) and self.job.part == "all" and self.job.baseline is not None
+        return dataclasses.replace(self.job, part="accuracy") if is_trial else None
 
 
 @dataclass
@@ -97,6 +105,8 @@ class RayWorkers(Workers):
         facts: dict[int, WorkerFacts] = self._each(members, {m.index: ("describe",) for m in members})
         for member in members:
             member.facts = facts[member.index]
+            self._lanes.welcome(member, "prepare")
+        self._lanes.write(members)
         check_same_versions(list(facts.values()))
         first: Joined = self._each(members[:1], {0: ("join",)})[0]
         for message in first.messages:
@@ -183,20 +193,35 @@ class RayWorkers(Workers):
                 try:
                     results[member.index] = self._result_of(member)
                 except WorkerLostError as error:
-                    self._failed_start(member, str(error))
+                    self._failed_start(member, error)
                     time.sleep(_RETRY_S)
                     member.call = call_actor(member.actor, *calls[member.index])
             self._show_phase(waiting)
         return results
 
-    def _failed_start(self, member: _Member, reason: str) -> None:
+    def _failed_start(self, member: _Member, reason: WorkerLostError) -> None:
+        if reason.is_starting:
+            return
         member.failed_starts += 1
         logger.warning("%s ended before it was ready: %s", member.name, reason)
         if member.failed_starts >= _MAX_FAILED_STARTS:
             raise StudyError(
-                f"a worker must start, but {member.name} ended {member.failed_starts} times ({reason}); see Ray's logs"
-                " in /tmp/ray/session_latest/logs"
+                f"a worker must start, but {member.name} ended {member.failed_starts} times ({reason}); see the logs of"
+                " Ray on its machine"
             )
+
+    def _retire(self, member: _Member, reason: StudyError) -> None:
+        """Go on without a worker that cannot take part any more.
+
+        Raises:
+            StudyError: It was the last one.
+        """
+        member.is_ready, member.retry_s = False, math.inf
+        self._cluster.kill(member.actor, restart=False)
+        self._lanes.end([member])
+        if all(other.retry_s == math.inf for other in self._members):
+            raise reason
+        self._listener.on_message(f"going on without {member.name}: {reason}")
 
     def _show_phase(self, members: Sequence[_Member]) -> None:
         phases = self._read_phases()
@@ -208,13 +233,27 @@ class RayWorkers(Workers):
     # --- trials ---
 
     def _hand_out(self) -> None:
-        """Give waiting jobs to free workers, the first worker first."""
+        """Give waiting jobs to free workers, the first worker first.
+
+        A worker on another kind of device than the first one's takes the accuracy of trials only.
+        """
         for member in self._members:
-            if self._waiting and member.is_ready and member.call is None:
-                member.ticket = self._waiting.popleft()
-                member.begun_s = time.monotonic()
-                member.call = call_actor(member.actor, "run", member.ticket.job)
-                self._lanes.begin(member)
+            if not member.is_ready or member.call is not None:
+                continue
+            for ticket in self._waiting:
+                job = ticket.for_accuracy() if self._is_other(member) else ticket.job
+                if job is not None:
+                    self._waiting.remove(ticket)
+                    member.ticket, member.begun_s = ticket, time.monotonic()
+                    member.call = call_actor(member.actor, "run", job)
+                    self._lanes.begin(member)
+                    break
+
+    def _is_other(self, member: _Member) -> bool:
+        """Whether the study measures latency or energy and this worker has another device than the first one."""
+        first = self._members[0].facts
+        differs = member.facts is not None and first is not None and member.facts.device != first.device
+        return differs and bool(measured_objectives(self.outline))
 
     def _step(self) -> FinishedJob | None:
         """Wait a moment for a call to finish; returns a finished job, if any."""
@@ -237,18 +276,34 @@ class RayWorkers(Workers):
         except WorkerLostError as error:
             member.is_ready, member.retry_s = False, time.monotonic() + _RETRY_S
             if ticket is None:
-                self._failed_start(member, str(error))
-                return None
-            self._requeue(member, ticket, str(error))
+                try:
+                    self._failed_start(member, error)
+                except StudyError as reason:
+                    self._retire(member, reason)
+            elif error.is_starting:  # it ended while it was idle, so the job never began
+                self._lanes.fail(member, str(error))
+                self._waiting.appendleft(ticket)
+            else:
+                self._requeue(member, ticket, str(error))
             return None
         if ticket is None:
-            self._welcome(member, result)
+            try:
+                self._welcome(member, result)
+            except StudyError as reason:
+                self._retire(member, reason)
             return None
         outcome: JobOutcome = result
         for line in outcome.log:
             logger.info("%s: %s", member.name, line)
         self._lanes.finish(member, outcome.result)
-        return FinishedJob(ticket.job, outcome.result)
+        found = outcome.result
+        if isinstance(ticket.job, EvaluateTrial) and self._is_other(member) and found.record.state == "complete":
+            rest = dataclasses.replace(ticket.job, record=found.record, part="measurements")
+            self._waiting.appendleft(_Ticket(rest, evaluation=found.evaluation))
+            return None
+        if ticket.evaluation is not None:
+            found = dataclasses.replace(found, evaluation=ticket.evaluation)
+        return FinishedJob(ticket.job, found)
 
     def _requeue(self, member: _Member, ticket: _Ticket, reason: str) -> None:
         """Let another worker run the job of a worker that ended, unless several have ended in it."""

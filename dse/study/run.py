@@ -62,6 +62,7 @@ def run_study(
     watcher = listener or StudyListener()
     with folder.locked():
         config = folder.with_settled_multiple(config)
+        folder.choose_storage(config)
         started = started_study(folder.path)
         folder.check_same(config, started.evaluated_trials if started is not None else 0)
         started = started if folder.storage.exists() else None
@@ -70,6 +71,7 @@ def run_study(
             finished = Study(folder.path)
             finished.write_reports()
             return finished
+        folder.choose_storage(config)  # a study without trials was replaced
         started_with = None if started is None else started.attributes["objectives"]
         with _ready_workers(config, folder, started_with, watcher, use_cache=use_cache) as ready:
             finished = _drive(ready, folder)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dse.study.outline import StudyOutline
     from dse.study.study_worker import WorkerFacts
 
-__all__ = ["MUST_STAY", "check_same_devices", "check_same_facts", "check_same_versions"]
+__all__ = ["MUST_STAY", "check_same_devices", "check_same_facts", "check_same_versions", "measured_objectives"]
 
 MUST_STAY = {
     "model_fingerprint": ("model weights", "pin `model.revision`"),
@@ -21,7 +21,7 @@ MUST_STAY = {
 }
 """Fact to its meaning and the remedy: trials before and after a change would not be comparable."""
 
-_MEASURED = ("latency", "energy")
+_MEASURED = ("latency", "energy", "ttft", "tpot", "throughput")
 
 
 def check_same_versions(workers: Sequence[WorkerFacts]) -> None:
@@ -54,13 +54,18 @@ def check_same_facts(expected: Mapping[str, Any], found: Mapping[str, Any], work
             )
 
 
+def measured_objectives(outline: StudyOutline) -> list[str]:
+    """Objectives that depend on the device."""
+    return [o.name for o in outline.objectives if any(word in o.name for word in _MEASURED)]
+
+
 def check_same_devices(outline: StudyOutline, workers: Sequence[WorkerFacts], mixed: str) -> None:
     """Refuse workers on another kind of device than the first one, if latency or energy is measured.
 
     Raises:
         StudyError: A device differs.
     """
-    measured = [o.name for o in outline.objectives if any(word in o.name for word in _MEASURED)]
+    measured = measured_objectives(outline)
     if not measured or mixed == "accuracy_only":
         return
     for worker in workers[1:]:

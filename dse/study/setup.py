@@ -22,9 +22,10 @@ from dse.engines import EnginePair, engine_named, engine_timings
 from dse.errors import ConfigError
 from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
-from dse.measurement import check_workload, device_lock
+from dse.measurement import check_workload, device_in_use, device_lock, passing_measurements
 from dse.measurement.device_profile import ProductTimings
 from dse.models import LoadedModel, load_model
+from dse.models.residency import place_weights, visible_devices
 from dse.out_of_memory import out_of_memory_by_phase
 from dse.pareto import Objective
 from dse.search.space_sensitivity import study_table
@@ -140,7 +141,8 @@ def prepare_study(
     )
     if required.latency or required.energy or required.memory or required.serving:
         for cell in plan.cells:
-            check_workload(loaded.model, cell)  # a prompt that exceeds the model's context, an unavailable mode
+            with device_in_use(loaded.device):
+                check_workload(loaded.model, cell)  # a prompt that exceeds the model's context, an unavailable mode
     plan = plan.with_profile(loaded, space, config, timings)
     evaluator = evaluator_for(loaded, config.tasks, config.evaluation) if config.tasks else None
     if evaluator is not None:
@@ -160,7 +162,8 @@ def prepare_study(
     measurer = TrialMeasurer(loaded, required, plan, listener.on_phase, pair if measures_in_engine else None)
     table = None
     if with_table:
-        with out_of_memory_by_phase(listener.on_phase, "sensitivity") as progress:
+        report = passing_measurements(listener.on_phase, loaded.device)
+        with device_in_use(loaded.device), out_of_memory_by_phase(report, "sensitivity") as progress:
             table = study_table(config, loaded, space, bank, calibration, progress=progress, notify=listener.on_message)
     if pair is not None and measures_in_engine and required.serving:
         listener.on_message(f"starting {pair.engine.title} on the dense model")
@@ -187,15 +190,27 @@ def load_study_model(config: StudyConfig) -> LoadedModel:
     Raises:
         ModelError: The model cannot be loaded.
     """
-    return load_model(
-        config.model.ref,
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        device=str(resolve_device(config.model.device)),
-        trust_remote_code=config.model.trust_remote_code,
-        role_names=config.space.role_names,
-        head=config.head,
-    )
+    device = resolve_device(config.model.device)
+    # On a GPU the weights are read once it is known where they fit.
+    on_disk = device.type == "cuda" if config.residency == "auto" else config.residency != "dense_and_candidate"
+    with device_in_use(device):
+        loaded = load_model(
+            config.model.ref,
+            revision=config.model.revision,
+            dtype=config.model.dtype,
+            device=str(device),
+            trust_remote_code=config.model.trust_remote_code,
+            role_names=config.space.role_names,
+            head=config.head,
+            weights_on_disk=on_disk,
+        )
+    chosen = place_weights(loaded, config.residency, visible_devices(device))
+    if chosen == "candidate" and config.measurement.mode == "cuda_graph":
+        raise ConfigError(
+            f"{device} has room for one side of a trial only (`residency: candidate`), but CUDA graphs need both in one"
+            " place; set `measurement.mode: eager`, or a smaller dtype"
+        )
+    return loaded
 
 
 def study_bank(
@@ -225,7 +240,8 @@ def study_bank(
             loaded.tokenizer, config.calibration, longest_window=longest_window(loaded.model)
         )
         listener.on_message(f"calibration text: {calibration.description}")
-    with out_of_memory_by_phase(listener.on_phase, "calibrate") as progress:
+    report = passing_measurements(listener.on_phase, loaded.device)
+    with device_in_use(loaded.device), out_of_memory_by_phase(report, "calibrate") as progress:
         bank = FactorBank.build(loaded, requests, calibration, progress=progress)
     return bank, calibration
 
@@ -289,5 +305,6 @@ def _divergence(
     windows = held_out_windows(
         loaded.tokenizer, config.calibration, tokens, longest_window=longest_window(loaded.model)
     )
-    with out_of_memory_by_phase(listener.on_phase, "kl_divergence") as progress:
+    report = passing_measurements(listener.on_phase, loaded.device)
+    with device_in_use(loaded.device), out_of_memory_by_phase(report, "kl_divergence") as progress:
         return DenseDivergence(loaded.model, windows, progress=progress)

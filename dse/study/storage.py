@@ -8,24 +8,28 @@ is evaluated again under its own number when the study resumes.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import sqlite3
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
 import sqlalchemy.exc
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dse.design_point import DesignPoint
-from dse.errors import PointError, StorageFullError, StudyError
+from dse.errors import ConfigError, PointError, StorageFullError, StudyError
 from dse.search.proposal import Proposal
 from dse.study.samplers import make_sampler
+from dse.study.storage_place import DatabasePlace
 from dse.trial_record import TrialRecord
 
-__all__ = ["StudyStorage"]
+__all__ = ["DatabaseLostError", "StudyStorage"]
 
 _RECORD, _ORIGIN, _WHY, _POINT = "record", "origin", "why", "point"
 _REVISED = "revised"
@@ -37,26 +41,73 @@ count every violation twice. The names are kept as a user attribute.
 """
 
 _BUSY_TIMEOUT_S = 30.0
+_CONNECT_TIMEOUT_S = 10
+_RETRY_S = 1.0
+_REFUSALS = ("authentication failed", "no password supplied", "does not exist", "permission denied", "no pg_hba.conf")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
 
 
+class DatabaseLostError(StudyError):
+    """The database does not answer, for now."""
+
+
+def _is_refused(reason: str) -> bool:
+    """Whether the database answers and refuses, so that waiting does not help."""
+    return any(words in reason for words in _REFUSALS)
+
+
+def _patient(method: Callable[P, T]) -> Callable[P, T]:
+    """Repeat a method of `StudyStorage` while its database does not answer.
+
+    Every method is safe to repeat, even if the database did the work and only its answer was lost.
+    """
+
+    @functools.wraps(method)
+    def repeated(*arguments: P.args, **keywords: P.kwargs) -> T:
+        storage, waited_s = cast("StudyStorage", arguments[0]), 0.0
+        while True:
+            try:
+                return method(*arguments, **keywords)
+            except DatabaseLostError as error:
+                storage.is_repeated = True
+                storage.on_wait(str(error), waited_s)
+                time.sleep(_RETRY_S)
+                waited_s += _RETRY_S
+
+    return repeated
+
+
+def _ignore_wait(reason: str, waited_s: float) -> None:
+    """Wait without a word."""
+
+
 class StudyStorage:
-    """One Optuna study in one SQLite file; the only class that talks to Optuna.
+    """One Optuna study in one SQLite file or database; the only class that talks to Optuna.
+
+    A database that stops answering is waited for. `on_wait` receives the reason and the seconds waited so far; it may
+    raise an error to end the wait.
 
     Optuna's trial states are set as its samplers read them: COMPLETE with values, PRUNED with a violated constraint
     (infeasible: the sampler learns from it), FAIL. The actual state of a trial is in its record.
     """
 
-    def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage, path: Path) -> None:
+    def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage, path: Path | DatabasePlace) -> None:
         self._study = study
         self._storage = storage
         self._path = path
         self._sampler_name, self._seed, self._trials, self._is_parallel = "tpe", 0, 1, False
+        self.on_wait: Callable[[str, float], None] = _ignore_wait
+        self.is_repeated = False
+        self._taken: set[int] = set()
 
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: Path | DatabasePlace,
         name: str,
         metrics: Mapping[str, str],
         *,
@@ -68,7 +119,7 @@ class StudyStorage:
         """Create the storage, or open an existing one.
 
         Args:
-            path: The SQLite file.
+            path: The SQLite file, or the database.
             name: Name of the study in Optuna; an existing study keeps its own.
             metrics: Objective name to "minimize" or "maximize", in order.
             sampler: A key of `dse.study.SAMPLERS`.
@@ -82,7 +133,7 @@ class StudyStorage:
         """
         directions = [optuna.study.StudyDirection[direction.upper()] for direction in metrics.values()]
         with _connected(path) as storage:
-            study = _existing_study(storage)
+            study = _existing_study(storage, path)
             if study is not None and study.directions != directions:
                 if study.user_attrs:
                     raise StudyError(
@@ -91,7 +142,8 @@ class StudyStorage:
                 optuna.delete_study(storage=storage, study_name=study.study_name)  # killed before its first trial
                 study = None
             if study is None:
-                study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+                own_name = path.study if isinstance(path, DatabasePlace) else name
+                study = optuna.create_study(storage=storage, study_name=own_name, directions=directions)
             with _without_experimental_warnings():
                 study.set_metric_names(list(metrics))
         opened = cls(study, storage, path)
@@ -107,29 +159,30 @@ class StudyStorage:
             self.set_attribute("queue", [])
 
     @classmethod
-    def open_existing(cls, path: Path) -> StudyStorage:
+    def open_existing(cls, path: Path | DatabasePlace) -> StudyStorage:
         """Open a storage for reading.
 
         Raises:
             StudyError: The file is missing or damaged, or holds no study.
         """
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             raise StudyError(f"a study folder must hold {path.name}, but {path.parent} does not; run `dse run` first")
         with _connected(path) as storage:
-            study = _existing_study(storage)
+            study = _existing_study(storage, path)
             if study is None:
-                raise StudyError(f"{path.parent} holds a study that never started; run `dse run` again")
+                where = path.parent if isinstance(path, Path) else path.pointer.parent
+                raise StudyError(f"{where} holds a study that never started; run `dse run` again")
         return cls(study, storage, path)
 
     @staticmethod
-    def has_started(path: Path) -> bool:
+    def has_started(path: Path | DatabasePlace) -> bool:
         """Whether the file holds a study whose objectives are known; a kill can come before that.
 
         Raises:
             StudyError: The file is damaged.
         """
         with _connected(path) as storage:
-            study = _existing_study(storage)
+            study = _existing_study(storage, path)
             started = study is not None and "objectives" in study.user_attrs
         _close(storage)
         return started
@@ -139,18 +192,23 @@ class StudyStorage:
         _close(self._storage)
 
     @property
+    @_patient
     def attributes(self) -> dict[str, Any]:
         """Attributes of the whole study: objectives, environment, reference point."""
         with _storage_errors(self._path):
             return dict(self._study.user_attrs)
 
+    @_patient
     def set_attribute(self, name: str, value: Any) -> None:
         """Store a JSON-safe attribute of the whole study."""
         with _storage_errors(self._path):
             self._study.set_user_attr(name, value)
 
+    @_patient
     def enqueue(self, proposal: Proposal) -> None:
         """Append a proposal to Optuna's queue."""
+        if self._was_repeated() and self.is_enqueued(proposal):
+            return
         attributes: dict[str, Any] = {_ORIGIN: proposal.origin, **({_WHY: proposal.why} if proposal.why else {})}
         if proposal.point is not None:
             attributes[_POINT] = proposal.point.to_json()
@@ -158,21 +216,26 @@ class StudyStorage:
             self._study.enqueue_trial(dict(proposal.levels), user_attrs=attributes)
 
     @property
+    @_patient
     def enqueued(self) -> int:
         """Number of proposals waiting in the queue."""
         return len(self._in_state(TrialState.WAITING))
 
+    @_patient
     def is_enqueued(self, proposal: Proposal) -> bool:
         """Whether the same levels and point are waiting in the queue."""
         waiting = (self._proposal(trial) for trial in self._in_state(TrialState.WAITING))
         return any(other.levels == proposal.levels and other.point == proposal.point for other in waiting)
 
+    @_patient
     def ask(self, dimensions: Mapping[str, int]) -> Proposal:
         """The next proposal, from the queue or, if it is empty, from the sampler.
 
         Args:
             dimensions: Dimension name to its number of levels.
         """
+        if self._was_repeated() and (lost := self._unfinished(dimensions, without=self._taken)):
+            return lost[0]  # the database had given it out, and its answer was lost
         with _storage_errors(self._path), _without_experimental_warnings():
             # Only the sampler's own proposals count, so that queued points do not shift its seeds.
             asked = sum(_ORIGIN not in trial.user_attrs and not _is_abandoned(trial) for trial in self._in_state())
@@ -186,15 +249,21 @@ class StudyStorage:
                 _ = trial.relative_params
             return self._suggested(trial, dimensions)
 
+    @_patient
     def unfinished(self, dimensions: Mapping[str, int]) -> list[Proposal]:
         """Proposals whose trials a stopped process left running; call only while holding the study's lock.
 
         A sampler's proposal of which some parameters were not stored yet is abandoned: drawing the rest now would give
         another point than the undisturbed study's.
         """
+        return self._unfinished(dimensions, without=set())
+
+    def _unfinished(self, dimensions: Mapping[str, int], without: set[int]) -> list[Proposal]:
         found = []
         with _storage_errors(self._path), _without_experimental_warnings():
             for frozen in self._in_state(TrialState.RUNNING):
+                if frozen.number in without:
+                    continue
                 if _ORIGIN not in frozen.user_attrs and len(frozen.params) < len(dimensions):
                     self._study.tell(frozen.number, state=TrialState.FAIL)
                 else:
@@ -204,8 +273,10 @@ class StudyStorage:
     def _suggested(self, trial: Trial, dimensions: Mapping[str, int]) -> Proposal:
         for name, size in dimensions.items():
             trial.suggest_int(name, 0, size - 1)
+        self._taken.add(trial.number)
         return self._proposal(self._storage.get_trial(self._trial_id(trial.number)))
 
+    @_patient
     def set_point(self, proposal: Proposal) -> None:
         """Store the design point of a proposed trial whose levels may later stand for another point."""
         if proposal.trial is None or proposal.point is None:
@@ -213,6 +284,7 @@ class StudyStorage:
         with _storage_errors(self._path):
             self._trial(proposal.trial).set_user_attr(_POINT, proposal.point.to_json())
 
+    @_patient
     def finish(self, record: TrialRecord, values: Sequence[float] | None, violations: Mapping[str, float]) -> None:
         """Store the record of a trial and finish the trial.
 
@@ -225,6 +297,8 @@ class StudyStorage:
         if record.state == "infeasible" or (values is None and any(value > 0 for value in violations.values())):
             state = TrialState.PRUNED
         with _storage_errors(self._path):
+            if self._was_repeated() and self._storage.get_trial(self._trial_id(record.trial)).state.is_finished():
+                return
             trial = self._trial(record.trial)
             if violations:
                 self._storage.set_trial_system_attr(
@@ -234,10 +308,12 @@ class StudyStorage:
             trial.set_user_attr(_RECORD, json.dumps(record.to_json(), allow_nan=False))
             self._study.tell(record.trial, None if values is None else list(values), state=state)
 
+    @_patient
     def revise(self, record: TrialRecord) -> None:
         """Replace the record of a finished trial; Optuna, which cannot change a finished trial, keeps its values."""
         self.set_attribute(_REVISED, {**self.attributes.get(_REVISED, {}), str(record.trial): record.to_json()})
 
+    @_patient
     def records(self, known: Mapping[int, TrialRecord] | None = None) -> list[TrialRecord]:
         """Records of all finished trials, by number.
 
@@ -282,6 +358,11 @@ class StudyStorage:
             trial=trial.number,
         )
 
+    def _was_repeated(self) -> bool:
+        """Whether the database failed since the last question, so that it may have done what is repeated now."""
+        was_repeated, self.is_repeated = self.is_repeated, False
+        return was_repeated
+
     def _trial(self, number: int) -> Trial:
         return Trial(self._study, self._trial_id(number))
 
@@ -295,8 +376,10 @@ def _is_abandoned(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and _RECORD not in trial.user_attrs
 
 
-def _existing_study(storage: optuna.storages.RDBStorage) -> optuna.Study | None:
+def _existing_study(storage: optuna.storages.RDBStorage, path: Path | DatabasePlace) -> optuna.Study | None:
     names = optuna.get_all_study_names(storage)
+    if isinstance(path, DatabasePlace):
+        return optuna.load_study(storage=storage, study_name=path.study) if path.study in names else None
     return optuna.load_study(storage=storage, study_name=names[0]) if names else None
 
 
@@ -308,7 +391,7 @@ def _without_experimental_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _connected(path: Path) -> Iterator[optuna.storages.RDBStorage]:
+def _connected(path: Path | DatabasePlace) -> Iterator[optuna.storages.RDBStorage]:
     """The storage of this file, closed again if the block raises."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -317,8 +400,11 @@ def _connected(path: Path) -> Iterator[optuna.storages.RDBStorage]:
         return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
 
     with _storage_errors(path):
-        connect().close()  # a folder that cannot be written fails here
-        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect})
+        if isinstance(path, DatabasePlace):
+            storage = _database(path)
+        else:
+            connect().close()  # a folder that cannot be written fails here
+            storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect})
         try:
             yield storage
         except (KeyError, RuntimeError) as error:  # tables or a version that this Optuna does not know
@@ -329,14 +415,24 @@ def _connected(path: Path) -> Iterator[optuna.storages.RDBStorage]:
             raise
 
 
+def _database(place: DatabasePlace) -> optuna.storages.RDBStorage:
+    """The database of this place; libpq reads the password from PGPASSWORD or ~/.pgpass."""
+    if importlib.util.find_spec("psycopg") is None:
+        raise ConfigError(
+            "`storage` in PostgreSQL needs psycopg, which is not installed; pip install 'lowrank-dse[postgresql]'"
+        )
+    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_TIMEOUT_S}}
+    return optuna.storages.RDBStorage(place.url, engine_kwargs=options)
+
+
 def _close(storage: optuna.storages.RDBStorage) -> None:
     storage.remove_session()
     storage.engine.dispose()
 
 
 @contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of SQLite, SQLAlchemy and Optuna on a bad file or disk into one clear line."""
+def _storage_errors(path: Path | DatabasePlace) -> Iterator[None]:
+    """Turn the errors of SQLite, SQLAlchemy and Optuna on a bad file, disk or database into one clear line."""
     try:
         yield
     except (
@@ -346,6 +442,15 @@ def _storage_errors(path: Path) -> Iterator[None]:
         json.JSONDecodeError,  # a damaged attribute
     ) as error:
         reason = " ".join(str(error.__cause__ or error).split()).split(" [SQL")[0]
+        reason = reason.split(" (Background on this error")[0]
+        if isinstance(path, DatabasePlace):
+            if _is_refused(reason):
+                raise StudyError(
+                    f"the database of {path} must accept this user, but: {reason}; set PGUSER and PGPASSWORD, or"
+                    " correct ~/.pgpass"
+                ) from None
+            remedy = "start the database, or correct `storage`"
+            raise DatabaseLostError(f"{path} must answer, but: {reason}; {remedy}") from None
         if any(word in reason for word in _NO_ROOM):
             raise StorageFullError(
                 f"{path} must be writable and the disk have room, but: {reason}; nothing measured is lost,"

@@ -142,6 +142,9 @@ class StudyWorker:
             os.environ["DSE_CACHE"] = str(cache.path)
         self._shares_cache = (cache_dir() / cache.token).is_file()
 
+    def ping(self) -> None:
+        """Answer."""
+
     def describe(self) -> WorkerFacts:
         """Versions, machine and device."""
         import torch

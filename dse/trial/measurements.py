@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,19 @@ from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import (
     CellLatency,
     EnergyMeter,
-    EnergyResult,
-    EnergySpread,
     IdlePower,
     LatencySpec,
     PhaseLatency,
+    device_in_use,
     device_lock,
     measure_cell,
-    measure_energy,
+    measure_paired_energy,
     measure_peak_memory,
 )
 from dse.measurement.device_profile import ModelProfile
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback
+from dse.trial.energy_quantities import paired_energy_entry, set_paired_energy
 from dse.trial.engine_measurements import EngineMeasurer
 from dse.trial.measurement_plan import MeasurementPlan
 from dse.trial.objectives import RequiredMeasurements
@@ -81,7 +80,7 @@ class TrialMeasurer:
         if not (takes_latency or takes_energy or takes_serving or self.required.memory):
             return
         is_timed = takes_latency or takes_energy or takes_serving
-        with device_lock(self.loaded.device) if is_timed else nullcontext():
+        with (device_lock if is_timed else device_in_use)(self.loaded.device):
             applied.use_candidate()
             if takes_serving:
                 server = EngineMeasurer(self.loaded, self.plan, self.engine, self.on_phase)
@@ -90,7 +89,7 @@ class TrialMeasurer:
             if takes_latency:
                 self._latency(run, applied, baseline)
             if self.required.energy and self.plan.meter is not None:
-                self._energy(run, self.plan.meter, baseline, idle)
+                self._energy(run, self.plan.meter, applied, baseline, idle)
             if self.required.memory:
                 self._memory(run, baseline)
 
@@ -119,23 +118,29 @@ class TrialMeasurer:
         )
 
     def _energy(
-        self, run: TrialRun, meter: EnergyMeter, baseline: EvaluatedTrial | None, idle: IdlePower | None
+        self,
+        run: TrialRun,
+        meter: EnergyMeter,
+        applied: AppliedPoint,
+        baseline: EvaluatedTrial | None,
+        idle: IdlePower | None,
     ) -> None:
+        """Measure the energy of both sides in alternating windows."""
         self.on_phase("energy", 0, 1)
         with run.timed("energy"):
-            energy = measure_energy(
+            energy = measure_paired_energy(
                 self.loaded.model,
                 self.plan.cells[0],
                 meter,
+                applied,
                 idle=idle,
                 windows=self.plan.energy_windows,
                 precision=self.plan.energy_precision,
             )
-        run.update(energy={**_entry(energy), "is_valid": energy.is_valid, "reason": energy.reason})
+        run.update(energy=paired_energy_entry(energy))
         if not energy.is_valid and self.required.valid_energy:
             raise InvalidMeasurementError(f"energy: {energy.reason}")
-        for name, spread in _energies(energy).items():
-            run.set_quantity_beside(name, Interval(spread.mean_j, spread.low_j, spread.high_j), baseline)
+        set_paired_energy(run, energy, baseline)
 
     def _memory(self, run: TrialRun, baseline: EvaluatedTrial | None) -> None:
         self.on_phase("memory", 0, 1)
@@ -183,21 +188,6 @@ def _latency_entry(cells: Sequence[CellLatency]) -> dict[str, Any]:
 def _cell_entry(cell: CellLatency) -> dict[str, Any]:
     values = _entry(cell)
     return {**(values.pop("latency") or {}), **values, "cell": cell.spec.cell}
-
-
-def _energies(energy: EnergyResult) -> dict[str, EnergySpread]:
-    """Quantity to its spread; invalid phases have none."""
-    spreads = {
-        "prefill_energy_j": energy.prefill.per_sequence,
-        "prefill_energy_per_token_j": energy.prefill.per_token,
-        "prefill_net_energy_per_token_j": energy.prefill.net_per_token,
-    }
-    if energy.decode is not None:
-        spreads |= {
-            "energy_per_token_j": energy.decode.per_token,
-            "net_energy_per_token_j": energy.decode.net_per_token,
-        }
-    return {name: spread for name, spread in spreads.items() if spread is not None}
 
 
 def _entry(result: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,7 @@ from dse.decomposition import FactorBank, apply_point
 from dse.design_point import DesignPoint
 from dse.errors import DseError, OutOfMemoryError, StudyError, TrialError
 from dse.evaluation import EvaluationResult
-from dse.measurement import IdlePower
+from dse.measurement import IdlePower, device_in_use
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
 from dse.search.multi_fidelity import EarlyStopping, Stop
@@ -28,9 +29,11 @@ from dse.trial.rungs import MultiFidelityEvaluator, run_rungs
 from dse.trial.trial_run import TrialRun
 from dse.trial_record import EvaluatedTrial, TrialRecord
 
-__all__ = ["TrialEvaluator", "new_record"]
+__all__ = ["TrialEvaluator", "TrialPart", "new_record"]
 
 logger = logging.getLogger("dse")
+
+TrialPart = Literal["all", "accuracy", "measurements"]
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,28 @@ class TrialEvaluator:
         baseline: EvaluatedTrial | None,
         early_stopping: EarlyStopping | None = None,
         idle: IdlePower | None = None,
+        part: TrialPart = "all",
     ) -> tuple[TrialRecord, EvaluationResult | None]:
         """Evaluate one point on the resident model, which is dense again afterwards in any case.
 
         Args:
-            record: A new record: number, point, origin and cost.
+            record: A new record: number, point, origin and cost; for `measurements`, the result of `accuracy`.
             baseline: The dense model's trial; None while it is itself evaluated.
             early_stopping: Stops a trial of too little promise; None evaluates every trial to the end.
             idle: The device's idle power, for net energy.
+            part: `accuracy` leaves the measurements to another worker, which takes `measurements`.
 
         Returns:
             The record, and the evaluation with its per-document outcomes. A failed trial has a record, too, with the
             reason and everything that was measured before the failure.
         """
         started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        run = TrialRun(dataclasses.replace(record, started_at=started_at))
+        seconds = {phase: seconds for phase, seconds in record.seconds.items() if phase != "total"}
+        record = dataclasses.replace(record, started_at=record.started_at or started_at)
+        run = TrialRun(record, seconds=seconds)
         try:
             with _trial_errors():
-                stop = self._run(run, baseline, early_stopping, idle)
+                stop = self._run(run, baseline, early_stopping, idle, part)
         except TrialError as error:
             reason = str(error) if type(error) is TrialError else f"{type(error).__name__}: {error}"
             return run.finished("failed", reason), run.evaluation
@@ -89,15 +96,20 @@ class TrialEvaluator:
         baseline: EvaluatedTrial | None,
         early_stopping: EarlyStopping | None,
         idle: IdlePower | None,
+        part: TrialPart,
     ) -> Stop | None:
         applied = None
         point = run.record.point
         self.on_phase("decompose", 0, 1)
         try:
-            with run.timed("decompose"):
-                applied = apply_point(self.loaded.model, self.loaded.topology, point, self.bank)
-            stop = run_rungs(self.fidelity, run, self.bank.identity(point), early_stopping, baseline, self.on_phase)
-            if stop is None:
+            with device_in_use(self.loaded.device), run.timed("decompose"):
+                loaded = self.loaded
+                applied = apply_point(loaded.model, loaded.topology, point, self.bank, loaded.waiting)
+            stop = None
+            if part != "measurements":
+                factors = self.bank.identity(point)
+                stop = run_rungs(self.fidelity, run, factors, early_stopping, baseline, self.on_phase)
+            if stop is None and part != "accuracy":
                 self.measurer.measure(run, applied, baseline, idle)
             return stop
         finally:

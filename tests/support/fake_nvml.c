@@ -14,7 +14,11 @@
  *   FAKE_NVML_INSTANT    if set: instantaneous power is a field value, and the plain call averages over a second
  *   FAKE_NVML_THROTTLE   clock event reasons, a bit mask
  *   FAKE_NVML_THROTTLE_CALL  if set: they are reported in this one call only, counted from 1
- *   FAKE_NVML_PROCESSES  ids of computing processes, "17,18"; SELF is this one
+ *   FAKE_NVML_PROCESSES  ids of processes that hold a context, "17,18"; SELF is this one
+ *   FAKE_NVML_ACTIVE     share of the device (%) that processes use: "SELF:90,17:35"; nobody computes if it is not set
+ *   FAKE_NVML_ACTIVE_UNTIL_S  time of the last such sample; now if it is not set
+ *   FAKE_NVML_NO_PROCESS_UTILIZATION  if set: utilisation per process is not supported
+ *   FAKE_NVML_UTILIZATION  utilisation of the device (%); not supported if it is not set
  *   FAKE_NVML_RESET_AT_S time from which the counter starts again at zero
  */
 #include <stdio.h>
@@ -197,6 +201,47 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, Proce
         }
     *count = found;
     return found > room ? INSUFFICIENT_SIZE : OK;
+}
+
+typedef struct {
+    unsigned pid;
+    unsigned long long time_us;
+    unsigned sm, memory, encoder, decoder;
+} ProcessUtilization;
+
+/* Samples since last_us, in microseconds of the wall clock. */
+int nvmlDeviceGetProcessUtilization(void *device, ProcessUtilization *samples, unsigned *count, unsigned long long last_us) {
+    (void)device;
+    char text[128], owner[32];
+    unsigned found = 0, room = samples ? *count : 0, percent;
+    struct timespec wall;
+    clock_gettime(CLOCK_REALTIME, &wall);
+    double age_s = is_set("FAKE_NVML_ACTIVE_UNTIL_S") ? now_s() - number("FAKE_NVML_ACTIVE_UNTIL_S", 0) : 0;
+    unsigned long long time_us = wall.tv_sec * 1000000ULL + wall.tv_nsec / 1000 - (age_s > 0 ? (unsigned long long)(age_s * 1e6) : 0);
+    if (is_set("FAKE_NVML_NO_PROCESS_UTILIZATION")) return NOT_SUPPORTED;
+    if (!is_set("FAKE_NVML_ACTIVE") || time_us < last_us) return NOT_FOUND;
+    snprintf(text, sizeof text, "%s", getenv("FAKE_NVML_ACTIVE"));
+    for (char *part = strtok(text, ","); part; part = strtok(NULL, ","), found++)
+        if (found < room && sscanf(part, "%31[^:]:%u", owner, &percent) == 2) {
+            memset(&samples[found], 0, sizeof(ProcessUtilization));
+            samples[found].pid = strcmp(owner, "SELF") == 0 ? (unsigned)getpid() : (unsigned)atoi(owner);
+            samples[found].time_us = time_us;
+            samples[found].sm = percent;
+        }
+    *count = found;
+    return found > room ? INSUFFICIENT_SIZE : OK;
+}
+
+typedef struct {
+    unsigned gpu, memory;
+} Utilization;
+
+int nvmlDeviceGetUtilizationRates(void *device, Utilization *rates) {
+    (void)device;
+    if (!is_set("FAKE_NVML_UTILIZATION")) return NOT_SUPPORTED;
+    rates->gpu = (unsigned)number("FAKE_NVML_UTILIZATION", 0);
+    rates->memory = 0;
+    return OK;
 }
 
 int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy_mj) {

@@ -42,7 +42,7 @@ class GraphFormatConformance:
     form: ClassVar[str]
     engine: ClassVar[str]
     modules: ClassVar[tuple[str, ...]]
-    families: ClassVar[tuple[str, ...]] = ("mistral", "qwen3", "gemma2", "gpt_neox", "gpt2", "opt")
+    families: ClassVar[tuple[str, ...]] = ("qwen3", "gemma2", "gpt2", "opt")
 
     @pytest.fixture(autouse=True)
     def installed(self) -> None:
@@ -50,16 +50,17 @@ class GraphFormatConformance:
         engine_python(self.engine)
 
     @pytest.fixture(scope="class")
-    def written(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, DesignPoint, ExportResult, Path]:
-        needs_modules(*self.modules)
-        engine_python(self.engine)
-        folder = tmp_path_factory.mktemp(self.form)
+    @classmethod
+    def written(cls, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, DesignPoint, ExportResult]:
+        needs_modules(*cls.modules)
+        engine_python(cls.engine)
+        folder = tmp_path_factory.mktemp(cls.form)
         loaded = loaded_tiny_model("llama", num_hidden_layers=3)
         before = tensor_digests(loaded.model.state_dict().items())
         point = DesignPoint.of(MIXED)
-        result = exported(loaded, point, folder, self.form)
+        result = exported(loaded, point, folder, cls.form)
         assert tensor_digests(loaded.model.state_dict().items()) == before
-        return loaded, point, result, folder
+        return loaded, point, result
 
     def test_the_engine_computes_what_the_decomposed_model_computes(self, written: tuple) -> None:
         report = written[2].engine_reports[0]
@@ -68,7 +69,7 @@ class GraphFormatConformance:
         assert report.max_difference < 1e-5
 
     def test_the_folder_holds_config_tokenizer_and_provenance(self, written: tuple) -> None:
-        loaded, point, result, _ = written
+        loaded, point, result = written
         names = set(result.files)
         assert {"config.json", "tokenizer.json", "generation_config.json", "verification.json", "README.md"} <= names
         assert (
@@ -100,7 +101,7 @@ class GraphFormatConformance:
             ]
         assert window.output_tokens == 18
 
-    @pytest.mark.parametrize("index", range(6))
+    @pytest.mark.parametrize("index", range(4))
     def test_other_families(self, index: int, tmp_path: Path) -> None:
         loaded = loaded_tiny_model(self.families[index], num_hidden_layers=2)
         names = [tensor.name for tensor in loaded.topology.tensors if tensor.layer == 1]

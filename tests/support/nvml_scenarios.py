@@ -28,9 +28,14 @@ from dse.measurement import (
     find_meters,
     measure_energy,
     measure_idle_power,
+    measure_paired_energy,
     named_meter,
     open_meter,
 )
+
+# The driver reads this variable once: CUDA's GPUs stay hidden from torch, and scenarios may set it for NVML.
+assert not torch.cuda.is_available()
+del os.environ["CUDA_VISIBLE_DEVICES"]
 
 STEPS = "0:100,0.5:300,0.8:50,1.1:200"
 GPU = torch.device("cuda", 0)
@@ -153,6 +158,62 @@ def conditions(**variables: str) -> dict[str, Any]:
     return {"is_valid": result.is_valid, "reason": result.reason, "idle": idle.reason, "figure": result.prefill.gross_j}
 
 
+def used(**variables: str) -> dict[str, Any]:
+    """A measurement while another process, 4000000, holds a context on the device."""
+    return conditions(PROCESSES="SELF,4000000", **variables)
+
+
+def used_before_the_window() -> dict[str, Any]:
+    """The other process computed until 0.3 s, and the window starts at 0.5 s."""
+    with script(POWER="0:200", PROCESSES="SELF,4000000", ACTIVE="4000000:80", ACTIVE_UNTIL_S="0.3"):
+        meter = open_meter(GPU)
+        time.sleep(0.5)
+        idle = measure_idle_power(meter, min_duration_s=0.1)
+    return {"is_valid": idle.is_valid, "contexts": [list(condition.other_contexts) for condition in idle.conditions]}
+
+
+def busy_by_power(before_w: int) -> dict[str, Any]:
+    """A GPU that tells no utilisation at all: its power before the window against its idle power of 50 W."""
+    unknown = {"NO_PROCESS_UTILIZATION": "1", "PROCESSES": "SELF,4000000"}
+    with script(POWER="0:50", **unknown):
+        meter = open_meter(GPU)
+        idle = measure_idle_power(meter, min_duration_s=0.1)
+    with script(POWER=f"0:{before_w}", **unknown):
+        result = measure_energy(tiny(), SPEC, meter, windows=1, min_window_s=0.1, idle=idle)
+    return {"is_valid": result.is_valid, "reason": result.reason}
+
+
+def drift() -> dict[str, Any]:
+    """Power doubles and doubles again, while dense is measured beside dense, whose steps last a fixed time.
+
+    Returns:
+        The ratio of alternating windows, and that of two measurements one after the other.
+    """
+    model = tiny()
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    spec = LatencySpec(prompt_tokens=4, new_tokens=1)
+    steps = ",".join(f"{0.25 * index:g}:{100 * 1.04**index:g}" for index in range(120))
+    settings: dict[str, Any] = {"windows": 4, "min_window_s": 0.1}
+
+    class Dense:
+        def use_candidate(self) -> None:
+            pass
+
+        def use_baseline(self) -> None:
+            pass
+
+    with script(POWER=steps, PERIOD_MS="5"):
+        meter = open_meter(GPU)
+        first = measure_energy(model, spec, meter, **settings)
+        found = measure_paired_energy(model, spec, meter, Dense(), **settings)
+        last = measure_energy(model, spec, meter, **settings)
+    assert found.decode_ratio is not None, found.reason
+    return {
+        "paired": found.decode_ratio.ratio,
+        "one_after_the_other": (last.energy_per_token_j or 0.0) / (first.energy_per_token_j or 1.0),
+    }
+
+
 def restarted() -> dict[str, Any]:
     """A window that a driver restart invalidates, and the next window of the same meter."""
     with script(RESTART_AT_S="0.3", POWER="0:100") as epoch_s:
@@ -207,7 +268,14 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "restarted": restarted,
     "throttled": lambda: conditions(THROTTLE="64"),
     "power_capped": lambda: conditions(THROTTLE="4"),
-    "shared": lambda: conditions(PROCESSES="SELF,4000000"),
+    "idle_context": lambda: used(ACTIVE="SELF:95"),
+    "shared": lambda: used(ACTIVE="SELF:60,4000000:35"),
+    "used_before_the_window": used_before_the_window,
+    "idle_by_utilisation": lambda: used(NO_PROCESS_UTILIZATION="1", UTILIZATION="2"),
+    "busy_by_utilisation": lambda: used(NO_PROCESS_UTILIZATION="1", UTILIZATION="60"),
+    "idle_by_power": lambda: busy_by_power(52),
+    "busy_by_power": lambda: busy_by_power(120),
+    "drift": drift,
     "alone": lambda: conditions(PROCESSES="SELF"),
     "named": named,
     "both": both,

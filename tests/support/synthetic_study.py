@@ -125,7 +125,7 @@ class SyntheticStudy:
         self.start()
         while len(self.records) < trials:
             number = len(self.records)
-            kinds = {11: "failed", 17: "stopped", 23: "infeasible", 29: "duplicate"}
+            kinds = {5: "failed", 8: "stopped", 11: "infeasible", 14: "duplicate"}
             self.finish(kinds.get(number % 41, "complete"))
         return self
 

@@ -21,9 +21,11 @@ _CHECKED_NODES = 192
 _NOISE_FACTOR = 2.0
 """A different attention kernel rounds differently from the plain pass, by up to twice its own noise."""
 
-# Units in the last place of a log-probability that rounding may change although the noise happens to be 0, as it is
-# where two batches run the same kernel. Half-precision models sum in float32 and round at the end of each operation.
-_ULPS = {torch.float64: 32, torch.float32: 32, torch.float16: 1, torch.bfloat16: 1}
+# Units in the last place of a logit that rounding may change although the noise happens to be 0, as it is where two
+# batches run the same kernel. Half-precision models sum in float32 and round at the end of each operation.
+_ULPS = {torch.float64: 64, torch.float32: 64, torch.float16: 1, torch.bfloat16: 1}
+_LOGIT = 16.0
+"""A log-probability is a difference of logits of about this size, even where it is small itself."""
 
 
 def rows_to_check(rows: Sequence[Row]) -> list[Row]:
@@ -61,7 +63,7 @@ def tolerance(
     """
     noise = max((_difference(truth, repeat, queries) for repeat in repeats), default=0.0)
     scale = max(abs(value) / query.scored for (value, _), query in zip(truth, queries, strict=True))
-    return _NOISE_FACTOR * noise + _ULPS[dtype] * torch.finfo(dtype).eps * max(1.0, scale)
+    return _NOISE_FACTOR * noise + _ULPS[dtype] * torch.finfo(dtype).eps * max(_LOGIT, scale)
 
 
 def agree(found: Sequence[Score], truth: Sequence[Score], queries: Sequence[Query], most: float) -> bool:

@@ -28,6 +28,7 @@ from dse.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
+    "plan",
     "run",
     "front",
     "recommend",

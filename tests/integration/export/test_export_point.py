@@ -157,7 +157,7 @@ def test_the_card_states_the_form_and_the_savings(written: tuple) -> None:
 
 def corrupt(file: Path) -> None:
     tensors = load_file(file)
-    name = next(name for name in tensors if name.endswith(".left"))
+    name = next(name for name in tensors if name.endswith(".left.weight"))
     tensors[name][0, 0] += 0.5
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -192,7 +192,7 @@ def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
 
 def drop_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    del tensors[next(name for name in tensors if name.endswith(".right"))]
+    del tensors[next(name for name in tensors if name.endswith(".right.weight"))]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,21 +18,22 @@ from tiny_models import tiny_model
 from dse.decomposition import expert_modules, low_rank_modules
 from dse.export import ExportRequest, stage
 from dse.export.modelling_code import auto_classes, modelling_code
-from dse.models import removed_modules
+from dse.models import plain_attributes, removed_modules
 from dse.models.transformers_patches import quiet_transformers
 
 CLASSES = [
-    (hf.LlamaForCausalLM, hf.LlamaConfig),
-    (hf.GPT2LMHeadModel, hf.GPT2Config),
-    (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig),
-    (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig),
-    (hf.BertForSequenceClassification, hf.BertConfig),
+    (hf.LlamaForCausalLM, hf.LlamaModel, hf.LlamaConfig),
+    (hf.GPT2LMHeadModel, hf.GPT2Model, hf.GPT2Config),
+    (hf.GPTNeoXForCausalLM, hf.GPTNeoXModel, hf.GPTNeoXConfig),
+    (hf.Gemma3ForCausalLM, hf.Gemma3TextModel, hf.Gemma3TextConfig),
+    (hf.BertForSequenceClassification, hf.BertModel, hf.BertConfig),
+    (hf.BertModel, hf.BertModel, hf.BertConfig),
 ]
 
 
-@pytest.mark.parametrize(("model_class", "config_class"), CLASSES)
-def test_the_file_needs_only_torch_and_transformers(model_class: type, config_class: type) -> None:
-    source = modelling_code(model_class, config_class)
+@pytest.mark.parametrize(("model_class", "body_class", "config_class"), CLASSES)
+def test_the_file_needs_only_torch_and_transformers(model_class: type, body_class: type, config_class: type) -> None:
+    source = modelling_code(model_class, body_class, config_class)
     tree = ast.parse(source)
     imported = {
         name.partition(".")[0]
@@ -40,12 +42,17 @@ def test_the_file_needs_only_torch_and_transformers(model_class: type, config_cl
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
 
-    assert imported == {"__future__", "typing", "torch", "transformers"}
+    assert imported == {"__future__", "collections.abc", "typing", "torch", "transformers"} - (
+        set() if "collections.abc" in imported else {"collections.abc"}
+    )
     assert source.startswith("# Licensed under the Apache License")
-    assert f"class LowRank{model_class.__name__}({model_class.__name__}):" in source
+    assert f"class LowRank{body_class.__name__}(LowRankMixin, {body_class.__name__}):" in source
+    assert f"class LowRank{model_class.__name__}(LowRankMixin, {model_class.__name__}):" in source
+    body = source.partition(f"class LowRank{body_class.__name__}(")[2].partition("\nclass ")[0]
+    assert "def forward" not in body  # vLLM compiles the forward method of the base model
     assert f'model_type = "lowrank-{config_class.model_type}"' in source
     assert model_class is hf.LlamaForCausalLM or "Llama" not in source
-    assert len(source.splitlines()) < 340
+    assert len(source.splitlines()) < 480
 
 
 def definitions(source: str) -> dict[str, str]:
@@ -55,16 +62,25 @@ def definitions(source: str) -> dict[str, str]:
 
 
 def test_exported_modules_are_the_librarys_own() -> None:
-    exported = definitions(modelling_code(hf.MixtralForCausalLM, hf.MixtralConfig, has_experts=True))
+    code = modelling_code(hf.MixtralForCausalLM, hf.MixtralModel, hf.MixtralConfig, has_experts=True)
+    exported = definitions(code)
     library = {}
-    for module in (low_rank_modules, expert_modules, removed_modules):
+    for module in (low_rank_modules, expert_modules, plain_attributes, removed_modules):
         library |= definitions(inspect.getsource(module))
     assert {name: exported.get(name) for name in library} == library
     assert exported.keys() - library.keys() == {
         "LowRankMixtralConfig",
+        "LowRankMixin",
+        "LowRankMixtralModel",
         "LowRankMixtralForCausalLM",
-        "_random",
-        "_expert_weight",
+        "tensor_parallel_plan",
+        "insert_factors",
+        "class_with",
+        "remove_blocks",
+        "replace",
+        "set_all",
+        "expert_weight",
+        "random_tensor",
     }
 
 
@@ -73,9 +89,9 @@ def test_a_class_that_transformers_does_not_list_is_imported_from_its_own_module
         pass
 
     Unlisted.__module__ = "transformers.models.unlisted.modeling_unlisted"
-    source = modelling_code(Unlisted, hf.LlamaConfig)
+    source = modelling_code(Unlisted, hf.LlamaModel, hf.LlamaConfig)
     assert "from transformers.models.unlisted.modeling_unlisted import Unlisted\n" in source
-    assert "from transformers import LlamaConfig\n" in source
+    assert "from transformers import LlamaConfig, LlamaModel\n" in source
 
 
 @pytest.mark.parametrize(
@@ -106,11 +122,17 @@ def test_config_names_every_module_with_its_rank_core_and_bias(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     point = make_point(loaded)
     assert config["low_rank"] == {
-        loaded.topology[name].module: {"rank": choice.rank, "core": choice.method == "tucker", "bias": False}
+        loaded.topology[name].module.removeprefix("model."): {
+            "rank": choice.rank,
+            "core": choice.method == "tucker",
+            "bias": False,
+        }
         for name, choice in point
     }
     assert config["architectures"] == ["LowRankLlamaForCausalLM"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_lowrank.LowRankLlamaForCausalLM"
+    assert config["auto_map"]["AutoModel"] == "modeling_lowrank.LowRankLlamaModel"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # for transformers 4
     assert config["dtype"] == "float32"
     assert "_name_or_path" not in config
 
@@ -128,18 +150,48 @@ def test_a_model_built_from_the_config_can_be_trained(folder: Path) -> None:
     assert math.isfinite(first)
     assert abs(first - math.log(320)) < 1  # untrained, so as good as guessing
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert all(g is not None and bool(g.abs().sum() > 0) for name, g in gradients.items() if name.endswith("left"))
+    assert all(g is not None and bool(g.abs().sum() > 0) for name, g in gradients.items() if ".left." in name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     optimizer.step()
     with torch.no_grad():
         assert float(model(input_ids=tokens, labels=tokens).loss) < first
 
 
-def test_tensor_parallel_plans_of_the_dense_matrices_are_dropped(folder: Path) -> None:
+def test_the_tensor_parallel_plan_splits_factors_like_their_matrix(folder: Path) -> None:
+    """Patterns match prefixes, and the first one that matches counts."""
+    with quiet_transformers():
+        config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    plan = config.base_model_tp_plan
+
+    def style(name: str) -> str:
+        return next((style for pattern, style in plan.items() if re.match(pattern, name)), "replicate")
+
+    expected = {
+        "self_attn.q_proj": "colwise",
+        "self_attn.q_proj.left": "colwise",
+        "self_attn.q_proj.right": "replicate",
+        "self_attn.q_proj.core": "replicate",
+        "self_attn.q_proj.owned.right": "replicate",
+        "self_attn.o_proj": "rowwise",
+        "self_attn.o_proj.left": "replicate",
+        "self_attn.o_proj.core": "replicate",
+        "self_attn.o_proj.right": "rowwise",
+        "mlp.up_proj.left": "colwise",
+        "mlp.down_proj.right": "rowwise",
+        "input_layernorm.right": "replicate",
+    }
+    assert {name: style(f"layers.2.{name}") for name in expected} == expected
+
+
+def test_parents_have_one_class_for_each_set_of_low_rank_children(folder: Path) -> None:
+    """Engines analyse a class once, so dense and low-rank projections must not share one."""
     with quiet_transformers():
         model = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert tiny_model("llama")._tp_plan
-    assert not model._tp_plan
+    first, *rest = model.model.layers
+    assert type(first.self_attn).__name__ == type(rest[0].self_attn).__name__ == "LlamaAttention"
+    assert type(first.self_attn) is type(tiny_model("llama").model.layers[0].self_attn)
+    assert isinstance(rest[0].self_attn, type(first.self_attn))
+    assert type(rest[0].self_attn) is type(rest[1].self_attn) is not type(first.self_attn)
 
 
 def test_a_pipeline_loads_the_folder(folder: Path) -> None:

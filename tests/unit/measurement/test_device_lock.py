@@ -97,6 +97,67 @@ def test_the_same_thread_may_enter_again_and_others_wait():
     thread.join()
 
 
+def test_the_lock_of_a_cpu_names_its_host(monkeypatch):
+    """The machines of a cluster share the home folder, but not their processors."""
+    mine = lock_file(CPU)
+    monkeypatch.setattr("platform.node", lambda: "another-node")
+    assert lock_file(CPU) != mine
+    assert "another-node" in lock_file(CPU).name
+
+
+def in_time(work: Callable[[], None]) -> bool:
+    """Whether `work` ends soon; a thread that waits for itself never does."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_use_may_be_nested_even_while_a_measurement_waits():
+    started, waiting = threading.Event(), threading.Event()
+
+    def measure() -> None:
+        started.wait(10)
+        waiting.set()
+        with device_lock(CPU):
+            pass
+
+    def use() -> None:
+        with device_in_use(CPU):
+            started.set()
+            waiting.wait(10)
+            time.sleep(0.3)  # the measurement now holds the first lock and waits for the second
+            with device_in_use(CPU):
+                pass
+
+    measurer = threading.Thread(target=measure, daemon=True)
+    measurer.start()
+    assert in_time(use)
+    measurer.join(10)
+    assert not measurer.is_alive()
+
+
+def test_a_measurement_within_a_use_and_a_use_within_a_measurement():
+    other = threading.Event()
+
+    def work() -> None:
+        with device_in_use(CPU):
+            with device_lock(CPU), device_in_use(CPU):
+                pass
+            # The device is in use again: a measurement of another thread waits.
+            thread = threading.Thread(target=measure, daemon=True)
+            thread.start()
+            assert not other.wait(0.3)
+        thread.join(10)
+
+    def measure() -> None:
+        with device_lock(CPU):
+            other.set()
+
+    assert in_time(work)
+    assert other.wait(5)
+
+
 def test_the_lock_is_released_after_an_error():
     with pytest.raises(KeyError), device_lock(CPU):
         raise KeyError

@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from nvml_library import with_library
+from nvml_library import build_library, with_library
 
-from dse.errors import MeterUnavailableError
-from dse.measurement import NoMeterError, find_meters, open_meter
+from dse.measurement import NoMeterError
 from dse.measurement.nvml import visible_device
+from dse.measurement.nvml_condition import other_pids
 
 HERE = Path(__file__).parent
 GPU_0, GPU_1 = "GPU-0000000a-fake", "GPU-0000000b-fake"
 STEPS = ((0.0, 100.0), (0.5, 300.0), (0.8, 50.0), (1.1, 200.0), (1e9, 0.0))  # as in nvml_scenarios.py
 
 
-def has_driver() -> bool:
-    try:
-        ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return False
-    return True
+def test_without_a_driver_the_error_names_the_remedy(tmp_path):
+    """A file that is no library takes the place of an installed driver's."""
+    (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
+    source = """
+import json, torch
+from dse.errors import MeterUnavailableError
+from dse.measurement import find_meters, open_meter
+(status,) = find_meters(torch.device("cuda"))
+try:
+    open_meter(torch.device("cuda", 0))
+except MeterUnavailableError as error:
+    print(json.dumps([str(error), status.name, status.available, status.reason, status.remedy]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=with_library(tmp_path), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    message, name, available, reason, remedy = json.loads(done.stdout)
+    assert re.search(r"no NVIDIA driver.*install the NVIDIA driver", message)
+    assert (name, available) == ("nvml", False)
+    assert reason.startswith("no NVIDIA driver")
+    assert "install the NVIDIA driver" in remedy
 
 
-@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
-def test_without_a_driver_the_error_names_the_remedy():
-    with pytest.raises(MeterUnavailableError, match=r"no NVIDIA driver.*install the NVIDIA driver"):
-        open_meter(torch.device("cuda", 0))
-    (status,) = find_meters(torch.device("cuda"))
-    assert (status.name, status.available) == ("nvml", False)
-    assert status.reason.startswith("no NVIDIA driver")
-    assert "install the NVIDIA driver" in status.remedy
+def test_the_scripted_library_is_used_on_a_machine_with_cuda_and_a_driver(tmp_path, monkeypatch):
+    """It must take the place of an installed driver's library: a folder later in the path stands for the system's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = build_library(tmp_path)
+    system = tmp_path / "system"
+    system.mkdir()
+    (system / "libnvidia-ml.so.1").write_text("stands for the driver's library")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(system))
+    source = "import pynvml; pynvml.nvmlInit(); print(pynvml.nvmlSystemGetDriverVersion())"
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=with_library(folder), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "555.42.fake", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -136,8 +157,37 @@ def test_throttling_and_other_processes_invalidate_energy_but_a_power_limit_does
     assert (shared["is_valid"], shared["figure"]) == (False, None)
     assert f"{GPU_0} was used by other processes (4000000)" in shared["reason"]
     assert "4000000" in shared["idle"]
-    for name in ("power_capped", "alone"):
+    for name in ("power_capped", "alone", "idle_context"):
         assert seen[name]["is_valid"], seen[name]["reason"]
+
+
+def test_a_process_that_computed_before_the_window_does_not_invalidate_it(seen):
+    assert seen["used_before_the_window"] == {"is_valid": True, "contexts": [[4000000]]}
+
+
+@pytest.mark.parametrize("how", ["utilisation", "power"])
+def test_without_utilisation_per_process_the_device_before_the_window_tells(seen, how):
+    idle, busy = seen[f"idle_by_{how}"], seen[f"busy_by_{how}"]
+    assert idle["is_valid"], idle["reason"]
+    assert not busy["is_valid"]
+    assert "4000000" in busy["reason"]
+    if how == "power":
+        assert "drew 120 W before the window and 50 W when idle" in busy["reason"]
+
+
+def test_in_a_container_the_busiest_process_is_this_one(monkeypatch):
+    """The driver lists process ids of the host there."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert other_pids({11: 90, 12: 5}, contexts=[11, 12, 13]) == (12,)
+    assert other_pids({11: 90}, contexts=[11, 12]) == ()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert other_pids({11: 90}, contexts=[11]) == (11,)
+
+
+def test_drift_cancels_in_alternating_windows(seen):
+    """Dense beside dense needs the same energy, whatever the temperature; measured apart it does not."""
+    assert seen["drift"]["one_after_the_other"] > 1.25
+    assert seen["drift"]["paired"] == pytest.approx(1.0, abs=0.08)
 
 
 def test_meters_are_selected_by_name(seen):

@@ -14,7 +14,7 @@ from tiny_models import save_tiny_model
 from tiny_study import environment as offline
 from tiny_study import tiny_study, write_study
 
-GPU_0 = "GPU-0000000a-fake"
+GPU_0, GPU_1 = "GPU-0000000a-fake", "GPU-0000000b-fake"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def dse(library: Path, folder: Path, *arguments: str, **script: str) -> subproce
 
 def test_measure_reports_the_scripted_energy(nvml_library: Path, folder: Path) -> None:
     point = '{"method": "svd", "rank": 2, "layers": "all", "roles": ["up"]}'
-    arguments = ["measure", "--model", str(folder / "model"), "--point", point, "--meter", "nvml:1"]
+    arguments = ["measure", "--model", str(folder / "model"), "--point", point, "--meter", f"nvml:{GPU_1}"]
     sizes = ["--prompt", "8", "--new", "4", "--blocks", "2", "--precision", "0.9"]
     done = dse(nvml_library, folder, *arguments, *sizes, "--json", POWER="0:60", DEVICES="2")
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def test_measure_reports_the_scripted_energy(nvml_library: Path, folder: Path) -
         assert energy["is_valid"], energy["reason"]
         for phase in ("prefill", "decode"):
             for window in energy[phase]["windows"]:
-                assert list(window["per_device_j"]) == ["GPU-0000000b-fake"]
+                assert list(window["per_device_j"]) == [GPU_1]
                 assert window["gross_j"] == pytest.approx(120 * window["duration_s"], rel=0.05)
                 assert abs(window["net_j"]) < 0.1 * window["gross_j"]  # the scripted power is idle power
 
@@ -69,17 +69,18 @@ def test_a_whole_study_with_the_energy_objective_and_one_trial_that_is_throttled
 ) -> None:
     from dse import open_study
 
-    # A trial reads the condition four times (before and after prefill and decode), idle power once: this is trial 2.
+    # A trial reads the condition ten times (before each phase and after each of its four windows), idle power once:
+    # this is trial 2.
     study = tiny_study(
         folder,
         name="metered",
         objectives=["parameters", "energy_per_token_j"],
         tasks=[],
-        measurement={"meter": "nvml:0", "energy_windows": 1},
+        measurement={"meter": f"nvml:{GPU_0}", "energy_windows": 2},
         budget={"trials": 4},
     )
     path = write_study(folder / "metered.yaml", study)
-    done = dse(nvml_library, folder, "run", str(path), "--json", POWER="0:80", THROTTLE="64", THROTTLE_CALL="11")
+    done = dse(nvml_library, folder, "run", str(path), "--json", POWER="0:80", THROTTLE="64", THROTTLE_CALL="25")
     assert done.returncode == 0, done.stderr
     finished = open_study(folder / "runs" / "metered")
     with (finished.folder.path / "front.csv").open(newline="") as stream:
@@ -90,7 +91,14 @@ def test_a_whole_study_with_the_energy_objective_and_one_trial_that_is_throttled
         record = finished.record(int(row["trial"]))
         window = record.energy["decode"]["windows"][0]
         assert window["gross_j"] == pytest.approx(80 * window["duration_s"], rel=0.05)
-        assert float(row["energy_per_token_j"]) == pytest.approx(window["gross_j"] / (window["repeats"] * 2))
+        sides = (record.energy["decode"], record.energy["baseline"]["decode"])
+        assert [len(side["windows"]) for side in sides] == [2, 2]
+        assert float(row["measured_energy_per_token_j"]) == pytest.approx(sides[0]["per_token"]["mean_j"])
+        # The energy of a trial is its ratio to the baseline measured alongside, times the baseline's in trial 0.
+        ratio = float(row["energy_per_token_j_ratio"])
+        assert float(row["energy_per_token_j"]) == pytest.approx(ratio * float(trials[0]["energy_per_token_j"]))
+        if int(row["trial"]):
+            assert ratio == pytest.approx(record.energy["ratios"]["decode"]["ratio"])
         for column in ("prefill_energy_j", "prefill_energy_per_token_j", "net_energy_per_token_j"):
             assert row[column] != ""
         assert row["energy_is_valid"] == "True"

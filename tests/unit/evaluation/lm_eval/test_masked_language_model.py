@@ -72,7 +72,7 @@ def one_at_a_time(loaded: LoadedModel, context: str, continuation: str, scoring:
 @pytest.mark.parametrize("family", ENCODER_FAMILIES)
 def test_scores_agree_with_a_loop_over_single_tokens(family: str, scoring: MaskedScoring) -> None:
     loaded = loaded_encoder(family, "masked_lm")
-    lm = MaskedScoringLM(loaded, batch_size=1, max_length=None, scoring=scoring)
+    lm = MaskedScoringLM(loaded, max_length=None, scoring=scoring)
     finished: list[int] = []
     found = lm.answer("loglikelihood", [request(*pair) for pair in PAIRS], rows=1, tick=finished.append)
     for pair, (score, greedy) in zip(PAIRS, found, strict=True):
@@ -96,7 +96,7 @@ def test_only_the_most_likely_token_is_greedy(family: str) -> None:
     words = [t for t in ranked if tokenizer.decode([t]).strip().isalpha() and tokenizer.decode([t]).isascii()]
     blank = "" if family == "roberta" else " "
     text = context + " do" if family == "roberta" else context
-    lm = MaskedScoringLM(loaded, batch_size=4, max_length=None)
+    lm = MaskedScoringLM(loaded, max_length=None)
     found = [lm.loglikelihood([request(text, blank + tokenizer.decode([word]))])[0] for word in (words[0], words[-1])]
     assert found[0][0] > found[1][0]
     assert found[0][1] == (words[0] == ranked[0])
@@ -111,7 +111,7 @@ def test_model_that_ignores_its_input_has_a_closed_form(scoring: MaskedScoring) 
     head.weight.zero_()
     head.bias.copy_(torch.linspace(-2, 3, len(head.bias)))
     log_p = head.bias.double().log_softmax(0)
-    lm = MaskedScoringLM(loaded, batch_size=2, max_length=None, scoring=scoring)
+    lm = MaskedScoringLM(loaded, max_length=None, scoring=scoring)
     for pair, (score, _) in zip(PAIRS, lm.loglikelihood([request(*pair) for pair in PAIRS]), strict=True):
         tokens = loaded.tokenizer(pair[1], add_special_tokens=False)["input_ids"]
         assert score == pytest.approx(float(log_p[tokens].sum()), abs=1e-4)
@@ -242,12 +242,12 @@ def test_unsupported_tasks_and_settings_are_refused(write_task: TaskWriter, tmp_
     with pytest.raises(ModelError, match="`apply_chat_template` is for models that generate"):
         Evaluator(loaded, [TaskSpec(str(write_task("choice")))], apply_chat_template=True)
     with pytest.raises(TaskError, match=r"must have 1 to 14 tokens, but document 0 of task 'pairs' has 15"):
-        MaskedScoringLM(loaded, batch_size=1, max_length=None).prepare([request("the", " cat" * 15)])
+        MaskedScoringLM(loaded, max_length=None).prepare([request("the", " cat" * 15)])
     with pytest.raises(ModelError, match="need a decoder or a masked language model, but 'bert' is BertForSequence"):
         Evaluator(loaded_encoder("bert", "classification"), [TaskSpec(str(write_task("choice")))])
     loaded.tokenizer.mask_token = None
     with pytest.raises(ModelError, match="need a tokenizer with a mask token"):
-        MaskedScoringLM(loaded, batch_size=1, max_length=None)
+        MaskedScoringLM(loaded, max_length=None)
 
 
 def test_overflow_makes_the_trial_invalid(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Hidden states of calibration windows between two layers: on the device, in host memory or on disk, by budget."""
+"""Tensors that wait until they are needed again: on their device, in host memory or on disk, by budget.
+
+They are the hidden states of calibration windows between two layers, and weights that are not in use.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ from torch import Tensor
 
 from dse.files import disk_errors
 
-__all__ = ["HiddenStates", "StateBudget"]
+__all__ = ["StoreBudget", "TensorStore"]
 
 
 @dataclass(frozen=True)
-class StateBudget:
-    """How many bytes of hidden states stay in memory; the rest goes to disk.
+class StoreBudget:
+    """How many bytes stay in memory; the rest goes to disk.
 
     Attributes:
-        device_bytes: On the device where they were computed.
-        host_bytes: In the memory of the host, for states of another device.
+        device_bytes: On the device of the tensors.
+        host_bytes: In the memory of the host, for tensors of another device.
     """
 
     device_bytes: int
     host_bytes: int
 
     @classmethod
-    def of(cls, device: torch.device) -> StateBudget:
+    def of(cls, device: torch.device) -> StoreBudget:
         """A quarter of the device's free memory on a GPU; on a CPU, 256 MiB."""
         if device.type != "cuda":
             return cls(2**28, 0)
@@ -39,13 +42,13 @@ class StateBudget:
         return cls(free // 4, 2**33)
 
 
-class HiddenStates:
+class TensorStore:
     """Tensors by key. Each is kept in the first place that has room: its device, host memory, a file.
 
     The file has no name, so it disappears with the process, however that ends.
     """
 
-    def __init__(self, budget: StateBudget, folder: Path) -> None:
+    def __init__(self, budget: StoreBudget, folder: Path) -> None:
         self._budget = budget
         self._folder = folder
         self._held: dict[Hashable, Tensor] = {}
@@ -71,7 +74,8 @@ class HiddenStates:
                 self._held[key] = states
             elif states.device.type != "cpu" and self._host_bytes + size <= self._budget.host_bytes:
                 self._host_bytes += size
-                self._held[key] = states.cpu()
+                pinned = states.device.type == "cuda"  # copies from pinned memory need no intermediate buffer
+                self._held[key] = torch.empty(states.shape, dtype=states.dtype, pin_memory=pinned).copy_(states)
             else:
                 self._stored[key] = (self._write(states, size), states.shape, states.dtype)
 
@@ -91,7 +95,7 @@ class HiddenStates:
         while done < len(view):
             read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
             if read <= 0:
-                raise OSError(f"hidden states on the disk of {self._folder} must be readable, but the file is short")
+                raise OSError(f"tensors on the disk of {self._folder} must be readable, but the file is short")
             done += read
         return states.to(device)
 

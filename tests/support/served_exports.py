@@ -1,0 +1,268 @@
+"""Exports of every form and family, what transformers computes from them, and what vLLM does.
+
+`python tests/support/served_exports.py` (in the environment of dse, with `DSE_VLLM_PYTHON`) runs all of them and writes
+the tables of docs/reference/export-support.md. `tests/engines/test_exports_in_vllm.py` runs the same and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tiny_models import FAMILIES, as_loaded, tiny_model, with_random_vectors
+
+from dse.decomposition import FactorBank, LowRankFactors, factorise
+from dse.decomposition.factors import as_matrix
+from dse.design_point import DesignPoint, TensorChoice
+from dse.export import ExportRequest, export_point, stage
+from dse.models import LoadedModel, load_model
+from dse.models.transformers_patches import quiet_transformers
+from dse.topology import Topology
+
+NEW_TOKENS = 8
+TOLERANCE = 1e-4
+"""Largest difference of a log-probability (nats) in float32."""
+
+PROMPTS = ([5, 9, 120, 33, 7], [11, 12, 13], [200, 201, 202, 203, 204, 205], [44, 9], [300, 17, 80, 81, 82, 83, 84])
+"""Token ids that are in every vocabulary."""
+
+KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
+TINY: Mapping[str, Any] = {
+    "num_hidden_layers": 5,
+    "hidden_size": 128,  # attention of vLLM on CPUs needs heads of 32 or more
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
+TINY_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "Llama": ("llama", {"attention_bias": True}),
+    "Mistral": ("mistral", {}),
+    "Qwen2": ("qwen2", {}),
+    "Qwen3": ("qwen3", {"head_dim": 32}),
+    "SmolLM3": ("smollm3", {}),
+    "Gemma": ("gemma", {"head_dim": 32}),
+    "Gemma 2": ("gemma2", {"head_dim": 32, "sliding_window": 5, "layer_types": KINDS}),
+    "Gemma 3": ("gemma3_text", {"head_dim": 32, "sliding_window": 5, "layer_types": KINDS}),
+    "OLMo": ("olmo", {}),
+    "OLMo 2": ("olmo2", {}),
+    "Phi": ("phi", {}),
+    "Phi-3": ("phi3", {}),
+    "Granite": ("granite", {}),
+    "Cohere": ("cohere", {}),
+    "GPT-NeoX": ("gpt_neox", {}),
+    "GPT-2": ("gpt2", {}),
+    "OPT": ("opt", {"word_embed_proj_dim": 128}),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM did with a folder.
+
+    Attributes:
+        loads: Whether it generated.
+        tokens_equal: Whether all greedy tokens are those of transformers.
+        difference: Largest difference of a log-probability of these tokens (nats).
+        error: Why it did not load.
+    """
+
+    loads: bool
+    tokens_equal: bool = False
+    difference: float = float("inf")
+    error: str = ""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether it computes what transformers computes."""
+        return self.tokens_equal and self.difference <= TOLERANCE
+
+
+def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
+    """A point of every structural form on SmolLM2."""
+    removal = TensorChoice.removal()
+    svd, tucker = "svd", "tucker"
+
+    def removed(role: str, layers: Iterable[int]) -> dict[str, TensorChoice]:
+        return {f"layers.{layer}.{role}": removal for layer in layers}
+
+    everything = {
+        **removed("attention", (11, 14)),
+        **removed("mlp", (11, 17)),
+        "layers.2.query": TensorChoice(svd, 64),
+        "layers.3.down": TensorChoice(tucker, 128),
+        "layers.20.query_key_value": TensorChoice(tucker, 60),
+        "layers.20.gate_up": TensorChoice(svd, 100),
+        "layers.21.up": TensorChoice(svd, 128),
+    }
+    mixed = {f"layers.{i}.{r}": TensorChoice(svd, 20 + 4 * i) for i in range(2, 29, 3) for r in ("key", "gate", "down")}
+    return {
+        "low rank": DesignPoint.uniform(
+            topology, svd, 100, range(5, 25), ["query", "attention_output", "gate", "down"]
+        ),
+        "low rank with core": DesignPoint.uniform(topology, tucker, 90, range(5, 25), ["key", "gate", "down"]),
+        "stacks": DesignPoint.uniform(topology, svd, 150, range(3, 28), ["query_key_value", "gate_up"]),
+        "mixed ranks": DesignPoint.of(mixed),
+        "removed MLP": DesignPoint.of(removed("mlp", (20, 22, 25))),
+        "removed attention": DesignPoint.of(removed("attention", (0, 12, 18, 29))),
+        "passed layer": DesignPoint.of(removed("attention", (11, 24)) | removed("mlp", (11, 24))),
+        "everything": DesignPoint.of(everything),
+    }
+
+
+def mixed_point(topology: Topology) -> DesignPoint:
+    """A passed layer, another removed attention and MLP block, stacks with and without a core, and single tensors."""
+    names = ("layers.1.attention", "layers.1.mlp", "layers.2.attention", "layers.3.mlp")
+    gone = [topology.blocks_by_name[name] for name in names if name in topology.blocks_by_name]
+    choices = {block.name: TensorChoice.removal() for block in gone}
+    stacks = [stack for stack in topology.stacks if stack.layer == 0]
+    choices |= {stack.name: TensorChoice(("svd", "tucker")[i % 2], 5) for i, stack in enumerate(stacks)}
+    taken = {name for block in gone for name in block.tensors} | {m.name for stack in stacks for m in stack.members}
+    for i, tensor in enumerate(topology.tensors):
+        if tensor.name not in taken and i % 2 == 0:
+            choices[tensor.name] = TensorChoice(("svd", "tucker")[i // 2 % 2], 3 + i % 3)
+    return DesignPoint.of(choices)
+
+
+class ExactFactors:
+    """Decomposes the model's own weights on request."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+
+    def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
+        modules = [self.loaded.model.get_submodule(path) for path in self.loaded.topology.matrix(name).modules]
+        weight = torch.cat([as_matrix(module).detach().float() for module in modules])
+        return factorise(weight, choice.method, choice.rank)
+
+
+def export_families(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Write a mixed export and the dense model of each tiny family; returns the two folders by family."""
+    found = {}
+    for family, (model_type, changes) in TINY_FAMILIES.items():
+        assert model_type in FAMILIES
+        loaded = as_loaded(with_random_vectors(tiny_model(model_type, **{**TINY, **changes})))
+        export, dense = root / f"tiny-{model_type}", root / f"tiny-{model_type}-dense"
+        staged = stage(loaded, ExportRequest(mixed_point(loaded.topology), export), ExactFactors(loaded))
+        staged.publish()
+        loaded.model.save_pretrained(dense)
+        found[family] = (export, dense)
+    return found
+
+
+def export_forms(root: Path) -> dict[str, Path]:
+    """Write an export of SmolLM2 for every structural form; returns their folders."""
+    loaded = load_model("demo:smollm2-135m-instruct", dtype="float32")
+    points = structural_forms(loaded.topology)
+    bank = FactorBank.build(loaded, list(points.values()), folder=root / "bank")
+    for name, point in points.items():
+        export_point(loaded, point, bank, root / name.replace(" ", "-"), verify=False)
+    return {name: root / name.replace(" ", "-") for name in points}
+
+
+def in_transformers(folder: Path) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens and their log-probabilities for every prompt."""
+    with quiet_transformers(), torch.inference_mode():
+        model = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+        tokens, log_probabilities = [], []
+        for prompt in PROMPTS:
+            ids = list(prompt)
+            for _ in range(NEW_TOKENS):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            scores = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            new = ids[len(prompt) :]
+            tokens.append(new)
+            log_probabilities.append([float(scores[i, token]) for i, token in enumerate(new)])
+    return tokens, log_probabilities
+
+
+def in_vllm(python: str, folders: Sequence[Path], timeout_s: float = 900, **options: Any) -> list[Served]:
+    """Run the folders in one process of vLLM's environment, and compare each with transformers."""
+    script = Path(__file__).with_name("run_in_vllm.py")
+    with tempfile.TemporaryDirectory() as temporary:
+        request, result = Path(temporary) / "request.json", Path(temporary) / "result.json"
+        settings = {"max_model_len": 48, "enforce_eager": True, "model_impl": "auto", **options}
+        text = {"folders": list(map(str, folders)), "prompts": PROMPTS, "new_tokens": NEW_TOKENS, "options": settings}
+        request.write_text(json.dumps(text), encoding="utf-8")
+        process = subprocess.run(
+            [python, str(script), str(request), str(result)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if not result.is_file():
+            raise RuntimeError(f"vLLM did not start: {process.stderr[-2000:]}")
+        found = json.loads(result.read_text(encoding="utf-8"))
+    found += [{"error": f"vLLM ended with code {process.returncode}"}] * (len(folders) - len(found))
+    return [_compared(folder, entry) for folder, entry in zip(folders, found, strict=True)]
+
+
+def _compared(folder: Path, entry: Mapping[str, Any]) -> Served:
+    if "error" in entry:
+        return Served(False, error=entry["error"])
+    tokens, log_probabilities = in_transformers(folder)
+    difference = max(
+        abs(one - other)
+        for row, expected in zip(entry["log_probabilities"], log_probabilities, strict=True)
+        for one, other in zip(row, expected, strict=True)
+    )
+    return Served(True, entry["tokens"] == tokens, difference)
+
+
+def run_families(python: str, root: Path) -> dict[str, tuple[Served, Served | None]]:
+    """The mixed export of each family in vLLM; where it fails, also the dense model."""
+    folders = export_families(root)
+    found = dict(zip(folders, in_vllm(python, [export for export, _ in folders.values()]), strict=True))
+    failed = [family for family, served in found.items() if not served.is_equal]
+    dense = in_vllm(python, [folders[f][1] for f in failed], model_impl="transformers") if failed else []
+    of_dense = dict(zip(failed, dense, strict=True))
+    return {family: (served, of_dense.get(family)) for family, served in found.items()}
+
+
+def family_table(found: Mapping[str, tuple[Served, Served | None]]) -> str:
+    """The table of families as Markdown; a family whose dense model vLLM refuses is said to be refused."""
+    lines = ["| family | model type | transformers | vLLM |", "|---|---|---|---|"]
+    for family, (served, dense) in found.items():
+        if served.is_equal:
+            verdict = "loads, same outputs"
+        elif dense is not None and not dense.is_equal:
+            verdict = "not supported: vLLM's Transformers backend does not run the dense model either"
+        else:
+            verdict = "fails"
+        lines.append(f"| {family} | `{TINY_FAMILIES[family][0]}` | loads, same outputs | {verdict} |")
+    return "\n".join(lines)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "export-support.md"
+_BEGIN, _END = "<!-- families -->\n", "\n<!-- /families -->"
+
+
+def documented_table() -> str:
+    """The table of families in the documentation."""
+    return DOCUMENT.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0]
+
+
+def main() -> None:
+    """Run all families, print what was seen, and write the table."""
+    from dse.engines import ENGINES
+
+    python = ENGINES["vllm"].availability().python
+    with tempfile.TemporaryDirectory() as temporary:
+        found = run_families(python, Path(temporary))
+    for family, (served, dense) in found.items():
+        print(f"{family}: {served}{'' if dense is None else f' dense: {dense}'}")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(_BEGIN)
+    DOCUMENT.write_text(before + _BEGIN + family_table(found) + _END + rest.partition(_END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
