@@ -38,6 +38,7 @@ ANCHORS = {
     "SearchConfig": "search",
     "SearchSpaceConfig": "space",
     "TaskConfig": "tasks",
+    "WorkersConfig": "workers",
 }
 """Class in `dse.config` to the heading that describes it."""
 

@@ -39,8 +39,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, is_durable: bool = True) -> None:
     """Write `content` to `path` atomically: a reader sees the old file or the new one, never a partial one.
+
+    Args:
+        path: The file.
+        content: Its new content.
+        is_durable: Whether it must survive a loss of power. False saves the wait for the disk, for files with a digest
+            that can be computed again; a killed process loses nothing either way.
 
     Raises:
         StorageFullError: The disk is full or the folder cannot be written.
@@ -51,8 +57,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+                if is_durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
         except BaseException:

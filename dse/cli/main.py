@@ -139,28 +139,26 @@ def _set_up_process() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
+_OTHERS = r"(?!dse(\.|$))"
 _NOISY: tuple[tuple[str, type[Warning], str], ...] = (
-    # (beginning of the message, category, module): warnings of libraries that a user can do nothing about.
-    ("", FutureWarning, r"(transformers|torch|datasets|lm_eval|optuna|onnx|optimum|openvino)(\.|$)"),
-    ("", DeprecationWarning, r"(?!dse(\.|$))"),
-    ("", PendingDeprecationWarning, r"(?!dse(\.|$))"),
-    ("", SyntaxWarning, r"(?!dse(\.|$))"),
-    ("", ResourceWarning, r"(?!dse(\.|$))"),
-    ("", ImportWarning, r"(?!dse(\.|$))"),
-    # optuna announces that its Gaussian-process and wilcoxon parts, groups and heartbeats may change.
-    (r".*is experimental", Warning, r"optuna(\.|$)"),
-    # torch's tracer and compiler, while they look at code of transformers.
-    (r".*", UserWarning, r"torch\.(_dynamo|_inductor|jit|onnx|fx|export)(\.|$)"),
-    # A sparse MoE or an unusual head: torch explains how its own kernels choose.
-    (r"The given NumPy array is not writable", UserWarning, r"torch(\.|$)"),
-    (r"Can't initialize NVML", UserWarning, r"torch(\.|$)"),
+    # (beginning of the message, category, module). Plans of libraries for their own later versions:
+    ("", FutureWarning, _OTHERS),
+    ("", DeprecationWarning, _OTHERS),
+    ("", PendingDeprecationWarning, _OTHERS),
+    (r".*experimental", UserWarning, r"optuna(\.|$)"),
+    # What concerns their developers:
+    ("", SyntaxWarning, _OTHERS),
+    ("", ResourceWarning, _OTHERS),
+    ("", ImportWarning, _OTHERS),
+    ("", UserWarning, r"torch\.(_dynamo|_inductor|jit|onnx|fx|export)(\.|$)"),
+    # A machine without a GPU, which `dse doctor` reports:
     (r"CUDA initialization", UserWarning, r"torch(\.|$)"),
-    # lm-eval's metrics of single-class or constant samples, whose results are checked elsewhere.
+    (r"Can't initialize NVML", UserWarning, r"torch(\.|$)"),
+    # Metrics of constant samples; the evaluators check every result themselves:
     ("", RuntimeWarning, r"(lm_eval|sklearn|scipy|numpy)(\.|$)"),
-    ("", UserWarning, r"(lm_eval|sklearn|datasets)(\.|$)"),
-    # multiprocessing in the child process that reads peak memory: the process has threads, and the child uses one.
-    (r".*multi-threaded, use of fork", DeprecationWarning, r""),
+    ("", UserWarning, r"(lm_eval|sklearn|datasets|evaluate)(\.|$)"),
 )
+"""Warnings of libraries that a user can do nothing about. All others are shown, those of dse in any case."""
 
 
 def _set_up_warnings() -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dse.cli.options import (
     add_command,
+    add_engine,
     add_model_at_point,
     calibration_text,
-    engine_option,
+    engine_request,
     model_request,
     positive,
     positive_list,
 )
 from dse.cli.printing import quantity_text
-
-if TYPE_CHECKING:
-    from dse.standalone import EngineRequest
 
 
 def add_parser(commands: Any) -> None:
@@ -40,7 +38,11 @@ def add_parser(commands: Any) -> None:
         "--prompt", type=positive_list, default=(128,), metavar="N,...", help="prompt lengths in tokens (128)"
     )
     parser.add_argument("--new", type=positive_list, default=(16,), metavar="N,...", help="tokens to decode (16)")
-    parser.add_argument("--mode", default="eager", help="execution mode: eager, compile or cuda_graph (eager)")
+    parser.add_argument(
+        "--mode",
+        default="auto",
+        help="execution mode: eager, compile or cuda_graph; auto is cuda_graph on a GPU if the model allows it (auto)",
+    )
     parser.add_argument(
         "--meter",
         default="auto",
@@ -55,26 +57,7 @@ def add_parser(commands: Any) -> None:
         "--max-seconds", type=float, default=60.0, metavar="S", help="time limit per combination of sizes (60)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompt (0)")
-    engine = parser.add_argument_group("serving engine")
-    engine.add_argument(
-        "--engine", metavar="NAME", help="vllm, onnxruntime, openvino, or transformers in a process of its own"
-    )
-    engine.add_argument("--python", metavar="PATH", help="the engine's Python interpreter (DSE_<ENGINE>_PYTHON)")
-    engine.add_argument(
-        "--engine-option",
-        type=engine_option,
-        action="append",
-        metavar="KEY=VALUE",
-        help="option of the engine, such as max_model_len=512; may be repeated",
-    )
-    engine.add_argument("--requests", type=positive, metavar="N", help="requests of one turn (the batch size)")
-    engine.add_argument(
-        "--engine-time-limit",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="an engine that takes longer to start or to answer is killed (600)",
-    )
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,27 +74,20 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("a measurement needs a model, but got none; name one with --model, or a study with --study")
 
     spec = LatencySpec(
-        mode=options.mode,
+        mode="eager" if options.mode == "auto" else options.mode,
         blocks=options.blocks,
         precision=options.precision,
         max_duration_s=options.max_seconds,
         seed=options.seed,
     )
-    engine = None if options.engine is None else _engine_request(options)
-    request = MeasurementRequest(spec, options.batch, options.prompt, options.new, options.meter, engine)
+    engine = engine_request(options)
+    sizes = (options.batch, options.prompt, options.new)
+    request = MeasurementRequest(spec, *sizes, options.meter, engine, is_auto_mode=options.mode == "auto")
     with TerminalListener() as listener:
         document = measure_model(
             model_request(options), options.point, request, calibration=calibration_text(options), listener=listener
         )
     return print_result(options, document, _print_measurement if engine is None else _print_serving)
-
-
-def _engine_request(options: argparse.Namespace) -> EngineRequest:
-    from dse.standalone import EngineRequest
-
-    return EngineRequest(
-        options.engine, options.python, dict(options.engine_option or []), options.requests, options.engine_time_limit
-    )
 
 
 def _measure_study(options: argparse.Namespace) -> int:
@@ -123,10 +99,11 @@ def _measure_study(options: argparse.Namespace) -> int:
     from dse.report.text_tables import to_records
     from dse.standalone import measure_study
 
-    if options.engine is None:
+    engine = engine_request(options)
+    if engine is None:
         raise ConfigError("`--study` measures a front in an engine, but got none; name one with --engine")
     with TerminalListener() as listener:
-        study = measure_study(options.study, _engine_request(options), listener=listener)
+        study = measure_study(options.study, engine, listener=listener)
     table = study.trials()
     chosen = table[table[f"{options.engine}.ttft_s"].notna()] if f"{options.engine}.ttft_s" in table else table[:0]
     document = {"study": study.config.name, "engine": options.engine, "trials": to_records(chosen)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dse.defaults import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
-    from dse.standalone import CalibrationText, ModelRequest
+    from dse.standalone import CalibrationText, EngineRequest, ModelRequest
 
 EXIT_OK, EXIT_DIFFERS, EXIT_USER_ERROR, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -56,7 +56,11 @@ def add_device(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
     """Add the device and the dtype of the model."""
     devices = "auto, cpu, cuda or cuda:<index>" + (", or several GPUs: cuda:0,cuda:1" if several else "")
     parser.add_argument("--device", default="auto", help=f"{devices} (auto)")
-    parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, float16 or bfloat16; auto is the checkpoint's on a GPU and float32 elsewhere (auto)",
+    )
 
 
 def add_model_at_point(
@@ -86,6 +90,40 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select a serving engine."""
+    engine = parser.add_argument_group("serving engine")
+    engine.add_argument(
+        "--engine", metavar="NAME", help="vllm, onnxruntime, openvino, or transformers in a process of its own"
+    )
+    engine.add_argument("--python", metavar="PATH", help="the engine's Python interpreter (DSE_<ENGINE>_PYTHON)")
+    engine.add_argument(
+        "--engine-option",
+        type=engine_option,
+        action="append",
+        metavar="KEY=VALUE",
+        help="option of the engine, such as max_model_len=512; may be repeated",
+    )
+    engine.add_argument("--requests", type=positive, metavar="N", help="requests of one turn (the batch size)")
+    engine.add_argument(
+        "--engine-time-limit",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="an engine that takes longer to start or to answer is killed (600)",
+    )
+
+
+def engine_request(options: argparse.Namespace) -> EngineRequest | None:
+    """The options of `add_engine` as a value; None without an engine."""
+    from dse.standalone import EngineRequest
+
+    if options.engine is None:
+        return None
+    chosen = dict(options.engine_option or [])
+    return EngineRequest(options.engine, options.python, chosen, options.requests, options.engine_time_limit)
+
+
 def model_request(options: argparse.Namespace) -> ModelRequest:
     """The options of `add_model` and `add_device` as a request."""
     from dse.standalone import ModelRequest
@@ -94,7 +132,7 @@ def model_request(options: argparse.Namespace) -> ModelRequest:
         options.model,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
-        dtype=getattr(options, "dtype", "float32"),
+        dtype=getattr(options, "dtype", "auto"),
         device=getattr(options, "device", "auto"),
     )
 

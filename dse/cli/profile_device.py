@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dse.cli.options import add_command, add_device, add_model, model_request, positive, positive_list
+from dse.cli.options import (
+    add_command,
+    add_device,
+    add_engine,
+    add_model,
+    engine_request,
+    model_request,
+    positive,
+    positive_list,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -34,6 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt", type=positive, default=128, metavar="N", help="prompt tokens of prefill (128)")
     parser.add_argument("--plot", type=_page, metavar="FILE.html", help="plot time relative to dense by rank")
     add_device(parser)
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +53,9 @@ def run(options: argparse.Namespace) -> int:
     from dse.files import write_text
     from dse.standalone import RankTimingRequest, rank_timings_html, time_ranks
 
-    request = RankTimingRequest(options.ranks or (), options.space, options.profile, options.batch, options.prompt)
+    request = RankTimingRequest(
+        options.ranks or (), options.space, options.profile, options.batch, options.prompt, engine_request(options)
+    )
     with TerminalListener() as listener:
         document = time_ranks(model_request(options), request, listener)
         if options.plot is not None:
@@ -69,11 +81,17 @@ def _print_timings(document: Mapping[str, Any]) -> None:
     out.print(table)
     conditions = document["conditions"]
     out.print(
-        f"{conditions['device']}, {conditions['dtype']}, {conditions['threads']} threads, torch"
-        f" {conditions['torch_version']}; times are those of the matrix products only;"
+        f"{conditions['device']}, {conditions['dtype']}, {conditions['threads']} threads, {_runtime(document)}"
+        f"; times are those of the matrix products only;"
         f" {document['timed_now']} products timed now, the others read from the cache",
         soft_wrap=True,
     )
+
+
+def _runtime(document: Mapping[str, Any]) -> str:
+    """`torch 2.13.0`, or the engine with its versions: `vllm: vllm 0.32.0, torch 2.13.0`."""
+    version = str(document["conditions"]["torch_version"])
+    return version if ":" in version else f"torch {version}"
 
 
 def _page(text: str) -> str:

@@ -26,11 +26,12 @@ def serving_table(document: Mapping[str, Any]) -> tuple[Table, list[str]]:
     for cell in document["cells"]:
         work = cell["work"]
         sizes = [str(work[name]) for name in ("concurrency", "prompt_tokens", "new_tokens")]
-        for index, row in enumerate(_rows(cell)):
+        rows = list(_rows(cell)) if "ttft" in cell else [["not measured", "-", "-", "-", "-"]]
+        for index, row in enumerate(rows):
             table.add_row(*(sizes if index == 0 else ["", "", ""]), *row)
         if not cell["is_valid"]:
-            notes.append(f"invalid: {cell['reason']}")
-        energy = cell["energy"]
+            notes.append(f"{cell['cell']}: {cell['reason']}")
+        energy = cell.get("energy")
         if energy is not None and not energy["is_valid"]:
             notes.append(f"energy: {energy['reason']}")
     return table, notes

@@ -15,7 +15,10 @@ from dse.study import StudyListener, StudyProgress
 from dse.trial_record import TrialRecord
 
 _LINE_PERIOD_S = 15.0  # between two lines of one phase if stderr is not a terminal
-_RATIOS = ("perplexity", "decode_latency_s", "prefill_latency_s", "energy_per_token_j", "prefill_energy_j")
+_RATIOS = (
+    *("perplexity", "decode_latency_s", "prefill_latency_s", "energy_per_token_j", "prefill_energy_j"),
+    *("ttft_s", "tpot_s", "throughput_tokens_s", "request_energy_j"),
+)
 
 
 class TerminalListener(StudyListener):

@@ -11,7 +11,7 @@ from dse.cli.options import EXIT_OK, add_command
 from dse.errors import ConfigError
 
 _PORT = 8050
-_TOKEN = "DSE_WATCH_TOKEN"  # noqa: S105 - the name of a variable
+_TOKEN = "DSE_WATCH_TOKEN"
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         run,
         summary="show a running or finished study on a live page",
         example="dse watch runs/quickstart\n  dse watch runs/quickstart --host 0.0.0.0 --token auto",
-        details="The page follows the study by itself; Ctrl-C ends the server. Needs pip install 'lowrank-dse[dashboard]'.",
+        details="Ctrl-C ends the server, not the study. Needs pip install 'lowrank-dse[dashboard]'.",
     )
     parser.add_argument("directory", metavar="DIR", help="folder of the study")
     parser.add_argument("--port", type=_port, default=_PORT, metavar="N", help=f"port; 0 takes any free one ({_PORT})")

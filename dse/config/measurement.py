@@ -44,7 +44,10 @@ class MeasurementConfig(Section):
     prompt_tokens: _Axis = Field([128])
     new_tokens: _Axis = Field([16])
     batch_size: _Axis = Field([1], description="sequences at a time; for an engine, requests in flight (concurrency)")
-    mode: Literal["eager", "compile", "cuda_graph"] = Field("eager", description="execution mode of decode steps")
+    mode: Literal["auto", "eager", "compile", "cuda_graph"] = Field(
+        "auto",
+        description="execution mode of decode steps; auto: cuda_graph on a GPU if the model allows it, else eager",
+    )
     only_if_faster: bool = Field(
         False, description="keep a tensor dense unless the device profile finds its decomposition faster"
     )
@@ -67,7 +70,9 @@ class MeasurementConfig(Section):
         None,
         description="auto, rapl, nvml[:index or UUID,...] or replay:<trace.csv>; if set, energy is always measured",
     )
-    energy_windows: int = Field(3, ge=1, description="energy windows per phase")
+    energy_windows: int = Field(
+        3, ge=1, description="energy windows of candidate and baseline per phase; an odd number is made even"
+    )
     energy_precision: float | None = Field(None, gt=0, lt=1, description="maximum relative error of an energy window")
 
     @field_validator("mode", mode="before")

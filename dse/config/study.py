@@ -33,7 +33,9 @@ class ModelConfig(Section):
 
     ref: str = Field(min_length=1, description="hub id, local folder, .gguf file, or demo:<name>")
     revision: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto: on a GPU the checkpoint's, else float32; the study's folder names which"
+    )
     device: str = Field("auto", description="auto (cuda if available), cpu, cuda or cuda:<index>")
     trust_remote_code: bool = False
 

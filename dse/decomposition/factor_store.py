@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors, TuckerFactors
-from dse.files import write_bytes, write_json
+from dse.files import write_bytes
 
 __all__ = ["SCHEMA_VERSION", "FactorStore"]
 
@@ -33,7 +33,8 @@ class FactorStore:
     """The factors of one (model, method, calibration text) in one folder.
 
     A file is valid only if the manifest lists it with its size and SHA-256. The manifest is written after the file, and
-    both are replaced atomically, so the store stays consistent if the process is killed at any moment.
+    both are replaced atomically, so the store stays consistent if the process is killed at any moment. After a loss of
+    power, a file that did not reach the disk is noticed by its digest and built again.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
@@ -92,9 +93,10 @@ class FactorStore:
 
     def _write(self, key: str, tensors: dict[str, Tensor], rank: int) -> None:
         content = safetensors.torch.save(tensors)
-        write_bytes(self._path(key), content)
+        write_bytes(self._path(key), content, is_durable=False)
         self._entries[key] = {"rank": rank, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        write_json(self._manifest, {"schema": SCHEMA_VERSION, **self.identity, "tensors": self._entries})
+        manifest = {"schema": SCHEMA_VERSION, **self.identity, "tensors": self._entries}
+        write_bytes(self._manifest, json.dumps(manifest, indent=1).encode(), is_durable=False)
 
     def get(self, name: str, rank: int) -> LowRankFactors:
         """The leading `rank` columns of this tensor's factors, float32 on the CPU."""

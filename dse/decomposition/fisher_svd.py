@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.input_checks import check_gradient_gram, check_gram, check_rank
-from dse.decomposition.leading_eigenvectors import SymmetricProduct, leading_eigenvectors, product_in_float64
+from dse.decomposition.leading_eigenvectors import leading_eigenvectors, product_in_float64, symmetric_product
 from dse.decomposition.svd_methods import cholesky_with_damping
-from dse.double_precision import double_device, in_double
+from dse.double_precision import in_double
 
 __all__ = ["fisher_divergence", "fisher_svd"]
 
@@ -82,40 +82,28 @@ def fisher_divergence(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Te
         CalibrationError: A Gram matrix has another size, or all activations are zero.
     """
     check_rank(weight, 1)
-    squares = torch.linalg.eigvalsh(_weighted(weight, gram, gradient_gram)[2].form())
+    squares = torch.linalg.eigvalsh(_weighted(weight, gram, gradient_gram)[2])
     mean = gradient_gram.diagonal().mean().to(squares)
     left_out = torch.cat((squares.new_zeros(1), squares.clamp_min(0).cumsum(0)))  # eigenvalues ascend
     return 0.5 * mean * left_out.flip(0)
 
 
-def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tensor, Tensor, SymmetricProduct]:
+def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A Cholesky root, W weighted by it, and the symmetric matrix whose eigenvectors `fisher_svd` needs, in float64.
 
     L, L^T W and L^T W G W^T L if out_features <= in_features; otherwise S, W S and S^T W^T D W S.
     """
     check_gram(gram, weight.shape[1])
     check_gradient_gram(gradient_gram, weight.shape[0])
-    wide, device = in_double(weight), double_device(weight.device)
+    wide = in_double(weight)
     metric = _damped(in_double(gradient_gram))
     if weight.shape[0] <= weight.shape[1]:
         root = cholesky_with_damping(metric)
         weighted = root.T @ wide
-        outputs = SymmetricProduct(
-            weight.shape[0],
-            device,
-            times=lambda columns: weighted @ product_in_float64(gram, weighted.T @ columns),
-            form=lambda: weighted @ product_in_float64(gram, weighted.T),
-        )
-        return root, weighted, outputs
+        return root, weighted, symmetric_product(weighted, product_in_float64(gram, weighted.T))
     root = cholesky_with_damping(in_double(gram))
-    of_inputs = wide @ root
-    inputs = SymmetricProduct(
-        weight.shape[1],
-        device,
-        times=lambda columns: of_inputs.T @ (metric @ (of_inputs @ columns)),
-        form=lambda: of_inputs.T @ metric @ of_inputs,
-    )
-    return root, of_inputs, inputs
+    weighted = wide @ root
+    return root, weighted, symmetric_product(weighted.T, metric @ weighted)
 
 
 def _damped(gradient_gram: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ class NormThenFactor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., rank)."""
         hidden: Tensor = self.right(self.norm(x))
-        return hidden if self.core is None else self.core(hidden)
+        if self.core is not None:
+            hidden = self.core(hidden)
+        return hidden
 
 
 class SharedProduct(nn.Module):
@@ -123,7 +125,9 @@ class SharedProduct(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.right(x)
-        return hidden if self.core is None else self.core(hidden)
+        if self.core is not None:
+            hidden = self.core(hidden)
+        return hidden
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies start without a held product."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.input_checks import check_gram, check_rank
-from dse.decomposition.leading_eigenvectors import SymmetricProduct, leading_eigenvectors, product_in_float64
-from dse.double_precision import double_device, in_double
+from dse.decomposition.leading_eigenvectors import leading_eigenvectors, product_in_float64, symmetric_product
+from dse.double_precision import in_double
 from dse.errors import CalibrationError
 
 __all__ = ["cholesky_with_damping", "truncated_svd", "whitened_svd"]
@@ -74,26 +74,14 @@ def whitened_svd(weight: Tensor, rank: int, gram: Tensor) -> LowRankFactors:
     """
     check_rank(weight, rank)
     check_gram(gram, weight.shape[1])
-    wide, device = in_double(weight), double_device(weight.device)
+    wide = in_double(weight)
     if weight.shape[0] <= weight.shape[1]:
-        outputs = SymmetricProduct(
-            weight.shape[0],
-            device,
-            times=lambda columns: wide @ product_in_float64(gram, wide.T @ columns),
-            form=lambda: wide @ product_in_float64(gram, wide.T),
-        )
-        left = leading_eigenvectors(outputs, rank)
+        left = leading_eigenvectors(symmetric_product(wide, product_in_float64(gram, wide.T)), rank)
         right = left.T @ wide
     else:
         cholesky = cholesky_with_damping(in_double(gram))
         whitened = wide @ cholesky
-        inputs = SymmetricProduct(
-            weight.shape[1],
-            device,
-            times=lambda columns: whitened.T @ (whitened @ columns),
-            form=lambda: whitened.T @ whitened,
-        )
-        directions = leading_eigenvectors(inputs, rank)
+        directions = leading_eigenvectors(symmetric_product(whitened.T, whitened), rank)
         left = whitened @ directions
         right = torch.linalg.solve_triangular(cholesky.T, directions, upper=True).T
     return LowRankFactors(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())

@@ -141,7 +141,7 @@ def measure_serving(
     taker = TurnTaker(work, meter, idle)
     order = (baseline,) * 4 if candidate is None else (candidate, baseline, baseline, candidate)
     for _ in range(max(1, spec.warmup_blocks)):
-        for server in dict.fromkeys(order):
+        for server in order[: 1 if candidate is None else 2]:
             taker.warm_up(server)
     blocks: list[tuple[Turn, ...]] = []
     while not _is_enough(blocks, spec, is_paired=candidate is not None):

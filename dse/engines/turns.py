@@ -118,8 +118,8 @@ class TurnTaker:
 def foreign_processes(process_ids: Iterable[int], own_groups: Iterable[int]) -> tuple[int, ...]:
     """The processes that belong neither to our engines nor to processes that may be ours.
 
-    In a container a driver lists process ids of the host, which mean nothing here. As many of those as there are engines
-    without a listed process are taken for our engines.
+    In a container a driver lists process ids of the host, which mean nothing here. As many of those as there are
+    engines without a listed process are taken for our engines.
 
     Args:
         process_ids: Processes that compute on the device.

@@ -59,8 +59,8 @@ class Backend:
         self._check_length(max(map(len, prompts)), 1)
         found = self._finished(prompts, self._params(1, prompt_logprobs=0))
         return [
-            [float(entry[token].logprob) for token, entry in zip(prompt[1:], output.prompt_logprobs[1:])]
-            for prompt, output in zip(prompts, found)
+            [float(entry[token].logprob) for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+            for prompt, output in zip(prompts, found, strict=True)
         ]
 
     def time_products(self, shapes, footprint_bytes):

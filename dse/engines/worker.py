@@ -16,6 +16,8 @@ A backend file defines a class `Backend` with
 It raises `Unsupported` (from `backend_support`) for what the engine cannot do.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
@@ -24,6 +26,9 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 _CALLS = ("load", "run", "greedy", "log_probabilities", "time_products", "versions", "close")
 
@@ -32,11 +37,11 @@ def main() -> None:
     """Answer calls until `close` or the end of stdin."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the engine prints goes to stderr, not among the answers
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != here]
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _module("backend_support", here)
-    backend = None
+    backend: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -58,9 +63,9 @@ def main() -> None:
     os._exit(0)  # engines leave threads that would delay the exit
 
 
-def _module(name: str, folder: str):
+def _module(name: str, folder: Path) -> ModuleType:
     """Import a file of this folder under its own name, without adding the folder to the module search path."""
-    spec = importlib.util.spec_from_file_location(name, os.path.join(folder, f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None  # noqa: S101 - the path ends in .py
     assert spec.loader is not None  # noqa: S101
     module = importlib.util.module_from_spec(spec)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
 from dse.decomposition.block_removal import removal_plan
 from dse.design_point import DesignPoint
@@ -60,13 +60,13 @@ class KeptLayers:
             return name
         return f"{self.path}.{self.numbers.get(int(number), number)}{dot}{rest}"
 
-    def counted(self, config: PretrainedConfig) -> dict[str, Any]:
+    def counted(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Config entries that count or list layers, for the attention blocks that are left."""
         layers = list(self.attention) or list(self.numbers)
         lists = {name: [values[layer] for layer in layers] for name, values in self._lists(config).items()}
         return lists | {_count_name(config): max(len(layers), 1)}
 
-    def removal(self, config: PretrainedConfig, body_path: str) -> dict[str, Any]:
+    def removal(self, config: PreTrainedConfig, body_path: str) -> dict[str, Any]:
         """The config entry that the modelling code needs to build the export from the dense architecture.
 
         Args:
@@ -106,7 +106,7 @@ class KeptLayers:
         sizes[-1] += waiting
         return sizes
 
-    def _lists(self, config: PretrainedConfig) -> dict[str, list[Any]]:
+    def _lists(self, config: PreTrainedConfig) -> dict[str, list[Any]]:
         """Config entries with one value per layer, such as `layer_types`."""
         return {
             name: list(value)
@@ -115,6 +115,6 @@ class KeptLayers:
         }
 
 
-def _count_name(config: PretrainedConfig) -> str:
+def _count_name(config: PreTrainedConfig) -> str:
     """The entry of the config that counts layers; GPT-2 calls it `n_layer`."""
     return str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))

@@ -116,10 +116,28 @@ def _below(value: Any, prefix: str, kept: KeptLayers) -> Any:
 
 
 def _older_rope_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """`rope_theta` at top level: transformers 4 does not read `rope_parameters`, and would silently use 10000."""
+    """Rotary settings at top level: transformers 4 does not read `rope_parameters`, and would silently use defaults.
+
+    Transformers 5 prefers `rope_parameters`, which hold the same values.
+    """
     rope = getattr(model.config, "rope_parameters", None)
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    return {} if theta is None else {"rope_theta": theta}
+    if not isinstance(rope, dict):
+        return {}
+    of_full: dict[str, Any] = rope.get("full_attention") or rope
+    if of_full.get("rope_theta") is None:
+        return {}
+    found = {"rope_theta": of_full["rope_theta"]}
+    partial = of_full.get("partial_rotary_factor")
+    if partial is not None:
+        found["partial_rotary_factor"] = partial
+    if model.config.model_type == "gpt_neox":
+        found |= {"rotary_emb_base": of_full["rope_theta"], "rotary_pct": partial}
+    if rope.get("sliding_attention"):
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if of_full.get("rope_type", "default") != "default":
+        common = ("rope_theta", "partial_rotary_factor")
+        found["rope_scaling"] = {name: value for name, value in of_full.items() if name not in common}
+    return found
 
 
 def _expert_ranks(module: nn.Module) -> dict[str, list[int]]:

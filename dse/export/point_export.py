@@ -92,7 +92,7 @@ def export_point(
         folder: The destination, which must not exist or be empty.
         card_details: Details for the model card; see `ExportRequest`.
         format: Name of the format; see `dse.export.formats`.
-        verify: Whether to reload it in a new process and compare before it is published.
+        verify: Whether to verify it before it is published; otherwise it holds no `verification.json`.
         verify_in: Further engines that must reproduce the model.
         python: Interpreter of these engines, or of the format's own engine if none is named.
         progress: Called as ("write", exports, exports) and ("verify", exports, exports).
@@ -127,7 +127,7 @@ def export_points(
         loaded: The dense model; its weights are bit-identical afterwards.
         requests: The exports to write.
         bank: Source of the points' factors.
-        verify: Whether to reload in a new process and compare.
+        verify: Whether to verify before anything is published. Otherwise the folders hold no `verification.json`.
         verify_in: Further engines that must reproduce the model, for example `vllm`.
         python: Interpreter of these engines, or of the format's own engine if none is named.
         progress: Called as ("write", exports, exports) and ("verify", exports, exports).
@@ -146,7 +146,7 @@ def export_points(
     try:
         for request in requests:
             progress("write", len(staged), len(requests))
-            staged.append(stage(loaded, request, bank))
+            staged.append(stage(loaded, request, bank, expect=verify))
         progress("write", len(staged), len(requests))
         checks = _verified(staged, verify_in, python, progress) if verify else [_Checks()] * len(staged)
         results = [_finish(loaded, *pair) for pair in zip(staged, checks, strict=True)]
@@ -218,7 +218,9 @@ def _verified(
                 raise failed_check(report, export.request.folder)
             engines.append(report)
         checks.append(_Checks(reloads.get(export.folder), tuple(engines)))
-        progress("verify", done, len(staged))
+        if engines and done < len(staged):
+            progress("verify", done, len(staged))
+    progress("verify", len(staged), len(staged))
     return checks
 
 

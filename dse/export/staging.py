@@ -76,8 +76,10 @@ class StagedExport:
     Attributes:
         request: The request.
         folder: Its temporary folder.
-        expectation: What a reload in transformers must reproduce; None if transformers does not load the folder.
-        engine_expectation: What an engine must reproduce; None if the model does not generate text.
+        expectation: What a reload in transformers must reproduce; None if transformers does not load the folder,
+            or if it was not asked for.
+        engine_expectation: What an engine must reproduce; None if the model does not generate text, or if it was not
+            asked for.
         auto_class: The transformers class that loads it.
         dense_weight_bytes: Size of the dense model's weights.
         created: Parent folders created for it, the innermost first.
@@ -141,10 +143,16 @@ def _is_taken(folder: Path) -> bool:
     return not stat.S_ISDIR(mode) or any(folder.iterdir())
 
 
-def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> StagedExport:
+def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource, *, expect: bool = True) -> StagedExport:
     """Write one export, and the expectation of its reload, to a hidden folder beside its destination.
 
     The point is applied to the resident model meanwhile, and undone afterwards. On failure nothing stays on disk.
+
+    Args:
+        loaded: The dense model; its weights are bit-identical afterwards.
+        request: The export to write.
+        bank: Source of the point's factors.
+        expect: Whether to compute the expectations; without them, the export cannot be verified.
 
     Raises:
         ExportError: The destination is taken, or the architecture cannot be exported.
@@ -162,10 +170,10 @@ def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource) -> St
         with decompose(loaded, request.point, bank), quiet_transformers(), writing_errors(request.folder):
             state = form.write(loaded, request.point, folder)
             _write_companions(loaded, folder)
-            if not form.is_graph:
+            if expect and not form.is_graph:
                 needs_code = form.needs_remote_code and not (form.name == "transformers" and request.is_dense)
                 expectation = write_expectation(loaded, state, auto_class, expected, is_plain=not needs_code)
-            if _generates(loaded.model):
+            if expect and _generates(loaded.model):
                 sizes = weight_file_sizes(folder, form.weight_files)
                 engine_expectation = expected_of(loaded.model, loaded.tokenizer, form.name, sizes)
                 write_engine_expectation(folder, engine_expectation)

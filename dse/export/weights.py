@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +18,19 @@ from dse.errors import StorageFullError
 from dse.files import disk_errors
 
 __all__ = ["MAX_SHARD_SIZE", "model_bytes", "stored_names", "write_weights", "writing_errors"]
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 MAX_SHARD_SIZE = "2GB"
 """Small enough for the memory of a laptop when the model is on a GPU."""
@@ -67,11 +80,8 @@ def write_weights(
     split = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    storages = Counter(_storage(tensor) for tensor in stored.values())
-    shared = {storage for storage, count in storages.items() if count > 1}
     for file_name, names in split.filename_to_tensors.items():
-        shard = {name: _own_memory(stored[name], shared) for name in names}
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        _save_one_by_one({name: stored[name] for name in names}, folder / file_name)
     if split.is_sharded:
         total = sum(tensor.numel() for tensor in stored.values())
         index = {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
@@ -98,11 +108,27 @@ def writing_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _storage(tensor: Tensor) -> tuple[str, int]:
-    return str(tensor.device), tensor.untyped_storage().data_ptr()
+def _save_one_by_one(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file tensor by tensor: the only copy in memory is that of one tensor.
 
-
-def _own_memory(tensor: Tensor, shared: set[tuple[str, int]]) -> Tensor:
-    """Move to the CPU and make contiguous; copy only if memory is shared, which safetensors refuses."""
-    own = tensor.detach().cpu().contiguous()
-    return own.clone() if _storage(own) in shared else own
+    `safetensors.torch.save_file` copies all tensors of a file before it writes the first.
+    """
+    # Wide numbers first, as safetensors itself sorts, so that every tensor is aligned in a mapped file.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            own = tensors[name].detach().cpu().contiguous()
+            file.write(memoryview(own.view(-1).view(torch.uint8).numpy()))

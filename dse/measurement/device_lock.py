@@ -37,8 +37,8 @@ _POLL_S = 0.2
 def lock_file(device: torch.device) -> Path:
     """The lock file in the cache folder.
 
-    A GPU is named by its UUID if torch knows it: indices differ by process. Other devices are named with the host, since
-    the machines of a cluster often share the home folder.
+    A GPU is named by its UUID if torch knows it: indices differ by process. Other devices are named with the host,
+    since the machines of a cluster often share the home folder.
     """
     kind = "cpu" if device.type == "cpu" else str(device)  # "cpu:0" is the same device
     name = f"{kind}-{platform.node()}"

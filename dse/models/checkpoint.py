@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,18 @@ class Checkpoint:
     def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
         """Yield (name, weight) one by one, in the dtype of the model, in an own memory block on `device`.
 
-        The files are closed at the end, so nothing of them stays mapped into memory.
+        A file is opened for each weight and closed after it: all pages that were read of an open file would count as
+        memory of this process.
         """
-        with ExitStack() as files:
-            opened: dict[Path, Any] = {}
-            for name in names:
-                path, key = self.places[name]
-                if path not in opened:
-                    opened[path] = files.enter_context(safe_open(path, framework="pt"))
-                stored = opened[path].get_tensor(key)
-                weight = stored.to(device, self.dtypes[name])
-                # A weight of the right dtype would be a view of the mapped file.
-                yield name, weight.clone() if weight is stored else weight
+        for name in names:
+            path, key = self.places[name]
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_tensor(key)
+            weight = stored.to(device, self.dtypes[name])
+            if weight is stored:  # a view of the mapped file
+                weight = stored.clone()
+            del stored
+            yield name, weight
 
     @contextmanager
     def present(

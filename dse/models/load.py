@@ -27,12 +27,15 @@ from dse.models.transformers_patches import (
 )
 from dse.topology import Topology
 
-__all__ = ["DTYPES", "LoadedModel", "load_model", "load_topology"]
+__all__ = ["AUTO_DTYPE", "DTYPES", "LoadedModel", "default_dtype", "load_model", "load_topology"]
 
 logger = logging.getLogger("dse")
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""The supported dtypes. "auto" is not one of them: a trial must not depend on how a checkpoint was saved."""
+"""The supported dtypes."""
+
+AUTO_DTYPE = "auto"
+"""On a GPU the dtype of the checkpoint, in which it is served; float32 elsewhere. Records name the dtype that it meant."""
 
 
 class WaitingWeightsLike(Protocol):
@@ -149,13 +152,16 @@ def load_model(
         ModelError: The model cannot be loaded from `ref`, or not in this dtype or on this device, or lacks the head.
         UnknownArchitectureError: No rule gives roles to the model's matrices.
     """
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    torch_device = _device(device)
+    if dtype != AUTO_DTYPE:
+        _dtype(dtype)
     source = resolve(ref, revision)
     if not source.has_weights:
         raise _missing_weights(ref, source)
     with quiet_transformers(), shared_gguf_reader():
         config = _config(ref, source, trust_remote_code)
         _refuse_quantized(ref, source, config)
+        torch_dtype = _default_dtype(config, torch_device) if dtype == AUTO_DTYPE else _dtype(dtype)
         model, checkpoint = None, None
         if weights_on_disk:
             model, checkpoint = _without_weights(ref, source, config, torch_dtype, trust_remote_code, head)
@@ -191,7 +197,7 @@ def load_topology(
         ModelError: The config cannot be read from `ref`.
         UnknownArchitectureError: No rule gives roles to the model's matrices.
     """
-    wanted = None if dtype is None else _dtype(dtype)
+    wanted = None if dtype in (None, AUTO_DTYPE) else _dtype(str(dtype))
     source = resolve(ref, revision)
     with quiet_transformers(), shared_gguf_reader():
         config = _config(ref, source, trust_remote_code)
@@ -203,6 +209,25 @@ def load_topology(
             else:
                 model = factory.from_config(config, dtype=counted, trust_remote_code=trust_remote_code)
         return topology_of(model, role_names)
+
+
+def default_dtype(
+    ref: str, device: torch.device, *, revision: str | None = None, trust_remote_code: bool = False
+) -> str:
+    """What dtype "auto" means for a model on a device; reads the model's config only. See `AUTO_DTYPE`.
+
+    Raises:
+        ModelError: The config cannot be read from `ref`.
+    """
+    source = resolve(ref, revision)
+    with quiet_transformers(), shared_gguf_reader():
+        config = _config(ref, source, trust_remote_code)
+    return str(_default_dtype(config, device)).removeprefix("torch.")
+
+
+def _default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    saved = config.dtype
+    return saved if device.type == "cuda" and saved in DTYPES.values() else torch.float32
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from dse.cost import point_cost
 from dse.decomposition import AppliedPoint, apply_point
 from dse.design_point import DesignPoint
+from dse.engines import engine_named
 from dse.errors import ConfigError, MeterUnavailableError, OutOfMemoryError, TrialError
 from dse.measurement import (
     EnergyMeter,
@@ -29,9 +30,11 @@ from dse.measurement import (
 )
 from dse.models import LoadedModel
 from dse.models.device_map import spread_over
+from dse.models.load import AUTO_DTYPE, default_dtype
 from dse.standalone.measure_engine import EngineRequest, measure_in_engine
 from dse.standalone.model_request import CalibrationText, ModelRequest, point_factors
 from dse.study import StudyListener, resolve_device
+from dse.study.device_defaults import settled_mode
 from dse.trial.energy_quantities import paired_energy_entry
 from dse.trial_record import json_safe
 
@@ -46,6 +49,7 @@ class MeasurementRequest:
         spec: Mode, ABBA blocks, precision, time limit and seed; its sizes are replaced by those of each workload.
         prompt_tokens: Prompt lengths in tokens.
         new_tokens: Numbers of tokens to decode.
+        is_auto_mode: Whether the device decides the mode, instead of `spec`.
         meter: auto, rapl, nvml, nvml:<index or UUID>,..., replay:<trace.csv>, or none.
         engine: The serving engine to measure in; None measures with the model in this process.
     """
@@ -56,6 +60,7 @@ class MeasurementRequest:
     new_tokens: Sequence[int] = (16,)
     meter: str = "auto"
     engine: EngineRequest | None = None
+    is_auto_mode: bool = False
 
 
 def measure_model(
@@ -88,16 +93,26 @@ def measure_model(
         request.spec, list(itertools.product(request.batch_sizes, request.prompt_tokens, request.new_tokens))
     )
     devices = _devices(model.device)
+    if request.engine is not None:
+        engine_named(request.engine.engine).check_available(request.engine.python)
     if request.engine is not None and len(devices) > 1:
         raise ConfigError(
             f"an engine shards a model by its own options, such as tensor_parallel_size, but got '{model.device}'; name"
             " one device"
         )
     meter, no_meter = _meter(request.meter, devices)
+    if len(devices) > 1 and model.dtype == AUTO_DTYPE:  # loaded on the CPU first, where it would mean float32
+        dtype = default_dtype(model.ref, devices[0], revision=model.revision, trust_remote_code=model.trust_remote_code)
+        model = dataclasses.replace(model, dtype=dtype)
     loaded = model.load(watcher, device=str(devices[0]) if len(devices) == 1 else "cpu")
     if len(devices) > 1:
         spread_over(loaded.model, devices)
     found = DesignPoint.read(point, loaded.topology)
+    if request.is_auto_mode and len(devices) == 1 and request.engine is None:
+        mode, reason = settled_mode(loaded, cells[0])
+        cells = tuple(dataclasses.replace(cell, mode=mode) for cell in cells)
+        if reason:
+            watcher.on_message(f"mode {mode}: {reason}")
     for cell in cells:
         check_workload(loaded.model, cell)
     bank = point_factors(loaded, found, calibration or CalibrationText(), watcher)
@@ -105,7 +120,9 @@ def measure_model(
         served, idle = measure_in_engine(
             loaded, found, bank, request.engine, cells, meter=meter, progress=watcher.on_phase
         )
-        return _document(model, loaded, found, devices, request, meter, no_meter, idle) | {"cells": served}
+        return _document(model, loaded, found, devices, request, cells[0].mode, meter, no_meter, idle) | {
+            "cells": served
+        }
     applied = apply_point(loaded.model, loaded.topology, found, bank)
     try:
         with device_lock(*devices):
@@ -113,7 +130,7 @@ def measure_model(
             measured = [_Cell(loaded, found, applied, cell, meter, idle, watcher).measure() for cell in cells]
     finally:
         applied.undo()
-    return _document(model, loaded, found, devices, request, meter, no_meter, idle) | {"cells": measured}
+    return _document(model, loaded, found, devices, request, cells[0].mode, meter, no_meter, idle) | {"cells": measured}
 
 
 def _document(
@@ -122,6 +139,7 @@ def _document(
     found: DesignPoint,
     devices: Sequence[torch.device],
     request: MeasurementRequest,
+    mode: str,
     meter: EnergyMeter | None,
     no_meter: str | None,
     idle: IdlePower | None,
@@ -134,8 +152,8 @@ def _document(
         "is_dense": found.is_dense,
         "reduction": point_cost(loaded.topology, found).reduction,
         "device": "+".join(map(str, devices)),
-        "dtype": model.dtype,
-        "mode": request.spec.mode,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "mode": mode,
         "engine": "transformers" if request.engine is None else request.engine.engine,
         "meter": None if meter is None else {"name": meter.name, "source": meter.source, "is_replay": meter.is_replay},
         "no_meter": no_meter,

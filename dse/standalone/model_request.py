@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from dse.decomposition import METHODS, FactorBank, longest_window, named_calibration, requests_of_points
 from dse.defaults import CALIBRATION_TOKENS
 from dse.design_point import DesignPoint
@@ -25,14 +27,14 @@ class ModelRequest:
         ref: Hub id, local folder, .gguf file, or demo:<name>.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether Python code that comes with the model may run.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16, bfloat16 or auto: on a GPU the checkpoint's, else float32.
         device: auto, cpu, cuda or cuda:<index>.
     """
 
     ref: str
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str = "auto"
 
     def load(
@@ -57,15 +59,16 @@ class ModelRequest:
         """
         place = str(resolve_device(self.device)) if device is None else device
         listener.on_message(f"loading {self.ref}")
-        return load_model(
-            self.ref,
-            revision=self.revision,
-            dtype=self.dtype,
-            device=place,
-            trust_remote_code=self.trust_remote_code,
-            head=head,
-            role_names=role_names,
-        )
+        with device_in_use(torch.device(place)):
+            return load_model(
+                self.ref,
+                revision=self.revision,
+                dtype=self.dtype,
+                device=place,
+                trust_remote_code=self.trust_remote_code,
+                head=head,
+                role_names=role_names,
+            )
 
     def topology(self, role_names: Mapping[str, str] | None = None) -> Topology:
         """The model's topology, from its config only.

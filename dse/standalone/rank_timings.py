@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dse.config import load_search_space
+from dse.config import MeasurementConfig, load_search_space
 from dse.cost import break_even_rank
 from dse.design_point import TensorChoice
+from dse.engines import engine_timings
 from dse.errors import ConfigError, ProfileError
 from dse.measurement import device_lock
-from dse.measurement.device_profile import ModelProfile, Phase, profile_model, timings_for
+from dse.measurement.device_profile import ModelProfile, Phase, ProductTimings, profile_model, timings_for
 from dse.models import LoadedModel
 from dse.report.rank_curves import RankCurve, RankPanel, rank_curves_html
 from dse.search.spaces.base import SearchSpace
 from dse.sensitivity import SensitivityProfile, option_shapes
+from dse.standalone.measure_engine import EngineRequest
 from dse.standalone.model_request import ModelRequest
 from dse.study import StudyListener
-from dse.trial import settled_space
+from dse.trial import engine_pair, settled_space
 
 __all__ = ["RankTimingRequest", "rank_timings_html", "time_ranks"]
 
@@ -36,6 +39,7 @@ class RankTimingRequest:
         space: A search-space file or shipped name, whose ranks are timed.
         profile: A profile.json of `dse sensitivity`, whose options are timed, as `dse allocate` needs for latencies.
         prompt_tokens: Prompt length of prefill in tokens.
+        engine: The serving engine whose products are timed; None times them with torch in this process.
     """
 
     ranks: Sequence[int] = ()
@@ -43,6 +47,7 @@ class RankTimingRequest:
     profile: str | None = None
     batch_sizes: Sequence[int] = (1,)
     prompt_tokens: int = 128
+    engine: EngineRequest | None = None
 
 
 def time_ranks(
@@ -60,7 +65,33 @@ def time_ranks(
     """
     watcher = listener or StudyListener()
     loaded = model.load(watcher)
-    profile = profile_model(loaded, timings_for(loaded.model))
+    with _timings(loaded, request, watcher) as timings:
+        return _timed(model, loaded, request, profile_model(loaded, timings), watcher)
+
+
+@contextlib.contextmanager
+def _timings(loaded: LoadedModel, request: RankTimingRequest, listener: StudyListener) -> Iterator[ProductTimings]:
+    """Product timings of torch in this process, or of the requested engine while it runs."""
+    if request.engine is None:
+        yield timings_for(loaded.model)
+        return
+    config = request.engine.config(MeasurementConfig())
+    with contextlib.closing(engine_pair(config, loaded)) as pair:
+        listener.on_message(f"starting {pair.engine.title} on the dense model")
+        with device_lock(loaded.device):
+            pair.start()
+            timings = engine_timings(pair, loaded.model, listener.on_message)
+        yield timings
+
+
+def _timed(
+    model: ModelRequest,
+    loaded: LoadedModel,
+    request: RankTimingRequest,
+    profile: ModelProfile,
+    watcher: StudyListener,
+) -> dict[str, Any]:
+    """Time what is missing, and compare."""
     space = _space(request, loaded, profile, watcher)
     entries = list(_entries(loaded, request, space))
     if not entries:

@@ -169,12 +169,10 @@ class Rehearsal:
             with self._meter.measuring() as one:
                 meter.measure(self._whole_point(0.5), _FIRST)
         seconds = peaks.for_layers(self.depth) - one.for_layers(self.depth)
-        count = 0
         for layer, number in options.items():
             remaining = self.depth if layer is None else self.depth - layer
             seconds += number * one.for_layers(remaining)
-            count += number
-        seconds += 2 * self.depth * (one.layer_seconds + peaks.layer_seconds) / 2  # states of the next layer, checked
+        seconds += self.depth * one.layer_seconds  # the dense states before every layer
         return self._forecast("profile", peaks, seconds)
 
     def evaluation(self, documents_factor: float = 1.0) -> PhaseForecast:
@@ -182,7 +180,7 @@ class Rehearsal:
         evaluator = evaluator_for(self.small, self.config.tasks, self.config.evaluation)
         counts = [len(documents) for documents in evaluator.documents.values()]
         share = min(1.0, _REHEARSED_DOCUMENTS * max(1, len(counts)) / max(1, sum(counts)))
-        evaluator.evaluate(share=min(1.0, 0.2 * share))  # verifies the ways of sharing, once per study
+        evaluator.evaluate(share=share)  # verifies the ways of sharing, which a study does once
         with self._meter.measuring() as peaks:
             evaluator.evaluate(share=share)
         digests = len(evaluator.digests(share))
@@ -224,12 +222,13 @@ class Rehearsal:
     ) -> PhaseForecast:
         more = self.missing_weight_bytes + more_device_bytes
         on_gpu = self.small.device.type == "cuda"
+        waiting = self._waiting_bytes() if phase.startswith("trial") else 0
         return PhaseForecast(
             phase,
             seconds,
-            host_bytes=peaks.host_bytes + (0 if on_gpu else more),
+            host_bytes=peaks.host_bytes + (waiting if on_gpu else more),
             gpu_bytes=peaks.gpu_bytes + more if on_gpu else 0,
-            disk_bytes=disk_bytes,
+            disk_bytes=disk_bytes + (0 if on_gpu else waiting),
         )
 
     def _state_bytes(self) -> tuple[int, int]:
@@ -250,6 +249,13 @@ class Rehearsal:
             return 0
         factors = 0.5 * self.bank_bytes() / max(1, len(self._requests)) / 4 * self.small.dtype.itemsize
         return int(factors * (1 - 1 / max(1, len(self.decomposed_layers))))
+
+    def _waiting_bytes(self) -> int:
+        """Dense weights that leave the device during a trial: to host memory from a GPU, to disk from a CPU."""
+        if self._residency != "candidate":
+            return 0
+        tensors = {tensor for name in self._names(self._requests) for tensor in self.topology.tensors_of(name)}
+        return sum(self.topology[tensor].parameters for tensor in tensors) * self.small.dtype.itemsize
 
     def _held_out(self, tokens: int) -> Tensor:
         return held_out_windows(

@@ -18,6 +18,7 @@ from dse.evaluation.statistics.power import smallest_detectable_drop
 from dse.files import cache_dir
 from dse.models import load_topology
 from dse.models.checkpoint import open_checkpoint
+from dse.models.load import default_dtype
 from dse.models.miniature import first_layers
 from dse.models.model_source import resolve
 from dse.models.residency import Residency, choose_residency, free_bytes, visible_devices
@@ -69,6 +70,7 @@ def plan_study(
     """
     watcher = listener or StudyListener()
     device = resolve_device(config.model.device)
+    config = _with_dtype(config, device)
     meter, problem = open_study_meter(config, device)
     objectives, _ = resolve_objectives(config, problem)
     topology = load_topology(
@@ -118,6 +120,15 @@ def plan_study(
         "documents": documents,
         "advice": advice,
     }
+
+
+def _with_dtype(config: StudyConfig, device: torch.device) -> StudyConfig:
+    """The study with the dtype that `auto` means on this device."""
+    model = config.model
+    if model.dtype != "auto":
+        return config
+    dtype = default_dtype(model.ref, device, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return config.model_copy(update={"model": model.model_copy(update={"dtype": dtype})})
 
 
 def _phases(
@@ -196,6 +207,8 @@ def _load_seconds(
     from dse.models.heads import model_factory
     from dse.models.load import _config
 
+    if source.gguf_file is not None:
+        return _gguf_seconds(Path(source.location) / source.gguf_file, topology)
     description = _config(config.model.ref, source, config.model.trust_remote_code)
     model = model_without_weights(model_factory(description, config.model.trust_remote_code), description, dtype)
     checkpoint = open_checkpoint(source, model, dtype)
@@ -211,6 +224,18 @@ def _load_seconds(
     start = time.perf_counter()
     for _ in checkpoint.read(chosen, device):
         pass
+    return (time.perf_counter() - start) * topology.parameters_dense / max(1, total)
+
+
+def _gguf_seconds(path: Path, topology: Topology) -> float | None:
+    """Seconds to read and dequantise a GGUF file, from some of its tensors."""
+    from gguf import GGUFReader, dequantize
+
+    start, total = time.perf_counter(), 0
+    for tensor in GGUFReader(path).tensors:
+        total += dequantize(tensor.data, tensor.tensor_type).size
+        if total >= _READ_BYTES // 4:
+            break
     return (time.perf_counter() - start) * topology.parameters_dense / max(1, total)
 
 
@@ -272,7 +297,8 @@ def _places(phases: Sequence[PhaseForecast], device: torch.device, out: Path) ->
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     disk = max(phases, key=lambda phase: phase.disk_bytes)
-    total = sum(phase.disk_bytes for phase in phases)
+    total = sum(phase.disk_bytes for phase in phases if not phase.phase.startswith("trial"))
+    total += max((phase.disk_bytes for phase in phases if phase.phase.startswith("trial")), default=0)
     return [*found, _Place("disk", shutil.disk_usage(folder).free, total, disk.phase)]
 
 

@@ -17,6 +17,7 @@ from dse.errors import StudyError
 from dse.evaluation import EvaluationResult, read_graded, read_outcomes
 from dse.files import disk_errors, write_json, write_text
 from dse.report.worker_lanes import LANES_FILE
+from dse.study.device_defaults import with_stored_defaults
 from dse.study.storage_place import DatabasePlace, database_of, enter_database
 from dse.yaml_reading import read_yaml
 
@@ -115,14 +116,17 @@ class StudyFolder:
                 self.storage.unlink(missing_ok=True)
 
     def with_settled_multiple(self, config: StudyConfig) -> StudyConfig:
-        """The study with the rank multiple found when it started, if it leaves the multiple to the device.
+        """The study with the rank multiple, dtype and mode found when it started, where it leaves them to the device.
 
         Timings may have changed since then, but the space of a study must not.
 
         Raises:
             StudyError: The folder's study is damaged.
         """
-        if config.space.ranks.multiple != "device" or not self.study_yaml.exists():
+        if not self.study_yaml.exists():
+            return config
+        config = with_stored_defaults(config, self.read_config())
+        if config.space.ranks.multiple != "device":
             return config
         settled = self.read_config().space.ranks.multiple
         return config if settled == "device" else config.model_copy(update={"space": config.space.at_multiple(settled)})
@@ -238,5 +242,6 @@ def _is_ours(path: Path) -> bool:
 def _identity(config: StudyConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     del data["budget"], data["workers"], data["storage"]
+    del data["measurement"]["python"], data["measurement"]["engine_time_limit_s"]  # an environment may move
     del data["evaluation"]["batch_size"]  # changes rounding alone, and memory may have run out
     return data

@@ -20,12 +20,14 @@ from dse.search.proposal import Proposal
 from dse.study.compare_trials import TrialComparison
 from dse.study.folder import StudyFolder
 from dse.study.storage import StudyStorage
+from dse.study.storage_place import DatabasePlace
 from dse.study.study import Study
 from dse.trial_record import EVALUATED_STATES, TrialRecord, objective_values
 
 __all__ = ["LiveStudy"]
 
 _WATCHED = ("study.yaml", "study.db", "study.db-wal", LANES_FILE)
+_DATABASE_PERIOD_S = 2.0  # between two looks at a database
 
 
 class LiveStudy:
@@ -78,6 +80,8 @@ class LiveStudy:
                 stamps.append(f"{status.st_mtime_ns}.{status.st_size}.{status.st_ino}")
             except OSError:
                 stamps.append("-")
+        if isinstance(self._folder.storage, DatabasePlace):  # a database has no file to look at
+            stamps.append(str(int(time.monotonic() / _DATABASE_PERIOD_S)))
         return " ".join(stamps)
 
     def _read(self, version: str) -> StudySnapshot:

@@ -243,7 +243,8 @@ def connected(config: WorkersConfig) -> Iterator[RayCluster]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                signal.signal(number, handler)  # Ray replaces them
+                if handler is not None:
+                    signal.signal(number, handler)  # Ray replaces them
     try:
         with _quiet():
             yield RayCluster(config)

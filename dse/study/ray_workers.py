@@ -10,20 +10,18 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dse.config import StudyConfig, WorkersConfig
 from dse.errors import StudyError
-from dse.evaluation import EvaluationResult
 from dse.files import cache_dir, disk_errors
 from dse.study.driver_desk import DriverDesk
 from dse.study.jobs import EvaluateTrial, Job
 from dse.study.lane_book import LaneBook
 from dse.study.listener import StudyListener
-from dse.study.outline import StudyOutline
 from dse.study.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
+from dse.study.ray_members import Member, Ticket
 from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions, measured_objectives
 from dse.study.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
 from dse.study.workers import FinishedJob, Workers
@@ -41,39 +39,6 @@ _MAX_FAILED_STARTS = 5
 _PATIENCE_S = 60.0
 
 
-@dataclass
-class _Ticket:
-    """A submitted job, and why the workers that ran it ended."""
-
-    job: Job
-    deaths: list[str] = field(default_factory=list)
-    evaluation: EvaluationResult | None = None
-
-    def for_accuracy(self) -> Job | None:
-        """The part of a trial that does not depend on the device; None if there is none."""
-        is_trial = isinstance(self.job, EvaluateTrial) and self.job.part == "all" and self.job.baseline is not None
-        return dataclasses.replace(self.job, part="accuracy") if is_trial else None
-
-
-@dataclass
-class _Member:
-    """One worker: its actor, and the call that is under way."""
-
-    index: int
-    actor: Any
-    facts: WorkerFacts | None = None
-    is_ready: bool = False
-    call: RayCall | None = None
-    ticket: _Ticket | None = None
-    begun_s: float = 0.0
-    failed_starts: int = 0
-    retry_s: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"worker {self.index + 1}" + (f" on {self.facts.host}" if self.facts else "")
-
-
 class RayWorkers(Workers):
     """Workers on Ray; made by `ray_workers`."""
 
@@ -82,13 +47,14 @@ class RayWorkers(Workers):
     ) -> None:
         self.count = share.workers
         self._cluster, self._settings, self._lanes = cluster, settings, lanes
-        self._waiting: deque[_Ticket] = deque()
+        self._waiting: deque[Ticket] = deque()
         self._given_up: deque[FinishedJob] = deque()
         self._all_busy_s = time.monotonic()
         self._phases: RayCall | None = None
+        self._listener = StudyListener()
         self._desk = cluster.start_here(DriverDesk, request.desk, request.cache.path)
         self._members = [
-            _Member(index, cluster.start(StudyWorker, share, index, request)) for index in range(share.workers)
+            Member(index, cluster.start(StudyWorker, share, index, request)) for index in range(share.workers)
         ]
 
     def join_all(self, listener: StudyListener) -> None:
@@ -111,7 +77,7 @@ class RayWorkers(Workers):
         first: Joined = self._each(members[:1], {0: ("join",)})[0]
         for message in first.messages:
             listener.on_message(message)
-        self._outline_of(first)
+        self.outline = first.outline
         call_actor(self._desk, "offer", first.files).result()
         check_same_devices(first.outline, list(facts.values()), self._settings.mixed)
         joined = {0: first} | self._each(members[1:], {m.index: ("join",) for m in members[1:]})
@@ -129,7 +95,7 @@ class RayWorkers(Workers):
 
     def submit(self, job: Job) -> None:
         """Add a job; it starts when a worker is free."""
-        self._waiting.append(_Ticket(job))
+        self._waiting.append(Ticket(job))
 
     def next_finished(self) -> FinishedJob:
         """Wait for a job to finish; one whose worker ended runs again on another."""
@@ -167,11 +133,7 @@ class RayWorkers(Workers):
 
     # --- set-up ---
 
-    def _outline_of(self, joined: Joined) -> None:
-        self.outline: StudyOutline = joined.outline
-        self.idle = joined.idle
-
-    def _welcome(self, member: _Member, joined: Joined) -> None:
+    def _welcome(self, member: Member, joined: Joined) -> None:
         """Accept a worker that is ready, after its first start or a restart.
 
         Raises:
@@ -182,7 +144,7 @@ class RayWorkers(Workers):
         member.facts, member.is_ready, member.failed_starts = joined.facts, True, 0
         self._lanes.welcome(member)
 
-    def _each(self, members: Sequence[_Member], calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+    def _each(self, members: Sequence[Member], calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a method of each worker, and again where the worker ends meanwhile; returns results by index."""
         results: dict[int, Any] = {}
         for member in members:
@@ -199,7 +161,7 @@ class RayWorkers(Workers):
             self._show_phase(waiting)
         return results
 
-    def _failed_start(self, member: _Member, reason: WorkerLostError) -> None:
+    def _failed_start(self, member: Member, reason: WorkerLostError) -> None:
         if reason.is_starting:
             return
         member.failed_starts += 1
@@ -210,7 +172,7 @@ class RayWorkers(Workers):
                 " Ray on its machine"
             )
 
-    def _retire(self, member: _Member, reason: StudyError) -> None:
+    def _retire(self, member: Member, reason: StudyError) -> None:
         """Go on without a worker that cannot take part any more.
 
         Raises:
@@ -223,7 +185,7 @@ class RayWorkers(Workers):
             raise reason
         self._listener.on_message(f"going on without {member.name}: {reason}")
 
-    def _show_phase(self, members: Sequence[_Member]) -> None:
+    def _show_phase(self, members: Sequence[Member]) -> None:
         phases = self._read_phases()
         for member in members:
             if member.index in phases:
@@ -249,7 +211,7 @@ class RayWorkers(Workers):
                     self._lanes.begin(member)
                     break
 
-    def _is_other(self, member: _Member) -> bool:
+    def _is_other(self, member: Member) -> bool:
         """Whether the study measures latency or energy and this worker has another device than the first one."""
         first = self._members[0].facts
         differs = member.facts is not None and first is not None and member.facts.device != first.device
@@ -269,7 +231,7 @@ class RayWorkers(Workers):
         self._complain_if_alone()
         return found
 
-    def _take(self, member: _Member) -> FinishedJob | None:
+    def _take(self, member: Member) -> FinishedJob | None:
         ticket, member.ticket = member.ticket, None
         try:
             result = self._result_of(member)
@@ -299,13 +261,13 @@ class RayWorkers(Workers):
         found = outcome.result
         if isinstance(ticket.job, EvaluateTrial) and self._is_other(member) and found.record.state == "complete":
             rest = dataclasses.replace(ticket.job, record=found.record, part="measurements")
-            self._waiting.appendleft(_Ticket(rest, evaluation=found.evaluation))
+            self._waiting.appendleft(Ticket(rest, evaluation=found.evaluation))
             return None
         if ticket.evaluation is not None:
             found = dataclasses.replace(found, evaluation=ticket.evaluation)
         return FinishedJob(ticket.job, found)
 
-    def _requeue(self, member: _Member, ticket: _Ticket, reason: str) -> None:
+    def _requeue(self, member: Member, ticket: Ticket, reason: str) -> None:
         """Let another worker run the job of a worker that ended, unless several have ended in it."""
         ticket.deaths.append(reason)
         what = f"trial {ticket.job.record.trial}" if isinstance(ticket.job, EvaluateTrial) else "a job"
@@ -342,7 +304,7 @@ class RayWorkers(Workers):
 
     # --- calls ---
 
-    def _done(self, members: Sequence[_Member]) -> list[_Member]:
+    def _done(self, members: Sequence[Member]) -> list[Member]:
         """Members whose call is finished, after at most a moment."""
         by_call = {member.call: member for member in members if member.call is not None}
         if not by_call:
@@ -350,7 +312,7 @@ class RayWorkers(Workers):
             return []
         return [by_call[call] for call in self._cluster.wait(list(by_call), _TICK_S)]
 
-    def _result_of(self, member: _Member) -> Any:
+    def _result_of(self, member: Member) -> Any:
         call, member.call = member.call, None
         if call is None:
             raise ValueError("a worker without a call has no result")

@@ -23,7 +23,7 @@ from dse.pareto import Objective
 from dse.report.trials_table import is_eligible, mark_front
 from dse.study.listener import StudyListener
 from dse.study.setup import PreparedStudy
-from dse.trial.engine_measurements import EngineMeasurer, engine_key, serving_entry, serving_quantities
+from dse.trial.engine_measurements import EngineMeasurer, engine_key, first_cell, serving_entry, serving_quantities
 from dse.trial_record import TrialRecord
 
 __all__ = [
@@ -103,14 +103,15 @@ def measured_entry(
     try:
         with device_lock(loaded.device), decompose(loaded, point, source) as applied:
             cells = measurer.cells(applied, is_dense=dense is None, meter=meter, idle=idle)
-        found = serving_quantities(cells[0], dense, latencies=True) if cells[0].is_valid else {}
+        first = first_cell(cells)
+        found = serving_quantities(first, dense, latencies=True) if first.is_valid else {}
     except TrialError as error:
         return {"quantities": {}, "ratios": {}, "serving": None, "reason": str(error)}
     return {
         "quantities": {name: dataclasses.asdict(value) for name, (value, _) in found.items()},
         "ratios": {name: dataclasses.asdict(ratio) for name, (_, ratio) in found.items()},
         "serving": serving_entry(cells),
-        "reason": cells[0].reason,
+        "reason": first.reason,
     }
 
 

@@ -32,6 +32,7 @@ from dse.search.space_sensitivity import study_table
 from dse.search.spaces.base import SearchSpace
 from dse.search.user_points import checked_user_points
 from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.study.device_defaults import with_device_defaults
 from dse.study.final_documents import FinalEvaluator
 from dse.study.float32_comparison import half_precision_notice
 from dse.study.listener import StudyListener
@@ -125,6 +126,8 @@ def prepare_study(
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
     check_phases(objectives, loaded)
+    config = with_device_defaults(config, loaded, plan.cells[0], listener.on_message)
+    plan = MeasurementPlan.of(config, meter)
     pair = engine_pair(config.measurement, loaded) if config.measurement.is_external else None
     timings = None if pair is None else _engine_timings(config, loaded, pair, listener)
     with out_of_memory_by_phase(listener.on_phase, "device_profile") as progress:

@@ -102,14 +102,12 @@ class Joined:
         outline: The study as it has prepared it, without a sensitivity table.
         messages: What it has to say to the user.
         files: Folders of the factor bank, relative to the cache folder.
-        idle: The idle power of its device; None without a meter.
     """
 
     facts: WorkerFacts
     outline: StudyOutline
     messages: tuple[str, ...]
     files: tuple[str, ...]
-    idle: Any
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class StudyWorker:
         prepared = self._ready()
         root = cache_dir()
         folders = tuple(str(folder.relative_to(root)) for folder in prepared.evaluator.bank.folders.values())
-        return Joined(self.describe(), StudyOutline.of(prepared), tuple(self._listener.messages), folders, self._idle)
+        return Joined(self.describe(), StudyOutline.of(prepared), tuple(self._listener.messages), folders)
 
     def measure_share(self, index: int, count: int) -> dict[str, OptionDivergence]:
         """Measure this worker's share of the sensitivity profile; known divergences are not measured again.

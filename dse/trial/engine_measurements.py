@@ -13,8 +13,18 @@ import torch
 from dse.config import MeasurementConfig
 from dse.decomposition import AppliedPoint
 from dse.decomposition.surgery import FactorSource
-from dse.engines import EnginePair, EngineSettings, PairedServing, ResidentServer, Server, engine_named, measure_serving
-from dse.errors import ConfigError, InvalidMeasurementError
+from dse.engines import (
+    EnginePair,
+    EngineSettings,
+    EngineWork,
+    PairedServing,
+    ResidentServer,
+    Server,
+    engine_named,
+    measure_serving,
+    work_of,
+)
+from dse.errors import ConfigError, InvalidMeasurementError, OutOfMemoryError
 from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import EnergyMeter, IdlePower, LatencySpec, PhaseLatency
 from dse.models import LoadedModel
@@ -23,7 +33,15 @@ from dse.trial.measurement_plan import MeasurementPlan
 from dse.trial.trial_run import TrialRun
 from dse.trial_record import EvaluatedTrial, TrialRecord, json_safe
 
-__all__ = ["EngineMeasurer", "engine_key", "engine_pair", "serving_entry", "serving_quantities"]
+__all__ = [
+    "EngineMeasurer",
+    "UnservedCell",
+    "engine_key",
+    "engine_pair",
+    "first_cell",
+    "serving_entry",
+    "serving_quantities",
+]
 
 Quantities = Mapping[str, tuple[Interval, Interval]]
 """Quantity to its value and its ratio to the dense model."""
@@ -58,6 +76,22 @@ def engine_pair(config: MeasurementConfig, loaded: LoadedModel, source: FactorSo
         context_tokens=max(prompt + new for _, prompt, new in config.cells),
     )
     return EnginePair(engine, settings, loaded, source)
+
+
+@dataclass(frozen=True)
+class UnservedCell:
+    """A further cell of the grid that does not fit into memory.
+
+    Attributes:
+        work: Its requests.
+        reason: Why it was not measured.
+        bytes_asked: Size of the allocation that failed, if it is known.
+    """
+
+    work: EngineWork
+    reason: str
+    bytes_asked: int | None
+    is_valid: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,8 +136,8 @@ class EngineMeasurer:
         """
         meter = self.plan.meter if energy else None
         with run.timed("serving"):
-            measured = self.cells(applied, is_dense=baseline is None, meter=meter, idle=idle)
-        first = measured[0]
+            measured = self.cells(applied, is_dense=run.record.is_dense, meter=meter, idle=idle)
+        first = first_cell(measured)
         run.update(serving=serving_entry(measured))
         if baseline is not None and first.start_up_s:  # the dense model's engine starts before its trial
             run.seconds["engine_start"] = run.seconds.get("engine_start", 0.0) + first.start_up_s
@@ -126,8 +160,10 @@ class EngineMeasurer:
         meter: EnergyMeter | None,
         idle: IdlePower | None,
         meter_every_cell: bool = False,
-    ) -> tuple[PairedServing, ...]:
+    ) -> tuple[PairedServing | UnservedCell, ...]:
         """Measure every cell with candidate and baseline in turn, or the baseline alone.
+
+        A further cell that does not fit into memory is returned with its reason.
 
         Args:
             applied: The point in the resident model.
@@ -143,6 +179,21 @@ class EngineMeasurer:
             )
 
     def _cell(
+        self,
+        spec: LatencySpec,
+        baseline: Server,
+        candidate: Server | None,
+        meter: EnergyMeter | None,
+        idle: IdlePower | None,
+    ) -> PairedServing | UnservedCell:
+        try:
+            return self._served(spec, baseline, candidate, meter, idle)
+        except OutOfMemoryError as error:
+            if spec == self.plan.cells[0]:
+                raise
+            return UnservedCell(work_of(spec, self.plan.requests), str(error), error.bytes_asked)
+
+    def _served(
         self,
         spec: LatencySpec,
         baseline: Server,
@@ -244,13 +295,19 @@ def _scaled(name: str, ratio: Interval, dense: TrialRecord | Mapping[str, float]
     return Interval(ratio.value * base, ratio.low * base, ratio.high * base), ratio
 
 
-def serving_entry(cells: Sequence[PairedServing]) -> dict[str, Any]:
+def first_cell(cells: Sequence[PairedServing | UnservedCell]) -> PairedServing:
+    """The cell that provides the objectives, which is always measured."""
+    assert isinstance(cells[0], PairedServing)  # noqa: S101 - out of memory was raised there
+    return cells[0]
+
+
+def serving_entry(cells: Sequence[PairedServing | UnservedCell]) -> dict[str, Any]:
     """The first cell's measurement as a JSON mapping, with the other cells as a list."""
     first, *others = (_cell_entry(cell) for cell in cells)
     return {**first, "cells": others}
 
 
-def _cell_entry(cell: PairedServing) -> dict[str, Any]:
+def _cell_entry(cell: PairedServing | UnservedCell) -> dict[str, Any]:
     work = cell.work
     name = f"batch {work.concurrency}, prompt {work.prompt_tokens}, new {work.new_tokens}"
     entry: dict[str, Any] = json_safe(dataclasses.asdict(cell))

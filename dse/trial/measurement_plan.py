@@ -57,7 +57,7 @@ class MeasurementPlan:
         """The plan of a study file, without a device profile."""
         settings = config.measurement
         first = LatencySpec(
-            mode=settings.mode,
+            mode="eager" if settings.mode == "auto" else settings.mode,
             blocks=settings.blocks,
             warmup_blocks=settings.warmup_blocks,
             max_warmup_blocks=max(settings.max_warmup_blocks, settings.warmup_blocks),

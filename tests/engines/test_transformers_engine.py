@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from engine_conformance import EngineConformance, engine_model
 
 from dse.decomposition import FactorBank
 from dse.design_point import DesignPoint
-from dse.engines import ENGINES, EngineSettings, EngineWork, WorkerSession
+from dse.engines import ENGINES, EnginePair, EngineSettings, EngineWork, WorkerSession, engine_checks
+from dse.engines.engine_timings import EngineTimings
 from dse.engines.folder_writer import folder_writer
 from dse.errors import EngineError, EngineUnavailableError
+from dse.measurement.device_profile import ProductShape, timings_for
 
 
 class TestTransformersEngine(EngineConformance):
@@ -57,6 +61,29 @@ def test_the_engine_ends_with_a_parent_that_is_killed(dense_folder: Path) -> Non
     while time.monotonic() < deadline and _is_running(worker):
         time.sleep(0.1)
     assert not _is_running(worker)
+
+
+def test_product_timings_come_from_the_engine(tmp_path: Path) -> None:
+    loaded = engine_model()
+    shape = ProductShape(4, 96, 64)
+    with contextlib.closing(EnginePair(ENGINES["transformers"], EngineSettings(threads=1), loaded)) as pair:
+        timings = EngineTimings(pair, timings_for(loaded.model), tmp_path)
+        assert timings.conditions.torch_version.startswith("transformers: transformers ")
+        seconds = timings.seconds(shape)
+        assert seconds > 0
+        copy = pickle.loads(pickle.dumps(timings))
+        again = EngineTimings(pair, timings_for(loaded.model), tmp_path)
+    assert timings.path.parent == tmp_path
+    assert again.has_timing(shape)
+    assert again.seconds(shape) == seconds  # read from the file of this engine's versions
+    assert copy.seconds(ProductShape(2, 96, 64)) > 0  # without a session: measured with torch
+
+
+def test_doctor_lists_every_engine() -> None:
+    checks = {check.name: check for check in engine_checks()}
+    assert list(checks) == [f"engine {name}" for name in ENGINES]
+    assert checks["engine transformers"].status == "ok"
+    assert all(check.status == "ok" or check.remedy for check in checks.values())
 
 
 def _is_running(process: int) -> bool:

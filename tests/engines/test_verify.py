@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,29 @@ from engine_environments import engine_python, needs_modules
 from safetensors.torch import load_file, save_file
 
 import dse
+from dse.cli import main
 from dse.cli.export import FORMATS
 from dse.export import EXPORT_FORMATS, export_point, export_trials
 from dse.study import open_study
 
+Run = Callable[..., tuple[str, str]]
 
-def run(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dse.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == expect, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], own_process: None) -> Run:
+    """Run one command in this process; return stdout and stderr."""
+
+    def call(*arguments: str | Path | int, expect: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:  # of argparse
+            code = int(error.code or 0)
+        found = capsys.readouterr()
+        assert code == expect, found.err + found.out
+        return found.out, found.err
+
+    return call
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +64,9 @@ def export(low_rank_trial: tuple[Path, int], tmp_path_factory: pytest.TempPathFa
 
 
 def test_an_export_verifies_again_and_the_card_says_so(export: Path) -> None:
-    done = run("verify", export)
+    command = [sys.executable, "-m", "dse.cli", "verify", str(export)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
     assert "verified in transformers" in done.stdout
     assert "greedy tokens of 5 of 5 prompts equal" in done.stdout
     card = (export / "README.md").read_text(encoding="utf-8")
@@ -61,7 +75,7 @@ def test_an_export_verifies_again_and_the_card_says_so(export: Path) -> None:
     assert "equal greedy tokens, largest difference of a log-probability" in card
 
 
-def test_other_weights_exit_with_1_and_leave_the_card(export: Path, tmp_path: Path) -> None:
+def test_other_weights_exit_with_1_and_leave_the_card(run: Run, export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(export, folder)
     weights = load_file(folder / "model.safetensors")
@@ -69,14 +83,13 @@ def test_other_weights_exit_with_1_and_leave_the_card(export: Path, tmp_path: Pa
     weights[name][5:40] += 0.5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     card = (folder / "README.md").read_text(encoding="utf-8")
-    done = run("verify", folder, "--json", expect=1)
-    report = json.loads(done.stdout)
+    report = json.loads(run("verify", folder, "--json", expect=1)[0])
     assert not report["is_valid"]
     assert "log-probabilities must differ by at most" in report["problem"]
     assert (folder / "README.md").read_text(encoding="utf-8") == card
 
 
-def test_user_errors_exit_with_2_and_one_line(export: Path, tmp_path: Path) -> None:
+def test_user_errors_exit_with_2_and_one_line(run: Run, export: Path, tmp_path: Path) -> None:
     cases = {
         ("verify", tmp_path / "none"): "must be a folder",
         ("verify", tmp_path): "must hold verification.json",
@@ -86,44 +99,44 @@ def test_user_errors_exit_with_2_and_one_line(export: Path, tmp_path: Path) -> N
         ("verify", export, "--option", "length"): "must be NAME=VALUE",
     }
     for arguments, message in cases.items():
-        done = run(*arguments, expect=2)
-        assert message in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        _, errors = run(*arguments, expect=2)
+        assert message in errors
+        assert len(errors.strip().splitlines()) == 1
 
 
 def test_a_missing_engine_is_noticed_before_the_model_is_loaded(
-    low_rank_trial: tuple[Path, int], tmp_path: Path
+    run: Run, low_rank_trial: tuple[Path, int], tmp_path: Path
 ) -> None:
     study, trial = low_rank_trial
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
     for form, remedy in (("onnx", "lowrank-dse[onnx]"), ("openvino", "lowrank-dse[openvino]")):
-        done = run(
+        _, errors = run(
             "export", study, "--trial", trial, "--out", tmp_path / form, "--format", form,
             "--python", bare / "bin" / "python", expect=2,
         )  # fmt: skip
-        assert remedy in done.stderr
-        assert "loading" not in done.stderr
+        assert remedy in errors
+        assert "loading" not in errors
         assert not (tmp_path / form).exists()
 
 
-def test_an_unknown_format_names_the_known_ones(low_rank_trial: tuple[Path, int], tmp_path: Path) -> None:
+def test_an_unknown_format_names_the_known_ones(run: Run, low_rank_trial: tuple[Path, int], tmp_path: Path) -> None:
     study, trial = low_rank_trial
-    done = run("export", study, "--trial", trial, "--out", tmp_path / "x", "--format", "onx", expect=2)
-    assert "transformers, dense, onnx, openvino, decilm" in done.stderr
-    assert "did you mean 'onnx'?" in done.stderr
-    done = run("export", study, "--trial", trial, "--out", tmp_path / "x", "--format", "onnx", "--dense", expect=2)
-    assert "`--dense` stands for `--format dense`" in done.stderr
+    errors = run("export", study, "--trial", trial, "--out", tmp_path / "x", "--format", "onx", expect=2)[1]
+    assert "transformers, dense, onnx, openvino, decilm" in errors
+    assert "did you mean 'onnx'?" in errors
+    errors = run("export", study, "--trial", trial, "--out", tmp_path / "x", "--format", "onnx", "--dense", expect=2)[1]
+    assert "`--dense` stands for `--format dense`" in errors
 
 
 def test_the_command_line_lists_every_format() -> None:
     assert {name: form.summary for name, form in EXPORT_FORMATS.items()} == FORMATS
 
 
-def test_dense_is_an_alias(low_rank_trial: tuple[Path, int], tmp_path: Path) -> None:
+def test_dense_is_an_alias(run: Run, low_rank_trial: tuple[Path, int], tmp_path: Path) -> None:
     study, trial = low_rank_trial
-    done = run("export", study, "--trial", trial, "--out", tmp_path / "dense", "--dense", "--json")
-    assert json.loads(done.stdout)[0]["format"] == "dense"
+    printed = run("export", study, "--trial", trial, "--out", tmp_path / "dense", "--dense", "--json")[0]
+    assert json.loads(printed)[0]["format"] == "dense"
     expected = json.loads((tmp_path / "dense" / "verification.json").read_text(encoding="utf-8"))
     assert expected["format"] == "dense"
     assert set(expected["verified"]) == {"transformers"}
@@ -134,14 +147,15 @@ def test_dense_is_an_alias(low_rank_trial: tuple[Path, int], tmp_path: Path) -> 
     [("onnx", "onnxruntime", ("onnx", "onnxscript", "onnx_ir")), ("openvino", "openvino", ("openvino",))],
 )
 def test_a_graph_from_the_command_line(
-    form: str, engine: str, modules: tuple[str, ...], low_rank_trial: tuple[Path, int], tmp_path: Path
+    run: Run, form: str, engine: str, modules: tuple[str, ...], low_rank_trial: tuple[Path, int], tmp_path: Path
 ) -> None:
     needs_modules(*modules)
     engine_python(engine)
     study, trial = low_rank_trial
-    done = run("export", study, "--trial", trial, "--out", tmp_path / form, "--format", form)
-    assert f"verified in {engine}" in done.stdout
-    again = json.loads(run("verify", tmp_path / form, "--json").stdout)
+    assert (
+        f"verified in {engine}" in run("export", study, "--trial", trial, "--out", tmp_path / form, "--format", form)[0]
+    )
+    again = json.loads(run("verify", tmp_path / form, "--json")[0])
     assert again["engine"] == engine
     assert again["is_valid"]
     (tmp_path / form / "config.json").unlink()
@@ -149,15 +163,14 @@ def test_a_graph_from_the_command_line(
 
 
 @pytest.mark.real_model
-def test_vllm_verifies_an_export_with_factors(tmp_path: Path) -> None:
+def test_vllm_verifies_an_export_with_factors(run: Run, tmp_path: Path) -> None:
     """`dse verify --engine vllm` adds the commands that serve the folder to the card."""
     python = engine_python("vllm")
     loaded = dse.load_model("demo:smollm2-135m-instruct")
     point = dse.DesignPoint.uniform(loaded.topology, "svd", 64, [12, 20])
     bank = dse.FactorBank.build(loaded, [point], folder=tmp_path / "bank")
     export_point(loaded, point, bank, tmp_path / "small")
-    done = run("verify", tmp_path / "small", "--engine", "vllm", "--python", python)
-    assert "verified in vllm" in done.stdout
+    assert "verified in vllm" in run("verify", tmp_path / "small", "--engine", "vllm", "--python", python)[0]
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert "vllm serve path/to/this/folder --trust-remote-code --dtype float32" in card
     assert "lm_eval --model vllm --model_args pretrained=path/to/this/folder,trust_remote_code=True" in card

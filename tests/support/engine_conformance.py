@@ -58,27 +58,31 @@ class EngineConformance:
     times_products: ClassVar[bool] = True
 
     @pytest.fixture(scope="class")
-    def loaded(self) -> LoadedModel:
+    @classmethod
+    def loaded(cls) -> LoadedModel:
         return engine_model()
 
     @pytest.fixture(scope="class")
-    def bank(self, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> FactorBank:
+    @classmethod
+    def bank(cls, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> FactorBank:
         return FactorBank.build(loaded, [POINT], folder=tmp_path_factory.mktemp("bank"))
 
     @pytest.fixture(scope="class")
-    def settings(self) -> EngineSettings:
-        needs_modules(*self.modules)
-        return EngineSettings(python=engine_python(self.engine), options=self.options, threads=1, context_tokens=64)
+    @classmethod
+    def settings(cls) -> EngineSettings:
+        needs_modules(*cls.modules)
+        return EngineSettings(python=engine_python(cls.engine), options=cls.options, threads=1, context_tokens=64)
 
     @pytest.fixture(scope="class")
+    @classmethod
     def session(
-        self,
+        cls,
         loaded: LoadedModel,
         bank: FactorBank,
         settings: EngineSettings,
         tmp_path_factory: pytest.TempPathFactory,
     ) -> Iterator[WorkerSession]:
-        engine, folder = ENGINES[self.engine], tmp_path_factory.mktemp(self.engine) / "point"
+        engine, folder = ENGINES[cls.engine], tmp_path_factory.mktemp(cls.engine) / "point"
         folder_writer()(loaded, POINT, bank, folder, engine.format)
         with engine.start(folder, settings) as started:
             assert isinstance(started, WorkerSession)

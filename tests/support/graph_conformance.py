@@ -121,12 +121,14 @@ class GraphFormatConformance:
 
         threads = torch.get_num_threads()
         loaded = dse.load_model("demo:smollm2-135m-instruct")
+        # Tracing takes time in proportion to the layers, so most of them are removed.
+        removed = [f"layers.{layer}.{block}" for layer in range(4, 26) for block in ("attention", "mlp")]
         point = DesignPoint.of(
             {
-                **{f"layers.{layer}.gate_up": TensorChoice("svd", 200) for layer in (20, 21)},
-                **{f"layers.{layer}.down": TensorChoice("tucker", 180) for layer in (10, 11)},
-                "layers.14.attention": TensorChoice.removal(),
-                "layers.25.mlp": TensorChoice.removal(),
+                **dict.fromkeys((*removed, "layers.2.mlp", "layers.27.attention"), TensorChoice.removal()),
+                "layers.1.gate_up": TensorChoice("svd", 200),
+                "layers.3.query_key_value": TensorChoice("tucker", 120),
+                "layers.28.down": TensorChoice("tucker", 180),
             }
         )
         torch.set_num_threads(2)
@@ -139,4 +141,4 @@ class GraphFormatConformance:
         assert report.max_difference < 2e-4
         # Embeddings and the output head are tied, and a graph holds them once.
         expected = (1 - result.reduction) * result.dense_weight_bytes
-        assert result.weight_file_bytes == pytest.approx(expected, rel=0.03)
+        assert result.weight_file_bytes == pytest.approx(expected, rel=0.02)

@@ -87,6 +87,13 @@ class SyntheticStudy:
         metrics = dict(zip((entry.name for entry in self.entries), directions, strict=True))
         self.storage = StudyStorage.open(self.folder.storage, self.name, metrics, trials=self.budget)
 
+    @classmethod
+    def reopened(cls, path: Path, records: Sequence[TrialRecord]) -> SyntheticStudy:
+        """A study that was filled before, to be continued."""
+        found = cls(path, budget=len(records) + 50, records=list(records))
+        found.dense = found.folder.read_evaluation(0)
+        return found
+
     def _config(self) -> dict[str, Any]:
         meter = {"measurement": {"meter": "nvml"}} if "energy_per_token_j" in self.objectives else {}
         return {
@@ -197,7 +204,13 @@ class SyntheticStudy:
         drop = None if self.dense is None or not self.tasks else evaluation.accuracy_drop(self.dense)
         seconds = {"decompose": 0.4, "evaluate": 6.0, "latency": 3.0, "undo": 0.1}
         record = replace(
-            record, quantities=quantities, ratios=ratios, tasks=tasks, accuracy_drop=drop, seconds=seconds, energy=energy
+            record,
+            quantities=quantities,
+            ratios=ratios,
+            tasks=tasks,
+            accuracy_drop=drop,
+            seconds=seconds,
+            energy=energy,
         )
         if state == "stopped":
             estimates = {"accuracy": quantities["accuracy"]} if "accuracy" in quantities else {}
@@ -215,7 +228,9 @@ class SyntheticStudy:
             outcomes = (self._difficulty[task] + scatter < wanted).astype(np.float64)
             mean, error = float(outcomes.mean()), standard_error(outcomes)
             metrics = {"acc": (mean, error)}
-            results.append(TaskResult(task, "acc", mean, error, self.documents, True, outcomes, metrics, 1.0, "accuracy"))
+            results.append(
+                TaskResult(task, "acc", mean, error, self.documents, True, outcomes, metrics, 1.0, "accuracy")
+            )
         return EvaluationResult(tuple(results), 6.0)
 
     def start_trial(self, *, queue: int = 0, lanes: Sequence[WorkerLane] | None = None) -> None:
@@ -258,5 +273,7 @@ def _point(generator: random.Random) -> DesignPoint:
         for role, (rows, columns) in SIZES.items():
             if generator.random() < 0.15 + 0.8 * strength:
                 most = rows * columns // (rows + columns)
-                choices[f"layers.{layer}.{role}"] = TensorChoice("svd", max(1, int(most * generator.uniform(0.25, 0.95))))
+                choices[f"layers.{layer}.{role}"] = TensorChoice(
+                    "svd", max(1, int(most * generator.uniform(0.25, 0.95)))
+                )
     return DesignPoint.of(choices or {"layers.3.up": TensorChoice("svd", 64)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dse.files import cache_dir, write_json
-from dse.measurement.clock import stopwatch_for
+from dse.measurement.device_profile.product_pass import LaunchedPass, pass_kind
 from dse.measurement.environment import device_description
 
 __all__ = ["REFERENCE", "ProductShape", "ProductTimings", "TimingConditions", "timings_for"]
@@ -34,11 +33,11 @@ _MIN_PASSES = 5
 _AGREEMENT = 1.05
 """The reference has settled once its two fastest passes differ by at most this factor."""
 
-_PASS_S = 0.03
-"""Work in one timed pass: long compared with the clock and the scheduler, short enough for hundreds of shapes."""
-
 _MAX_FOOTPRINT_BYTES = 2**30
 """No last-level cache holds a gigabyte, so a larger footprint gives the same timings."""
+
+_CACHE_BYTES = 2**28
+"""Writing this much evicts everything from the caches of a GPU (50 MB on an H100, 126 MB on a B200)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class TimingConditions:
         torch_version: Version with the build.
         footprint_bytes: Bytes of weights that one pass of the model reads. A weight is used again only after this many
             other bytes, as in the model, so it is read from the same level of the memory hierarchy.
+        launch: How products are launched; see `ProductPass`.
     """
 
     device: str
@@ -92,6 +92,7 @@ class TimingConditions:
     threads: int
     torch_version: str
     footprint_bytes: int
+    launch: str = LaunchedPass.how
 
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype, footprint_bytes: int) -> TimingConditions:
@@ -103,6 +104,7 @@ class TimingConditions:
             torch.get_num_threads(),
             str(torch.__version__),
             min(_MAX_FOOTPRINT_BYTES, rounded_bytes),
+            pass_kind(device).how,
         )
 
 
@@ -176,18 +178,10 @@ class ProductTimings:
         weights = self._weights(shape)
         x = torch.randn(shape.rows, shape.in_features, device=self.device).to(self._dtype)
         multiply = torch.matmul if shape.is_transposed else functional.linear
-        stopwatch = stopwatch_for([self.device])
-        begin = 0
-
-        def one_pass(count: int) -> float:
-            nonlocal begin
-            chosen = [weights[(begin + index) % len(weights)] for index in range(count)]
-            begin += count
-            return stopwatch.time(lambda: _multiply_each(multiply, x, chosen))[1] / count
-
-        one_pass(1)
-        estimate_s = max(one_pass(2), 1e-7)
-        return functools.partial(one_pass, max(2, min(len(weights), round(_PASS_S / estimate_s))))
+        cold_bytes = min(self.conditions.footprint_bytes, _CACHE_BYTES)
+        timed = pass_kind(self.device)(multiply, x, weights, cold_bytes)
+        timed.fix_count()
+        return timed.seconds
 
     def _weights(self, shape: ProductShape) -> list[Tensor]:
         """Different weights of this shape that together fill the footprint: views of one pool."""
@@ -233,8 +227,3 @@ def _fastest(measure: Callable[[], float]) -> float:
     while len(found) < _MIN_PASSES or (len(found) < _MAX_PASSES and found[1] > _AGREEMENT * found[0]):
         found = sorted([*found, measure()])
     return found[0]
-
-
-def _multiply_each(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> None:
-    for weight in weights:
-        multiply(x, weight)  # results are dropped: fresh memory for each would cost as much as a small product

@@ -173,7 +173,13 @@ def _relative(
         return value, absolute[1], absolute[2], entry.unit or "absolute", base
     paired = ~np.isnan(ratio)
     change = np.where(paired, ratio, value / base) * 100.0
-    return change, np.where(paired, ends[0], nothing) * 100.0, np.where(paired, ends[1], nothing) * 100.0, "% of dense", 100.0  # noqa: E501
+    return (
+        change,
+        np.where(paired, ends[0], nothing) * 100.0,
+        np.where(paired, ends[1], nothing) * 100.0,
+        "% of dense",
+        100.0,
+    )
 
 
 def _relative_text(objective: Objective, value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,15 @@ import pandas as pd
 from dse.pareto.dominance import non_dominated
 from dse.pareto.knee import knee_index
 from dse.pareto.objective import directions_of
+from dse.report.dashboard.axis_limits import AxisLimits
 from dse.report.dashboard.axis_values import AxisChoice, AxisValues, axis_values
+from dse.report.dashboard.plotted_trials import prepared_trials
 from dse.report.dashboard.snapshot import StudySnapshot
 from dse.report.dashboard.theme import THEMES, Theme, axis, colour_scale, frame
-from dse.report.dashboard.trial_groups import GROUPS, RangeFilter, groups_of, kept_by
+from dse.report.dashboard.trial_groups import GROUPS, RangeFilter, kept_by
 from dse.report.trials_table import objective_matrix
-from dse.report.units import percent
 
-__all__ = ["FrontView", "front_plot", "plotted_trials"]
+__all__ = ["FrontView", "front_plot"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -60,85 +60,10 @@ class FrontView:
     second: int | None = None
 
 
-def plotted_trials(snapshot: StudySnapshot) -> pd.DataFrame:
-    """The trials table with the pending trials at its end, of which only exact costs are known."""
-    table, pending = snapshot.trials, snapshot.pending
-    if not pending:
-        return table
-    names = ["trial", "state", "feasible", "point_id", "origin", "reason", "decomposed_tensors", "reduction"]
-    names += [entry.name for entry in snapshot.objectives]
-    if table.empty:
-        table = pd.DataFrame({name: pd.Series(dtype=object) for name in [*names, "on_front", "tied_with"]})
-    count = len(table)
-    grown = table.reset_index(drop=True).reindex(range(count + len(pending)))
-    for column in ("feasible", "on_front"):
-        grown[column] = [*table[column].tolist(), *([column == "feasible"] * len(pending))]
-    columns: dict[str, list[Any]] = {
-        "trial": [entry.trial for entry in pending],
-        "state": [entry.state for entry in pending],
-        "point_id": [entry.point_id for entry in pending],
-        "origin": [entry.origin for entry in pending],
-    }
-    for name in dict.fromkeys(name for entry in pending for name in entry.known):
-        columns[name] = [entry.known.get(name, math.nan) for entry in pending]
-    for name, values in columns.items():
-        before = table[name].tolist() if name in table.columns else [math.nan] * count
-        grown[name] = [*before, *values]
-        if name in pending[0].known:
-            grown[name] = pd.to_numeric(grown[name])
-    return grown
-
-
 def front_plot(snapshot: StudySnapshot, view: FrontView) -> dict[str, Any]:
     """The figure as a Plotly dictionary; the number and order of its traces are the same for every study and view."""
     drawing = _Drawing.of(snapshot, view)
     return {"data": drawing.traces(), "layout": drawing.layout()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Limits:
-    """Extent of an axis. Trials without a value lie in a strip before its low end.
-
-    Attributes:
-        low: Low end of the values.
-        high: High end.
-        has_strip: Whether trials lie in the strip.
-        has_second: Whether a second strip holds trials without a value on either axis.
-    """
-
-    low: float
-    high: float
-    has_strip: bool
-    has_second: bool = False
-
-    @classmethod
-    def of(cls, values: AxisValues, shown: Mask, front: Mask, has_strip: bool, has_second: bool = False) -> _Limits:
-        """The extent of the values, and of the intervals of the front unless they are much wider, with a margin."""
-        inside = values.value[shown & np.isfinite(values.value)]
-        if inside.size == 0:
-            return cls(0.0, 1.0, has_strip, has_second)
-        low, high = float(inside.min()), float(inside.max())
-        most = 0.6 * (high - low)
-        ends = [column[front & np.isfinite(column)] for column in (values.low, values.high)]
-        if ends[0].size and most > 0:
-            low, high = max(min(low, ends[0].min()), low - most), min(max(high, ends[1].max()), high + most)
-        margin = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
-        return cls(low - margin, high + margin, has_strip, has_second)
-
-    @property
-    def strip(self) -> float:
-        """Coordinate of the trials in the strip."""
-        return self.low - 0.05 * (self.high - self.low)
-
-    @property
-    def second_strip(self) -> float:
-        """Coordinate of the trials without a value on either axis."""
-        return self.low - (0.05 + 0.1 * self.has_strip) * (self.high - self.low)
-
-    @property
-    def range(self) -> list[float]:
-        """The range of the axis, the strips included."""
-        return [self.low - 0.1 * (self.high - self.low) * (self.has_strip + self.has_second), self.high]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +78,12 @@ class _Drawing:
     groups: Mapping[str, Mask]
     kept: Mask
     hover: list[str]
-    across: _Limits
-    upward: _Limits
+    across: AxisLimits
+    upward: AxisLimits
 
     @classmethod
     def of(cls, snapshot: StudySnapshot, view: FrontView) -> _Drawing:
-        trials, groups, hover = _prepared(snapshot)
+        trials, groups, hover = prepared_trials(snapshot)
         count = len(trials)
         x, y = (axis_values(trials, entry, relative=view.relative) for entry in (view.x, view.y))
         has_x, has_y = np.isfinite(x.value), np.isfinite(y.value)
@@ -174,8 +99,8 @@ class _Drawing:
             groups,
             kept_by(trials, view.filters),
             hover,
-            _Limits.of(x, shown & (has_x | has_y), front, bool((shown & has_y & ~has_x).any())),
-            _Limits.of(
+            AxisLimits.of(x, shown & (has_x | has_y), front, bool((shown & has_y & ~has_x).any())),
+            AxisLimits.of(
                 y,
                 shown & (has_x | has_y),
                 front,
@@ -199,7 +124,12 @@ class _Drawing:
         theme = self.theme
         many = int(self.groups["dominated"].sum()) > _MOST_BARS
         hollow = {"color": theme.surface, "size": 10, "line": {"color": theme.front, "width": 2}}
-        diamond = {"color": theme.dense, "size": 14, "symbol": "diamond", "line": {"color": theme.surface, "width": 1.5}}
+        diamond = {
+            "color": theme.dense,
+            "size": 14,
+            "symbol": "diamond",
+            "line": {"color": theme.surface, "width": 1.5},
+        }
         cross = {"color": theme.failed, "size": 8, "symbol": "x-thin", "line": {"color": theme.failed, "width": 2.2}}
         return [
             self._outside(),
@@ -331,7 +261,12 @@ class _Drawing:
 
     def _chosen(self, letter: str, trial: int | None) -> dict[str, Any]:
         member = self.numbers == (-1 if trial is None else trial)
-        marker = {"color": "rgba(0,0,0,0)", "size": 18, "symbol": "square", "line": {"color": self.theme.text, "width": 2}}
+        marker = {
+            "color": "rgba(0,0,0,0)",
+            "size": 18,
+            "symbol": "square",
+            "line": {"color": self.theme.text, "width": 2},
+        }
         return {
             **self._scatter(member, f"Chosen {letter}", marker),
             "mode": "markers+text",
@@ -372,24 +307,18 @@ class _Drawing:
             theme,
             _HEIGHT,
             margin={"l": 64, "r": 16, "t": 84, "b": 52},
-            xaxis=axis(theme, html.escape(self.x.title), range=self.across.range),
-            yaxis=axis(theme, html.escape(self.y.title), range=self.upward.range),
+            xaxis=axis(
+                theme, html.escape(self.x.title), range=self.across.range, showticklabels=bool(self.placed.any())
+            ),
+            yaxis=axis(
+                theme, html.escape(self.y.title), range=self.upward.range, showticklabels=bool(self.placed.any())
+            ),
             legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top", "font": {"size": 12}},
             shapes=shapes,
             annotations=notes,
             dragmode="zoom",
             uirevision=f"{self.view.x.key} {self.view.y.key} {self.view.relative}",
         )
-
-
-@functools.lru_cache(maxsize=4)
-def _prepared(snapshot: StudySnapshot) -> tuple[pd.DataFrame, dict[str, Mask], list[str]]:
-    """Table, groups and hover texts, which every view of a snapshot shares."""
-    trials = plotted_trials(snapshot)
-    groups = groups_of(trials)
-    state = trials["state"].to_numpy() if len(trials) else np.zeros(0, dtype=object)
-    groups["pending"] = np.isin(state, ("running", "queued"))
-    return trials, groups, hover_texts(snapshot, trials)
 
 
 def _bars(values: AxisValues, rows: np.ndarray, colour: str) -> dict[str, Any]:
@@ -407,29 +336,3 @@ def _bars(values: AxisValues, rows: np.ndarray, colour: str) -> dict[str, Any]:
         "width": 0,
         "visible": True,
     }
-
-
-def hover_texts(snapshot: StudySnapshot, trials: pd.DataFrame) -> list[str]:
-    """One text per trial, escaped, since Plotly interprets some HTML in hover labels."""
-    if trials.empty:
-        return []
-    choices = [AxisChoice(entry.name, entry.label, entry, True) for entry in snapshot.objectives]
-    plain = [axis_values(trials, choice, relative=False) for choice in choices]
-    against = [axis_values(trials, choice, relative=True) for choice in choices]
-    reduction = pd.to_numeric(trials["reduction"], errors="coerce").to_numpy(dtype=float)
-    texts = []
-    for row, (trial, state, point, origin, reason) in enumerate(
-        zip(*(trials[name].tolist() for name in ("trial", "state", "point_id", "origin", "reason")), strict=True)
-    ):
-        lines = [f"<b>Trial {int(trial)}</b>  {html.escape(str(point))}", f"{state}, {percent(reduction[row])} removed"]
-        for absolute, relative in zip(plain, against, strict=True):
-            value = absolute.value[row]
-            if math.isfinite(value):
-                change = f"  ({relative.text(relative.value[row])})" if relative.is_relative else ""
-                mark = "estimate " if absolute.is_estimate[row] else ""
-                lines.append(f"{absolute.choice.label.lower()} {mark}{absolute.text(value)}{change}")
-        lines.append(f"proposed by {html.escape(str(origin))}")
-        if isinstance(reason, str) and reason and state != "complete":
-            lines.append(html.escape(reason[:90]))
-        texts.append("<br>".join(lines))
-    return texts

@@ -99,8 +99,8 @@ def _workers(snapshot: StudySnapshot, now_s: float) -> Iterator[Notice]:
             yield Notice(
                 "problem",
                 f"{lane.worker}{where} no longer runs, but the study is not complete.",
-                f"Continue it with `dse run {snapshot.directory}/study.yaml --out {snapshot.directory}`; finished trials"
-                " are kept, the one in flight is repeated.",
+                f"Continue it with `dse run {snapshot.directory}/study.yaml --out {snapshot.directory}`. Finished"
+                " trials are kept; the one in flight is repeated.",
             )
 
 
@@ -177,7 +177,9 @@ def _noise(snapshot: StudySnapshot) -> Iterator[Notice]:
     for objective in snapshot.objectives:
         if not objective.is_cost or f"{objective.name}_ratio" not in table.columns:
             continue
-        notice = _cost_noise(objective, *(numbers(table, f"{objective.name}_ratio{e}")[front] for e in ("", "_low", "_high")))
+        notice = _cost_noise(
+            objective, *(numbers(table, f"{objective.name}_ratio{e}")[front] for e in ("", "_low", "_high"))
+        )
         if notice is not None:
             yield notice
 
@@ -232,8 +234,8 @@ def _chance(snapshot: StudySnapshot) -> Iterator[Notice]:
         if value[0] - _Z * value[1] <= chance:
             yield Notice(
                 "warning",
-                f"Task {task} is at chance: the dense model has {percent(value[0])}, guessing has {percent(chance)}, and"
-                f" {result['documents']} documents do not tell them apart.",
+                f"Task {task} is at chance: {result['documents']} documents do not tell the dense model's"
+                f" {percent(value[0])} from the {percent(chance)} of guessing.",
                 "Leave the task out or choose an easier one: what the model cannot do, a decomposition cannot damage.",
             )
 

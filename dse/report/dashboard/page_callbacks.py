@@ -22,7 +22,14 @@ from dse.report.dashboard.page_layout import NO_COLOUR, axis_options, range_slid
 from dse.report.dashboard.progress_plot import progress_plot, proposer_shares
 from dse.report.dashboard.rank_difference import difference_plot, rank_difference
 from dse.report.dashboard.snapshot import StudySnapshot, StudySource
-from dse.report.dashboard.status_parts import health_part, lanes_part, proposers_part, status_part, tiles_part
+from dse.report.dashboard.status_parts import (
+    health_part,
+    lanes_part,
+    lost_part,
+    proposers_part,
+    status_part,
+    tiles_part,
+)
 from dse.report.dashboard.trial_groups import GROUPS, RangeFilter, groups_of, kept_by
 from dse.report.dashboard.trial_parts import (
     choice_text,
@@ -87,9 +94,9 @@ class PageCallbacks:
             *sliders,
             State("front-drawn", "data"),
         )(self.draw_front)
-        app.callback(
-            Output("table", "children"), Input("version", "data"), Input("show", "value"), *sliders
-        )(self.list_trials)
+        app.callback(Output("table", "children"), Input("version", "data"), Input("show", "value"), *sliders)(
+            self.list_trials
+        )
         app.callback(
             Output("progress-plot", "figure"),
             Output("proposers", "children"),
@@ -122,7 +129,10 @@ class PageCallbacks:
 
     def follow(self, _intervals: int | None, version: str | None) -> tuple[Any, ...]:
         """State, tiles, workers and health at this moment; the version triggers the rest if a trial changed."""
-        snapshot, now = self._source.snapshot(), time.time()
+        try:
+            snapshot, now = self._source.snapshot(), time.time()
+        except UserError as error:  # the page keeps what it shows, and goes on asking
+            return no_update, lost_part(str(error)), no_update, no_update, no_update, no_update
         notices = health_of(snapshot, now)
         clock = datetime.datetime.fromtimestamp(snapshot.read_s).strftime("%H:%M:%S")
         return (
@@ -131,7 +141,7 @@ class PageCallbacks:
             f"last change seen at {clock}",
             tiles_part(snapshot, notices, now),
             lanes_part(snapshot, now),
-            health_part(notices),
+            health_part(notices, bool(snapshot.records)),
         )
 
     def offer(
@@ -140,7 +150,10 @@ class PageCallbacks:
         """Axes and ranges to choose from, whenever there are new ones."""
         snapshot = self._source.snapshot()
         choices = axis_choices(snapshot.trials, snapshot.objectives)
-        keys = [*(choice.key for choice in choices), *(c.key for c in choices if slider_bounds(snapshot, c) is not None)]
+        keys = [
+            *(choice.key for choice in choices),
+            *(c.key for c in choices if slider_bounds(snapshot, c) is not None),
+        ]
         if version is None or keys == offered:
             return (no_update,) * 8
         options = axis_options(choices)
@@ -338,16 +351,19 @@ def _front_words(snapshot: StudySnapshot, view: FrontView) -> str:
     outside = int((~kept).sum())
     more = f" {outside:,} trials are outside the ranges." if outside else ""
     axes = "; ".join(f"{axis.label}: {choice_text(snapshot, axis)}" for axis in (view.x, view.y))
-    return f"Shown: {shown}.{more} {axes}. Bars are 95 % intervals; the ring marks the knee. Drag to zoom, double-click to reset."
+    how = "Bars are 95 % intervals; the ring marks the knee. Drag to zoom, double-click to reset."
+    return f"Shown: {shown}.{more} {axes}. {how}"
 
 
 def _knee(snapshot: StudySnapshot) -> int | None:
-    """The knee of the front; without one, a point of the front."""
+    """The knee of the front; without one a point of the front, and if that is the dense model alone another trial."""
     table = snapshot.trials
     groups = groups_of(table)
-    front = np.flatnonzero(groups["front"])
+    front = np.flatnonzero(groups["front"] if groups["front"].any() else groups["tied"] | groups["dominated"])
     if len(front) == 0:
         return None
+    if not groups["front"].any():
+        return int(table["trial"].iloc[int(front[0])])
     objectives = snapshot.objectives
     found = knee_index(objective_matrix(table, objectives), directions_of(objectives), ~groups["dense"])
     return int(table["trial"].iloc[int(front[0]) if found is None else found])

@@ -29,7 +29,10 @@ def page_layout(snapshot: StudySnapshot) -> Any:
     return html.Div(
         [
             html.A("Skip to the front", href="#front", className="skip"),
-            *[dcc.Store(id=name) for name in ("version", "theme", "front-drawn", "progress-drawn", "compared", "choices")],
+            *[
+                dcc.Store(id=name)
+                for name in ("version", "theme", "front-drawn", "progress-drawn", "compared", "choices")
+            ],
             dcc.Interval(id="poll", interval=_POLL_MS),
             _header(snapshot),
             html.Main(
@@ -99,7 +102,10 @@ def _front() -> Any:
                     html.Legend("Values"),
                     dcc.RadioItems(
                         id="relative",
-                        options=[{"label": "absolute", "value": "absolute"}, {"label": "relative to dense", "value": "relative"}],
+                        options=[
+                            {"label": "absolute", "value": "absolute"},
+                            {"label": "relative to dense", "value": "relative"},
+                        ],
                         value="absolute",
                         inline=True,
                     ),
@@ -122,7 +128,9 @@ def _front() -> Any:
     plot = html.Div(
         [
             html.Div(
-                dcc.Graph(id="front-plot", config=_GRAPH, figure=_empty(560), responsive=True, style={"height": "560px"}),
+                dcc.Graph(
+                    id="front-plot", config=_GRAPH, figure=_empty(560), responsive=True, style={"height": "560px"}
+                ),
                 id="front-picture",
                 role="img",
                 **{"aria-label": "The front of the study", "aria-describedby": "front-words"},
@@ -182,7 +190,13 @@ def _comparison() -> Any:
         [
             choosers,
             html.Div(
-                [html.H3("Differences, paired by document"), html.Div(id="differences"), maps, html.H3("Commands"), html.Div(id="commands")],
+                [
+                    html.H3("Differences, paired by document"),
+                    html.Div(id="differences"),
+                    maps,
+                    html.H3("Commands"),
+                    html.Div(id="commands"),
+                ],
                 id="comparison",
             ),
         ],

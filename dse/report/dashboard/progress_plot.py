@@ -103,7 +103,9 @@ def progress_plot(snapshot: StudySnapshot, theme_name: str) -> dict[str, Any]:
         _HEIGHT,
         margin={"l": 64, "r": 16, "t": 40, "b": 48},
         xaxis=axis(theme, "Evaluated trials", rangemode="tozero", **({} if steps else {"range": [0, snapshot.budget]})),
-        yaxis=axis(theme, "Hypervolume (share of the box to the ideal)", rangemode="tozero"),
+        yaxis=axis(
+            theme, "Hypervolume", rangemode="tozero", **({} if steps else {"range": [0, 1], "showticklabels": False})
+        ),
         legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top", "font": {"size": 12}},
         annotations=notes,
         uirevision="progress",

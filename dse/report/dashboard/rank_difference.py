@@ -53,7 +53,7 @@ class RankDifference:
 def rank_difference(first: DesignPoint, second: DesignPoint, shape: ModelShape) -> RankDifference:
     """Compare two points of one model."""
     before, after = placed_choices(first, shape), placed_choices(second, shape)
-    rows = {**rank_map_of(first, shape), **{k: v for k, v in rank_map_of(second, shape).items()}}
+    rows = {**rank_map_of(first, shape), **dict(rank_map_of(second, shape).items())}
     layers = sorted(rows, key=lambda layer: (layer == OUTSIDE_LAYERS, layer))
     roles = list(dict.fromkeys([*shape["roles"], *(role for row in rows.values() for role in row)]))
     kept: list[tuple[float | None, ...]] = []
@@ -62,7 +62,9 @@ def rank_difference(first: DesignPoint, second: DesignPoint, shape: ModelShape) 
         inside = [layer != OUTSIDE_LAYERS or (layer, role) in before or (layer, role) in after for layer in layers]
         pairs = [(before.get((layer, role)), after.get((layer, role))) for layer in layers]
         kept.append(tuple(_change(a, b) if here else None for (a, b), here in zip(pairs, inside, strict=True)))
-        words.append(tuple(f"{_text(a)} to {_text(b)}" if here else "" for (a, b), here in zip(pairs, inside, strict=True)))
+        words.append(
+            tuple(f"{_text(a)} to {_text(b)}" if here else "" for (a, b), here in zip(pairs, inside, strict=True))
+        )
     values = [value for row in kept for value in row if value is not None]
     differs = [_differs(before, after, layer, role) for role in roles for layer in layers]
     return RankDifference(

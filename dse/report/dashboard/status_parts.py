@@ -16,7 +16,16 @@ from dse.report.dashboard.snapshot import StudySnapshot
 from dse.report.dashboard.theme import THEMES, proposer_mark
 from dse.report.worker_lanes import WorkerLane, is_alive
 
-__all__ = ["duration", "health_part", "lanes_part", "proposers_part", "seconds_left", "status_part", "tiles_part"]
+__all__ = [
+    "duration",
+    "health_part",
+    "lanes_part",
+    "lost_part",
+    "proposers_part",
+    "seconds_left",
+    "status_part",
+    "tiles_part",
+]
 
 _RECENT = 20
 _PAUSE = 10.0
@@ -28,6 +37,11 @@ def status_part(snapshot: StudySnapshot, now_s: float) -> Any:
     """The state of the study in one word, with the time of the last change."""
     kind, word = _state(snapshot, now_s)
     return [html.Span(className=f"dot {kind}", **{"aria-hidden": "true"}), html.Span(word)]
+
+
+def lost_part(reason: str) -> Any:
+    """The state while the study cannot be read."""
+    return [html.Span(className="dot failed", **{"aria-hidden": "true"}), html.Span(f"cannot be read now: {reason}")]
 
 
 def tiles_part(snapshot: StudySnapshot, notices: Sequence[Notice], now_s: float) -> list[Any]:
@@ -65,11 +79,17 @@ def tiles_part(snapshot: StudySnapshot, notices: Sequence[Notice], now_s: float)
             "" if volume is None else f"+{recent:.4f} in the last {min(_RECENT, len(snapshot.steps))} trials",
         ),
         html.A(
-            _tile("Health", "good" if not serious else f"{serious}", "" if not serious else "to look at"),
+            _tile("Health", _health_word(snapshot, serious), "" if not serious else "to look at"),
             href="#health",
             className="tile-link" + (" alert" if any(n.level == "problem" for n in notices) else ""),
         ),
     ]
+
+
+def _health_word(snapshot: StudySnapshot, serious: int) -> str:
+    if serious:
+        return f"{serious}"
+    return "good" if snapshot.records else "-"
 
 
 def _tile(label: str, value: str, note: str = "", more: str = "", extra: Any = None) -> Any:
@@ -89,9 +109,10 @@ def _state(snapshot: StudySnapshot, now_s: float) -> tuple[str, str]:
         return "running", "running"
     if snapshot.is_complete:
         return "complete", "complete"
-    if snapshot.lanes:
-        return "stopped", "not running"
-    return ("running", "running") if snapshot.running else ("stopped", "not running")
+    if not (snapshot.lanes or snapshot.running or snapshot.records):
+        return "idle", "not started"
+    # Without lanes, the study was run by a version that does not write them.
+    return ("running", "running") if snapshot.running and not snapshot.lanes else ("stopped", "not running")
 
 
 def seconds_left(snapshot: StudySnapshot, now_s: float) -> float | None:
@@ -212,7 +233,9 @@ def proposers_part(shares: Sequence[ProposerShare], theme_name: str) -> Any:
     rows = []
     for index, share in enumerate(shares):
         colour, _ = proposer_mark(THEMES[theme_name], index)
-        bar = html.Div(html.Div(style={"width": f"{100 * share.gained / most:.0f}%", "background": colour}), className="mini")
+        bar = html.Div(
+            html.Div(style={"width": f"{100 * share.gained / most:.0f}%", "background": colour}), className="mini"
+        )
         rows.append(
             html.Tr(
                 [
@@ -234,10 +257,14 @@ def proposers_part(shares: Sequence[ProposerShare], theme_name: str) -> Any:
     )
 
 
-def health_part(notices: Sequence[Notice]) -> Any:
+def health_part(notices: Sequence[Notice], has_trials: bool) -> Any:
     """Findings, each with its remedy."""
+    if not notices and not has_trials:
+        return html.P("Nothing to report before the first trial.", className="empty")
     if not notices:
-        return html.P("Nothing to report: no failures, no throttling, and the noise suits the question.", className="empty")
+        return html.P(
+            "Nothing to report: no failures, no throttling, and the noise suits the question.", className="empty"
+        )
     return html.Ul(
         [
             html.Li(

@@ -69,7 +69,7 @@ def kept_by(trials: pd.DataFrame, filters: Sequence[RangeFilter]) -> npt.NDArray
     kept = np.ones(len(trials), dtype=bool)
     for entry in filters:
         values = axis_values(trials, entry.choice, relative=False).value
-        slack = 1e-9 * max(abs(entry.low), abs(entry.high))
+        slack = 1e-9 * max((abs(end) for end in (entry.low, entry.high) if np.isfinite(end)), default=0.0)
         with np.errstate(invalid="ignore"):
             kept &= (values >= entry.low - slack) & (values <= entry.high + slack)
     return kept

@@ -22,7 +22,15 @@ from dse.report.trials_table import dense_row, numbers
 from dse.report.units import percent, points, scale_for
 from dse.trial_record import TrialRecord
 
-__all__ = ["commands_of", "differences_part", "commands_part", "choice_text", "head_part", "trial_options", "trials_part"]
+__all__ = [
+    "choice_text",
+    "commands_of",
+    "commands_part",
+    "differences_part",
+    "head_part",
+    "trial_options",
+    "trials_part",
+]
 
 _MOST_ROWS = 60
 _SIGNIFICANCE = 0.05
@@ -262,4 +270,6 @@ def choice_text(snapshot: StudySnapshot, choice: AxisChoice) -> str:
     """Range of an axis over all trials, for the text alternative of the plot."""
     values = axis_values(snapshot.trials, choice, relative=False)
     known = values.value[np.isfinite(values.value)]
-    return "no value yet" if not known.size else f"{values.text(float(known.min()))} to {values.text(float(known.max()))}"
+    return (
+        "no value yet" if not known.size else f"{values.text(float(known.min()))} to {values.text(float(known.max()))}"
+    )

@@ -73,7 +73,7 @@ def test_both_forms_reload_as_the_decomposed_model(family: str, tmp_path: Path, 
         for mode, rank in enumerate(tensor.ranks(choice.rank, choice.expert_rank)):
             assert torch.linalg.matrix_rank(weight.movedim(mode, 0).flatten(1), rtol=1e-4) == rank
     low_rank = json.loads((tmp_path / "low_rank" / "config.json").read_text())["low_rank"]
-    assert low_rank["model.layers.1.mlp.experts"]["experts"]["gate_up"] == [2, 6, 6]
+    assert low_rank["layers.1.mlp.experts"]["experts"]["gate_up"] == [2, 6, 6]
     assert "7 of its 18 weight matrices" in (tmp_path / "low_rank" / "README.md").read_text()
     here = point_cost(loaded.topology, point)
     assert sum(p.numel() for p in thin.parameters()) == here.parameters == result.parameters

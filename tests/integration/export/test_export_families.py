@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GENERATING = [n for n, (family, own) in FAMILIES.items() if "head" not in own and family not in ENCODER_FAMILIES]
 FORMS = ("low_rank", "dense")
+FORMATS = {"low_rank": "transformers", "dense": "dense"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def cases(
         loaded = make_loaded(with_random_vectors(tiny_model(model_type, **{"pad_token_id": 0, **changes})))
         point = make_point(loaded)
         staged = {
-            form: stage(loaded, ExportRequest(point, root / f"{family}-{form}", form == "dense"), make_factors(loaded))
+            form: stage(loaded, ExportRequest(point, root / f"{family}-{form}", FORMATS[form]), make_factors(loaded))
             for form in FORMS
         }
         built[family] = (loaded, staged)

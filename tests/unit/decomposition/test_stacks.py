@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import loaded_tiny_model, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dse.cost import break_even_rank, check_point, has_core, point_cost
 from dse.decomposition import FactorBank, LowRankFactors, StackedLinear, apply_point, calibration_windows, decompose
 from dse.decomposition.activation_grams import iterate_grams
-from dse.decomposition.factors import factors_of
-from dse.decomposition.low_rank_modules import SharedProduct
+from dse.decomposition.factors import applied_factors, factors_of
+from dse.decomposition.low_rank_modules import NormThenFactor, SharedProduct
 from dse.decomposition.methods import METHODS, factorise
 from dse.decomposition.surgery import stacked_modules
 from dse.design_point import DesignPoint, TensorChoice
@@ -111,6 +111,37 @@ def test_the_model_equals_one_with_the_stacked_product_as_weights(
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(llama.model(TOKENS).logits, dense)
+
+
+def test_the_right_factor_follows_the_norm_that_only_the_members_read(llama: LoadedModel, tmp_path: Path) -> None:
+    point = stack_point(llama, "tucker")
+    bank = FactorBank.build(llama, [point], folder=tmp_path)
+    norm = llama.model.model.layers[1].input_layernorm
+    with decompose(llama, point, bank):
+        layer = llama.model.model.layers[1]
+        assert isinstance(layer.input_layernorm, NormThenFactor)
+        assert layer.input_layernorm.norm is norm
+        assert type(layer.self_attn.q_proj) is nn.Linear
+        assert layer.self_attn.q_proj.weight.shape == (32, 5)
+        name = "layers.1.query_key_value"
+        found = applied_factors(llama.model, llama.topology, name)
+        whole = bank.factors(name, TensorChoice("tucker", 5)).product()
+        torch.testing.assert_close(torch.cat([factors.product() for factors in found.values()]), whole)
+    assert llama.model.model.layers[1].input_layernorm is norm
+
+
+@pytest.mark.parametrize("family", ["phi", "cohere", "olmo2"])
+def test_members_share_the_product_where_other_modules_read_the_norm(family: str, tmp_path: Path) -> None:
+    """Attention and MLP of Phi and Cohere read the same norm; OLMo 2 has no norm before its blocks."""
+    loaded = loaded_tiny_model(family)
+    stack = loaded.topology.stacks_by_name["layers.1.query_key_value"]
+    assert stack.norm == ""
+    point = DesignPoint.of({stack.name: TensorChoice("svd", 5)})
+    bank = FactorBank.build(loaded, [point], folder=tmp_path)
+    with decompose(loaded, point, bank):
+        assert {type(loaded.model.get_submodule(path)) for path in stack.modules} == {StackedLinear}
+        found = applied_factors(loaded.model, loaded.topology, stack.name)
+    assert len({factors.right.data_ptr() for factors in found.values()}) == 1
 
 
 @pytest.mark.parametrize("core", [False, True])

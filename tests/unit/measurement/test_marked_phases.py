@@ -44,7 +44,7 @@ def test_every_phase_of_a_study_marks_its_device(tiny_folder: Path, tmp_path: Pa
         name="marked",
         model={"ref": str(tiny_folder / "model"), "dtype": "bfloat16"},
         objectives=["accuracy", "decode_latency_s", "peak_memory_bytes"],
-        evaluation={"compare_float32": True},
+        evaluation={"compare_float32": True, "limit": 4},
         measurement={"blocks": 2, "max_duration_s": 0.1},
         fidelity={"final_documents": 4},
         budget={"trials": 3},

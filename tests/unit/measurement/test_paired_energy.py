@@ -1,4 +1,4 @@
-"""Energy of both sides in alternating windows: drift cancels, absolute joules stay, a disturbed window counts for none."""
+"""Energy of both sides in alternating windows: drift cancels, and absolute joules stay."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from optuna._hypervolume import compute_hypervolume
 
 from dse.errors import ConfigError
-from dse.pareto import hypervolume, normalised_hypervolume
+from dse.pareto import GrowingHypervolume, hypervolume, normalised_hypervolume
 
 
 def _minimise(columns: int) -> list[str]:
@@ -114,3 +114,25 @@ def test_invalid_boxes_are_refused() -> None:
         normalised_hypervolume([[0.5]], [1.0, 1.0], [0.0, 0.0])
     with pytest.raises(ConfigError, match="infinitely better"):
         hypervolume([[-math.inf]], [1.0], ["minimize"])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_a_growing_hypervolume_equals_the_volume_of_all_points(columns: int) -> None:
+    random = np.random.default_rng(columns)
+    values = random.uniform(-0.1, 1.2, size=(40, columns))
+    values[5] = values[4]
+    values[7, 0] = np.nan
+    reference, ideal = [1.0] * columns, [0.0] * columns
+    growing = GrowingHypervolume(reference, ideal)
+    before = 0.0
+    for count, row in enumerate(values, start=1):
+        gained = growing.add(row)
+        expected = normalised_hypervolume(values[:count], reference, ideal)
+        assert growing.value == pytest.approx(expected, abs=1e-12)
+        assert gained == pytest.approx(expected - before, abs=1e-12)
+        before = expected
+
+
+def test_a_growing_hypervolume_checks_its_corners() -> None:
+    with pytest.raises(ConfigError, match="must differ"):
+        GrowingHypervolume([1.0, 1.0], [0.0, 1.0])

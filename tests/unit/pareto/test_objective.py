@@ -6,7 +6,7 @@ import pytest
 
 import dse.pareto
 from dse.errors import ConfigError, NonFiniteError
-from dse.pareto import OBJECTIVES, objective_named, objectives_named, reference_point, reference_value
+from dse.pareto import OBJECTIVES, ideal_point, objective_named, objectives_named, reference_point, reference_value
 from dse.pareto.objective import signs
 
 
@@ -27,13 +27,19 @@ def test_objectives_of_study_files_and_their_properties() -> None:
         "decode_latency_s",
         "prefill_energy_j",
         "energy_per_token_j",
+        "ttft_s",
+        "tpot_s",
+        "throughput_tokens_s",
+        "request_energy_j",
+        "output_token_energy_j",
         "parameters",
         "weight_bytes",
         "peak_memory_bytes",
     ]
     assert all(name == entry.name for name, entry in OBJECTIVES.items())
     graded = ["choice_probability", "target_log_likelihood"]
-    assert [name for name, entry in OBJECTIVES.items() if entry.direction == "maximize"] == ["accuracy", *graded]
+    maximised = ["accuracy", *graded, "throughput_tokens_s"]
+    assert [name for name, entry in OBJECTIVES.items() if entry.direction == "maximize"] == maximised
     quality = ["accuracy", "perplexity", *graded, "kl_divergence"]
     assert [name for name, entry in OBJECTIVES.items() if not entry.is_cost] == quality
     assert [name for name, entry in OBJECTIVES.items() if entry.is_difference] == [
@@ -53,11 +59,19 @@ def test_objectives_of_study_files_and_their_properties() -> None:
         ("peak_memory_bytes", 4e8, 6e8),
         ("parameters", 1e8, 1.1e8),
         ("weight_bytes", 2e8, 2.2e8),
+        ("throughput_tokens_s", 30.0, 20.0),
+        ("tpot_s", 0.02, 0.03),
     ],
 )
 def test_reference_follows_from_the_dense_value(name: str, dense: float, reference: float) -> None:
     assert reference_value(OBJECTIVES[name], dense) == pytest.approx(reference)
     assert reference_point([OBJECTIVES[name]], {name: dense}) == {name: pytest.approx(reference)}
+
+
+def test_the_ideal_of_an_unbounded_objective_follows_from_the_reference() -> None:
+    """Throughput: the reference is 1.5 times slower than dense, the ideal four times faster."""
+    objectives = objectives_named(["accuracy", "throughput_tokens_s", "tpot_s"])
+    assert ideal_point(objectives, [0.0, 20.0, 0.03]) == [1.0, pytest.approx(120.0), 0.0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -10,7 +10,8 @@ import pytest
 from dse.pareto import non_dominated
 from dse.report.dashboard import StudySnapshot
 from dse.report.dashboard.axis_values import AxisChoice, axis_choices, axis_values, default_axes
-from dse.report.dashboard.front_plot import FrontView, front_plot, plotted_trials
+from dse.report.dashboard.front_plot import FrontView, front_plot
+from dse.report.dashboard.plotted_trials import plotted_trials
 from dse.report.dashboard.trial_groups import RangeFilter, groups_of, kept_by
 from dse.report.trials_table import numbers
 
@@ -28,7 +29,7 @@ def _traces(snapshot: StudySnapshot, x: str = "reduction", y: str = "accuracy", 
 
 def test_every_trial_is_in_exactly_one_group(snapshot: StudySnapshot) -> None:
     groups = groups_of(snapshot.trials)
-    membership = np.sum([mask for mask in groups.values()], axis=0)
+    membership = np.sum(list(groups.values()), axis=0)
     is_repetition = (snapshot.trials["state"] == "duplicate").to_numpy()
     assert (membership == np.where(is_repetition, 0, 1)).all()
     assert groups["failed"].sum() == groups["stopped"].sum() == groups["infeasible"].sum() == 1
@@ -91,8 +92,11 @@ def test_ranges_fade_the_trials_outside(snapshot: StudySnapshot) -> None:
     assert kept.tolist() == [bool(value >= limit) for value in values]
     traces = _traces(snapshot, filters=filters)
     outside = set(traces["Outside the ranges"]["customdata"])
-    assert outside and outside.isdisjoint(snapshot.trials.loc[kept, "trial"])
-    assert all(set(traces[n]["customdata"]) <= set(snapshot.trials.loc[kept, "trial"]) for n in ("Pareto front", "Dominated"))
+    assert outside
+    assert outside.isdisjoint(snapshot.trials.loc[kept, "trial"])
+    assert all(
+        set(traces[n]["customdata"]) <= set(snapshot.trials.loc[kept, "trial"]) for n in ("Pareto front", "Dominated")
+    )
 
 
 def test_the_staircase_is_the_front_of_the_two_axes(snapshot: StudySnapshot) -> None:

@@ -82,7 +82,8 @@ def test_a_throttled_device(healthy: StudySnapshot) -> None:
     hot = dataclasses.replace(healthy.records[15], energy={"decode": {"conditions_after": [condition]}})
     notice = _found(dataclasses.replace(healthy, records={**healthy.records, 15: hot}), "throttled")
     assert notice is not None
-    assert "cuda:0" in notice.what and "hw_thermal_slowdown" in notice.what
+    assert "cuda:0" in notice.what
+    assert "hw_thermal_slowdown" in notice.what
     assert _found(healthy, "throttled") is None
 
 

@@ -15,9 +15,9 @@ pytest.importorskip("dash", reason="the live page needs Plotly Dash")
 from dse.evaluation.paired_comparison import Comparison
 from dse.pareto import OBJECTIVES
 from dse.report.dashboard import StudySnapshot
+from dse.report.dashboard.axis_values import AxisChoice
 from dse.report.dashboard.page_callbacks import PageCallbacks
 from dse.report.dashboard.page_layout import slider_bounds
-from dse.report.dashboard.axis_values import AxisChoice
 from dse.report.dashboard.progress_plot import progress_plot, proposer_shares
 from dse.report.dashboard.status_parts import duration, lanes_part, seconds_left, tiles_part
 from dse.report.dashboard.trial_parts import commands_of, differences_part
@@ -27,12 +27,22 @@ NOW_S = 1_800_000_000.0
 
 
 def _text(part: Any) -> str:
-    return json.dumps(part.to_plotly_json() if hasattr(part, "to_plotly_json") else part, default=lambda p: p.to_plotly_json())
+    return json.dumps(
+        part.to_plotly_json() if hasattr(part, "to_plotly_json") else part, default=lambda p: p.to_plotly_json()
+    )
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (4.21, "4.2 s"), (42.4, "42 s"), (200, "3 min"), (7500, "2 h 5 min"), (7200, "2 h"), (3e5, "3 d 11 h")],
+    [
+        (None, "-"),
+        (4.21, "4.2 s"),
+        (42.4, "42 s"),
+        (200, "3 min"),
+        (7500, "2 h 5 min"),
+        (7200, "2 h"),
+        (3e5, "3 d 11 h"),
+    ],
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
@@ -52,10 +62,22 @@ def test_time_left_ignores_a_pause_of_the_study(snapshot: StudySnapshot) -> None
 
 def test_lanes_of_several_workers(snapshot: StudySnapshot) -> None:
     lanes = tuple(
-        WorkerLane(f"worker {i}", "working", device=f"cuda:{i}", host="node", phase="evaluate", done=i, total=4, trial=i,
-                   trial_started_s=NOW_S - 30, updated_s=NOW_S, temperature_celsius=60.0 + i, power_w=300.0)
+        WorkerLane(
+            f"worker {i}",
+            "working",
+            device=f"cuda:{i}",
+            host="node",
+            phase="evaluate",
+            done=i,
+            total=4,
+            trial=i,
+            trial_started_s=NOW_S - 30,
+            updated_s=NOW_S,
+            temperature_celsius=60.0 + i,
+            power_w=300.0,
+        )
         for i in range(3)
-    )  # fmt: skip
+    )
     text = _text(lanes_part(dataclasses.replace(snapshot, lanes=lanes), NOW_S))
     for expected in ("cuda:2", "62 \\u00b0C", "300 W", "30 s", "evaluate"):
         assert expected in text
@@ -102,7 +124,8 @@ def test_slider_bounds_enclose_the_values_on_round_numbers(snapshot: StudySnapsh
     assert bounds is not None
     low, high, step, symbol = bounds
     values = 1000 * snapshot.trials["decode_latency_s"].dropna()
-    assert low <= values.min() < low + step and high - step < values.max() <= high
+    assert low <= values.min() < low + step
+    assert high - step < values.max() <= high
     assert symbol == "ms"
 
 
@@ -129,4 +152,5 @@ def test_a_new_trial_patches_only_the_traces_that_changed(folder: Path, snapshot
 def test_tiles_count_what_the_table_holds(snapshot: StudySnapshot) -> None:
     text = _text(tiles_part(snapshot, [], NOW_S))
     assert f'"{int(snapshot.trials["on_front"].sum())}"' in text
-    assert "1 failed" in text and "of 20" in text
+    assert "1 failed" in text
+    assert "of 20" in text
