@@ -93,7 +93,7 @@ def study(trials: int, sampler: str) -> StudyConfig:
         {
             "name": "scale",
             "model": "demo:smollm2-135m-instruct",
-            "space": "per_block",
+            "space": "layer_role_rank",
             "objectives": ["accuracy", "parameters"],
             "tasks": ["arc_easy"],
             "sampler": {"name": sampler, "seed": 0},

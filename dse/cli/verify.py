@@ -44,11 +44,11 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify the folder and print the comparison."""
-    from dse.cli.printing import as_json, print_result
+    from dse.cli.printing import print_result
     from dse.export import verify_export
 
     report = verify_export(options.folder, options.engine, python=options.python, options=dict(options.option or ()))
-    print_result(options, report, print_report, as_json)
+    print_result(options, report, print_report, lambda found: found.to_json())
     return EXIT_OK if report.is_valid else EXIT_DIFFERS
 
 

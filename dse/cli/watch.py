@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from typing import Any
@@ -43,10 +44,10 @@ def run(options: argparse.Namespace) -> int:
     source = LiveStudy(options.directory)
     serve = _serve()
     token = _token(options)
-    try:
+    # The server ends quietly if Ctrl-C reaches it, but Ctrl-C may come before it listens.
+    with contextlib.suppress(KeyboardInterrupt):
         serve(source, host=options.host, port=options.port, token=token, on_ready=_announcer(options))
-    except KeyboardInterrupt:
-        print("stopped; the study goes on without the page", file=sys.stderr)
+    print("stopped; the study goes on without the page", file=sys.stderr)
     return EXIT_OK
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def fill_store(
     progress("decompose", 0, len(names))
     inputs = _inputs(loaded, method, names, calibration, settings, progress)
     for done, (name, gram, gradient_gram) in enumerate(inputs, 1):
+        progress("decompose", done - 1, len(names))
         store.put(name, factorise(dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
         progress("decompose", done, len(names))
 
@@ -74,6 +75,8 @@ def _inputs(
         for sharing, gram in of_layer.sharing.items():
             for name in sharing:
                 yield name, gram, of_layer.gradients.get(name)
+            del gram
+        del of_layer
 
 
 def _weights_only(loaded: LoadedModel, names: tuple[str, ...]) -> Iterator[tuple[str, None, None]]:
@@ -83,7 +86,7 @@ def _weights_only(loaded: LoadedModel, names: tuple[str, ...]) -> Iterator[tuple
     paths = layer_paths(loaded.topology)
     for layer, of_layer in by_layer.items():
         if loaded.checkpoint is None:
-            present = nullcontext()
+            present: AbstractContextManager[None] = nullcontext()
         else:
             modules = [path for name in of_layer for path in loaded.topology.matrix(name).modules]
             wanted = modules if layer is None else [paths[layer]]

@@ -67,6 +67,8 @@ def expected_divergence(
             for name in sharing:
                 weight = dense_weight(loaded, name)
                 curves[name] = fisher_divergence(weight, gram, of_layer.gradients[name]).cpu().numpy()
+            del gram
+        del of_layer  # not kept while the next layer runs
     write_bytes(path, safetensors.numpy.save(curves))
     return curves
 

@@ -176,6 +176,7 @@ class _Pass:
         self._with_gradient = range(len(with_gradient))
         batches = [*with_gradient, *_batches(rest, ACTIVATION_BATCH_TOKENS)]
         self._all = range(len(batches))
+        progress("calibrate", 0, self._tokens * (max(by_layer) + 1))
         self._walk = LayerWalk(
             loaded, batches, devices=settings.devices, budget=settings.states, folder=settings.folder
         )

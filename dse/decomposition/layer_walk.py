@@ -34,7 +34,7 @@ _PROBE_TOKENS = 16
 _CHECKED_ON_DISK = 2
 """Layers that are compared with the model's own pass if the weights are on disk: two layers fit into memory."""
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class LayerWalk:
@@ -95,12 +95,12 @@ class LayerWalk:
             yield [first, *(copy.deepcopy(first).to(device) for device in self.devices[1:])]
 
     def map(
-        self, replicas: Sequence[nn.Module], work: Callable[[nn.Module, int], Result], batches: Sequence[int]
-    ) -> list[Result]:
+        self, replicas: Sequence[nn.Module], work: Callable[[nn.Module, int], _Result], batches: Sequence[int]
+    ) -> list[_Result]:
         """Call `work(replica, batch index)` for every batch; each replica takes every n-th batch, in its own thread."""
         count = len(replicas)
 
-        def of_replica(number: int) -> list[Result]:
+        def of_replica(number: int) -> list[_Result]:
             return [work(replicas[number], batch) for batch in batches[number::count]]
 
         if count == 1:

@@ -24,7 +24,7 @@ from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
-from dse.models.load import WaitingWeightsLike
+from dse.models.waiting_weights import WaitingWeights
 from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
 
 __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_modules"]
@@ -50,7 +50,7 @@ class PointFactorSource(Protocol):
 class AppliedPoint:
     """A point that is applied to a model; `undo()` restores the original dense modules."""
 
-    def __init__(self, point: DesignPoint, swaps: list[Swap], waiting: WaitingWeightsLike | None = None) -> None:
+    def __init__(self, point: DesignPoint, swaps: list[Swap], waiting: WaitingWeights | None = None) -> None:
         self.point = point
         self._swaps = swaps
         self._waiting = waiting
@@ -92,7 +92,7 @@ def apply_point(
     topology: Topology,
     point: DesignPoint,
     source: FactorSource,
-    waiting: WaitingWeightsLike | None = None,
+    waiting: WaitingWeights | None = None,
 ) -> AppliedPoint:
     """Replace the tensors of `point` by low-rank modules and remove the blocks that it removes.
 

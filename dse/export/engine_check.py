@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,8 +65,10 @@ class EngineReport:
         return not self.problem
 
     def to_json(self) -> dict[str, Any]:
-        """The attributes as a JSON mapping."""
-        return vars(self) | {"folder": str(self.folder), "versions": dict(self.versions), "is_valid": self.is_valid}
+        """The attributes as a JSON mapping; an infinite difference becomes None."""
+        difference = self.max_difference if math.isfinite(self.max_difference) else None
+        own = {"folder": str(self.folder), "versions": dict(self.versions), "max_difference": difference}
+        return vars(self) | own | {"is_valid": self.is_valid}
 
 
 def engines_of(form: str) -> tuple[str, ...]:

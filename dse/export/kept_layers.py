@@ -90,21 +90,22 @@ class KeptLayers:
             },
         }
 
-    def _groups(self) -> list[int]:
-        """Number of layers that each remaining attention block stands for; [] if every kept layer has attention.
+    def _groups(self) -> list[list[int]]:
+        """The layers around each remaining attention block: their number, and the index of the one with attention.
 
-        Layers without attention belong to the next attention block, and the last ones to the last block.
+        Layers without attention belong to the next attention block, and the last ones to the last block. [] if every
+        kept layer has attention.
         """
         if not self.attention or len(self.attention) == len(self.numbers):
             return []
-        sizes, waiting = [], 0
+        groups: list[list[int]] = []
+        waiting = 0
         for layer in self.numbers:
-            waiting += 1
             if layer in self.attention:
-                sizes.append(waiting)
-                waiting = 0
-        sizes[-1] += waiting
-        return sizes
+                groups.append([waiting + 1, waiting])
+            waiting = 0 if layer in self.attention else waiting + 1
+        groups[-1][0] += waiting
+        return groups
 
     def _lists(self, config: PreTrainedConfig) -> dict[str, list[Any]]:
         """Config entries with one value per layer, such as `layer_types`."""

@@ -76,8 +76,13 @@ def _name_axes(graph: Any) -> None:
     import onnx_ir
 
     ports = {port.name: port for port in graph.inputs}
-    axes = {("input_ids", 0): "batch_size", ("input_ids", 1): "sequence_length"}
-    axes |= {("attention_mask", 1): "total_sequence_length", ("past_key_values.0.key", 2): "past_sequence_length"}
+    axes = {
+        ("input_ids", 0): "batch_size",
+        ("attention_mask", 0): "batch_size",
+        ("input_ids", 1): "sequence_length",
+        ("attention_mask", 1): "total_sequence_length",
+        ("past_key_values.0.key", 2): "past_sequence_length",
+    }
     names: dict[str, str] = {}
     for (port, axis), name in axes.items():
         if port in ports and isinstance(symbol := ports[port].shape[axis], onnx_ir.SymbolicDim):

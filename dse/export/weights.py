@@ -131,4 +131,4 @@ def _save_one_by_one(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             own = tensors[name].detach().cpu().contiguous()
-            file.write(memoryview(own.view(-1).view(torch.uint8).numpy()))
+            file.write(own.view(-1).view(torch.uint8).numpy().data)

@@ -181,7 +181,7 @@ def _stored_keys(source: ModelSource) -> dict[str, tuple[Path, str]]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         names = [_SINGLE]
-    found = {}
+    found: dict[str, tuple[Path, str]] = {}
     for name in names:
         path = _file(source, name)
         if path is not None:
@@ -217,7 +217,7 @@ def _names_in_model(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
-    found = {}
+    found: dict[str, tuple[Path, str]] = {}
     for key, place in places.items():
         name, converted_by = rename_source_key(key, renamings, converters, prefix, state)
         if name not in names and key in names:
@@ -228,7 +228,7 @@ def _names_in_model(
 
 
 def _stored_shapes(paths: Iterable[Path]) -> dict[tuple[Path, str], tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[tuple[Path, str], tuple[int, ...]] = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
             shapes |= {(path, key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

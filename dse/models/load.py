@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from dse.models.transformers_patches import (
     quiet_transformers,
     shared_gguf_reader,
 )
+from dse.models.waiting_weights import WaitingWeights
 from dse.topology import Topology
 
 __all__ = ["AUTO_DTYPE", "DTYPES", "LoadedModel", "default_dtype", "load_model", "load_topology"]
@@ -36,22 +37,6 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.
 
 AUTO_DTYPE = "auto"
 """On a GPU the dtype of the checkpoint, in which it is served; float32 elsewhere. Records name the dtype that it meant."""
-
-
-class WaitingWeightsLike(Protocol):
-    """`dse.models.residency.WaitingWeights`."""
-
-    def release(self, modules: Iterable[torch.nn.Module], kept: Iterable[torch.nn.Module] = ()) -> None:
-        """Move weights out of their device."""
-        ...
-
-    def restore(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Bring weights back."""
-        ...
-
-    def forget(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Drop what is kept."""
-        ...
 
 
 @dataclass(eq=False)
@@ -80,7 +65,7 @@ class LoadedModel:
     dtype: torch.dtype
     sentence_files: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
-    waiting: WaitingWeightsLike | None = None
+    waiting: WaitingWeights | None = None
     _versions: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

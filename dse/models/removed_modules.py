@@ -38,14 +38,22 @@ class RemovedBlock(nn.Module):
 
 
 class LayerGroup:
-    """Layers that the model's loop runs as one: layers without attention, and the layer with attention behind them.
+    """Layers that the model's loop runs as one: one layer with attention, and neighbours without.
 
     Args:
         layers: The layers, in order.
+        main: Index of the layer with attention; the model's loop may read its attributes.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], main: int) -> None:
         self.layers = layers
+        self.main = layers[main]
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the layer with attention, for example its kind of attention."""
+        if name.startswith("__") or name in ("layers", "main"):
+            raise AttributeError(name)
+        return getattr(self.main, name)
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
         """Run the layers one after another with the same arguments; returns what the last one returns."""
@@ -64,19 +72,19 @@ class LayerList(nn.ModuleList):
 
     Args:
         layers: The layers.
-        groups: Number of layers in each group.
+        groups: For each group, its number of layers, and the index of the one with attention among them.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], groups: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], groups: Sequence[tuple[int, int]]) -> None:
         super().__init__(layers)
-        self.groups = tuple(groups)
+        self.groups = tuple((size, main) for size, main in groups)
 
     def __getitem__(self, index: Any) -> Any:
         """One layer for a number; for a slice, that slice of the groups."""
         if not isinstance(index, slice):
             return super().__getitem__(index)
         layers, found = list(self), []
-        for size in self.groups:
-            found.append(layers[0] if size == 1 else LayerGroup(layers[:size]))
+        for size, main in self.groups:
+            found.append(layers[0] if size == 1 else LayerGroup(layers[:size], main))
             del layers[:size]
         return found[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,8 @@ def mark_ties(
     """
     require_columns(marked, ("trial", "on_front"))
     order = np.argsort(marked["trial"].to_numpy(), kind="stable")
-    rows = marked.iloc[order].to_dict(orient="records")  # cells of a dict are read much faster than those of a Series
+    # Cells of a dict are read much faster than those of a Series.
+    rows: list[Any] = marked.iloc[order].to_dict(orient="records")
     dense = dense_row(marked)
     # Costs first: the paired test reads files.
     ordered = sorted(objectives, key=lambda objective: not objective.is_cost)

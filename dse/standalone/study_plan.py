@@ -231,12 +231,14 @@ def _gguf_seconds(path: Path, topology: Topology) -> float | None:
     """Seconds to read and dequantise a GGUF file, from some of its tensors."""
     from gguf import GGUFReader, dequantize
 
-    start, total = time.perf_counter(), 0
-    for tensor in GGUFReader(path).tensors:
+    start = time.perf_counter()
+    tensors = GGUFReader(path).tensors  # reads the vocabulary, once
+    opened, total = time.perf_counter(), 0
+    for tensor in tensors:
         total += dequantize(tensor.data, tensor.tensor_type).size
-        if total >= _READ_BYTES // 4:
+        if total >= _READ_BYTES // 8:
             break
-    return (time.perf_counter() - start) * topology.parameters_dense / max(1, total)
+    return opened - start + (time.perf_counter() - opened) * topology.parameters_dense / max(1, total)
 
 
 def _residency(config: StudyConfig, topology: Topology, device: torch.device) -> Residency:

@@ -45,7 +45,8 @@ class LiveStudy:
 
     def __init__(self, directory: str | Path) -> None:
         self._given, self._folder = str(directory), StudyFolder(Path(directory))
-        self._config = self._folder.read_config()
+        self._config_stamp: int | None = None
+        self._read_config()
         self._lock = threading.Lock()
         self._storage: StudyStorage | None = None
         self._known: dict[int, TrialRecord] = {}
@@ -92,7 +93,7 @@ class LiveStudy:
             self._known.get(record.trial) is not record for record in records
         )  # fmt: skip
         self._known = {record.trial: record for record in records}
-        self._config = self._folder.read_config()
+        self._read_config()
         names = attributes.get("objectives") or [entry.name for entry in self._config.objectives]
         started = {"objectives": names, **attributes}
         if changed or self._study is None or self._study.attributes != started:
@@ -123,6 +124,13 @@ class LiveStudy:
             is_exhausted=study.is_exhausted,
             read_s=time.time(),
         )
+
+    def _read_config(self) -> None:
+        """Read the study file if it is new: a later run may have raised the budget."""
+        path = self._folder.study_yaml
+        stamp = path.stat().st_mtime_ns if path.is_file() else None
+        if stamp is None or stamp != self._config_stamp:
+            self._config, self._config_stamp = self._folder.read_config(), stamp
 
     def _same(self, record: TrialRecord) -> TrialRecord:
         """The object that is known already if it is equal: a revised record is read every time."""

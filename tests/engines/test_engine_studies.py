@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -51,6 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
     )
     save_choice_task(folder)
+    save_choice_task(folder, documents=20, name="twenty")
     return folder
 
 
@@ -66,7 +69,12 @@ def children() -> list[int]:
 
 
 def engine_workers() -> list[int]:
-    return [child for child in children() if b"worker.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    found = []
+    for child in children():
+        with contextlib.suppress(FileNotFoundError):  # it may end meanwhile
+            if b"worker.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
 
 
 # --- transformers in the study's own process ------------------------------------------------------------------------
@@ -99,7 +107,7 @@ def test_serving_objectives_are_measured_in_transformers(resident: Study) -> Non
 
 def test_throughput_is_maximised_within_the_reference(resident: Study) -> None:
     assert resident.hypervolume is not None
-    assert 0 < resident.hypervolume <= 1
+    assert 0 <= resident.hypervolume <= 1
     reference = resident.attributes["reference"]["throughput_tokens_s"]
     assert reference == pytest.approx(resident.trials().loc[0, "throughput_tokens_s"] / 1.5)
 
@@ -161,7 +169,7 @@ def check_served(study: Study, engine: str) -> None:
         assert list(table[name]) == pytest.approx(list(table[f"{name}_ratio"] * table.loc[0, name]))
     assert list(table["decode_latency_s"]) == list(table["tpot_s"])
     assert (table.loc[1:, "seconds_engine_start_s"] > 0).all()
-    assert table.loc[0, "seconds_engine_start_s"] != table.loc[0, "seconds_engine_start_s"]  # started before the trial
+    assert math.isnan(table.loc[0, "seconds_engine_start_s"])  # the dense model's engine starts before its trial
     assert not engine_workers()
 
 
@@ -286,8 +294,8 @@ def test_a_missing_engine_is_one_line_before_anything_is_loaded(root: Path, tmp_
     config = engine_study(root, "vllm", ["tpot_s", "parameters"], python="/nowhere/python")
     with pytest.raises(EngineUnavailableError, match=r"/nowhere/python does not exist"):
         run_study(config, out=tmp_path / "run")
-    (tmp_path / "study.json").write_text(json.dumps(config), encoding="utf-8")
-    done = dse("run", tmp_path / "study.json", "--out", tmp_path / "cli", expect=2)
+    (tmp_path / "study.yaml").write_text(json.dumps(config), encoding="utf-8")
+    done = dse("run", tmp_path / "study.yaml", "--out", tmp_path / "cli", expect=2)
     assert done.stderr.count("error:") == 1
 
 
@@ -379,8 +387,8 @@ def test_lm_eval_agrees_with_dse(export: Path, resident: Study, root: Path, tmp_
     arguments = f"pretrained={export},trust_remote_code=True,dtype=float32"
     if model == "vllm":
         arguments += ",max_model_len=256,enforce_eager=True,gpu_memory_utilization=0.2"
-    command = [python, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", "tiny_choice"]
-    command += ["--include_path", root, "--limit", "20", "--output_path", tmp_path, "--trust_remote_code"]
+    command = [python, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", "twenty"]
+    command += ["--include_path", root, "--output_path", tmp_path, "--trust_remote_code"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_DATASETS_TRUST_REMOTE_CODE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -388,12 +396,12 @@ def test_lm_eval_agrees_with_dse(export: Path, resident: Study, root: Path, tmp_
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text(encoding="utf-8"))
-    theirs = results["results"]["tiny_choice"]["acc,none"]
+    theirs = results["results"]["twenty"]["acc,none"]
     point = next(record.point for record in resident.records if not record.is_dense)
     (tmp_path / "point.json").write_text(json.dumps(point.to_json()), encoding="utf-8")
     ours = json.loads(
         dse(
-            *("evaluate", "--model", root / "model", "--tasks", root / "tiny_choice.yaml", "--limit", "20"),
+            *("evaluate", "--model", root / "model", "--tasks", root / "twenty.yaml"),
             *("--point", tmp_path / "point.json", "--device", "cpu", "--json"),
         ).stdout
     )

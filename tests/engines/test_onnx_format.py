@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-from engine_environments import needs_modules
 from graph_conformance import GraphFormatConformance
 from tiny_models import loaded_tiny_model
 
 from dse.errors import ExportError
 from dse.export.onnx_format import check_onnx
-from dse.export.traced_graph import port_names
+from dse.export.traced_graph import check_traceable, port_names
 
 
 class TestOnnxFormat(GraphFormatConformance):
@@ -44,12 +43,8 @@ class TestOnnxFormat(GraphFormatConformance):
 
 
 def test_a_missing_package_names_the_extra() -> None:
-    if_installed = ("onnx", "onnxscript", "onnx_ir")
-    try:
-        needs_modules(*if_installed)
-    except pytest.skip.Exception:
-        with pytest.raises(ExportError, match=r"pip install 'lowrank-dse\[onnx\]'"):
-            check_onnx(loaded_tiny_model("llama"))
+    with pytest.raises(ExportError, match=r"no_such_module is not installed; `pip install 'lowrank-dse\[onnx\]'`"):
+        check_traceable(loaded_tiny_model("llama"), "ONNX", "onnx", ("json", "no_such_module"))
 
 
 def test_caches_are_numbered_without_gaps() -> None:

@@ -48,7 +48,7 @@ class Browser:
         """Run a function body in the page and return its result."""
         return self.driver.execute_script(script, *arguments)
 
-    def wait(self, what: str, is_true: Callable[[], Any] | str, seconds: float = 60.0) -> Any:
+    def wait(self, what: str, is_true: Callable[[], Any] | str, seconds: float = 180.0) -> Any:
         """Wait until a function, or a script, returns something true; fail with `what`."""
         from selenium.common.exceptions import TimeoutException
         from selenium.webdriver.support.ui import WebDriverWait

@@ -182,7 +182,7 @@ def remove_blocks(
     model: nn.Module,
     layers: str,
     passed: Sequence[int],
-    groups: Sequence[int],
+    groups: Sequence[tuple[int, int]],
     blocks: Mapping[str, int],
     norms: Sequence[str],
     cache_slots: Mapping[str, int],

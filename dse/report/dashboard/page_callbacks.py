@@ -370,7 +370,9 @@ def _knee(snapshot: StudySnapshot) -> int | None:
 
 
 def _standing(snapshot: StudySnapshot, trial: int) -> str:
-    rows = np.flatnonzero(snapshot.trials["trial"].to_numpy() == trial) if len(snapshot.trials) else []
+    if snapshot.trials.empty:
+        return ""
+    rows = np.flatnonzero(snapshot.trials["trial"].to_numpy() == trial)
     return next((name for name, mask in groups_of(snapshot.trials).items() for row in rows if mask[row]), "")
 
 

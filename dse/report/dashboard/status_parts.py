@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dash import html
@@ -162,9 +163,29 @@ def duration(seconds: float | None) -> str:
 def lanes_part(snapshot: StudySnapshot, now_s: float) -> Any:
     """One lane per worker; for a study whose workers do not tell, what its storage knows."""
     lanes = snapshot.lanes or _lanes_from_storage(snapshot)
+    if len(lanes) == 1:  # with several workers, a record does not say whose device it describes
+        lanes = (_with_last_reading(lanes[0], snapshot),)
     if not lanes:
         return html.P("No worker has started yet.", className="empty")
     return html.Div([_lane(lane, snapshot, now_s) for lane in lanes], className="lanes", role="list")
+
+
+def _with_last_reading(lane: WorkerLane, snapshot: StudySnapshot) -> WorkerLane:
+    """The lane with the temperature and power that the meter read in the last trial that it measured."""
+    if lane.temperature_celsius is not None or lane.power_w is not None:
+        return lane
+    for _, record in sorted(snapshot.records.items(), reverse=True):
+        phase = (record.energy or {}).get("decode") or (record.energy or {}).get("prefill")
+        if isinstance(phase, Mapping):
+            windows = [w for w in phase.get("windows") or () if w.get("gross_j") is not None and w.get("duration_s")]
+            heats = [c.get("temperature_celsius") for c in phase.get("conditions_after") or ()]
+            seconds = sum(window["duration_s"] for window in windows)
+            return dataclasses.replace(
+                lane,
+                temperature_celsius=max((heat for heat in heats if heat is not None), default=None),
+                power_w=sum(window["gross_j"] for window in windows) / seconds if seconds else None,
+            )
+    return lane
 
 
 def _lanes_from_storage(snapshot: StudySnapshot) -> tuple[WorkerLane, ...]:

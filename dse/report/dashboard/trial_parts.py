@@ -79,7 +79,7 @@ def trials_part(snapshot: StudySnapshot, kept: np.ndarray, show: str) -> Any:
     rows = rows[order]
     dense = dense_row(table)
     scales = [scale_for(objective, numbers(table, objective.name)) for objective in snapshot.objectives]
-    names = {row: name for name, mask in groups.items() for row in np.flatnonzero(mask)}
+    names = {int(row): name for name, mask in groups.items() for row in np.flatnonzero(mask)}
     lines = []
     for row in rows[:_MOST_ROWS]:
         entry = table.iloc[int(row)]

@@ -102,7 +102,7 @@ def test_own_warnings_are_shown_and_noise_of_libraries_is_not(
     place = str(Path(dse.__file__).parent / "study" / "run.py")
     library = "/usr/lib/python3/site-packages/transformers/utils.py"
     with warnings.catch_warnings():
-        assert main(["cost", "--model", str(tiny_folder / "model"), "--json"]) == 0
+        assert main(["cost", "--model", str(tiny_folder / "model"), "--point", "dense", "--json"]) == 0
         capsys.readouterr()
         for _ in range(2):
             warnings.warn_explicit("values\noverflow", RuntimeWarning, place, 1, "dse.study.run", {})

@@ -129,7 +129,7 @@ def test_a_killed_build_continues_with_the_missing_tensors(
     def die(phase: str, done: int, total: int) -> None:
         if phase == "decompose":
             decomposed.append((done, total))
-            if done == 9 and len(decomposed) < 11:
+            if done == 9 and len(decomposed) < 20:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

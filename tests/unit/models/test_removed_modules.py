@@ -30,7 +30,7 @@ def run(layers: object, x: Tensor) -> Tensor:
 
 def test_a_slice_counts_groups_and_runs_every_layer() -> None:
     plain = nn.ModuleList([Add(value) for value in range(5)])
-    layers = LayerList(list(plain), (2, 1, 2))
+    layers = LayerList(list(plain), ((2, 1), (1, 0), (2, 0)))
     x = torch.tensor([1.0])
     assert torch.equal(run(layers[:3], x), run(plain, x))
     assert torch.equal(run(layers[:1], x), run(plain[:2], x))
@@ -40,12 +40,13 @@ def test_a_slice_counts_groups_and_runs_every_layer() -> None:
 
 
 def test_otherwise_it_is_the_list_of_all_layers() -> None:
-    layers = LayerList([Add(value, in_tuple=True) for value in range(3)], (1, 2))
+    layers = LayerList([Add(value, in_tuple=True) for value in range(3)], ((1, 0), (2, 1)))
     assert len(layers) == len(list(layers)) == 3
     assert layers[-1].value == 2
     layers[1] = Add(7, in_tuple=True)
     (group,) = layers[1:]
     output, nothing = group(torch.tensor([1.0]))
+    assert group.value == 2  # attributes are those of the layer with attention
     assert (float(output), nothing) == (2 * (2 * 1 + 7) + 2, None)
     copied = copy.deepcopy(layers)
     assert copied[1] is not layers[1]

@@ -13,7 +13,8 @@ from dse.decomposition import FactorBank, apply_point, decompose
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ModelError, PointError
 from dse.models import LoadedModel, load_model
-from dse.models.residency import WaitingWeights, choose_residency, place_weights, required_bytes
+from dse.models.residency import choose_residency, place_weights, required_bytes
+from dse.models.waiting_weights import WaitingWeights
 
 TOKENS = torch.arange(3, 15)[None]
 GB = 10**9

@@ -16,7 +16,7 @@ from dse.search.proposal import Proposal
 from dse.study import StudyListener
 from dse.study.setup import PreparedStudy, prepare_study
 from dse.trial.trial_evaluator import new_record
-from dse.trial_record import trial_row
+from dse.trial_record import EvaluatedTrial, trial_row
 
 
 @pytest.fixture
@@ -71,3 +71,28 @@ def test_a_row_of_the_table_holds_nothing_that_is_not_known(prepared: PreparedSt
     assert row["trial"] == 3
     assert "accuracy" not in row
     assert row["reduction"] == 0
+
+
+def test_accuracy_and_measurements_can_be_taken_one_after_the_other(prepared: PreparedStudy) -> None:
+    """As on workers with different devices: one evaluates, another one measures."""
+    topology, evaluator = prepared.loaded.topology, prepared.evaluator
+    baseline = EvaluatedTrial(*evaluator.evaluate(new_record(_proposal(0), DesignPoint.dense(), topology), None))
+    point = DesignPoint.uniform(topology, "svd", 2, [1, 2], ["up", "query"])
+    first, evaluation = evaluator.evaluate(new_record(_proposal(1), point, topology), baseline, part="accuracy")
+    assert first.state == "complete"
+    assert evaluation is not None
+    assert "decode_latency_s" not in first.quantities
+    both, again = evaluator.evaluate(first, baseline, part="measurements")
+    assert both.state == "complete"
+    assert again is None
+    whole, _ = evaluator.evaluate(new_record(_proposal(1), point, topology), baseline)
+    assert both.quantities.keys() == whole.quantities.keys()
+    assert both.quantities["accuracy"] == whole.quantities["accuracy"]
+    assert both.accuracy_drop == whole.accuracy_drop
+    assert both.seconds.keys() == whole.seconds.keys()
+    assert both.seconds["evaluate"] == first.seconds["evaluate"]
+    assert both.seconds["total"] == pytest.approx(sum(both.seconds.values()) / 2)
+
+
+def _proposal(trial: int) -> Proposal:
+    return Proposal({}, "sampler", trial=trial)

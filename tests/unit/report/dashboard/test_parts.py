@@ -91,6 +91,15 @@ def test_a_study_whose_worker_does_not_tell_has_one_lane(snapshot: StudySnapshot
     assert f'"{snapshot.running[0].trial}"' in text
 
 
+def test_one_lane_shows_the_last_reading_of_the_meter(snapshot: StudySnapshot) -> None:
+    windows = [{"gross_j": 300.0, "duration_s": 2.0}, {"gross_j": None, "duration_s": 9.0}]
+    energy = {"decode": {"windows": windows, "conditions_after": [{"temperature_celsius": 71.0}]}}
+    records = {**snapshot.records, 3: dataclasses.replace(snapshot.records[3], energy=energy)}
+    text = _text(lanes_part(dataclasses.replace(snapshot, records=records), snapshot.read_s))
+    assert "71 \\u00b0C" in text
+    assert "150 W" in text
+
+
 def test_gains_of_proposers_sum_to_the_hypervolume(snapshot: StudySnapshot) -> None:
     dense = next(step for step in snapshot.steps if step.origin == "dense")
     total = sum(share.gained for share in proposer_shares(snapshot))
