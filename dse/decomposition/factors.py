@@ -145,8 +145,12 @@ def applied_factors(model: nn.Module, topology: Topology, name: str) -> dict[str
 
 
 def _factors(left: nn.Module, right: nn.Module, core: nn.Module | None) -> LowRankFactors:
-    weights = [None if module is None else module.weight.detach() for module in (left, right, core)]
-    return LowRankFactors(*weights)  # type: ignore[arg-type]  # linear modules have weights
+    return LowRankFactors(_weight(left), _weight(right), None if core is None else _weight(core))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)  # noqa: S101 - narrows the type of a linear module
+    return module.weight.detach()
 
 
 def expert_factors_of(module: TuckerExpertWeight) -> TuckerFactors:

@@ -199,7 +199,10 @@ def linear_from(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)  # without `nn.Linear.__init__`, which would fill the weight with random numbers
     linear.out_features, linear.in_features = weight.shape
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        is_ready = tensor is None or isinstance(tensor, nn.Parameter)
-        linear.register_parameter(name, tensor if is_ready else nn.Parameter(tensor, requires_grad=False))
+    linear.register_parameter("weight", _parameter(weight))
+    linear.register_parameter("bias", None if bias is None else _parameter(bias))
     return linear
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)

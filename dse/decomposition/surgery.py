@@ -195,7 +195,7 @@ def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
         norm = NormThenFactor(model.get_submodule(matrix.norm), moved.right, moved.core)
         yield module_swap(model, matrix.norm, norm)
         lefts = [moved.left[own].contiguous() for own in matrix.rows]
-        low_rank = tuple(starmap(linear_from, zip(lefts, biases, strict=True)))  # type: ignore[arg-type]
+        low_rank = tuple(starmap(linear_from, zip(lefts, biases, strict=True)))
     elif isinstance(matrix, TensorStack):
         low_rank = stacked_modules(moved, matrix.rows, biases)  # type: ignore[arg-type]  # a module's bias is a tensor
     else:

@@ -89,7 +89,8 @@ class EnginePair:
 
     def _session(self, point: DesignPoint, folder: Path) -> EngineSession:
         try:
-            folder_writer()(self._loaded, point, self.source or _NoFactors(), folder, self.engine.format)
+            source = _NoFactors() if self.source is None else self.source
+            folder_writer()(self._loaded, point, source, folder, self.engine.format)
         except StorageFullError:
             raise
         except UserError as error:  # of this point only: the study goes on

@@ -140,7 +140,7 @@ class WorkerSession(EngineSession):
         request = json.dumps({"call": name, "arguments": arguments}) + "\n"
         try:
             self._process.stdin.write(request.encode())
-        except OSError:
+        except (OSError, ValueError):  # its end of the pipe is closed, or ours
             raise self._died(name) from None
         try:
             line = self._next_line(name)

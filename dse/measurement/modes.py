@@ -87,6 +87,8 @@ def _static_decode_problem(model: nn.Module, prompt: Tensor, steps: int, options
     eager = EagerExecution(model, prompt, steps, options)
     generation = eager.begin("baseline")
     eager.prefill(generation)
+    if generation.next_tokens is None:
+        return f"{name} returned no cache; use eager"
     tokens, expected = [generation.next_tokens], []
     for _ in range(steps):
         output = model(input_ids=tokens[-1], past_key_values=generation.cache, **options)
@@ -97,7 +99,7 @@ def _static_decode_problem(model: nn.Module, prompt: Tensor, steps: int, options
     try:
         begun = static.begin("baseline")
         static.prefill(begun)
-        found = [static.fixed_logits(token, begun.cache).float() for token in tokens[:-1]]  # type: ignore[arg-type]
+        found = [static.fixed_logits(token, begun.cache).float() for token in tokens[:-1]]
     except InvalidMeasurementError as error:
         return str(error)
     except torch.OutOfMemoryError:
@@ -111,12 +113,12 @@ def _static_decode_problem(model: nn.Module, prompt: Tensor, steps: int, options
     if "logits_to_keep" in whole_options:
         whole_options["logits_to_keep"] = steps
     whole = model(input_ids=torch.cat([prompt, *tokens[:-1]], dim=1), **whole_options).logits[:, -steps:].float()
-    noise, error = ((other - decoded).abs().max().item() for other in (whole, torch.stack(found, dim=1)))
+    noise, difference = ((other - decoded).abs().max().item() for other in (whole, torch.stack(found, dim=1)))
     limit = max(_NOISE_FACTOR * noise, _ROUNDING.get(_dtype(model), 1e-5) * decoded.abs().max().item())
-    if error <= limit:
+    if difference <= limit:
         return ""
     return (
-        f"{name} decodes other logits with a static cache than eagerly (they differ by {error:.3g}, and rounding by at"
+        f"{name} decodes other logits with a static cache than eagerly (they differ by {difference:.3g}, and rounding by at"
         f" most {limit:.3g}); use eager"
     )
 

@@ -212,7 +212,9 @@ def default_dtype(
 
 def _default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     saved = config.dtype
-    return saved if device.type == "cuda" and saved in DTYPES.values() else torch.float32
+    if device.type == "cuda" and isinstance(saved, torch.dtype) and saved in DTYPES.values():
+        return saved
+    return torch.float32
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -114,6 +114,9 @@ class Rehearsal:
 
     def bank(self) -> PhaseForecast:
         """Calibrate and decompose the tensors of one layer."""
+        # The first run of every kernel is slow. It must not be multiplied by the number of layers.
+        warm_up = Path(self._folder.name) / "warm_up"
+        FactorBank.build(self.small, self.small_requests, self._calibration, folder=warm_up)
         in_phase: dict[str, float] = {}
         phase = "decompose" if self._calibration is None else "calibrate"
         since = time.perf_counter()
@@ -192,8 +195,10 @@ class Rehearsal:
         short = dataclasses.replace(
             spec, blocks=2, warmup_blocks=0, max_warmup_blocks=0, min_duration_s=0.0, precision=None
         )
-        with self._applied() as applied, self._meter.measuring() as peaks:
-            measure_latency(self.small.model, short, applied)
+        with self._applied() as applied:
+            measure_latency(self.small.model, dataclasses.replace(short, new_tokens=min(2, spec.new_tokens)), applied)
+            with self._meter.measuring() as peaks:
+                measure_latency(self.small.model, short, applied)
         block_s = peaks.for_layers(self.depth) / 2
         blocks = max(spec.blocks, math.ceil(spec.min_duration_s / block_s))
         if spec.precision is not None:  # blocks are added until the interval is narrow, at most until max_duration_s

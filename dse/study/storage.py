@@ -7,29 +7,31 @@ is evaluated again under its own number when the study resumes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 import json
-import sqlite3
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
-import sqlalchemy.exc
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dse.design_point import DesignPoint
-from dse.errors import ConfigError, PointError, StorageFullError, StudyError
+from dse.errors import PointError, StudyError
 from dse.search.proposal import Proposal
 from dse.study.samplers import make_sampler
+from dse.study.storage_connection import (
+    DatabaseLostError,
+    close,
+    connected,
+    storage_errors,
+    without_experimental_warnings,
+)
 from dse.study.storage_place import DatabasePlace
 from dse.trial_record import TrialRecord
 
-__all__ = ["DatabaseLostError", "StudyStorage"]
+__all__ = ["StudyStorage"]
 
 _RECORD, _ORIGIN, _WHY, _POINT = "record", "origin", "why", "point"
 _REVISED = "revised"
@@ -40,24 +42,10 @@ _DASHBOARD_CONSTRAINTS = "constraints"
 count every violation twice. The names are kept as a user attribute.
 """
 
-_BUSY_TIMEOUT_S = 30.0
-_CONNECT_TIMEOUT_S = 10
 _RETRY_S = 1.0
-_REFUSALS = ("authentication failed", "no password supplied", "does not exist", "permission denied", "no pg_hba.conf")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_NO_ROOM = ("full", "readonly", "unable to open", "disk I/O")
-
-
-class DatabaseLostError(StudyError):
-    """The database does not answer, for now."""
-
-
-def _is_refused(reason: str) -> bool:
-    """Whether the database answers and refuses, so that waiting does not help."""
-    return any(words in reason for words in _REFUSALS)
 
 
 def _patient(method: Callable[P, T]) -> Callable[P, T]:
@@ -132,7 +120,7 @@ class StudyStorage:
             StudyError: The file is damaged, not an Optuna storage, or holds a study with other objectives.
         """
         directions = [optuna.study.StudyDirection[direction.upper()] for direction in metrics.values()]
-        with _connected(path) as storage:
+        with connected(path) as storage:
             study = _existing_study(storage, path)
             if study is not None and study.directions != directions:
                 if study.user_attrs:
@@ -144,7 +132,7 @@ class StudyStorage:
             if study is None:
                 own_name = path.study if isinstance(path, DatabasePlace) else name
                 study = optuna.create_study(storage=storage, study_name=own_name, directions=directions)
-            with _without_experimental_warnings():
+            with without_experimental_warnings():
                 study.set_metric_names(list(metrics))
         opened = cls(study, storage, path)
         opened._sampler_name, opened._seed, opened._trials, opened._is_parallel = sampler, seed, trials, is_parallel
@@ -167,7 +155,7 @@ class StudyStorage:
         """
         if isinstance(path, Path) and not path.is_file():
             raise StudyError(f"a study folder must hold {path.name}, but {path.parent} does not; run `dse run` first")
-        with _connected(path) as storage:
+        with connected(path) as storage:
             study = _existing_study(storage, path)
             if study is None:
                 where = path.parent if isinstance(path, Path) else path.pointer.parent
@@ -181,27 +169,27 @@ class StudyStorage:
         Raises:
             StudyError: The file is damaged.
         """
-        with _connected(path) as storage:
+        with connected(path) as storage:
             study = _existing_study(storage, path)
             started = study is not None and "objectives" in study.user_attrs
-        _close(storage)
+        close(storage)
         return started
 
     def close(self) -> None:
         """Close the file; the storage cannot be used afterwards."""
-        _close(self._storage)
+        close(self._storage)
 
     @property
     @_patient
     def attributes(self) -> dict[str, Any]:
         """Attributes of the whole study: objectives, environment, reference point."""
-        with _storage_errors(self._path):
+        with storage_errors(self._path):
             return dict(self._study.user_attrs)
 
     @_patient
     def set_attribute(self, name: str, value: Any) -> None:
         """Store a JSON-safe attribute of the whole study."""
-        with _storage_errors(self._path):
+        with storage_errors(self._path):
             self._study.set_user_attr(name, value)
 
     @_patient
@@ -212,7 +200,7 @@ class StudyStorage:
         attributes: dict[str, Any] = {_ORIGIN: proposal.origin, **({_WHY: proposal.why} if proposal.why else {})}
         if proposal.point is not None:
             attributes[_POINT] = proposal.point.to_json()
-        with _storage_errors(self._path):
+        with storage_errors(self._path):
             self._study.enqueue_trial(dict(proposal.levels), user_attrs=attributes)
 
     @property
@@ -236,7 +224,7 @@ class StudyStorage:
         """
         if self._was_repeated() and (lost := self._unfinished(dimensions, without=self._taken)):
             return lost[0]  # the database had given it out, and its answer was lost
-        with _storage_errors(self._path), _without_experimental_warnings():
+        with storage_errors(self._path), without_experimental_warnings():
             # Only the sampler's own proposals count, so that queued points do not shift its seeds.
             asked = sum(_ORIGIN not in trial.user_attrs and not _is_abandoned(trial) for trial in self._in_state())
             self._study.sampler = make_sampler(
@@ -260,7 +248,7 @@ class StudyStorage:
 
     def _unfinished(self, dimensions: Mapping[str, int], without: set[int]) -> list[Proposal]:
         found = []
-        with _storage_errors(self._path), _without_experimental_warnings():
+        with storage_errors(self._path), without_experimental_warnings():
             for frozen in self._in_state(TrialState.RUNNING):
                 if frozen.number in without:
                     continue
@@ -281,7 +269,7 @@ class StudyStorage:
         """Store the design point of a proposed trial whose levels may later stand for another point."""
         if proposal.trial is None or proposal.point is None:
             raise ValueError("a proposal must have its trial and its point before they are stored")
-        with _storage_errors(self._path):
+        with storage_errors(self._path):
             self._trial(proposal.trial).set_user_attr(_POINT, proposal.point.to_json())
 
     @_patient
@@ -296,7 +284,7 @@ class StudyStorage:
         state = TrialState.COMPLETE if values is not None else TrialState.FAIL
         if record.state == "infeasible" or (values is None and any(value > 0 for value in violations.values())):
             state = TrialState.PRUNED
-        with _storage_errors(self._path):
+        with storage_errors(self._path):
             if self._was_repeated() and self._storage.get_trial(self._trial_id(record.trial)).state.is_finished():
                 return
             trial = self._trial(record.trial)
@@ -343,7 +331,7 @@ class StudyStorage:
         return list(zip(proposals, starts + [None] * len(waiting), strict=True))
 
     def _in_state(self, *states: TrialState) -> list[FrozenTrial]:
-        with _storage_errors(self._path):
+        with storage_errors(self._path):
             return self._study.get_trials(deepcopy=False, states=states or None)
 
     def _proposal(self, trial: FrozenTrial) -> Proposal:
@@ -381,79 +369,3 @@ def _existing_study(storage: optuna.storages.RDBStorage, path: Path | DatabasePl
     if isinstance(path, DatabasePlace):
         return optuna.load_study(storage=storage, study_name=path.study) if path.study in names else None
     return optuna.load_study(storage=storage, study_name=names[0]) if names else None
-
-
-@contextlib.contextmanager
-def _without_experimental_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
-
-
-@contextlib.contextmanager
-def _connected(path: Path | DatabasePlace) -> Iterator[optuna.storages.RDBStorage]:
-    """The storage of this file, closed again if the block raises."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-    def connect() -> sqlite3.Connection:
-        # A creator instead of a URL, in which `?`, `#` and braces of a path would have a meaning.
-        return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
-
-    with _storage_errors(path):
-        if isinstance(path, DatabasePlace):
-            storage = _database(path)
-        else:
-            connect().close()  # a folder that cannot be written fails here
-            storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect})
-        try:
-            yield storage
-        except (KeyError, RuntimeError) as error:  # tables or a version that this Optuna does not know
-            _close(storage)
-            raise StudyError(f"{path} must be a study storage of dse, but: {error}") from error
-        except BaseException:
-            _close(storage)
-            raise
-
-
-def _database(place: DatabasePlace) -> optuna.storages.RDBStorage:
-    """The database of this place; libpq reads the password from PGPASSWORD or ~/.pgpass."""
-    if importlib.util.find_spec("psycopg") is None:
-        raise ConfigError(
-            "`storage` in PostgreSQL needs psycopg, which is not installed; pip install 'lowrank-dse[postgresql]'"
-        )
-    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_TIMEOUT_S}}
-    return optuna.storages.RDBStorage(place.url, engine_kwargs=options)
-
-
-def _close(storage: optuna.storages.RDBStorage) -> None:
-    storage.remove_session()
-    storage.engine.dispose()
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path | DatabasePlace) -> Iterator[None]:
-    """Turn the errors of SQLite, SQLAlchemy and Optuna on a bad file, disk or database into one clear line."""
-    try:
-        yield
-    except (
-        optuna.exceptions.StorageInternalError,
-        sqlalchemy.exc.SQLAlchemyError,
-        sqlite3.Error,
-        json.JSONDecodeError,  # a damaged attribute
-    ) as error:
-        reason = " ".join(str(error.__cause__ or error).split()).split(" [SQL")[0]
-        reason = reason.split(" (Background on this error")[0]
-        if isinstance(path, DatabasePlace):
-            if _is_refused(reason):
-                raise StudyError(
-                    f"the database of {path} must accept this user, but: {reason}; set PGUSER and PGPASSWORD, or"
-                    " correct ~/.pgpass"
-                ) from None
-            remedy = "start the database, or correct `storage`"
-            raise DatabaseLostError(f"{path} must answer, but: {reason}; {remedy}") from None
-        if any(word in reason for word in _NO_ROOM):
-            raise StorageFullError(
-                f"{path} must be writable and the disk have room, but: {reason}; nothing measured is lost,"
-                " free some space and run the same command again"
-            ) from error
-        raise StudyError(f"{path} must be a study storage of dse, but: {reason}") from error

@@ -10,7 +10,6 @@ from served_exports import (
     TINY_FAMILIES,
     Served,
     documented_table,
-    export_families,
     export_forms,
     family_table,
     in_vllm,
@@ -60,14 +59,6 @@ def test_every_structural_form_gives_the_outputs_of_transformers(served_forms: d
 @pytest.mark.real_model
 def test_a_compiled_engine_gives_the_outputs_of_transformers(python: str, forms: dict[str, Path]) -> None:
     (served,) = in_vllm(python, [forms["everything"]], enforce_eager=False)
-    assert served.error == ""
-    assert served.is_equal
-
-
-def test_factors_are_split_over_devices(python: str, tmp_path: Path) -> None:
-    """Two processes on the CPU, each with half of the heads."""
-    export, _ = export_families(tmp_path, ["Llama"])["Llama"]
-    (served,) = in_vllm(python, [export], tensor_parallel_size=2)
     assert served.error == ""
     assert served.is_equal
 

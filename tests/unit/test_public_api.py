@@ -19,7 +19,9 @@ from dse import errors
 
 ROOT = Path(dse.__file__).parent
 PACKAGES = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
-MODULES = sorted(path for path in ROOT.rglob("*.py") if "templates" not in path.parts and path.name != "__main__.py")
+SCRIPTS = ("__main__", "vllm_backend", "transformers_backend", "onnxruntime_backend", "openvino_backend")
+"""Files that run in other ways than by import; the backends of engines run in interpreters of their own."""
+MODULES = sorted(path for path in ROOT.rglob("*.py") if "templates" not in path.parts and path.stem not in SCRIPTS)
 
 
 def module_name(path: Path) -> str:

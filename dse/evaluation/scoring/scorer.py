@@ -148,12 +148,13 @@ class Scorer:
         timed = next(batches(rows, len, self._batch_tokens()))
         if len(timed) > _TIMED_SHARE * len(rows):
             return verified
-        seconds = {strategy: self._seconds(strategy, timed, queries) for strategy in (verified, "separate", "plain")}
+        rivals: tuple[Strategy, ...] = (verified, "separate", "plain")
+        seconds = {strategy: self._seconds(strategy, timed, queries) for strategy in rivals}
         fastest = min(seconds, key=seconds.__getitem__)
         found = self._try(fastest, timed, queries)
         self._timed.add(kind)
         if fastest == "separate" and not self._separate_agrees(timed, queries, found):
-            fastest = min((verified, "plain"), key=seconds.__getitem__)
+            fastest = min(verified, rivals[-1], key=seconds.__getitem__)
         if fastest != verified:
             logger.info("scoring is %s: %s take %s s a batch", fastest, ", ".join(seconds), [*seconds.values()])
         self.strategies[kind] = fastest

@@ -106,7 +106,7 @@ def default_axes(objectives: Sequence[Objective]) -> tuple[str, str]:
     """The horizontal and vertical axis that a page begins with: a cost against accuracy."""
     names = [entry.name for entry in objectives]
     up = "accuracy" if "accuracy" in names else names[0]
-    measured = [n for n in names if n != up and n not in ("parameters", "weight_bytes")]
+    measured = [o.name for o in objectives if o.is_cost and o.name not in (up, "parameters", "weight_bytes")]
     others = measured or [n for n in names if n != up] or [REDUCTION.name]
     return others[0], up
 

@@ -284,7 +284,7 @@ class _Drawing:
         notes: list[dict[str, Any]] = []
         note = {"showarrow": False, "font": {"size": 11, "color": theme.muted}}
         band = {"type": "rect", "fillcolor": theme.grid, "line": {"width": 0}, "layer": "below", "opacity": 0.7}
-        rows = [(self.upward.has_strip, self.upward.strip, f"no {html.escape(self.y.choice.label.lower())} yet")]
+        rows = [(self.upward.has_strip, self.upward.strip, "no value on this axis yet")]
         rows.append((self.upward.has_second, self.upward.second_strip, "no value on either axis"))
         for is_used, place, text in rows:
             if is_used:
@@ -296,7 +296,7 @@ class _Drawing:
             half = 0.045 * (self.across.high - self.across.low)
             ends = {"yref": "paper", "y0": 0, "y1": 1, "x0": self.across.strip - half, "x1": self.across.strip + half}
             shapes.append({**band, **ends})
-            text = f"no {html.escape(self.x.choice.label.lower())} yet"
+            text = "no value yet"
             below = {"yref": "paper", "y": 0, "yanchor": "top", "yshift": -26, "x": self.across.strip}
             notes.append({**note, "text": text, **below})
         if not self.placed.any():

@@ -15,10 +15,10 @@ from dash import ALL, ClientsideFunction, Dash, Input, Output, Patch, State, ctx
 from dse.errors import UserError
 from dse.pareto.knee import knee_index
 from dse.pareto.objective import directions_of
-from dse.report.dashboard.axis_values import AxisChoice, axis_choices, default_axes
+from dse.report.dashboard.axis_values import AxisChoice, axis_choices
 from dse.report.dashboard.front_plot import FrontView, front_plot
 from dse.report.dashboard.health import health_of
-from dse.report.dashboard.page_layout import NO_COLOUR, axis_options, range_sliders, slider_bounds
+from dse.report.dashboard.page_layout import offer_of, slider_bounds
 from dse.report.dashboard.progress_plot import progress_plot, proposer_shares
 from dse.report.dashboard.rank_difference import difference_plot, rank_difference
 from dse.report.dashboard.snapshot import StudySnapshot, StudySource
@@ -148,21 +148,19 @@ class PageCallbacks:
         self, version: str | None, offered: Sequence[str] | None, x: str | None, y: str | None, colour: str | None
     ) -> tuple[Any, ...]:
         """Axes and ranges to choose from, whenever there are new ones."""
-        snapshot = self._source.snapshot()
-        choices = axis_choices(snapshot.trials, snapshot.objectives)
-        keys = [
-            *(choice.key for choice in choices),
-            *(c.key for c in choices if slider_bounds(snapshot, c) is not None),
-        ]
-        if version is None or keys == offered:
+        found = offer_of(self._source.snapshot())
+        if version is None or found.keys == offered:
             return (no_update,) * 8
-        options = axis_options(choices)
-        across, up = default_axes(snapshot.objectives)
-        third = next((o.name for o in snapshot.objectives if o.name not in (across, up)), NO_COLOUR)
-        colours = [{"label": "one colour", "value": NO_COLOUR}, *options]
-        ranged = [choice for choice in choices if choice.is_objective or choice.is_task or choice.key == "reduction"]
-        sliders = range_sliders(snapshot, ranged)
-        return keys, options, x or across, options, y or up, colours, colour or third, sliders
+        return (
+            found.keys,
+            found.options,
+            x or found.x,
+            found.options,
+            y or found.y,
+            found.colours,
+            colour or found.colour,
+            found.sliders,
+        )
 
     def stretch(
         self,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dash import dcc, html
 
-from dse.report.dashboard.axis_values import AxisChoice
+from dse.report.dashboard.axis_values import AxisChoice, axis_choices, default_axes
 from dse.report.dashboard.snapshot import StudySnapshot
 from dse.report.dashboard.trial_groups import range_of
 
-__all__ = ["NO_COLOUR", "axis_options", "page_layout", "range_sliders", "slider_bounds"]
+__all__ = ["Offer", "offer_of", "page_layout", "range_sliders", "slider_bounds"]
 
-NO_COLOUR = "none"
+_NO_COLOUR = "none"
 _POLL_MS = 2000
 _GRAPH = {
     "displaylogo": False,
@@ -25,20 +26,20 @@ _GRAPH = {
 
 
 def page_layout(snapshot: StudySnapshot) -> Any:
-    """The page of a study; its parts are filled by callbacks."""
+    """The page of a study with everything to choose from, so that the first picture needs one request."""
+    offer = offer_of(snapshot)
     return html.Div(
         [
             html.A("Skip to the front", href="#front", className="skip"),
-            *[
-                dcc.Store(id=name)
-                for name in ("version", "theme", "front-drawn", "progress-drawn", "compared", "choices")
-            ],
+            dcc.Store(id="version", data=snapshot.trials_version),
+            dcc.Store(id="choices", data=offer.keys),
+            *[dcc.Store(id=name) for name in ("theme", "front-drawn", "compared")],
             dcc.Interval(id="poll", interval=_POLL_MS),
             _header(snapshot),
             html.Main(
                 [
                     html.Section(id="tiles", className="tiles", **{"aria-label": "Progress in figures"}),
-                    _front(),
+                    _front(offer),
                     _comparison(),
                     html.Div(
                         [
@@ -91,12 +92,20 @@ def _labelled(label: str, control: Any, name: str) -> Any:
     return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), control], className="control")
 
 
-def _front() -> Any:
+def _front(offer: Offer) -> Any:
     controls = html.Div(
         [
-            _labelled("Horizontal axis", dcc.Dropdown(id="x", clearable=False, searchable=False), "x"),
-            _labelled("Vertical axis", dcc.Dropdown(id="y", clearable=False, searchable=False), "y"),
-            _labelled("Colour of the front", dcc.Dropdown(id="colour", clearable=False, searchable=False), "colour"),
+            _labelled(
+                "Horizontal axis", dcc.Dropdown(offer.options, offer.x, id="x", clearable=False, searchable=False), "x"
+            ),
+            _labelled(
+                "Vertical axis", dcc.Dropdown(offer.options, offer.y, id="y", clearable=False, searchable=False), "y"
+            ),
+            _labelled(
+                "Colour of the front",
+                dcc.Dropdown(offer.colours, offer.colour, id="colour", clearable=False, searchable=False),
+                "colour",
+            ),
             html.Fieldset(
                 [
                     html.Legend("Values"),
@@ -149,7 +158,7 @@ def _front() -> Any:
                 className="row",
             ),
             html.P("Trials outside are drawn pale and left out of the table.", className="note"),
-            html.Div(id="ranges"),
+            html.Div(offer.sliders, id="ranges"),
         ],
         className="ranges",
         role="group",
@@ -249,9 +258,43 @@ def _empty(height: int) -> dict[str, Any]:
     return {"data": [], "layout": layout}
 
 
-def axis_options(choices: Sequence[AxisChoice]) -> list[dict[str, str]]:
-    """Options of an axis dropdown."""
-    return [{"label": choice.label, "value": choice.key} for choice in choices]
+@dataclass(frozen=True)
+class Offer:
+    """Axes and ranges to choose from.
+
+    Attributes:
+        keys: Tells one offer from another.
+        options: Options of an axis.
+        x: Horizontal axis that a page begins with.
+        y: Vertical axis.
+        colours: Options of the colour.
+        colour: Colour that a page begins with.
+        sliders: Sliders of the ranges.
+    """
+
+    keys: list[str]
+    options: list[dict[str, str]]
+    x: str
+    y: str
+    colours: list[dict[str, str]]
+    colour: str
+    sliders: list[Any]
+
+
+def offer_of(snapshot: StudySnapshot) -> Offer:
+    """What can be chosen at present."""
+    choices = axis_choices(snapshot.trials, snapshot.objectives)
+    across, up = default_axes(snapshot.objectives)
+    options = [{"label": choice.label, "value": choice.key} for choice in choices]
+    return Offer(
+        [*(choice.key for choice in choices), *(c.key for c in choices if slider_bounds(snapshot, c) is not None)],
+        options,
+        across,
+        up,
+        [{"label": "one colour", "value": _NO_COLOUR}, *options],
+        next((o.name for o in snapshot.objectives if o.name not in (across, up)), _NO_COLOUR),
+        range_sliders(snapshot, [c for c in choices if c.is_objective or c.is_task or c.key == "reduction"]),
+    )
 
 
 def range_sliders(snapshot: StudySnapshot, choices: Sequence[AxisChoice]) -> list[Any]:

@@ -166,7 +166,8 @@ def lanes_part(snapshot: StudySnapshot, now_s: float) -> Any:
     if len(lanes) == 1:  # with several workers, a record does not say whose device it describes
         lanes = (_with_last_reading(lanes[0], snapshot),)
     if not lanes:
-        return html.P("No worker has started yet.", className="empty")
+        text = "No worker is running." if snapshot.records else "No worker has started yet."
+        return html.P(text, className="empty")
     return html.Div([_lane(lane, snapshot, now_s) for lane in lanes], className="lanes", role="list")
 
 
@@ -246,6 +247,10 @@ def _lane(lane: WorkerLane, snapshot: StudySnapshot, now_s: float) -> Any:
     )
 
 
+def _gain_text(gained: float) -> str:
+    return "< 0.0001" if 0 < gained < 0.00005 else f"{gained:.4f}"
+
+
 def proposers_part(shares: Sequence[ProposerShare], theme_name: str) -> Any:
     """What each proposer gave."""
     if not shares:
@@ -263,8 +268,8 @@ def proposers_part(shares: Sequence[ProposerShare], theme_name: str) -> Any:
                     html.Th([html.Span(className="swatch", style={"background": colour}), share.origin], scope="row"),
                     html.Td(f"{share.evaluations:,}"),
                     html.Td(f"{share.on_front:,}"),
-                    html.Td([f"{share.gained:.4f}", bar]),
-                    html.Td(f"{share.gained_recently:.4f}"),
+                    html.Td([_gain_text(share.gained), bar]),
+                    html.Td(_gain_text(share.gained_recently)),
                 ]
             )
         )

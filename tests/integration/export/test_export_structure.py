@@ -28,7 +28,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "mixtral": {"num_local_experts": 3, "initializer_range": 0.02},
     "qwen2": {},
-    "opt": {},
 }
 PROMPT = torch.tensor([[5, 9, 120, 33, 7]])
 RULES = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(PROMPT)}

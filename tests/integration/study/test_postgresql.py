@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +26,14 @@ pytestmark = pytest.mark.skipif(bool(cannot_run()), reason=cannot_run() or "-")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    folder = tmp_path_factory.mktemp("postgres")
-    for parent in (folder, *folder.parents[:-2]):  # pytest closes its folders to other users
-        with contextlib.suppress(PermissionError):
-            parent.chmod(parent.stat().st_mode | 0o011)
-    created = PostgresServer.create(folder / "server")
-    yield created
-    created.kill()
+def server() -> Iterator[PostgresServer]:
+    # Not in a folder of pytest, which closes them to the user that runs the server.
+    with tempfile.TemporaryDirectory(prefix="dse-postgresql-") as temporary:
+        folder = Path(temporary)
+        folder.chmod(0o755)
+        created = PostgresServer.create(folder / "server")
+        yield created
+        created.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from tiny_models import ENCODER_FAMILIES, ENCODER_WORDS, encoder_tokenizer, load
 
 from dse.errors import ModelError, NonFiniteError, TaskError
 from dse.evaluation import Evaluator, TaskSpec
+from dse.evaluation.evaluator_settings import BatchSize
 from dse.evaluation.lm_eval.masked_language_model import MaskedScoringLM
 from dse.evaluation.scoring.masked_text import MaskedScoring, encode_masked, masked_positions, windows_of
 from dse.models import LoadedModel
@@ -74,7 +75,7 @@ def test_scores_agree_with_a_loop_over_single_tokens(family: str, scoring: Maske
     loaded = loaded_encoder(family, "masked_lm")
     lm = MaskedScoringLM(loaded, max_length=None, scoring=scoring)
     finished: list[int] = []
-    found = lm.answer("loglikelihood", [request(*pair) for pair in PAIRS], rows=1, tick=finished.append)
+    found = lm.answer("loglikelihood", [request(*pair) for pair in PAIRS], BatchSize(1, "cpu"), finished.append)
     for pair, (score, greedy) in zip(PAIRS, found, strict=True):
         expected, expected_greedy = one_at_a_time(loaded, *pair, scoring)
         assert score == pytest.approx(expected, abs=1e-3)
