@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import statistics
 import sys
@@ -70,6 +71,7 @@ def main() -> int:
 
 def _measured(folder: Path, trials: int) -> dict[str, float]:
     begun = time.perf_counter()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     live = LiveStudy(folder)
     snapshot = live.snapshot()
     opened_s = time.perf_counter() - begun

@@ -118,8 +118,8 @@ def _static_decode_problem(model: nn.Module, prompt: Tensor, steps: int, options
     if difference <= limit:
         return ""
     return (
-        f"{name} decodes other logits with a static cache than eagerly (they differ by {difference:.3g}, and rounding by at"
-        f" most {limit:.3g}); use eager"
+        f"{name} decodes other logits with a static cache than eagerly (they differ by {difference:.3g}, and rounding"
+        f" by at most {limit:.3g}); use eager"
     )
 
 
