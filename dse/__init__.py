@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from dse.decomposition import decompose as decompose
     from dse.design_point import DesignPoint as DesignPoint
     from dse.design_point import TensorChoice as TensorChoice
-    from dse.export import export_trials as export_trials
     from dse.models import LoadedModel as LoadedModel
     from dse.models import load_model as load_model
     from dse.models import load_topology as load_topology
     from dse.search.spaces.base import SearchSpace as SearchSpace
+    from dse.standalone import export_trials as export_trials
     from dse.study import Study as Study
     from dse.study import open_study as open_study
     from dse.study import run_study as run_study
@@ -46,7 +46,7 @@ _DEFINING_MODULE = {
     "TensorChoice": "dse.design_point",
     "calibration_windows": "dse.decomposition",
     "decompose": "dse.decomposition",
-    "export_trials": "dse.export",
+    "export_trials": "dse.standalone",
     "load_model": "dse.models",
     "load_topology": "dse.models",
     "open_study": "dse.study",

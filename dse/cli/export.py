@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Export the trials and print the results."""
     from dse.cli.printing import as_json, print_result
     from dse.cli.terminal_listener import TerminalListener
-    from dse.export import export_trials
+    from dse.standalone import export_trials
 
     with TerminalListener() as listener:
         results = export_trials(

@@ -38,7 +38,7 @@ EngineFormat = Literal["huggingface", "onnx", "openvino"]
 
 
 class FolderWriter(Protocol):
-    """Writes the folder that an engine loads; see `dse.engines.folder_writer`."""
+    """Writes the folder that an engine loads; `dse.export.write_engine_folder` is one."""
 
     def __call__(
         self, loaded: LoadedModel, point: DesignPoint, source: FactorSource, folder: Path, form: EngineFormat

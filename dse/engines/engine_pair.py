@@ -10,8 +10,7 @@ from pathlib import Path
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import DesignPoint, TensorChoice
-from dse.engines.engine import Engine, EngineSession, EngineSettings
-from dse.engines.folder_writer import folder_writer
+from dse.engines.engine import Engine, EngineSession, EngineSettings, FolderWriter
 from dse.errors import EngineError, EngineUnavailableError, OutOfMemoryError, StorageFullError, UserError
 from dse.models import LoadedModel
 
@@ -27,15 +26,22 @@ class EnginePair:
         engine: The engine.
         settings: Interpreter, options, device and time limit; each session gets its share of the device.
         loaded: The model, dense whenever a method is called.
+        write_folder: Writes the model at a point as a folder for the engine.
         source: Source of the points' factors; None as long as only the dense model is run.
     """
 
     def __init__(
-        self, engine: Engine, settings: EngineSettings, loaded: LoadedModel, source: FactorSource | None = None
+        self,
+        engine: Engine,
+        settings: EngineSettings,
+        loaded: LoadedModel,
+        write_folder: FolderWriter,
+        source: FactorSource | None = None,
     ) -> None:
         self.engine = engine
         self._settings = engine.shared(settings)
         self._loaded = loaded
+        self._write_folder = write_folder
         self.source = source
         self._baseline: EngineSession | None = None
         self._folders = contextlib.ExitStack()
@@ -90,7 +96,7 @@ class EnginePair:
     def _session(self, point: DesignPoint, folder: Path) -> EngineSession:
         try:
             source = _NoFactors() if self.source is None else self.source
-            folder_writer()(self._loaded, point, source, folder, self.engine.format)
+            self._write_folder(self._loaded, point, source, folder, self.engine.format)
         except StorageFullError:
             raise
         except UserError as error:  # of this point only: the study goes on

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dse.engines.engine import EngineWork
 from dse.engines.server import Server
@@ -262,7 +263,7 @@ def _energy(
     sides = (
         {"candidate": (0, 3), "baseline": (1, 2)} if is_paired else dict.fromkeys(("candidate", "baseline"), range(4))
     )
-    spreads = {
+    spreads: dict[str, Any] = {
         f"{side}{suffix}_request": _spread([block[i] for block in blocks for i in places], name, work)
         for side, places in sides.items()
         for suffix, name in (("", "energy_j"), ("_net", "net_energy_j"))

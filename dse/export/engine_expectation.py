@@ -137,7 +137,7 @@ def _greedy(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[int], l
     ids, cache = torch.tensor([list(prompt)], device=model.device), None
     with torch.inference_mode():
         for _ in range(_NEW_TOKENS):
-            past = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+            past: dict[str, Any] = {} if cache is None else {"past_key_values": cache, "use_cache": True}
             output = model(input_ids=ids, **past)
             best = output.logits[0, -1].float().topk(2)
             found.append(int(best.indices[0]))

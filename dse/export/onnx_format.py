@@ -55,11 +55,11 @@ def write_onnx(loaded: LoadedModel, folder: Path) -> None:
     """
     with tracing_errors("ONNX"), quiet_tracing():
         import onnx_ir
-        from transformers.exporters import OnnxConfig, OnnxExporter
+        from transformers.exporters import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]
 
         inputs = example_inputs(loaded.model)
         settings = OnnxConfig(dynamic_shapes=dynamic_shapes(inputs))
-        found: Any = OnnxExporter().export(loaded.model, inputs, settings)
+        found: Any = OnnxExporter().export(loaded.model, inputs, settings)  # type: ignore[no-untyped-call]
         found = getattr(found, "program", found)  # transformers before 5.22 returns torch's ONNXProgram
         graph = getattr(found, "model", found)
         for ports, cache in ((graph.graph.inputs, "past_key_values"), (graph.graph.outputs, "present")):

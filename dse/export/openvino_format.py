@@ -40,11 +40,11 @@ def write_openvino(loaded: LoadedModel, folder: Path) -> None:
     """
     with tracing_errors("OpenVINO"), quiet_tracing():
         import openvino
-        from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+        from transformers.exporters import OpenVINOConfig, OpenVINOExporter  # type: ignore[attr-defined]
 
         inputs = example_inputs(loaded.model)
         settings = OpenVINOConfig(dynamic_shapes=dynamic_shapes(inputs))
-        found: Any = OpenVINOExporter().export(loaded.model, inputs, settings)
+        found: Any = OpenVINOExporter().export(loaded.model, inputs, settings)  # type: ignore[no-untyped-call]
         graph = getattr(found, "program", found)  # transformers before 5.22 returns the graph itself
         openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
     write_graph_config(loaded.model, inputs, folder)

@@ -36,7 +36,7 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.
 """The supported dtypes."""
 
 AUTO_DTYPE = "auto"
-"""On a GPU the dtype of the checkpoint, in which it is served; float32 elsewhere. Records name the dtype that it meant."""
+"""On a GPU the dtype of the checkpoint, in which it is served; float32 elsewhere. Records name the actual dtype."""
 
 
 @dataclass(eq=False)

@@ -36,8 +36,8 @@ class Objective:
 
     Attributes:
         name: Column of the trials table, such as `decode_latency_s`.
-        unit: Unit of that column: "s", "J", "tokens/s", "B" (bytes), "fraction", "percent" (a fraction shown in percent), "nats",
-            "count", or "" for a dimensionless number.
+        unit: Unit of that column: "s", "J", "tokens/s", "B" (bytes), "fraction", "percent" (a fraction shown in
+            percent), "nats", "count", or "" for a dimensionless number.
         direction: Whether smaller or larger is better.
         label: Axis label and column title.
         dense_reference_factor: The hypervolume reference is this factor times the dense model's value. A point worse
@@ -168,8 +168,8 @@ def reference_value(objective: Objective, dense_value: float) -> float:
     """Coordinate of the hypervolume reference point, from the dense model's value in the same unit.
 
     0 for accuracy and choice probability; 1.1 x dense for parameters and weight bytes; 1.5 x dense for latency, energy
-    and memory; dense / 1.5 for throughput; 10 x dense for perplexity; 3 x dense for the target log-likelihood; ln 10 for the KL divergence, which
-    is 0 for the dense model.
+    and memory; dense / 1.5 for throughput; 10 x dense for perplexity; 3 x dense for the target log-likelihood; ln 10
+    for the KL divergence, which is 0 for the dense model.
 
     Raises:
         NonFiniteError: The dense value is NaN or infinite.
@@ -182,9 +182,10 @@ def reference_value(objective: Objective, dense_value: float) -> float:
     reference = objective.dense_reference_factor * float(dense_value)
     if objective.fixed_reference is not None:
         reference = objective.fixed_reference
-    if (reference - objective.ideal_for(reference)) * objective.sign <= 0:
+    ideal = objective.ideal_for(reference)
+    if (reference - ideal) * objective.sign <= 0:
         raise ConfigError(
-            f"the reference of {objective.name} must be worse than its ideal {objective.ideal_for(reference):g}, but the dense value"
+            f"the reference of {objective.name} must be worse than its ideal {ideal:g}, but the dense value"
             f" {dense_value:g} gives {reference:g}; check the measurement of the dense model"
         )
     return reference

@@ -1,11 +1,12 @@
-"""Operations on one model without a study: cost, search space, evaluation, measurement, sensitivity, allocation.
+"""Operations without a running study: cost, search space, evaluation, measurement, sensitivity, allocation, export.
 
-Each command of `dse` that needs no study folder calls one function of this package.
+Each command of `dse` that does not run a study calls one function of this package.
 """
 
 from dse.standalone.allocate_points import AllocationRequest, LatencyBudget, allocate_points
 from dse.standalone.config_only import ModelCost, describe_space, model_cost
 from dse.standalone.evaluate_model import evaluate_model
+from dse.standalone.export_trials import export_trials
 from dse.standalone.measure_engine import EngineRequest, measure_study
 from dse.standalone.measure_model import MeasurementRequest, measure_model
 from dse.standalone.model_request import CalibrationText, ModelRequest
@@ -25,6 +26,7 @@ __all__ = [
     "allocate_points",
     "describe_space",
     "evaluate_model",
+    "export_trials",
     "measure_model",
     "measure_study",
     "model_cost",

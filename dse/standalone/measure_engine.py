@@ -13,6 +13,7 @@ from dse.decomposition import apply_point
 from dse.design_point import DesignPoint
 from dse.engines import EngineSettings, engine_named
 from dse.errors import StudyError
+from dse.export import engine_pair
 from dse.measurement import EnergyMeter, IdlePower, LatencySpec, device_lock, measure_idle_power
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback
@@ -20,7 +21,7 @@ from dse.search.spaces.base import SearchSpace
 from dse.study import Study, StudyListener, load_study_model, study_bank
 from dse.study.serving_front import engine_attribute, measure_front, measured_entry, waiting_trials
 from dse.study.storage import StudyStorage
-from dse.trial import EngineMeasurer, MeasurementPlan, engine_pair, serving_entry
+from dse.trial import EngineMeasurer, MeasurementPlan, serving_entry
 from dse.trial_record import TrialRecord
 
 __all__ = ["EngineRequest", "measure_in_engine", "measure_study"]

@@ -14,6 +14,7 @@ from dse.cost import break_even_rank
 from dse.design_point import TensorChoice
 from dse.engines import engine_timings
 from dse.errors import ConfigError, ProfileError
+from dse.export import engine_pair
 from dse.measurement import device_lock
 from dse.measurement.device_profile import ModelProfile, Phase, ProductTimings, profile_model, timings_for
 from dse.models import LoadedModel
@@ -23,7 +24,7 @@ from dse.sensitivity import SensitivityProfile, option_shapes
 from dse.standalone.measure_engine import EngineRequest
 from dse.standalone.model_request import ModelRequest
 from dse.study import StudyListener
-from dse.trial import engine_pair, settled_space
+from dse.trial import settled_space
 
 __all__ = ["RankTimingRequest", "rank_timings_html", "time_ranks"]
 

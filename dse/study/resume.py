@@ -14,6 +14,7 @@ from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord
 
 __all__ = ["resume_or_start"]
 
+
 def resume_or_start(driver: StudyDriver) -> list[Proposal]:
     """Store the facts of a new study, or check them and restore the trials of an existing one.
 

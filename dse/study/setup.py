@@ -22,6 +22,7 @@ from dse.engines import EnginePair, engine_named, engine_timings
 from dse.errors import ConfigError
 from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
+from dse.export import engine_pair
 from dse.measurement import check_workload, device_in_use, device_lock, passing_measurements
 from dse.measurement.device_profile import ProductTimings
 from dse.models import LoadedModel, load_model
@@ -37,7 +38,6 @@ from dse.study.final_documents import FinalEvaluator
 from dse.study.float32_comparison import half_precision_notice
 from dse.study.listener import StudyListener
 from dse.trial.device_rank_multiple import settled_study
-from dse.trial.engine_measurements import engine_pair
 from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
 from dse.trial.measurements import TrialMeasurer
 from dse.trial.objectives import (

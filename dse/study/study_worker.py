@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dse import __version__
 from dse.config import StudyConfig
 from dse.errors import StudyError
 from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
+from dse.measurement.environment import package_versions
 from dse.sensitivity.divergence_meter import OptionDivergence
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.study.driver_desk import bank_files, fetch_missing, hand_in
@@ -152,7 +152,7 @@ class StudyWorker:
         return WorkerFacts(
             {
                 "Python": platform.python_version(),
-                "dse": __version__,
+                "dse": str(package_versions()["dse"]),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },

@@ -2,7 +2,6 @@
 
 from dse.trial.device_rank_multiple import settled_space as settled_space
 from dse.trial.engine_measurements import EngineMeasurer as EngineMeasurer
-from dse.trial.engine_measurements import engine_pair as engine_pair
 from dse.trial.engine_measurements import first_cell as first_cell
 from dse.trial.engine_measurements import serving_entry as serving_entry
 from dse.trial.measurement_plan import MeasurementPlan as MeasurementPlan

@@ -8,23 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from dse.config import MeasurementConfig
 from dse.decomposition import AppliedPoint
-from dse.decomposition.surgery import FactorSource
 from dse.engines import (
     EnginePair,
-    EngineSettings,
     EngineWork,
     PairedServing,
     ResidentServer,
     Server,
-    engine_named,
     measure_serving,
     work_of,
 )
-from dse.errors import ConfigError, InvalidMeasurementError, OutOfMemoryError
+from dse.errors import InvalidMeasurementError, OutOfMemoryError
 from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import EnergyMeter, IdlePower, LatencySpec, PhaseLatency
 from dse.models import LoadedModel
@@ -37,7 +31,6 @@ __all__ = [
     "EngineMeasurer",
     "UnservedCell",
     "engine_key",
-    "engine_pair",
     "first_cell",
     "serving_entry",
     "serving_quantities",
@@ -45,37 +38,6 @@ __all__ = [
 
 Quantities = Mapping[str, tuple[Interval, Interval]]
 """Quantity to its value and its ratio to the dense model."""
-
-
-def engine_pair(config: MeasurementConfig, loaded: LoadedModel, source: FactorSource | None = None) -> EnginePair:
-    """The engine of a study or a command, not started yet.
-
-    Args:
-        config: Engine, interpreter, options, time limit and cells.
-        loaded: The dense model.
-        source: Source of the points' factors; None as long as only the dense model is run.
-
-    Raises:
-        EngineUnavailableError: The engine is not installed in its interpreter.
-        ConfigError: The model cannot generate.
-    """
-    engine = engine_named(config.engine)
-    engine.check_available(config.python)
-    if not loaded.topology.is_decoder:
-        raise ConfigError(
-            f"engine '{engine.name}' needs a model that generates, but {loaded.topology.architecture} does not; measure"
-            " it with `engine: transformers`"
-        )
-    settings = EngineSettings(
-        python=config.python,
-        options=config.options,
-        time_limit_s=config.engine_time_limit_s,
-        device=str(loaded.device),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads() if loaded.device.type == "cpu" else 0,
-        context_tokens=max(prompt + new for _, prompt, new in config.cells),
-    )
-    return EnginePair(engine, settings, loaded, source)
 
 
 @dataclass(frozen=True)
@@ -243,7 +205,7 @@ def serving_quantities(
     Raises:
         InvalidMeasurementError: The dense model's value of a quantity is not known.
     """
-    found = {"ttft_s": _time("ttft_s", measured.ttft, dense)}
+    found: dict[str, tuple[Interval, Interval]] = {"ttft_s": _time("ttft_s", measured.ttft, dense)}
     if measured.tpot is not None:
         found["tpot_s"] = _time("tpot_s", measured.tpot, dense)
     if latencies:
@@ -251,7 +213,7 @@ def serving_quantities(
         if measured.tpot is not None:
             found["decode_latency_s"] = _time("decode_latency_s", measured.tpot, dense)
     found["throughput_tokens_s"] = _throughput(measured, dense)
-    return found | _energies(measured, dense)
+    return {**found, **_energies(measured, dense)}
 
 
 def _time(name: str, phase: PhaseLatency, dense: TrialRecord | Mapping[str, float] | None) -> tuple[Interval, Interval]:
@@ -281,8 +243,8 @@ def _energies(measured: PairedServing, dense: TrialRecord | Mapping[str, float] 
     for name, tokens in (("request_energy_j", 1), ("output_token_energy_j", measured.work.new_tokens)):
         spread = energy.baseline_request
         if dense is None:
-            ends = [None if end is None else end / tokens for end in (spread.low_j, spread.high_j)]
-            found[name] = Interval(spread.mean_j / tokens, *ends), Interval(1.0, 1.0, 1.0)
+            low, high = (None if end is None else end / tokens for end in (spread.low_j, spread.high_j))
+            found[name] = Interval(spread.mean_j / tokens, low, high), Interval(1.0, 1.0, 1.0)
         else:
             found[name] = _scaled(name, Interval(energy.ratio.ratio, energy.ratio.low, energy.ratio.high), dense)
     return found

@@ -329,7 +329,7 @@ def test_a_wrong_measurement_section_is_refused(root: Path, measurement: dict[st
 @pytest.fixture(scope="module")
 def export(resident: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A low-rank export of a trial."""
-    from dse.export import export_trials
+    from dse.standalone import export_trials
 
     trial = next(record.trial for record in resident.records if not record.is_dense)
     folder = tmp_path_factory.mktemp("served") / "export"

@@ -19,8 +19,8 @@ from dse.decomposition import FactorBank
 from dse.design_point import DesignPoint
 from dse.engines import ENGINES, EnginePair, EngineSettings, EngineWork, WorkerSession, engine_checks
 from dse.engines.engine_timings import EngineTimings
-from dse.engines.folder_writer import folder_writer
 from dse.errors import EngineError, EngineUnavailableError
+from dse.export import write_engine_folder
 from dse.measurement.device_profile import ProductShape, timings_for
 
 
@@ -32,7 +32,7 @@ class TestTransformersEngine(EngineConformance):
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded, folder = engine_model(), tmp_path_factory.mktemp("dense")
     bank = FactorBank.build(loaded, [DesignPoint.dense()], folder=folder / "bank")
-    folder_writer()(loaded, DesignPoint.dense(), bank, folder / "model", "huggingface")
+    write_engine_folder(loaded, DesignPoint.dense(), bank, folder / "model", "huggingface")
     return folder / "model"
 
 
@@ -66,7 +66,9 @@ def test_the_engine_ends_with_a_parent_that_is_killed(dense_folder: Path) -> Non
 def test_product_timings_come_from_the_engine(tmp_path: Path) -> None:
     loaded = engine_model()
     shape = ProductShape(4, 96, 64)
-    with contextlib.closing(EnginePair(ENGINES["transformers"], EngineSettings(threads=1), loaded)) as pair:
+    with contextlib.closing(
+        EnginePair(ENGINES["transformers"], EngineSettings(threads=1), loaded, write_engine_folder)
+    ) as pair:
         timings = EngineTimings(pair, timings_for(loaded.model), tmp_path)
         assert timings.conditions.torch_version.startswith("transformers: transformers ")
         seconds = timings.seconds(shape)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import dse
 from dse.cli import main
 from dse.cli.export import FORMATS
-from dse.export import EXPORT_FORMATS, export_point, export_trials
+from dse.export import EXPORT_FORMATS, export_point
+from dse.standalone import export_trials
 from dse.study import open_study
 
 Run = Callable[..., tuple[str, str]]

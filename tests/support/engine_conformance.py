@@ -17,8 +17,8 @@ from tiny_models import byte_tokenizer, loaded_tiny_model
 from dse.decomposition import FactorBank, decompose
 from dse.design_point import DesignPoint, TensorChoice
 from dse.engines import ENGINES, EngineSettings, EngineWork, WorkerSession
-from dse.engines.folder_writer import folder_writer
 from dse.errors import EngineError
+from dse.export import write_engine_folder
 from dse.models import LoadedModel
 
 POINT = DesignPoint.of(
@@ -83,7 +83,7 @@ class EngineConformance:
         tmp_path_factory: pytest.TempPathFactory,
     ) -> Iterator[WorkerSession]:
         engine, folder = ENGINES[cls.engine], tmp_path_factory.mktemp(cls.engine) / "point"
-        folder_writer()(loaded, POINT, bank, folder, engine.format)
+        write_engine_folder(loaded, POINT, bank, folder, engine.format)
         with engine.start(folder, settings) as started:
             assert isinstance(started, WorkerSession)
             yield started

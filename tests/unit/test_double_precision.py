@@ -14,9 +14,7 @@ from dse.double_precision import double_device, in_double
 _HOST_ONLY = ("export", "double_precision.py", "verification.py", "leading_eigenvectors.py")
 
 
-@pytest.mark.parametrize(
-    ("device", "expected"), [("mps", "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1")]
-)
+@pytest.mark.parametrize(("device", "expected"), [("mps", "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1")])
 def test_double_precision_runs_where_the_device_has_it(device: str, expected: str) -> None:
     assert double_device(torch.device(device)) == torch.device(expected)
 

@@ -116,7 +116,7 @@ def test_a_point_can_be_added_to_a_started_study(tiny_folder: Path, tmp_path: Pa
 
 
 def test_an_own_point_is_exported(tiny_folder: Path, tmp_path: Path) -> None:
-    from dse.export import export_trials
+    from dse.standalone import export_trials
 
     study = run_study(tiny_study(tiny_folder, enqueue=[OUTSIDE], budget={"trials": 2}), out=tmp_path / "run")
     result = export_trials(study, 1, out=tmp_path / "model")[0]

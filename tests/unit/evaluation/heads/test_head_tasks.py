@@ -451,7 +451,7 @@ def test_overflow_makes_the_trial_invalid(tmp_path: Path, head: str) -> None:
 
 @pytest.mark.parametrize("head", ["classification", "question_answering", "embedding"])
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, head: str) -> None:
-    """The fake device refuses passes of more tokens than two documents have; what was answered before is not answered again."""
+    """The fake device refuses passes of more tokens than two documents have; answers are not asked for twice."""
     rows = {"classification": labelled(), "question_answering": questions(), "embedding": pairs()}[head]
     keywords: dict[str, Any] = {"columns": {"text": "sentence"}} if head == "classification" else {}
     entry = task(write(tmp_path, rows), head, **keywords)
