@@ -16,7 +16,6 @@ from dse.cli.options import (
     positive,
     positive_list,
 )
-from dse.cli.printing import quantity_text
 
 
 def add_parser(commands: Any) -> None:
@@ -146,6 +145,8 @@ def _print_measurement(document: Mapping[str, Any]) -> None:
 
 def _rows(cell: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
     """The rows of one combination of sizes; appends its remarks to `notes`."""
+    from dse.cli.printing import quantity_text
+
     latency = cell["latency"]
     measured = latency["latency"]
     sizes = f"batch {cell['batch_size']}, prompt {cell['prompt_tokens']}"
@@ -170,6 +171,8 @@ def _rows(cell: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
 
 
 def _energy_rows(energy: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
+    from dse.cli.printing import quantity_text
+
     if energy["dense"] is None:
         return
     for phase, token in (("prefill", "prompt token"), ("decode", "output token")):
@@ -204,6 +207,8 @@ def _memory_rows(memory: Mapping[str, Any], notes: list[str]) -> Iterator[list[s
 
 
 def _footer(document: Mapping[str, Any]) -> Iterator[str]:
+    from dse.cli.printing import quantity_text
+
     if "latency" in document["cells"][0]:
         first = document["cells"][0]["latency"]["latency"]
         clock = "" if first is None else f", clock {first['clock']}"
