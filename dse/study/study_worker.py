@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import os
 import platform
@@ -18,7 +19,6 @@ from dse.config import StudyConfig
 from dse.errors import StudyError
 from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
-from dse.measurement.environment import package_versions
 from dse.sensitivity.divergence_meter import OptionDivergence
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.study.driver_desk import bank_files, fetch_missing, hand_in
@@ -152,7 +152,7 @@ class StudyWorker:
         return WorkerFacts(
             {
                 "Python": platform.python_version(),
-                "dse": str(package_versions()["dse"]),
+                "dse": importlib.import_module("dse").__version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },

@@ -112,10 +112,16 @@ def test_text_of_the_study_is_never_markup(page: Browser) -> None:
 def test_axes_are_chosen_with_the_keyboard(page: Browser) -> None:
     from selenium.webdriver import ActionChains, Keys
 
-    page.run("document.querySelector('#x').focus()")
-    ActionChains(page.driver).send_keys(Keys.ENTER).pause(0.5).send_keys(Keys.ARROW_DOWN, Keys.ENTER).perform()
     title = "return document.querySelector('#front-plot .xtitle').textContent"
-    page.wait("another axis", lambda: not page.run(title).startswith("Decode latency"))
+
+    def choose_the_next_axis() -> bool:
+        """Keys that a busy machine drops are pressed again."""
+        page.run("document.querySelector('#x').focus()")
+        keys = ActionChains(page.driver).send_keys(Keys.ENTER).pause(1.0).send_keys(Keys.ARROW_DOWN, Keys.ENTER)
+        keys.pause(2.0).perform()
+        return not page.run(title).startswith("Decode latency")
+
+    page.wait("another axis", choose_the_next_axis)
 
 
 def test_tab_reaches_every_kind_of_control_in_order(page: Browser) -> None:

@@ -84,8 +84,8 @@ def test_both_forms_reload_as_the_decomposed_model(family: str, tmp_path: Path, 
 
 
 def test_only_exports_with_experts_contain_their_code() -> None:
-    with_experts = modelling_code(hf.MixtralForCausalLM, hf.MixtralConfig, has_experts=True)
-    without = modelling_code(hf.MixtralForCausalLM, hf.MixtralConfig)
+    with_experts = modelling_code(hf.MixtralForCausalLM, hf.MixtralModel, hf.MixtralConfig, has_experts=True)
+    without = modelling_code(hf.MixtralForCausalLM, hf.MixtralModel, hf.MixtralConfig)
     assert "TuckerExperts" in with_experts
     assert "xperts" not in without
     names = [node.name for node in ast.parse(without).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]

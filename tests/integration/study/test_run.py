@@ -56,6 +56,7 @@ def test_a_whole_study_with_each_sampler(tiny_folder: Path, tmp_path: Path, samp
     assert progress[-1].seconds_left == 0
     assert {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")} == {
         "study.yaml", "study.db", "trials.csv", "front.csv", "front.html", "front.png", "run.log", "outcomes",
+        "workers.json",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def test_a_machine_without_the_cache_folder_fetches_the_bank(
     two_machines: tuple[Any, Path], tiny_folder: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
     cluster, other = two_machines
+    shutil.rmtree(cache_folder / "dse" / "factor_banks", ignore_errors=True)  # banks of other tests
     config = worker_study(tiny_folder, TRIALS)
     undisturbed = run_study(config, out=tmp_path / "here")
     (bank,) = (path for path in (cache_folder / "dse" / "factor_banks").iterdir() if path.name.startswith("svd-"))
