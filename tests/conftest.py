@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep our order of files under pytest-xdist, which otherwise sorts them by number of tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_report_header() -> list[str]:
+    """One line for each kind of test that runs only where it is asked for."""
+    asked_for = {"tests/engines": "DSE_ENGINE_TESTS", "tests/integration/workers": "DSE_WORKER_TESTS"}
+    return [f"{path}: not run; set {name}=1" for path, name in asked_for.items() if os.environ.get(name) != "1"]
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,7 @@
+"""Tests with real engines take many minutes, so they run only where they are asked for: `DSE_ENGINE_TESTS=1`."""
+
+from __future__ import annotations
+
+import os
+
+collect_ignore_glob = [] if os.environ.get("DSE_ENGINE_TESTS") == "1" else ["test_*.py"]
