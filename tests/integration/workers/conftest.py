@@ -1,4 +1,4 @@
-"""Tests with Ray clusters of several nodes take many minutes, so they run only where they are asked for: `DSE_WORKER_TESTS=1`."""
+"""Tests with Ray clusters of several nodes take minutes, so they run only where asked for: `DSE_WORKER_TESTS=1`."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def test_any_text_with_a_slash_resolves_or_is_refused(text: str) -> None:
     raise AssertionError("nothing can be there")
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float64", "", None, ["float32"], torch.float32])
+@pytest.mark.parametrize("dtype", ["float64", "", None, ["float32"], torch.float32])
 def test_unsupported_dtypes_are_refused(llama_folder: Path, dtype: str) -> None:
     with pytest.raises(ModelError, match="`dtype` must be one of float32, float16, bfloat16"):
         load_model(str(llama_folder), dtype=dtype)

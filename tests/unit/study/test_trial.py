@@ -43,7 +43,7 @@ def test_the_model_is_dense_again_whatever_happens(
     def on_phase(name: str, done: int, total: int) -> None:
         nonlocal count
         count += name == phase
-        if count == (2 if phase == "latency" else 1):
+        if name == phase and count >= (2 if phase == "latency" else 1):  # again and again: a batch is halved first
             raise error("stop")
 
     measurer = dataclasses.replace(prepared.evaluator.measurer, on_phase=on_phase)
