@@ -60,14 +60,15 @@ def test_the_peak_includes_an_activation_of_64_mib(llama):
 @on_linux
 def test_prefill_and_decode_have_separate_peaks(llama):
     def activation(_module, given):
-        size = 96 * MIB if given[0].shape[1] > 1 else 32 * MIB
+        # Above 32 MiB, glibc maps every allocation on its own; smaller ones may reuse resident memory of the heap.
+        size = 96 * MIB if given[0].shape[1] > 1 else 48 * MIB
         torch.ones(size, dtype=torch.uint8)
 
     llama.model.layers[1].register_forward_pre_hook(activation)
     torch.ones(512 * MIB, dtype=torch.uint8)  # an earlier peak of this process must not count
     result = measure_peak_memory(llama, SPEC, kv_cache_bytes_per_token=2 * 2 * 2 * 8 * 4)
     assert 90 * MIB < result.prefill_rise_bytes < 128 * MIB
-    assert 30 * MIB < result.decode_rise_bytes < 64 * MIB
+    assert 45 * MIB < result.decode_rise_bytes < 80 * MIB
     cache = torch.zeros(2, 2, 1, 2, 16 + 2, 8)  # keys and values, layers, batch, heads, tokens, head size
     assert result.kv_cache_bytes == cache.numel() * cache.element_size()
 
