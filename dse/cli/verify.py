@@ -18,10 +18,10 @@ def add_parser(commands: Any) -> None:
         "verify",
         run,
         summary="run an export in an engine and compare it with the model of its trial",
-        example="dse verify exports/smollm2-small --engine vllm --python ~/venvs/vllm/bin/python",
+        example="dse verify exports/smollm2-small --trust-remote-code --engine vllm --python ~/venvs/vllm/bin/python",
         details=(
             "A success is added to the model card, with the commands that serve the folder in that engine.\n"
-            "Engines run the Python files of the folder: verify only folders that you trust.\n"
+            "Engines run the Python files of a folder with factors; --trust-remote-code allows it.\n"
             "exit codes: 0 same outputs, 1 other outputs, 2 the folder or the engine cannot be used"
         ),
     )
@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--python", metavar="PATH", help="Python interpreter of the engine (DSE_<ENGINE>_PYTHON, or this one)"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the folder")
     parser.add_argument(
         "--option",
         type=engine_option,
@@ -47,7 +48,13 @@ def run(options: argparse.Namespace) -> int:
     from dse.cli.printing import print_result
     from dse.export import verify_export
 
-    report = verify_export(options.folder, options.engine, python=options.python, options=dict(options.option or ()))
+    report = verify_export(
+        options.folder,
+        options.engine,
+        python=options.python,
+        options=dict(options.option or ()),
+        trust_remote_code=options.trust_remote_code,
+    )
     print_result(options, report, print_report, lambda found: found.to_json())
     return EXIT_OK if report.is_valid else EXIT_DIFFERS
 

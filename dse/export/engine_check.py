@@ -108,6 +108,7 @@ def verify_export(
     *,
     python: str | None = None,
     options: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> EngineReport:
     """Verify a folder that `dse export` wrote, in an engine, and note a success in the folder and its model card.
 
@@ -116,9 +117,10 @@ def verify_export(
         engine: transformers, vllm, onnxruntime or openvino; None means the engine of its format.
         python: The engine's interpreter; None means `DSE_<ENGINE>_PYTHON`, else this one.
         options: Options of the engine.
+        trust_remote_code: Whether Python files of the folder may run; folders with factors have one.
 
     Raises:
-        ExportError: The folder is not an export that can be verified.
+        ExportError: The folder is not an export that can be verified, or its code may not run.
         ConfigError: The engine is unknown or does not load the format.
         EngineUnavailableError: The engine is not installed.
         EngineError: The engine cannot load the folder, died or hung.
@@ -126,7 +128,13 @@ def verify_export(
     path = Path(folder)
     expected = read_engine_expectation(path)
     name = engine or export_format(expected.format).engine
-    check_engine(expected.format, name, python)
+    engine_kind = check_engine(expected.format, name, python)
+    code = sorted(file.name for file in path.glob("*.py"))
+    if code and engine_kind.format == "huggingface" and not trust_remote_code:
+        raise ExportError(
+            f"verifying '{folder}' in {engine_kind.title} runs its Python file {code[0]}, which must be allowed; read"
+            " it and add --trust-remote-code (trust_remote_code=True)"
+        )
     report = verify_in_engine(path, expected, name, python=python, options=options)
     if report.is_valid:
         update_card(path, note_verified(path, expected, report))

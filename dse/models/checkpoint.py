@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from dse.models.model_source import ModelSource
 
@@ -176,34 +175,18 @@ def _weight_names(model: PreTrainedModel) -> dict[str, list[str]]:
 
 def _stored_keys(source: ModelSource) -> dict[str, tuple[Path, str]]:
     """Key to file and key, for every tensor in the checkpoint's files."""
-    index = _file(source, _INDEX)
+    index = source.file(_INDEX)
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         names = [_SINGLE]
     found: dict[str, tuple[Path, str]] = {}
     for name in names:
-        path = _file(source, name)
+        path = source.file(name)
         if path is not None:
             with safe_open(path, framework="pt") as file:
                 found |= {key: (path, key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     return found
-
-
-def _file(source: ModelSource, name: str) -> Path | None:
-    path = Path(source.location) / name
-    if Path(source.location).is_dir():
-        return path if path.is_file() else None
-    cached = cached_file(
-        source.location,
-        name,
-        revision=source.revision,
-        local_files_only=source.local_files_only,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if cached is None else Path(cached)
 
 
 def _names_in_model(

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +27,7 @@ from dse.models.transformers_patches import (
 from dse.models.waiting_weights import WaitingWeights
 from dse.topology import Topology
 
-__all__ = ["AUTO_DTYPE", "DTYPES", "LoadedModel", "default_dtype", "load_model", "load_topology"]
+__all__ = ["AUTO_DTYPE", "DTYPES", "LoadedModel", "default_dtype", "load_model", "load_topology", "read_config"]
 
 logger = logging.getLogger("dse")
 
@@ -144,7 +143,7 @@ def load_model(
     if not source.has_weights:
         raise _missing_weights(ref, source)
     with quiet_transformers(), shared_gguf_reader():
-        config = _config(ref, source, trust_remote_code)
+        config = read_config(ref, source, trust_remote_code)
         _refuse_quantized(ref, source, config)
         torch_dtype = _default_dtype(config, torch_device) if dtype == AUTO_DTYPE else _dtype(dtype)
         model, checkpoint = None, None
@@ -185,7 +184,7 @@ def load_topology(
     wanted = None if dtype in (None, AUTO_DTYPE) else _dtype(str(dtype))
     source = resolve(ref, revision)
     with quiet_transformers(), shared_gguf_reader():
-        config = _config(ref, source, trust_remote_code)
+        config = read_config(ref, source, trust_remote_code)
         counted = wanted or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
         factory = model_factory(config, trust_remote_code)
         with _load_errors(ref), torch.device("meta"):
@@ -206,7 +205,7 @@ def default_dtype(
     """
     source = resolve(ref, revision)
     with quiet_transformers(), shared_gguf_reader():
-        config = _config(ref, source, trust_remote_code)
+        config = read_config(ref, source, trust_remote_code)
     return str(_default_dtype(config, device)).removeprefix("torch.")
 
 
@@ -246,21 +245,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _config(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a model, without its weights.
+
+    Raises:
+        ModelError: It cannot be read, or it does not describe a model.
+    """
     with _load_errors(ref):
-        config = AutoConfig.from_pretrained(source.location, **_where(source, trust_remote_code))
+        config = AutoConfig.from_pretrained(source.location, **source.keywords(trust_remote_code))
     if not isinstance(config, PreTrainedConfig):
         raise ModelError(f"the config of '{ref}' must describe a model, but is a {type(config).__name__}")
     return config
-
-
-def _where(source: ModelSource, trust_remote_code: bool) -> dict[str, Any]:
-    keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local_files_only}
-    if source.revision is not None:
-        keywords["revision"] = source.revision
-    if source.gguf_file is not None:
-        keywords["gguf_file"] = source.gguf_file
-    return keywords
 
 
 def _weights(
@@ -273,7 +268,7 @@ def _weights(
 ) -> PreTrainedModel:
     _refuse_other_head(ref, config, head)
     factory = model_factory(config, trust_remote_code, head)
-    keywords = _where(source, trust_remote_code)
+    keywords = source.keywords(trust_remote_code)
     keywords |= {"config": config, "dtype": dtype, "output_loading_info": True}
     keywords |= {"use_safetensors": True} if source.gguf_file is None else dense_weights_keywords()
     model: PreTrainedModel
@@ -332,7 +327,7 @@ def _refuse_other_head(ref: str, config: PreTrainedConfig, head: Head | None) ->
 def _tokenizer(ref: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     with _load_errors(ref, "the tokenizer of ", "; save it beside the weights with `tokenizer.save_pretrained(...)`"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.location, **_where(source, trust_remote_code)
+            source.location, **source.keywords(trust_remote_code)
         )
     return tokenizer
 

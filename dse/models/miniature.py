@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dse.errors import ModelError
 from dse.models.heads import Head, model_factory
-from dse.models.load import DTYPES, LoadedModel, _config, _device, _load_errors, _tokenizer
+from dse.models.load import DTYPES, LoadedModel, _device, _load_errors, _tokenizer, read_config
 from dse.models.model_source import resolve
 from dse.models.model_topology import topology_of
 from dse.models.transformers_patches import quiet_transformers
@@ -44,7 +44,7 @@ def first_layers(
     """
     source = resolve(ref, revision)
     with quiet_transformers():
-        config = _shortened(_config(ref, source, trust_remote_code), layers)
+        config = _shortened(read_config(ref, source, trust_remote_code), layers)
         factory = model_factory(config, trust_remote_code, head)
         with _load_errors(ref), torch.device(_device(device)):
             if issubclass(factory, PreTrainedModel):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.utils.hub import cached_file
 
@@ -44,6 +45,31 @@ class ModelSource:
     has_weights: bool = True
     has_pickles: bool = False
 
+    def keywords(self, trust_remote_code: bool) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` that read these files."""
+        found: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": self.local_files_only}
+        if self.revision is not None:
+            found["revision"] = self.revision
+        if self.gguf_file is not None:
+            found["gguf_file"] = self.gguf_file
+        return found
+
+    def file(self, name: str) -> Path | None:
+        """Path of one of the files, in the folder or in the hub's cache; None if it is not there."""
+        path = Path(self.location) / name
+        if Path(self.location).is_dir():
+            return path if path.is_file() else None
+        cached = cached_file(
+            self.location,
+            name,
+            revision=self.revision,
+            local_files_only=self.local_files_only,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if cached is None else Path(cached)
+
 
 def resolve(ref: str, revision: str | None = None) -> ModelSource:
     """Find the files of `ref`.
@@ -81,21 +107,8 @@ def read_sentence_files(source: ModelSource) -> Mapping[str, str]:
     """
     found = {}
     for name in _SENTENCE_FILES:
-        path = Path(source.location) / name
-        if not Path(source.location).is_dir():
-            cached = cached_file(
-                source.location,
-                name,
-                revision=source.revision,
-                local_files_only=source.local_files_only,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            if cached is None:
-                continue
-            path = Path(cached)
-        if path.is_file() and path.stat().st_size <= _MAX_SENTENCE_FILE_BYTES:
+        path = source.file(name)
+        if path is not None and path.stat().st_size <= _MAX_SENTENCE_FILE_BYTES:
             found[name] = path.read_text(encoding="utf-8", errors="replace")
     return found
 

@@ -145,27 +145,27 @@ def _phases(
     )
     trials = config.budget.trials
 
-    def told(phase: PhaseForecast) -> PhaseForecast:
+    def reported(phase: PhaseForecast) -> PhaseForecast:
         listener.on_message(f"  {phase.phase}: {phase.seconds:.1f} s")
         return phase
 
     if rehearsal.small_requests:
-        yield told(rehearsal.bank())
+        yield reported(rehearsal.bank())
     if tokens := _divergence_tokens(config, required):
         once, every = rehearsal.divergence(tokens)
-        yield told(once)
-        yield told(dataclasses.replace(every, repeats=trials - 1))
+        yield reported(once)
+        yield reported(dataclasses.replace(every, repeats=trials - 1))
     if rehearsal.small_requests and (options := profile_options(config, rehearsal.topology, space)):
-        yield told(rehearsal.profile(options))
+        yield reported(rehearsal.profile(options))
     if config.tasks:
-        yield told(dataclasses.replace(rehearsal.evaluation(), repeats=trials))
+        yield reported(dataclasses.replace(rehearsal.evaluation(), repeats=trials))
     if config.measurement.is_external:
         reason = "a serving engine measures this study; its start and its speed are not rehearsed"
         yield PhaseForecast("trial: engine", 0.0, trials, reason=reason)
     elif rehearsal.small_requests and required.latency:
-        yield told(_all_cells(rehearsal, plan, trials))
+        yield reported(_all_cells(rehearsal, plan, trials))
     if required.memory:
-        yield told(dataclasses.replace(rehearsal.memory(plan.cells[0]), repeats=trials))
+        yield reported(dataclasses.replace(rehearsal.memory(plan.cells[0]), repeats=trials))
     if required.energy and plan.meter is not None:
         seconds = 2.0 * plan.energy_windows * (1 if plan.energy_precision is None else 4)
         yield PhaseForecast("trial: energy", seconds, trials)
@@ -173,7 +173,7 @@ def _phases(
         limit = sum(_limits(config))
         factor = config.fidelity.final_documents * len(config.tasks) / max(1, limit)
         front = max(1, trials // 4)
-        yield told(dataclasses.replace(rehearsal.evaluation(factor), phase="final evaluation", repeats=front + 1))
+        yield reported(dataclasses.replace(rehearsal.evaluation(factor), phase="final evaluation", repeats=front + 1))
 
 
 def _all_cells(rehearsal: Rehearsal, plan: MeasurementPlan, trials: int) -> PhaseForecast:
@@ -205,11 +205,11 @@ def _load_seconds(
 ) -> float | None:
     from dse.models.checkpoint import model_without_weights
     from dse.models.heads import model_factory
-    from dse.models.load import _config
+    from dse.models.load import read_config
 
     if source.gguf_file is not None:
         return _gguf_seconds(Path(source.location) / source.gguf_file, topology)
-    description = _config(config.model.ref, source, config.model.trust_remote_code)
+    description = read_config(config.model.ref, source, config.model.trust_remote_code)
     model = model_without_weights(model_factory(description, config.model.trust_remote_code), description, dtype)
     checkpoint = open_checkpoint(source, model, dtype)
     if checkpoint is None:

@@ -319,7 +319,7 @@ class RayWorkers(Workers):
         return call.result()
 
     def _read_phases(self) -> dict[int, tuple[str, int, int]]:
-        """What the workers last told the desk; the desk's answer is awaited only if it is there."""
+        """The latest report of each worker; a report that has not arrived yet is not awaited."""
         phases: dict[int, tuple[str, int, int]] = {}
         if self._phases is not None and self._cluster.wait([self._phases], 0):
             with contextlib.suppress(WorkerLostError):
@@ -345,7 +345,7 @@ def ray_workers(
         config: The study.
         settings: Its workers.
         listener: Receives progress.
-        lanes: The file that tells what the workers do.
+        lanes: The file with the state of each worker.
         started_with: Objectives of the existing trials; None for a new study.
         answers: Folder of answers if the user's cache is not used; None if it is.
 

@@ -49,7 +49,7 @@ def test_transformers_loads_it_with_equal_logits(family: str, tmp_path: Path) ->
 
 def test_a_reload_by_dse_verify(tmp_path: Path) -> None:
     result = exported(loaded_tiny_model("llama", num_hidden_layers=4), tmp_path)
-    report = verify_export(result.folder, "transformers")
+    report = verify_export(result.folder, "transformers", trust_remote_code=True)
     assert report.is_valid, report.problem
     assert report.max_difference < 1e-5
 

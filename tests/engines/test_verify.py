@@ -65,7 +65,7 @@ def export(low_rank_trial: tuple[Path, int], tmp_path_factory: pytest.TempPathFa
 
 
 def test_an_export_verifies_again_and_the_card_says_so(export: Path) -> None:
-    command = [sys.executable, "-m", "dse.cli", "verify", str(export)]
+    command = [sys.executable, "-m", "dse.cli", "verify", str(export), "--trust-remote-code"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "verified in transformers" in done.stdout
@@ -84,7 +84,7 @@ def test_other_weights_exit_with_1_and_leave_the_card(run: Run, export: Path, tm
     weights[name][5:40] += 0.5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     card = (folder / "README.md").read_text(encoding="utf-8")
-    report = json.loads(run("verify", folder, "--json", expect=1)[0])
+    report = json.loads(run("verify", folder, "--trust-remote-code", "--json", expect=1)[0])
     assert not report["is_valid"]
     assert "log-probabilities must differ by at most" in report["problem"]
     assert (folder / "README.md").read_text(encoding="utf-8") == card
@@ -96,6 +96,7 @@ def test_user_errors_exit_with_2_and_one_line(run: Run, export: Path, tmp_path: 
         ("verify", tmp_path): "must hold verification.json",
         ("verify", export, "--engine", "onnxruntime"): "export with `--format onnx` for ONNX Runtime",
         ("verify", export, "--engine", "vlm"): "did you mean 'vllm'?",
+        ("verify", export): "runs its Python file modeling_lowrank.py, which must be allowed",
         ("verify", export, "--engine", "vllm", "--python", "/no/python"): "/no/python does not exist",
         ("verify", export, "--option", "length"): "must be NAME=VALUE",
     }
@@ -156,11 +157,11 @@ def test_a_graph_from_the_command_line(
     assert (
         f"verified in {engine}" in run("export", study, "--trial", trial, "--out", tmp_path / form, "--format", form)[0]
     )
-    again = json.loads(run("verify", tmp_path / form, "--json")[0])
+    again = json.loads(run("verify", tmp_path / form, "--trust-remote-code", "--json")[0])
     assert again["engine"] == engine
     assert again["is_valid"]
     (tmp_path / form / "config.json").unlink()
-    run("verify", tmp_path / form, expect=2)
+    run("verify", tmp_path / form, "--trust-remote-code", expect=2)
 
 
 @pytest.mark.real_model
@@ -171,7 +172,10 @@ def test_vllm_verifies_an_export_with_factors(run: Run, tmp_path: Path) -> None:
     point = dse.DesignPoint.uniform(loaded.topology, "svd", 64, [12, 20])
     bank = dse.FactorBank.build(loaded, [point], folder=tmp_path / "bank")
     export_point(loaded, point, bank, tmp_path / "small")
-    assert "verified in vllm" in run("verify", tmp_path / "small", "--engine", "vllm", "--python", python)[0]
+    assert (
+        "verified in vllm"
+        in run("verify", tmp_path / "small", "--trust-remote-code", "--engine", "vllm", "--python", python)[0]
+    )
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert "vllm serve path/to/this/folder --trust-remote-code --dtype float32" in card
     assert "lm_eval --model vllm --model_args pretrained=path/to/this/folder,trust_remote_code=True" in card

@@ -80,5 +80,5 @@ def test_long_work_lets_a_measurement_pass(tmp_path: Path, monkeypatch: pytest.M
         report("calibrate", 1, 2)
         assert measured.wait(5)
         thread.join(5)
-        report("calibrate", 2, 2)  # nobody waits
+        report("calibrate", 2, 2)  # no other process is waiting
     assert reports == [("calibrate", 1, 2), ("calibrate", 2, 2)]
