@@ -9,7 +9,7 @@ from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.input_checks import check_gradient_gram, check_gram, check_rank
 from dse.decomposition.svd_methods import cholesky_with_damping, leading_eigenvectors
 
-__all__ = ["fisher_divergence", "fisher_svd"]
+__all__ = ["damped_metric", "fisher_divergence", "fisher_svd"]
 
 _DAMPING = 0.5
 """Share of the mean squared gradient that is added to every output.
@@ -94,7 +94,7 @@ def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tens
     check_gram(gram, weight.shape[1])
     check_gradient_gram(gradient_gram, weight.shape[0])
     wide, moments = weight.to(torch.float64), gram.to(torch.float64)
-    metric = _damped(gradient_gram.to(torch.float64))
+    metric = damped_metric(gradient_gram.to(torch.float64))
     if weight.shape[0] <= weight.shape[1]:
         root = cholesky_with_damping(metric)
         weighted = root.T @ wide
@@ -104,7 +104,7 @@ def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tens
     return root, weighted, weighted.T @ metric @ weighted
 
 
-def _damped(gradient_gram: Tensor) -> Tensor:
+def damped_metric(gradient_gram: Tensor) -> Tensor:
     """The metric with a share of its mean diagonal added, scaled to a mean diagonal of 1 for good conditioning."""
     eye = torch.eye(len(gradient_gram), dtype=gradient_gram.dtype, device=gradient_gram.device)
     mean = gradient_gram.diagonal().mean()
