@@ -1,4 +1,4 @@
-"""`dse doctor`: check the GPU, energy meters and library versions."""
+"""`dse doctor`: check the GPU, energy meters, serving engines and library versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "doctor",
         run,
-        summary="check the GPU, energy meters and library versions, and print remedies",
+        summary="check the GPU, energy meters, serving engines and library versions, and print remedies",
         example="dse doctor",
     )
 
@@ -30,10 +30,11 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from dse.cli.printing import as_json, print_result
+    from dse.engines import engine_checks
     from dse.measurement import run_checks
 
     with Console(stderr=True).status("checking"):
-        checks = run_checks()
+        checks = [*run_checks(), *engine_checks()]
     return print_result(options, checks, _print_checks, as_json)
 
 

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
         run,
         summary="write the model of a trial as a folder for an engine",
         example="dse export runs/quickstart --trial 12 --out exports/smollm2-small",
-        details="formats:\n" + "\n".join(f"  {name:<14}{summary}" for name, summary in FORMATS.items()),
+        details="\n".join(f"- {name}: {summary}" for name, summary in FORMATS.items()),
     )
     parser.add_argument("directory", metavar="DIR", help="folder of the study")
     parser.add_argument("--trial", type=int, action="append", required=True, metavar="N", help="trial; repeatable")

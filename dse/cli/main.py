@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dse.cli import (
@@ -25,18 +26,20 @@ from dse.cli import (
     export,
     front,
     measure,
+    plan,
     profile_device,
     recommend,
     run,
     sensitivity,
     space,
     verify,
+    watch,
 )
 from dse.cli.options import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
-from dse.errors import DseError, UserError
+from dse.errors import DseError, OutOfMemoryError, UserError
 
 # In the order of `dse --help`.
-_STUDY_COMMANDS = (run, front, recommend, compare, export, verify)
+_STUDY_COMMANDS = (plan, run, watch, front, recommend, compare, export, verify)
 _MODEL_COMMANDS = (cost, space, sensitivity, allocate, evaluate, measure, profile_device, doctor)
 
 
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = command(options)
         sys.stdout.flush()
         return code
-    except UserError as error:
+    except (UserError, OutOfMemoryError) as error:
         return _fail(str(error))
     except DseError as error:
         return _fail(f"{type(error).__name__}: {error}")
@@ -69,6 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
     except OSError as error:  # a problem of the disk or of permissions, not a bug
         return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except (MemoryError, RuntimeError) as error:
+        from dse.out_of_memory import bytes_asked, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        asked = bytes_asked(str(error))
+        amount = "of unknown size" if asked is None else f"of {asked} bytes"
+        return _fail(f"out of memory: an allocation {amount} failed; use a smaller model or a device with more memory")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,20 +139,59 @@ def _set_up_process() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
+_NOISY: tuple[tuple[str, type[Warning], str], ...] = (
+    # (beginning of the message, category, module): warnings of libraries that a user can do nothing about.
+    ("", FutureWarning, r"(transformers|torch|datasets|lm_eval|optuna|onnx|optimum|openvino)(\.|$)"),
+    ("", DeprecationWarning, r"(?!dse(\.|$))"),
+    ("", PendingDeprecationWarning, r"(?!dse(\.|$))"),
+    ("", SyntaxWarning, r"(?!dse(\.|$))"),
+    ("", ResourceWarning, r"(?!dse(\.|$))"),
+    ("", ImportWarning, r"(?!dse(\.|$))"),
+    # optuna announces that its Gaussian-process and wilcoxon parts, groups and heartbeats may change.
+    (r".*is experimental", Warning, r"optuna(\.|$)"),
+    # torch's tracer and compiler, while they look at code of transformers.
+    (r".*", UserWarning, r"torch\.(_dynamo|_inductor|jit|onnx|fx|export)(\.|$)"),
+    # A sparse MoE or an unusual head: torch explains how its own kernels choose.
+    (r"The given NumPy array is not writable", UserWarning, r"torch(\.|$)"),
+    (r"Can't initialize NVML", UserWarning, r"torch(\.|$)"),
+    (r"CUDA initialization", UserWarning, r"torch(\.|$)"),
+    # lm-eval's metrics of single-class or constant samples, whose results are checked elsewhere.
+    ("", RuntimeWarning, r"(lm_eval|sklearn|scipy|numpy)(\.|$)"),
+    ("", UserWarning, r"(lm_eval|sklearn|datasets)(\.|$)"),
+    # multiprocessing in the child process that reads peak memory: the process has threads, and the child uses one.
+    (r".*multi-threaded, use of fork", DeprecationWarning, r""),
+)
+
+
 def _set_up_warnings() -> None:
-    """Print the deprecated names of study files once each, and ignore all other warnings."""
+    """Print each warning once, in one line, except known noise of libraries."""
     from dse.config import DeprecatedNameWarning
 
     printed: set[str] = set()
 
-    def show(message: Warning | str, *_arguments: object, **_options: object) -> None:
-        if str(message) not in printed:
-            printed.add(str(message))
-            print(f"dse: notice: {message}", file=sys.stderr)
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+        text = " ".join(str(message).split())
+        if text in printed:
+            return
+        printed.add(text)
+        if issubclass(category, DeprecatedNameWarning):
+            print(f"dse: notice: {text}", file=sys.stderr)
+        else:
+            place = "" if os.sep + "dse" + os.sep in filename else f" ({_library_of(filename)})"
+            print(f"dse: warning: {text}{place}", file=sys.stderr)
 
-    warnings.simplefilter("ignore")
+    warnings.resetwarnings()
+    for message, category, module in _NOISY:
+        warnings.filterwarnings("ignore", message=message, category=category, module=module)
     warnings.simplefilter("always", DeprecatedNameWarning)
     warnings.showwarning = show
+
+
+def _library_of(filename: str) -> str:
+    """The package that a file belongs to, such as `transformers`."""
+    parts = Path(filename).parts
+    known = [index for index, part in enumerate(parts) if part in ("site-packages", "dist-packages")]
+    return parts[known[-1] + 1].removesuffix(".py") if known and known[-1] + 1 < len(parts) else "Python"
 
 
 class _StderrHandler(logging.Handler):

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dse.cli.options import add_command, add_model_at_point, calibration_text, model_request, positive, positive_list
+from dse.cli.options import (
+    add_command,
+    add_model_at_point,
+    calibration_text,
+    engine_option,
+    model_request,
+    positive,
+    positive_list,
+)
+from dse.cli.printing import quantity_text
 
-_PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+if TYPE_CHECKING:
+    from dse.standalone import EngineRequest
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +31,10 @@ def add_parser(commands: Any) -> None:
         example="dse measure --model demo:smollm2-135m-instruct --point"
         """ '{"method": "svd", "rank": 64, "layers": [20, 21]}' --batch 1,8""",
     )
-    add_model_at_point(parser, several_devices=True)
+    add_model_at_point(parser, several_devices=True, required=False)
+    parser.add_argument(
+        "--study", metavar="DIR", help="measure the front of this study, and the trials tied with it, in `--engine`"
+    )
     parser.add_argument("--batch", type=positive_list, default=(1,), metavar="N,...", help="batch sizes (1)")
     parser.add_argument(
         "--prompt", type=positive_list, default=(128,), metavar="N,...", help="prompt lengths in tokens (128)"
@@ -42,14 +55,40 @@ def add_parser(commands: Any) -> None:
         "--max-seconds", type=float, default=60.0, metavar="S", help="time limit per combination of sizes (60)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompt (0)")
+    engine = parser.add_argument_group("serving engine")
+    engine.add_argument(
+        "--engine", metavar="NAME", help="vllm, onnxruntime, openvino, or transformers in a process of its own"
+    )
+    engine.add_argument("--python", metavar="PATH", help="the engine's Python interpreter (DSE_<ENGINE>_PYTHON)")
+    engine.add_argument(
+        "--engine-option",
+        type=engine_option,
+        action="append",
+        metavar="KEY=VALUE",
+        help="option of the engine, such as max_model_len=512; may be repeated",
+    )
+    engine.add_argument("--requests", type=positive, metavar="N", help="requests of one turn (the batch size)")
+    engine.add_argument(
+        "--engine-time-limit",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="an engine that takes longer to start or to answer is killed (600)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print the table."""
     from dse.cli.printing import print_result
     from dse.cli.terminal_listener import TerminalListener
+    from dse.errors import ConfigError
     from dse.measurement import LatencySpec
     from dse.standalone import MeasurementRequest, measure_model
+
+    if options.study is not None:
+        return _measure_study(options)
+    if options.model is None:
+        raise ConfigError("a measurement needs a model, but got none; name one with --model, or a study with --study")
 
     spec = LatencySpec(
         mode=options.mode,
@@ -58,12 +97,53 @@ def run(options: argparse.Namespace) -> int:
         max_duration_s=options.max_seconds,
         seed=options.seed,
     )
-    request = MeasurementRequest(spec, options.batch, options.prompt, options.new, options.meter)
+    engine = None if options.engine is None else _engine_request(options)
+    request = MeasurementRequest(spec, options.batch, options.prompt, options.new, options.meter, engine)
     with TerminalListener() as listener:
         document = measure_model(
             model_request(options), options.point, request, calibration=calibration_text(options), listener=listener
         )
-    return print_result(options, document, _print_measurement)
+    return print_result(options, document, _print_measurement if engine is None else _print_serving)
+
+
+def _engine_request(options: argparse.Namespace) -> EngineRequest:
+    from dse.standalone import EngineRequest
+
+    return EngineRequest(
+        options.engine, options.python, dict(options.engine_option or []), options.requests, options.engine_time_limit
+    )
+
+
+def _measure_study(options: argparse.Namespace) -> int:
+    """Measure the front of a study in an engine and print it."""
+    from dse.cli.printing import print_result
+    from dse.cli.serving_tables import print_engine_front
+    from dse.cli.terminal_listener import TerminalListener
+    from dse.errors import ConfigError
+    from dse.report.text_tables import to_records
+    from dse.standalone import measure_study
+
+    if options.engine is None:
+        raise ConfigError("`--study` measures a front in an engine, but got none; name one with --engine")
+    with TerminalListener() as listener:
+        study = measure_study(options.study, _engine_request(options), listener=listener)
+    table = study.trials()
+    chosen = table[table[f"{options.engine}.ttft_s"].notna()] if f"{options.engine}.ttft_s" in table else table[:0]
+    document = {"study": study.config.name, "engine": options.engine, "trials": to_records(chosen)}
+    return print_result(options, document, print_engine_front)
+
+
+def _print_serving(document: Mapping[str, Any]) -> None:
+    from rich.markup import escape
+
+    from dse.cli.printing import wide_console
+    from dse.cli.serving_tables import serving_table
+
+    out = wide_console()
+    table, notes = serving_table(document)
+    out.print(table)
+    for line in [*dict.fromkeys(notes), *_footer(document)]:
+        out.print(escape(line), soft_wrap=True)
 
 
 def _print_measurement(document: Mapping[str, Any]) -> None:
@@ -104,7 +184,7 @@ def _rows(cell: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:
         times = measured[phase]
         if times is not None:
             for quantile, label in (("median_s", name), ("p90_s", "  90th percentile")):
-                sides = [_quantity(times[side][quantile], "s") for side in ("baseline", "candidate")]
+                sides = [quantity_text(times[side][quantile], "s") for side in ("baseline", "candidate")]
                 interval = f"{times['ratio_low']:.3f} to {times['ratio_high']:.3f}"
                 ratio = [f"{times['ratio']:.3f}", interval] if quantile == "median_s" else ["", ""]
                 yield [label, *sides, *ratio]
@@ -119,7 +199,7 @@ def _energy_rows(energy: Mapping[str, Any], notes: list[str]) -> Iterator[list[s
         for kind, label in (("per_token", f"energy per {token}"), ("net_per_token", "  net of idle power")):
             values = [((energy[side].get(phase) or {}).get(kind) or {}).get("mean_j") for side in ("dense", "point")]
             if any(value is not None for value in values):
-                yield [label, *(_quantity(value, "J") for value in values), _ratio(*values), ""]
+                yield [label, *(quantity_text(value, "J") for value in values), _ratio(*values), ""]
     notes += [f"energy of {side}: {energy[side]['reason']}" for side in energy if energy[side]["reason"]]
 
 
@@ -138,9 +218,15 @@ def _memory_rows(memory: Mapping[str, Any], notes: list[str]) -> Iterator[list[s
 
 
 def _footer(document: Mapping[str, Any]) -> Iterator[str]:
-    first = document["cells"][0]["latency"]["latency"]
-    clock = "" if first is None else f", clock {first['clock']}"
-    yield f"{document['model']} on {document['device']}, {document['dtype']}, mode {document['mode']}{clock}"
+    if "latency" in document["cells"][0]:
+        first = document["cells"][0]["latency"]["latency"]
+        clock = "" if first is None else f", clock {first['clock']}"
+        yield f"{document['model']} on {document['device']}, {document['dtype']}, mode {document['mode']}{clock}"
+    else:
+        versions = ", ".join(f"{name} {version}" for name, version in document["cells"][0]["versions"].items())
+        start_up_s = document["cells"][0]["start_up_s"]
+        yield f"{document['model']} on {document['device']}, {document['dtype']}, in {document['engine']} ({versions})"
+        yield f"the engine started in {start_up_s:.1f} s"
     if not document["is_dense"]:
         yield f"point {document['point_id']} removes {100 * document['reduction']:.1f} % of the parameters"
     meter, idle = document["meter"], document["idle_power"]
@@ -149,16 +235,8 @@ def _footer(document: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"energy: {'REPLAYED, not measured: ' if meter['is_replay'] else ''}{meter['source']}"
     power = idle["power_w"]
-    yield f"idle power: {idle['reason'] if power is None else _quantity(power, 'W')}"
+    yield f"idle power: {idle['reason'] if power is None else quantity_text(power, 'W')}"
 
 
 def _ratio(dense: float | None, point: float | None) -> str:
     return "" if not dense or point is None else f"{point / dense:.3f}"
-
-
-def _quantity(value: float | None, unit: str) -> str:
-    """Three significant digits with an SI prefix: `12.3 ms`."""
-    if value is None:
-        return "-"
-    scale, prefix = next(((s, p) for s, p in _PREFIXES if abs(value) >= s), _PREFIXES[-1])
-    return f"{value / scale:.3g} {prefix}{unit}"

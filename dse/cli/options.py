@@ -44,10 +44,10 @@ def add_command(
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the options that select a model."""
     references = "hub id, local folder, .gguf file, or demo:smollm2-135m-instruct"
-    parser.add_argument("--model", required=True, metavar="REF", help=references)
+    parser.add_argument("--model", required=required, metavar="REF", help=references)
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
@@ -59,9 +59,11 @@ def add_device(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
 
 
-def add_model_at_point(parser: argparse.ArgumentParser, *, several_devices: bool = False) -> None:
+def add_model_at_point(
+    parser: argparse.ArgumentParser, *, several_devices: bool = False, required: bool = True
+) -> None:
     """Add the options that select a model, its device, a design point and the calibration text of its methods."""
-    add_model(parser)
+    add_model(parser, required=required)
     parser.add_argument("--point", default="dense", metavar="POINT", help=POINT_HELP)
     add_device(parser, several=several_devices)
     add_calibration(parser)

@@ -61,3 +61,14 @@ def plain_table(columns: Sequence[str], left: Sequence[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right")
     return table
+
+
+_PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+
+
+def quantity_text(value: float | None, unit: str) -> str:
+    """Three significant digits with an SI prefix: `12.3 ms`."""
+    if value is None:
+        return "-"
+    scale, prefix = next(((s, p) for s, p in _PREFIXES if abs(value) >= s), _PREFIXES[-1])
+    return f"{value / scale:.3g} {prefix}{unit}"

@@ -20,7 +20,14 @@ from dse.errors import CalibrationError, NonFiniteError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Topology
 
-__all__ = ["ACTIVATION_BATCH_TOKENS", "DEFAULT_GRAM_BUDGET_BYTES", "StopForward", "check_all_seen", "forward_body", "iterate_grams"]
+__all__ = [
+    "ACTIVATION_BATCH_TOKENS",
+    "DEFAULT_GRAM_BUDGET_BYTES",
+    "StopForward",
+    "check_all_seen",
+    "forward_body",
+    "iterate_grams",
+]
 
 DEFAULT_GRAM_BUDGET_BYTES = 512 * 2**20
 ACTIVATION_BATCH_TOKENS = 2048

@@ -13,7 +13,6 @@ from dse.decomposition.calibration_text import CalibrationWindows
 from dse.decomposition.factor_store import FactorStore
 from dse.decomposition.factors import as_matrix
 from dse.decomposition.layer_grams import GramSettings, iterate_layer_grams
-from dse.decomposition.low_rank_modules import LowRankLinear, StackedLinear
 from dse.decomposition.methods import METHODS, factorise
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError
@@ -49,10 +48,9 @@ def fill_store(
         check_point(loaded.topology, DesignPoint.of({name: TensorChoice(method, ranks[name])}))
         _check_dense(loaded, name)
     progress("decompose", 0, len(names))
-    done = 0
-    for name, gram, gradient_gram in _inputs(loaded, method, names, calibration, settings, progress):
+    inputs = _inputs(loaded, method, names, calibration, settings, progress)
+    for done, (name, gram, gradient_gram) in enumerate(inputs, 1):
         store.put(name, factorise(dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
-        done += 1
         progress("decompose", done, len(names))
 
 
@@ -103,12 +101,15 @@ def dense_weight(loaded: LoadedModel, name: str) -> Tensor:
 
 
 def _check_dense(loaded: LoadedModel, name: str) -> None:
-    for path in loaded.topology.matrix(name).modules:
+    for tensor in loaded.topology.tensors_of(name):
+        path, shape = loaded.topology[tensor].module, loaded.topology[tensor].shape
         try:
             module = loaded.model.get_submodule(path)
         except AttributeError:  # its block is removed
             module = None
-        if module is None or isinstance(module, (LowRankLinear, StackedLinear)):
+        is_dense = type(module).__name__ in ("Linear", "Conv1D") and module is not None
+        # A linear module behind a norm with a factor holds a left factor.
+        if module is None or not is_dense or tuple(as_matrix(module).shape) != shape:
             raise PointError(
                 f"'{name}' must be dense while a factor bank is built, but a point is applied; undo it first"
             )

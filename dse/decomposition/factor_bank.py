@@ -109,6 +109,12 @@ class FactorBank:
                     fill_store(store, loaded, method, missing, calibration, settings or GramSettings(), progress)
         return bank
 
+    @staticmethod
+    def stored_bytes(topology: Topology, method: str, ranks: Mapping[str, int]) -> int:
+        """Bytes on disk of the factors of these matrices, float32, at these ranks."""
+        sizes = [4 * rank * sum(topology.matrix(name).shape) for name, rank in ranks.items()]
+        return sum(sizes) + (sum(4 * rank**2 for rank in ranks.values()) if has_core(method) else 0)
+
     def of_point(self, point: DesignPoint) -> FactorBank | RefittedFactors:
         """The source of this point's factors: the bank itself, or a refit if one of its methods refits.
 
@@ -209,9 +215,7 @@ def _store(root: Path, loaded: LoadedModel, method: str, calibration: Calibratio
 
 
 def _check_room(folder: Path, topology: Topology, method: str, ranks: Mapping[str, int]) -> None:
-    needed = sum(4 * rank * sum(topology.matrix(name).shape) for name, rank in ranks.items())
-    if has_core(method):
-        needed += sum(4 * rank**2 for rank in ranks.values())
+    needed = FactorBank.stored_bytes(topology, method, ranks)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageFullError(

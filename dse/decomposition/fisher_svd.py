@@ -8,6 +8,7 @@ from torch import Tensor
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.input_checks import check_gradient_gram, check_gram, check_rank
 from dse.decomposition.svd_methods import cholesky_with_damping, leading_eigenvectors
+from dse.double_precision import in_double
 
 __all__ = ["damped_metric", "fisher_divergence", "fisher_svd"]
 
@@ -93,8 +94,8 @@ def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tens
     """
     check_gram(gram, weight.shape[1])
     check_gradient_gram(gradient_gram, weight.shape[0])
-    wide, moments = weight.to(torch.float64), gram.to(torch.float64)
-    metric = damped_metric(gradient_gram.to(torch.float64))
+    wide, moments = in_double(weight), in_double(gram)
+    metric = damped_metric(in_double(gradient_gram))
     if weight.shape[0] <= weight.shape[1]:
         root = cholesky_with_damping(metric)
         weighted = root.T @ wide

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GradientSums", "InputSums", "GramSum"]
+__all__ = ["GradientSums", "GramSum", "InputSums"]
 
 _BLOCKS = 8
 """Rows of a sum that are computed together. Only the upper triangle of blocks is: 9/16 of the products."""

@@ -252,9 +252,7 @@ class _Pass:
         widths = {name: topology.matrix(name).out_features for name in names}
         devices = [next(replica.parameters()).device for replica in replicas]
         inputs = {id(replica): InputSums(replica, self._first_paths(layer, names)) for replica in replicas}
-        outputs = {
-            id(r): GradientSums(r, paths, widths, device) for r, device in zip(replicas, devices, strict=True)
-        }
+        outputs = {id(r): GradientSums(r, paths, widths, device) for r, device in zip(replicas, devices, strict=True)}
 
         def work(replica: nn.Module, batch: int) -> None:
             hidden = walk.hidden(replica, layer, batch)

@@ -89,16 +89,16 @@ def channel_factors(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None =
     outputs, size = weight.shape
     check_rank(weight, 1)
     check_gram(gram, size)
-    moments = gram.to(torch.float64)
+    moments = in_double(gram)
     power = moments.diagonal()
     covariance = moments + torch.diag(_SHRINKAGE * power + _DEAD_CHANNEL * power.mean())
     metric, scale = torch.eye(outputs, dtype=torch.float64, device=weight.device), 1.0
     if gradient_gram is not None:
         check_gradient_gram(gradient_gram, outputs)
-        metric, scale = damped_metric(gradient_gram.to(torch.float64)), float(gradient_gram.diagonal().mean())
-    order = _backward_elimination(weight.to(torch.float64), covariance, metric)
+        metric, scale = damped_metric(gradient_in_double(gram)), float(gradient_gram.diagonal().mean())
+    order = _backward_elimination(in_double(weight), covariance, metric)
     root = torch.linalg.cholesky(covariance[order][:, order])
-    columns = weight.to(torch.float64)[:, order] @ root
+    columns = in_double(weight)[:, order] @ root
     lost = ((metric @ columns) * columns).sum(0)
     left_out = torch.cat((lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)))
     return ChannelFactors(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dse.decomposition.activation_grams import StopForward, forward_body
 from dse.decomposition.factors import LowRankFactors, as_matrix
 from dse.decomposition.svd_methods import cholesky_with_damping
+from dse.double_precision import in_double
 from dse.errors import NonFiniteError
 from dse.progress import ProgressCallback, ignore_progress
 from dse.topology import Matrix, TensorStack, Topology
@@ -167,10 +168,10 @@ def _refitted_left(weight: Tensor, inputs: Tensor, components: Tensor, dense: Te
     """
     # W (X' Z^T) rather than (W X') Z^T, which would cost as much as the dense forward pass.
     error = dense.T @ components - weight.to(torch.float32) @ (inputs.T @ components)
-    power = (components.T @ components).to(torch.float64)
+    power = in_double(components.T @ components)
     root = cholesky_with_damping(power + torch.diag(_SHRINKAGE * power.diagonal()))
-    step = torch.cholesky_solve(error.T.to(torch.float64), root).T
-    return (left.to(error) + _CORRECTION * step.to(torch.float32)).contiguous()
+    step = torch.cholesky_solve(in_double(error.T), root).T
+    return (left.to(error) + _CORRECTION * step.to(torch.float32).to(error.device)).contiguous()
 
 
 def _rows(activations: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.input_checks import check_gram, check_rank
+from dse.double_precision import in_double
 from dse.errors import CalibrationError
 
 __all__ = ["cholesky_with_damping", "leading_eigenvectors", "truncated_svd", "whitened_svd"]
@@ -72,7 +73,7 @@ def whitened_svd(weight: Tensor, rank: int, gram: Tensor) -> LowRankFactors:
     """
     check_rank(weight, rank)
     check_gram(gram, weight.shape[1])
-    wide, moments = weight.to(torch.float64), gram.to(torch.float64)
+    wide, moments = in_double(weight), in_double(gram)
     if weight.shape[0] <= weight.shape[1]:
         left = leading_eigenvectors(wide @ moments @ wide.T, rank)
         right = left.T @ wide

@@ -1,5 +1,6 @@
 """Engines: what executes a model when it is measured. Each runs in a worker process of its own interpreter."""
 
+from dse.engines.doctor_checks import engine_checks as engine_checks
 from dse.engines.engine import Engine as Engine
 from dse.engines.engine import EngineAvailability as EngineAvailability
 from dse.engines.engine import EngineFormat as EngineFormat

@@ -12,9 +12,10 @@ from dse.engines.engine import EngineWork
 from dse.engines.server import Server
 from dse.engines.turns import Turn, TurnTaker
 from dse.errors import InvalidMeasurementError
+from dse.measurement import latency as latency_limits
 from dse.measurement.energy import EnergySpread
 from dse.measurement.idle_power import IdlePower
-from dse.measurement.latency import MAX_INTERVAL_FACTOR, PhaseLatency
+from dse.measurement.latency import PhaseLatency
 from dse.measurement.latency_spec import LatencySpec
 from dse.measurement.meter import EnergyMeter
 from dse.measurement.timing_statistics import Distribution, RatioInterval, block_ratio
@@ -181,11 +182,17 @@ def _is_enough(blocks: Sequence[tuple[Turn, ...]], spec: LatencySpec, *, is_pair
         return True
     if duration_s < spec.min_duration_s:
         return False
-    if spec.precision is None or not is_paired:
+    if not is_paired:
         return True
     names = [name for name in _TIMES if _samples(blocks, name)]
     ratios = [block_ratio(_log_ratios(blocks, name), seed=spec.seed) for name in names]
-    return all(ratio.half_width <= spec.precision for ratio in ratios)
+    if any(_is_too_wide(ratio.low, ratio.high) for ratio in ratios):
+        return False
+    return spec.precision is None or all(ratio.half_width <= spec.precision for ratio in ratios)
+
+
+def _is_too_wide(low: float, high: float) -> bool:
+    return high > latency_limits.MAX_INTERVAL_FACTOR * low
 
 
 def _log_ratios(blocks: Sequence[tuple[Turn, ...]], name: str) -> list[float]:
@@ -229,11 +236,11 @@ def _checked(turn: Turn) -> Turn:
 
 
 def _problem(name: str, phase: PhaseLatency) -> str:
-    if phase.ratio_high <= MAX_INTERVAL_FACTOR * phase.ratio_low:
+    if not _is_too_wide(phase.ratio_low, phase.ratio_high):
         return ""
     return (
-        f"the interval of the {name} ratio, {phase.ratio_low:.3g} to {phase.ratio_high:.3g}, spans more than a factor of"
-        f" {MAX_INTERVAL_FACTOR:g}: the device was too busy with other work"
+        f"the interval of the {name} ratio, {phase.ratio_low:.3g} to {phase.ratio_high:.3g}, spans more than a factor"
+        f" of {latency_limits.MAX_INTERVAL_FACTOR:g}: the device was too busy with other work"
     )
 
 

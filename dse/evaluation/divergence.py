@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dse.double_precision import in_double
 from dse.errors import ModelError, NonFiniteError
 from dse.evaluation.scoring import TargetHead
 from dse.evaluation.statistics.intervals import Interval, student_interval
@@ -143,7 +144,7 @@ def kl_divergence_of_logits(dense: Tensor, point: Tensor) -> Tensor:
     log_dense = torch.log_softmax(dense.float(), dim=-1)
     log_point = torch.log_softmax(point.float(), dim=-1)
     # Rounding can give about -1e-8 for nearly equal distributions.
-    return (log_dense.exp() * (log_dense - log_point)).sum(dim=-1, dtype=torch.float64).clamp(min=0.0)
+    return in_double(log_dense.exp() * (log_dense - log_point)).sum(dim=-1).clamp(min=0.0)
 
 
 def _hidden(model: PreTrainedModel, token_ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dse.errors import ExportError
+from dse.export.modelling_code import body_of
 from dse.export.reload_check import EXPECTED_FILE, EXPECTED_TENSORS, main_output, tensor_digests, token_ids
 from dse.models import LoadedModel
 
@@ -88,6 +89,7 @@ def write_expectation(
         ExportError: The decomposed model's outputs are not finite.
     """
     batches = probe_batches(loaded.model)
+    body = body_of(loaded.model)
     tensors: dict[str, Tensor] = {}
     for i, (input_ids, attention_mask) in enumerate(batches):
         output = main_output(loaded.model, input_ids, attention_mask)
@@ -101,6 +103,8 @@ def write_expectation(
             f"attention_mask.{i}": attention_mask,
             f"output.{i}": output.contiguous(),
         }
+        if body is not loaded.model:
+            tensors[f"hidden.{i}"] = main_output(body, input_ids, attention_mask).contiguous()
     save_file(tensors, folder / EXPECTED_TENSORS)
     expected = {
         "auto_class": auto_class,

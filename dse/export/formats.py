@@ -58,8 +58,7 @@ def _check_architecture(loaded: LoadedModel, point: DesignPoint) -> None:
 def _low_rank(loaded: LoadedModel, point: DesignPoint, folder: Path) -> Weights:
     if point.is_dense:
         return _dense(loaded, point, folder)
-    write_low_rank_form(loaded.model, loaded.topology, point, auto_classes(loaded.model), folder)
-    return dict(loaded.model.state_dict())
+    return write_low_rank_form(loaded.model, loaded.topology, point, auto_classes(loaded.model), folder)
 
 
 def _dense(loaded: LoadedModel, point: DesignPoint, folder: Path) -> Weights:

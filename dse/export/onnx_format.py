@@ -59,7 +59,9 @@ def write_onnx(loaded: LoadedModel, folder: Path) -> None:
 
         inputs = example_inputs(loaded.model)
         settings = OnnxConfig(dynamic_shapes=dynamic_shapes(inputs))
-        graph = OnnxExporter().export(loaded.model, inputs, settings).program
+        found: Any = OnnxExporter().export(loaded.model, inputs, settings)
+        found = getattr(found, "program", found)  # transformers before 5.22 returns torch's ONNXProgram
+        graph = getattr(found, "model", found)
         for ports, cache in ((graph.graph.inputs, "past_key_values"), (graph.graph.outputs, "present")):
             for port, name in zip(ports, port_names([str(port.name) for port in ports], cache), strict=True):
                 port.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dse.export.traced_graph import (
     check_traceable,
@@ -42,10 +43,8 @@ def write_openvino(loaded: LoadedModel, folder: Path) -> None:
         from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
         inputs = example_inputs(loaded.model)
-        graph = (
-            OpenVINOExporter()
-            .export(loaded.model, inputs, OpenVINOConfig(dynamic_shapes=dynamic_shapes(inputs)))
-            .program
-        )
+        settings = OpenVINOConfig(dynamic_shapes=dynamic_shapes(inputs))
+        found: Any = OpenVINOExporter().export(loaded.model, inputs, settings)
+        graph = getattr(found, "program", found)  # transformers before 5.22 returns the graph itself
         openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
     write_graph_config(loaded.model, inputs, folder)

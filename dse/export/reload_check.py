@@ -78,7 +78,8 @@ def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
     """Load one exported folder as its model card says, and compare it with the expectation.
 
     Returns:
-        `max_difference` of the outputs, `differing_weights` (names), `differing_texts` (those with other token ids),
+        `max_difference` of the outputs (for a decoder with code of its own, also of the hidden states that AutoModel
+            computes), `differing_weights` (names), `differing_texts` (those with other token ids),
         and `device`.
     """
     import transformers
@@ -97,6 +98,14 @@ def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
     for i in range(wanted["batches"]):
         output = main_output(model, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"])
         differences.append(_difference(output, tensors[f"output.{i}"]))
+    if wanted["auto_class"] != "AutoModel" and _names_a_body(folder):
+        # Engines load the model without its head, and compute logits themselves.
+        del model
+        body = transformers.AutoModel.from_pretrained(folder, **remote).eval()
+        _place(body, device)
+        for i in range(wanted["batches"]):
+            output = main_output(body, tensors[f"input_ids.{i}"], tensors[f"attention_mask.{i}"])
+            differences.append(_difference(output, tensors[f"hidden.{i}"]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **remote)
     texts = zip(wanted["texts"], token_ids(tokenizer, wanted["texts"]), wanted["token_ids"], strict=True)
     return {
@@ -105,6 +114,12 @@ def check_folder(folder: Path, expected: Path) -> dict[str, Any]:
         "differing_texts": [text for text, now, then in texts if now != then],
         "device": device,
     }
+
+
+def _names_a_body(folder: Path) -> bool:
+    """Whether the folder's own code defines the base model without the head."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "AutoModel" in config.get("auto_map", {})
 
 
 def _place(model: Any, device: str) -> str:

@@ -20,13 +20,15 @@ from dse.search.spaces.depth_profile import DepthProfileSpace
 from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
 from dse.sensitivity.divergence_meter import DivergenceMeter, OptionDivergence
+from dse.sensitivity.layer_blocks import blocks_of_topology
 from dse.sensitivity.measure_profile import measure_profile, measure_profile_share, profile_origin
 from dse.sensitivity.measurement_cache import MeasurementCache
 from dse.sensitivity.option import Unit
 from dse.sensitivity.profile_settings import ProfileSettings
 from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.topology import Topology
 
-__all__ = ["MIN_TRIALS", "measure_table_share", "study_table"]
+__all__ = ["MIN_TRIALS", "measure_table_share", "profile_options", "study_table"]
 
 MIN_TRIALS = 12
 """Smallest budget for which a sensitivity profile pays off: it takes about as long as a few trials."""
@@ -110,6 +112,25 @@ def measure_table_share(
         return cache.entries
     except ModelError:  # `study_table` tells the user
         return {}
+
+
+def profile_options(config: StudyConfig, topology: Topology, space: SearchSpace) -> dict[int | None, int]:
+    """First layer that an option changes to the number of measurements of the study's profile; empty without one."""
+    if not _uses_table(config, space) or config.head is not None:
+        return {}
+    found: dict[int | None, int] = {}
+    if isinstance(space, LevelSpace):
+        for unit in level_table(space, config.space.methods[0]).units:
+            layers = [topology.part(name).layer for name in unit.names]
+            first = None if None in layers else min(layer for layer in layers if layer is not None)
+            found[first] = found.get(first, 0) + len(unit.options) - 1
+        return found
+    names = tuple(t.name for t in topology.tensors if t.layer in space.layers and t.role in space.roles)
+    settings = ProfileSettings(methods=tuple(config.space.methods), names=names, with_removals=config.space.removal)
+    for block in blocks_of_topology(topology, settings.names, with_stacks=settings.with_stacks):
+        measured = sum(len(part) + len(settings.block_kept_fractions) for part in block.partitions)
+        found[block.layer] = found.get(block.layer, 0) + len(settings.methods) * measured + settings.with_removals
+    return found
 
 
 def _uses_table(config: StudyConfig, space: SearchSpace) -> bool:

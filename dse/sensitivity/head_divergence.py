@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from dse.double_precision import in_double
 from dse.evaluation.divergence import check_head, kl_divergence_of_logits
 from dse.evaluation.scoring import TargetHead
 
@@ -109,7 +110,7 @@ class _LinearHead(HeadDivergence):
         """Log-sum-exp of the logits, shape (positions,), float64."""
         with torch.inference_mode():
             parts = [torch.logsumexp(logits, dim=1) for _, logits in self._slices(flat)]
-            return torch.logsumexp(torch.stack(parts, dim=1).double(), dim=1)
+            return torch.logsumexp(in_double(torch.stack(parts, dim=1)), dim=1)
 
     def _slices(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows of the head, logits) for each slice of the vocabulary, in float32 for any dtype of the model."""
@@ -137,14 +138,14 @@ class _AnyHead(HeadDivergence):
                 dense, changed = self._logits(before), self._logits(after)
                 divergences.append(kl_divergence_of_logits(dense, changed))
                 rows = torch.arange(len(tokens) - 1, device=tokens.device)
-                targets = [torch.log_softmax(z[:-1], dim=-1)[rows, tokens[1:]].double() for z in (dense, changed)]
+                targets = [in_double(torch.log_softmax(z[:-1], dim=-1)[rows, tokens[1:]]) for z in (dense, changed)]
                 drops.append(targets[0] - targets[1])
             return _window_means(torch.stack(divergences), torch.stack(drops))
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    return torch.einsum("pw,pw->p", a.double(), b.double())
+    return torch.einsum("pw,pw->p", in_double(a), in_double(b))
 
 
 def _window_means(divergence: Tensor, drop: Tensor) -> WindowDivergence:
-    return WindowDivergence(divergence.double().mean(dim=1).cpu().numpy(), drop.double().mean(dim=1).cpu().numpy())
+    return WindowDivergence(in_double(divergence).mean(dim=1).cpu().numpy(), in_double(drop).mean(dim=1).cpu().numpy())

@@ -175,8 +175,10 @@ class _Profiler:
         units = []
         layers = (list(blocks) for _, blocks in itertools.groupby(self._blocks, lambda block: block.layer))
         for blocks in itertools.islice(layers, first, None, step):
-            units += [self._unit(block) for block in blocks]
-            self._cache.save()
+            try:
+                units += [self._unit(block) for block in blocks]
+            finally:  # an error, such as out of memory, must not lose what was measured of this layer
+                self._cache.save()
         return units
 
     def _planned(self) -> int:

@@ -14,6 +14,7 @@ from dse.cost import break_even_rank, has_core
 from dse.decomposition.factors import as_matrix
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import TensorChoice
+from dse.double_precision import in_double
 from dse.models import LoadedModel
 from dse.sensitivity.stored_states import full_pass
 
@@ -60,20 +61,20 @@ class _Sums:
         self._weight = torch.cat([as_matrix(module).float() for module in modules])
         self._left, self._right = left, right
         self._power = 0.0
-        self._inner = torch.zeros(right.shape[0], dtype=torch.float64, device=right.device)
-        self._activations = torch.zeros(right.shape[0], right.shape[0], dtype=torch.float64, device=right.device)
+        self._inner = in_double(torch.zeros(right.shape[0], device=right.device))
+        self._activations = in_double(torch.zeros(right.shape[0], right.shape[0], device=right.device))
 
     def add(self, _module: nn.Module, inputs: Any) -> None:
         """Add the inputs of a batch, shape (..., in_features); a forward pre-hook."""
         x = inputs[0].detach().flatten(0, -2).float()
         outputs, activations = x @ self._weight.T, x @ self._right.T
         self._power += float(outputs.square().sum())
-        self._inner += ((outputs @ self._left) * activations).sum(dim=0).double()
-        self._activations += (activations.T @ activations).double()
+        self._inner += in_double(((outputs @ self._left) * activations).sum(dim=0))
+        self._activations += in_double(activations.T @ activations)
 
     def errors(self) -> NDArray[np.float64]:
         """Relative squared errors at ranks 0 to break-even, shape (break-even + 1,)."""
-        overlaps = ((self._left.T @ self._left).double() * self._activations).cpu().numpy()
+        overlaps = (in_double(self._left.T @ self._left) * self._activations).cpu().numpy()
         # Entry r: what row and column r add to the quadratic form of the leading r columns.
         squares = np.cumsum(2 * np.tril(overlaps, -1).sum(axis=1) + np.diag(overlaps))
         gained = 2 * np.cumsum(self._inner.cpu().numpy()) - squares

@@ -6,6 +6,7 @@ Each command of `dse` that needs no study folder calls one function of this pack
 from dse.standalone.allocate_points import AllocationRequest, LatencyBudget, allocate_points
 from dse.standalone.config_only import ModelCost, describe_space, model_cost
 from dse.standalone.evaluate_model import evaluate_model
+from dse.standalone.measure_engine import EngineRequest, measure_study
 from dse.standalone.measure_model import MeasurementRequest, measure_model
 from dse.standalone.model_request import CalibrationText, ModelRequest
 from dse.standalone.rank_timings import RankTimingRequest, rank_timings_html, time_ranks
@@ -14,6 +15,7 @@ from dse.standalone.sensitivity_run import SensitivityRequest, run_sensitivity, 
 __all__ = [
     "AllocationRequest",
     "CalibrationText",
+    "EngineRequest",
     "LatencyBudget",
     "MeasurementRequest",
     "ModelCost",
@@ -24,6 +26,7 @@ __all__ = [
     "describe_space",
     "evaluate_model",
     "measure_model",
+    "measure_study",
     "model_cost",
     "rank_timings_html",
     "run_sensitivity",

@@ -29,6 +29,7 @@ from dse.measurement import (
 )
 from dse.models import LoadedModel
 from dse.models.device_map import spread_over
+from dse.standalone.measure_engine import EngineRequest, measure_in_engine
 from dse.standalone.model_request import CalibrationText, ModelRequest, point_factors
 from dse.study import StudyListener, resolve_device
 from dse.trial_record import json_safe
@@ -45,6 +46,7 @@ class MeasurementRequest:
         prompt_tokens: Prompt lengths in tokens.
         new_tokens: Numbers of tokens to decode.
         meter: auto, rapl, nvml, nvml:<index or UUID>,..., replay:<trace.csv>, or none.
+        engine: The serving engine to measure in; None measures with the model in this process.
     """
 
     spec: LatencySpec
@@ -52,6 +54,7 @@ class MeasurementRequest:
     prompt_tokens: Sequence[int] = (128,)
     new_tokens: Sequence[int] = (16,)
     meter: str = "auto"
+    engine: EngineRequest | None = None
 
 
 def measure_model(
@@ -84,6 +87,11 @@ def measure_model(
         request.spec, list(itertools.product(request.batch_sizes, request.prompt_tokens, request.new_tokens))
     )
     devices = _devices(model.device)
+    if request.engine is not None and len(devices) > 1:
+        raise ConfigError(
+            f"an engine shards a model by its own options, such as tensor_parallel_size, but got '{model.device}'; name"
+            " one device"
+        )
     meter, no_meter = _meter(request.meter, devices)
     loaded = model.load(watcher, device=str(devices[0]) if len(devices) == 1 else "cpu")
     if len(devices) > 1:
@@ -92,6 +100,11 @@ def measure_model(
     for cell in cells:
         check_workload(loaded.model, cell)
     bank = point_factors(loaded, found, calibration or CalibrationText(), watcher)
+    if request.engine is not None:
+        served, idle = measure_in_engine(
+            loaded, found, bank, request.engine, cells, meter=meter, progress=watcher.on_phase
+        )
+        return _document(model, loaded, found, devices, request, meter, no_meter, idle) | {"cells": served}
     applied = apply_point(loaded.model, loaded.topology, found, bank)
     try:
         with device_lock(*devices):
@@ -99,6 +112,20 @@ def measure_model(
             measured = [_Cell(loaded, found, applied, cell, meter, idle, watcher).measure() for cell in cells]
     finally:
         applied.undo()
+    return _document(model, loaded, found, devices, request, meter, no_meter, idle) | {"cells": measured}
+
+
+def _document(
+    model: ModelRequest,
+    loaded: LoadedModel,
+    found: DesignPoint,
+    devices: Sequence[torch.device],
+    request: MeasurementRequest,
+    meter: EnergyMeter | None,
+    no_meter: str | None,
+    idle: IdlePower | None,
+) -> dict[str, Any]:
+    """What was measured and how, without the cells."""
     return {
         "model": model.ref,
         "point_id": found.id,
@@ -108,10 +135,10 @@ def measure_model(
         "device": "+".join(map(str, devices)),
         "dtype": model.dtype,
         "mode": request.spec.mode,
+        "engine": "transformers" if request.engine is None else request.engine.engine,
         "meter": None if meter is None else {"name": meter.name, "source": meter.source, "is_replay": meter.is_replay},
         "no_meter": no_meter,
         "idle_power": None if idle is None else json_safe(dataclasses.asdict(idle)),
-        "cells": measured,
     }
 
 

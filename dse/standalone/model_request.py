@@ -9,6 +9,7 @@ from dse.decomposition import METHODS, FactorBank, longest_window, named_calibra
 from dse.defaults import CALIBRATION_TOKENS
 from dse.design_point import DesignPoint
 from dse.models import Head, LoadedModel, load_model, load_topology
+from dse.out_of_memory import out_of_memory_by_phase
 from dse.study import StudyListener, resolve_device
 from dse.topology import Topology
 
@@ -103,4 +104,5 @@ def point_factors(
             loaded.tokenizer, text.name, tokens=text.tokens, longest_window=longest_window(loaded.model)
         )
         listener.on_message(f"calibration text: {calibration.description}")
-    return FactorBank.build(loaded, [point], calibration, progress=listener.on_phase)
+    with out_of_memory_by_phase(listener.on_phase, "calibrate") as progress:
+        return FactorBank.build(loaded, [point], calibration, progress=progress)

@@ -12,6 +12,7 @@ from dse.decomposition import BUILTIN_TEXTS, CalibrationWindows, calibration_win
 from dse.errors import ConfigError
 from dse.files import write_bytes, write_text
 from dse.models import LoadedModel
+from dse.out_of_memory import out_of_memory_by_phase
 from dse.report.front_png import heat_map_png
 from dse.report.sensitivity_heat_map import heat_map_html, heat_map_of
 from dse.search.spaces.base import SearchSpace
@@ -110,9 +111,10 @@ class PreparedSensitivity:
 
     def profile(self, listener: StudyListener) -> SensitivityProfile:
         """Measure the profile, or read it from the cache."""
-        return measure_profile(
-            self.loaded, self.windows, self.calibration, self.settings, text=self.text, progress=listener.on_phase
-        )
+        with out_of_memory_by_phase(listener.on_phase, "calibrate") as progress:
+            return measure_profile(
+                self.loaded, self.windows, self.calibration, self.settings, text=self.text, progress=progress
+            )
 
     def read(self, path: Path) -> SensitivityProfile:
         """Read a profile file and check that it has this model, these texts and these settings.

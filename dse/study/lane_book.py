@@ -16,7 +16,7 @@ from dse.study.study_worker import WorkerFacts
 
 __all__ = ["LaneBook"]
 
-_PERIOD_S = 1.0
+_PERIOD_S = 0.5
 _COSTS = ("reduction", "parameters", "weight_bytes")
 
 

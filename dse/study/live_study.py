@@ -48,6 +48,7 @@ class LiveStudy:
         self._storage: StudyStorage | None = None
         self._known: dict[int, TrialRecord] = {}
         self._study: Study | None = None
+        self._changes = 0
         self._snapshot: StudySnapshot | None = None
         self._volume = _VolumeHistory()
 
@@ -82,7 +83,7 @@ class LiveStudy:
     def _read(self, version: str) -> StudySnapshot:
         storage = self._opened()
         attributes: dict[str, Any] = {} if storage is None else storage.attributes
-        records = [] if storage is None else storage.records(self._known)
+        records = [] if storage is None else [self._same(record) for record in storage.records(self._known)]
         changed = self._study is None or len(records) != len(self._known) or any(
             self._known.get(record.trial) is not record for record in records
         )  # fmt: skip
@@ -92,13 +93,16 @@ class LiveStudy:
         started = {"objectives": names, **attributes}
         if changed or self._study is None or self._study.attributes != started:
             self._study = Study.running(self._folder, self._config, started, records)
+            self._changes += 1
         study, facts = self._study, attributes.get("facts", {})
         proposals = [] if storage is None else storage.pending()
         lanes = read_lanes(self._folder.workers)
         points = [*(r.point for r in records), *(p.point for p, _ in proposals if p.point is not None)]
         shape = shape_of(facts, points)
+        pending = tuple(_pending(proposal, start, lanes, shape, facts) for proposal, start in proposals)
         return StudySnapshot(
             version=version,
+            trials_version=f"{self._changes} {[(entry.trial, entry.state, len(entry.known)) for entry in pending]}",
             name=self._config.name,
             directory=self._given,
             model=str(facts.get("model_ref") or self._config.model.ref),
@@ -106,7 +110,7 @@ class LiveStudy:
             objectives=study.objectives,
             trials=study.trials() if records else pd.DataFrame(),
             records={record.trial: record for record in study.records},
-            pending=tuple(_pending(proposal, start, lanes, shape, facts) for proposal, start in proposals),
+            pending=pending,
             lanes=lanes,
             steps=self._volume.steps(study.records, study.objectives, attributes.get("reference")),
             shape=shape,
@@ -115,6 +119,11 @@ class LiveStudy:
             is_exhausted=study.is_exhausted,
             read_s=time.time(),
         )
+
+    def _same(self, record: TrialRecord) -> TrialRecord:
+        """The object that is known already if it is equal: a revised record is read every time."""
+        known = self._known.get(record.trial)
+        return known if known is not None and known == record else record
 
     def _opened(self) -> StudyStorage | None:
         """The storage, which a run that starts replaces if nothing was evaluated yet; None before it exists."""

@@ -18,7 +18,7 @@ from typing import Any
 from dse.config import WorkersConfig
 from dse.errors import ConfigError, DseError, StudyError
 
-__all__ = ["RayCall", "RayCluster", "Share", "WorkerLostError", "call_actor", "connected"]
+__all__ = ["RayCall", "RayCluster", "Share", "WorkerLostError", "call_actor", "connected", "find_actor"]
 
 _CONNECT_S = 10.0
 _CORE_STEPS = 10_000
@@ -130,13 +130,14 @@ class RayCluster:
             options["runtime_env"] = self._config.runtime_env
         return ray.remote(kind).options(**options).remote(*arguments)
 
-    def start_here(self, kind: type, *arguments: Any) -> Any:
-        """Start a light actor on the driver's node."""
+    def start_here(self, kind: type, name: str, *arguments: Any) -> Any:
+        """Start a light actor on the driver's node, which workers find by its name."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        return ray.remote(kind).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(*arguments)
+        options = {"name": name, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+        return ray.remote(kind).options(**options).remote(*arguments)
 
     def wait(self, calls: Sequence[RayCall], timeout_s: float) -> list[RayCall]:
         """The calls that are done, at least one of them unless the time is over."""
@@ -166,6 +167,13 @@ def call_actor(actor: Any, method: str, *arguments: Any) -> RayCall:
     return RayCall(getattr(actor, method).remote(*arguments))
 
 
+def find_actor(name: str) -> Any:
+    """A named actor of this job. A handle as an argument would not survive a restart of the worker."""
+    import ray
+
+    return ray.get_actor(name)
+
+
 @contextlib.contextmanager
 def connected(config: WorkersConfig) -> Iterator[RayCluster]:
     """Start Ray on this machine, or join a cluster; disconnected, and what was started is stopped, at the end.
@@ -184,6 +192,7 @@ def connected(config: WorkersConfig) -> Iterator[RayCluster]:
     if ray.is_initialized():  # by a program that uses dse as a library
         yield RayCluster(config)
         return
+    logging.getLogger("ray").setLevel(logging.ERROR)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if config.ray_address is None:
@@ -211,9 +220,26 @@ def connected(config: WorkersConfig) -> Iterator[RayCluster]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)  # Ray replaces them
     try:
-        yield RayCluster(config)
+        with _quiet():
+            yield RayCluster(config)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray from printing the deaths of workers to stdout, which belongs to results; there is no option for it."""
+    import ray._private.worker as internals
+
+    before = getattr(internals, "print_to_stdstream", None)
+    if before is None:
+        yield
+        return
+    internals.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        internals.print_to_stdstream = before
 
 
 def _check_address(address: str) -> None:

@@ -18,12 +18,12 @@ from dse.errors import StudyError
 from dse.files import cache_dir, disk_errors
 from dse.study.driver_desk import DriverDesk
 from dse.study.jobs import EvaluateTrial, Job
+from dse.study.lane_book import LaneBook
 from dse.study.listener import StudyListener
 from dse.study.outline import StudyOutline
 from dse.study.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
 from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions
 from dse.study.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
-from dse.study.lane_book import LaneBook
 from dse.study.workers import FinishedJob, Workers
 
 __all__ = ["RayWorkers", "ray_workers"]
@@ -78,10 +78,9 @@ class RayWorkers(Workers):
         self._given_up: deque[FinishedJob] = deque()
         self._all_busy_s = time.monotonic()
         self._phases: RayCall | None = None
-        self._desk = cluster.start_here(DriverDesk, request.cache.path)
+        self._desk = cluster.start_here(DriverDesk, request.desk, request.cache.path)
         self._members = [
-            _Member(index, cluster.start(StudyWorker, share, index, request, self._desk))
-            for index in range(share.workers)
+            _Member(index, cluster.start(StudyWorker, share, index, request)) for index in range(share.workers)
         ]
 
     def join_all(self, listener: StudyListener) -> None:
@@ -136,10 +135,9 @@ class RayWorkers(Workers):
         self._waiting.clear()
         until_s = time.monotonic() + self._settings.grace_s
         in_flight = sum(member.ticket is not None for member in self._members)
-        if in_flight and self._settings.grace_s:
+        if in_flight and (grace_s := self._settings.grace_s):
             self._listener.on_message(
-                f"stopping: {in_flight} trials have {self._settings.grace_s:.0f} s to finish; press Ctrl-C again to stop"
-                " at once"
+                f"stopping: {in_flight} trials have {grace_s:.0f} s to finish; press Ctrl-C again to stop at once"
             )
         while time.monotonic() < until_s and any(member.ticket is not None for member in self._members):
             finished = self._step()
@@ -340,7 +338,7 @@ def ray_workers(
     with connected(settings) as cluster, _cache_folder(settings) as cache:
         share = cluster.share()
         with_device = tuple(started_with) if started_with is not None else None
-        request = StudyRequest(config, with_device, answers, share.threads, cache)
+        request = StudyRequest(config, with_device, answers, share.threads, cache, f"dse-desk-{uuid.uuid4().hex}")
         workers = RayWorkers(cluster, share, request, settings, LaneBook(lanes))
         try:
             workers.join_all(listener)

@@ -100,9 +100,9 @@ def _ready_workers(
         from dse.study.ray_workers import ray_workers
 
         answers = None if use_cache else folder.answers
-        with ray_workers(config, config.workers, listener, folder.workers, started_with, answers) as workers:
-            with watching_interrupts() as interrupts:
-                yield _Ready(workers, listener, interrupts)
+        on_ray = ray_workers(config, config.workers, listener, folder.workers, started_with, answers)
+        with on_ray as workers, watching_interrupts() as interrupts:
+            yield _Ready(workers, listener, interrupts)
         return
     with LaneListener(listener, folder.workers) as watcher:
         cache = EvaluationCache(cache_dir() / "evaluations" if use_cache else folder.answers)

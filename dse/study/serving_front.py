@@ -14,6 +14,8 @@ import pandas as pd
 
 from dse.config import StudyConfig
 from dse.decomposition import decompose
+from dse.decomposition.surgery import FactorSource
+from dse.design_point import DesignPoint
 from dse.errors import EngineUnavailableError, TrialError
 from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import IdlePower, device_lock
@@ -30,6 +32,7 @@ __all__ = [
     "engines_of",
     "mark_engine_fronts",
     "measure_front",
+    "measured_entry",
     "serving_pending",
     "waiting_trials",
     "with_engine_values",
@@ -73,23 +76,42 @@ class MeasureServing:
         """
         if prepared.pair is None:
             raise ValueError("a study without a serving engine cannot measure in one")
-        plan = prepared.plan
-        measurer = EngineMeasurer(prepared.loaded, plan, prepared.pair, listener.on_phase)
-        try:
-            with (
-                device_lock(prepared.loaded.device),
-                decompose(prepared.loaded, self.record.point, prepared.evaluator.bank) as applied,
-            ):
-                cells = measurer.cells(applied, is_dense=self.dense is None, meter=plan.meter, idle=self.idle)
-            found = serving_quantities(cells[0], self.dense, latencies=True) if cells[0].is_valid else {}
-        except TrialError as error:
-            return {"quantities": {}, "ratios": {}, "serving": None, "reason": str(error)}
-        return {
-            "quantities": {name: dataclasses.asdict(value) for name, (value, _) in found.items()},
-            "ratios": {name: dataclasses.asdict(ratio) for name, (_, ratio) in found.items()},
-            "serving": serving_entry(cells),
-            "reason": cells[0].reason,
-        }
+        measurer = EngineMeasurer(prepared.loaded, prepared.plan, prepared.pair, listener.on_phase)
+        return measured_entry(measurer, self.record.point, prepared.evaluator.bank, self.dense, self.idle)
+
+
+def measured_entry(
+    measurer: EngineMeasurer,
+    point: DesignPoint,
+    source: FactorSource,
+    dense: Mapping[str, float] | None,
+    idle: IdlePower | None = None,
+) -> dict[str, Any]:
+    """Measure a point in an engine.
+
+    Args:
+        measurer: Measures on a resident model, which is dense before and after.
+        point: The point.
+        source: Source of its factors.
+        dense: The dense model's values in this engine; None for the dense model itself.
+        idle: Idle power, for net energy.
+
+    Returns:
+        `quantities` and `ratios` by name, the `serving` entry, and the `reason` of a failure ("" without one).
+    """
+    loaded, meter = measurer.loaded, measurer.plan.meter
+    try:
+        with device_lock(loaded.device), decompose(loaded, point, source) as applied:
+            cells = measurer.cells(applied, is_dense=dense is None, meter=meter, idle=idle)
+        found = serving_quantities(cells[0], dense, latencies=True) if cells[0].is_valid else {}
+    except TrialError as error:
+        return {"quantities": {}, "ratios": {}, "serving": None, "reason": str(error)}
+    return {
+        "quantities": {name: dataclasses.asdict(value) for name, (value, _) in found.items()},
+        "ratios": {name: dataclasses.asdict(ratio) for name, (_, ratio) in found.items()},
+        "serving": serving_entry(cells),
+        "reason": cells[0].reason,
+    }
 
 
 def measure_front(

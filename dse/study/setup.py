@@ -24,6 +24,7 @@ from dse.evaluation import EvaluationCache, ModelEvaluator, evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import check_workload, device_lock
 from dse.models import LoadedModel, load_model
+from dse.out_of_memory import out_of_memory_by_phase
 from dse.pareto import Objective
 from dse.search.space_sensitivity import study_table
 from dse.search.spaces.base import SearchSpace
@@ -47,7 +48,7 @@ from dse.trial.objectives import (
 from dse.trial.rungs import MultiFidelityEvaluator
 from dse.trial.trial_evaluator import TrialEvaluator
 
-__all__ = ["PreparedStudy", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
+__all__ = ["PreparedStudy", "bank_requests", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,8 @@ def prepare_study(
     if notice := half_precision_notice(loaded):
         listener.on_message(notice)
     check_phases(objectives, loaded)
-    config = settled_study(config, loaded, plan, listener.on_phase, listener.on_message)
+    with out_of_memory_by_phase(listener.on_phase, "device_profile") as progress:
+        config = settled_study(config, loaded, plan, progress, listener.on_message)
     space = SearchSpace.from_config(config.constrained_space, loaded.topology)
     enqueued = checked_user_points(config, space)
     measures_in_engine = config.measurement.is_external and config.measurement.when == "every_trial"
@@ -156,9 +158,8 @@ def prepare_study(
     measurer = TrialMeasurer(loaded, required, plan, listener.on_phase, pair if measures_in_engine else None)
     table = None
     if with_table:
-        table = study_table(
-            config, loaded, space, bank, calibration, progress=listener.on_phase, notify=listener.on_message
-        )
+        with out_of_memory_by_phase(listener.on_phase, "sensitivity") as progress:
+            table = study_table(config, loaded, space, bank, calibration, progress=progress, notify=listener.on_message)
     if pair is not None and measures_in_engine and required.serving:
         listener.on_message(f"starting {pair.engine.title} on the dense model")
         with device_lock(loaded.device):
@@ -215,18 +216,25 @@ def study_bank(
         CalibrationError: The calibration text is missing or too short.
         StorageFullError: The disk has too little room.
     """
-    requests = space.largest_ranks()
-    for method, ranks in requests_of_points(points).items():
-        held = requests.get(method, {})
-        requests[method] = held | {name: max(rank, held.get(name, 0)) for name, rank in ranks.items()}
+    requests = bank_requests(space, points)
     calibration = None
     if any(METHODS[method].is_calibrated for method in requests):
         calibration = calibration_windows(
             loaded.tokenizer, config.calibration, longest_window=longest_window(loaded.model)
         )
         listener.on_message(f"calibration text: {calibration.description}")
-    bank = FactorBank.build(loaded, requests, calibration, progress=listener.on_phase)
+    with out_of_memory_by_phase(listener.on_phase, "calibrate") as progress:
+        bank = FactorBank.build(loaded, requests, calibration, progress=progress)
     return bank, calibration
+
+
+def bank_requests(space: SearchSpace, points: Iterable[DesignPoint] = ()) -> dict[str, dict[str, int]]:
+    """Method to tensor to the largest rank that a study of this space and these points can ask for."""
+    requests = space.largest_ranks()
+    for method, ranks in requests_of_points(points).items():
+        held = requests.get(method, {})
+        requests[method] = held | {name: max(rank, held.get(name, 0)) for name, rank in ranks.items()}
+    return requests
 
 
 def resolve_device(name: str) -> torch.device:
@@ -266,4 +274,5 @@ def _divergence(
     windows = held_out_windows(
         loaded.tokenizer, config.calibration, tokens, longest_window=longest_window(loaded.model)
     )
-    return DenseDivergence(loaded.model, windows, progress=listener.on_phase)
+    with out_of_memory_by_phase(listener.on_phase, "kl_divergence") as progress:
+        return DenseDivergence(loaded.model, windows, progress=progress)

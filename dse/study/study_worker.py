@@ -25,6 +25,7 @@ from dse.study.driver_desk import bank_files, fetch_missing, hand_in
 from dse.study.jobs import EvaluateTrial, Job, MeasureIdle
 from dse.study.listener import StudyListener
 from dse.study.outline import StudyOutline
+from dse.study.ray_cluster import find_actor
 from dse.study.setup import PreparedStudy, prepare_study
 
 __all__ = ["CacheFolder", "JobOutcome", "Joined", "StudyRequest", "StudyWorker", "WorkerFacts"]
@@ -57,6 +58,7 @@ class StudyRequest:
         answers: Folder of answers if the user's cache is not used; None if it is.
         threads: Threads on a CPU.
         cache: The driver's cache folder.
+        desk: Name of the actor beside the driver.
     """
 
     config: StudyConfig
@@ -64,6 +66,7 @@ class StudyRequest:
     answers: Path | None
     threads: int
     cache: CacheFolder
+    desk: str
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,13 @@ class StudyWorker:
     Args:
         index: Number of the worker.
         request: What it prepares.
-        desk: The actor beside the driver.
     """
 
-    def __init__(self, index: int, request: StudyRequest, desk: Any) -> None:
+    def __init__(self, index: int, request: StudyRequest) -> None:
         import torch
 
-        self._request, self._desk = request, desk
-        self._listener = _DeskListener(index, desk)
+        self._request, self._desk = request, find_actor(request.desk)
+        self._listener = _DeskListener(index, self._desk)
         self._prepared: PreparedStudy | None = None
         self._idle: Any = None
         if not torch.cuda.is_available():

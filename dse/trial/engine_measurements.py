@@ -100,9 +100,9 @@ class EngineMeasurer:
             measured = self.cells(applied, is_dense=baseline is None, meter=meter, idle=idle)
         first = measured[0]
         run.update(serving=serving_entry(measured))
-        if first.start_up_s:
+        if baseline is not None and first.start_up_s:  # the dense model's engine starts before its trial
             run.seconds["engine_start"] = run.seconds.get("engine_start", 0.0) + first.start_up_s
-            run.seconds["serving"] = max(0.0, run.seconds["serving"] - first.start_up_s)
+            run.seconds["serving"] -= first.start_up_s
         if not first.is_valid:
             raise InvalidMeasurementError(f"engine '{first.engine}': {first.reason}")
         if energy and first.energy is not None and not first.energy.is_valid:
@@ -114,12 +114,26 @@ class EngineMeasurer:
                 run.update(engines={**run.record.engines, name: first.engine})
 
     def cells(
-        self, applied: AppliedPoint, *, is_dense: bool, meter: EnergyMeter | None, idle: IdlePower | None
+        self,
+        applied: AppliedPoint,
+        *,
+        is_dense: bool,
+        meter: EnergyMeter | None,
+        idle: IdlePower | None,
+        meter_every_cell: bool = False,
     ) -> tuple[PairedServing, ...]:
-        """Measure every cell with candidate and baseline in turn, or the baseline alone."""
+        """Measure every cell with candidate and baseline in turn, or the baseline alone.
+
+        Args:
+            applied: The point in the resident model.
+            is_dense: Whether to measure the baseline alone.
+            meter: An open energy meter; None measures no energy.
+            idle: Idle power, for net energy.
+            meter_every_cell: Whether energy is measured in every cell, not in the first one only.
+        """
         with self._servers(applied, is_dense=is_dense) as (baseline, candidate):
             return tuple(
-                self._cell(spec, baseline, candidate, meter if index == 0 else None, idle)
+                self._cell(spec, baseline, candidate, meter if index == 0 or meter_every_cell else None, idle)
                 for index, spec in enumerate(self.plan.cells)
             )
 

@@ -6,7 +6,9 @@ intervals, paired tests and ties are real.
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -227,6 +229,8 @@ class SyntheticStudy:
         lane = WorkerLane(
             "worker 1",
             "working",
+            host=socket.gethostname(),
+            pid=os.getpid(),
             phase="evaluate",
             done=120,
             total=300,

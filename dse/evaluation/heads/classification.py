@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from dse.config import DatasetTaskConfig
+from dse.double_precision import in_double
 from dse.errors import TaskError, did_you_mean
 from dse.evaluation.answers import DocumentAnswers
-from dse.evaluation.graded_metrics import CHOICE_PROBABILITY, GRADED_METRICS, TARGET_LOG_LIKELIHOOD, GradedMetric
 from dse.evaluation.evaluator_settings import BatchSize
+from dse.evaluation.graded_metrics import CHOICE_PROBABILITY, GRADED_METRICS, TARGET_LOG_LIKELIHOOD, GradedMetric
 from dse.evaluation.heads.dataset_rows import DatasetRows
 from dse.evaluation.heads.encoder_batches import batch_outputs, encoded_texts
 from dse.evaluation.heads.head_task import HeadTask, Tick, digest_of
@@ -41,8 +42,10 @@ class ClassificationTask(HeadTask):
     def answer(self, positions: Sequence[int], batch_size: BatchSize, tick: Tick) -> Mapping[int, DocumentAnswers]:
         """Index of the most likely label, as a string, and log-probability of the right label."""
         found: dict[int, DocumentAnswers] = {}
-        for batch, _, output in batch_outputs(self._loaded, [self._encoded[position] for position in positions], batch_size):
-            logits = output.logits.double()
+        for batch, _, output in batch_outputs(
+            self._loaded, [self._encoded[position] for position in positions], batch_size
+        ):
+            logits = in_double(output.logits)
             finite, likeliest = torch.isfinite(logits).all(dim=1).tolist(), logits.argmax(dim=1).tolist()
             log_p = logits.log_softmax(dim=1).tolist()
             for row, index in enumerate(batch):

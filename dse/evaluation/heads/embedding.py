@@ -112,9 +112,11 @@ class EmbeddingTask(HeadTask):
         places = [2 * position + part for position in positions for part in (0, 1)]
         vectors: dict[int, Vectors] = {}
         finished = 0
-        for batch, inputs, output in batch_outputs(self._loaded, [self._encoded[place] for place in places], batch_size):
+        for batch, inputs, output in batch_outputs(
+            self._loaded, [self._encoded[place] for place in places], batch_size
+        ):
             hidden = output.last_hidden_state.float()
-            pooled = POOLINGS[self._pooling](hidden, inputs["attention_mask"]).double().cpu().numpy()
+            pooled = POOLINGS[self._pooling](hidden, inputs["attention_mask"]).cpu().double().numpy()
             vectors |= dict(zip(batch, pooled, strict=True))
             done = len(vectors) // 2
             tick(done - finished)

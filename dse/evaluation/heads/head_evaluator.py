@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from dse.config import HEAD_METRICS, DatasetTaskConfig, Head
 from dse.errors import ModelError, NonFiniteError
 from dse.evaluation.answers import Answers
-from dse.evaluation.evaluator_settings import BatchSize, answer_identity, batch_size_of, check_positive, last_place, ticker
+from dse.evaluation.evaluator_settings import (
+    BatchSize,
+    answer_identity,
+    batch_size_of,
+    check_positive,
+    last_place,
+    ticker,
+)
 from dse.evaluation.heads.classification import ClassificationTask
 from dse.evaluation.heads.dataset_rows import read_rows
 from dse.evaluation.heads.embedding import EmbeddingTask
@@ -66,7 +73,9 @@ class HeadEvaluator:
         check_task_names(task.task_name for task in tasks)
         self._loaded = loaded
         self._tasks = [
-            _prepared(loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, batch_size=self.batch_size)
+            _prepared(
+                loaded, task, limit=task.limit or limit, seed=seed, max_length=max_length, batch_size=self.batch_size
+            )
             for task in tasks
         ]
         self.fingerprint = self._fingerprint()
@@ -128,7 +137,13 @@ class HeadEvaluator:
 
 
 def _prepared(
-    loaded: LoadedModel, task: DatasetTaskConfig, *, limit: int | None, seed: int, max_length: int | None, batch_size: BatchSize
+    loaded: LoadedModel,
+    task: DatasetTaskConfig,
+    *,
+    limit: int | None,
+    seed: int,
+    max_length: int | None,
+    batch_size: BatchSize,
 ) -> HeadTask:
     head = head_of(type(loaded.model))
     if head != task.head:

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from dse.errors import ModelError
 from dse.evaluation.answers import Answers
-from dse.evaluation.evaluator_settings import BatchSize, answer_identity, batch_size_of, check_positive, last_place, ticker
+from dse.evaluation.evaluator_settings import (
+    BatchSize,
+    answer_identity,
+    batch_size_of,
+    check_positive,
+    last_place,
+    ticker,
+)
 from dse.evaluation.lm_eval.document_subset import requests_to_ask, share_of_leaves, store_answers
 from dse.evaluation.lm_eval.graded_outcomes import graded_names
 from dse.evaluation.lm_eval.language_model import ScoringLM

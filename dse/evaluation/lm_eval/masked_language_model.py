@@ -48,9 +48,7 @@ class MaskedScoringLM(ProgressingLM, LM):  # type: ignore[misc]
     Source: Salazar et al. (2020), arXiv 1910.14659; Kauf and Ivanova (2023), arXiv 2305.10588.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, *, max_length: int | None, scoring: MaskedScoring = "within_word"
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_length: int | None, scoring: MaskedScoring = "within_word") -> None:
         super().__init__()
         tokenizer = loaded.tokenizer
         if not tokenizer.is_fast:

@@ -96,6 +96,15 @@ class Row:
         self.add((), shared=0)
 
     @classmethod
+    def of(cls, index: int, query: Query) -> Row:
+        """A row of a single sequence."""
+        row = cls()
+        row.add(query.inputs, shared=0)
+        row.ask(index, query)
+        row.close()
+        return row
+
+    @classmethod
     def joined(cls, rows: Sequence[Row]) -> Row:
         """Several rows as one; their trees do not attend to each other."""
         whole = cls()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dse.double_precision import in_double
 from dse.evaluation.scoring.target_head import TargetHead
 
 __all__ = ["Keep", "Score", "StateQueue"]
@@ -56,7 +57,7 @@ class StateQueue:
         tokens = torch.tensor(targets, device=logits.device)
         own = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[rows, tokens]
         is_greedy = bool((logits[rows, tokens] >= logits.amax(dim=-1)).all())
-        self._keep([(index, (float(own.double().sum()), is_greedy))])
+        self._keep([(index, (float(in_double(own).sum()), is_greedy))])
 
     def flush(self) -> None:
         """Apply the head to all queued states."""

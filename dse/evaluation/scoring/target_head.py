@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dse.double_precision import in_double
+
 __all__ = ["TargetHead", "TargetScores"]
 
 _SLICE_TOKENS = 4096
@@ -112,7 +114,7 @@ class TargetHead:
             above = torch.maximum(highest, logits.amax(dim=1))
             total = total * torch.exp(highest - above) + logits.sub_(above[:, None]).exp_().sum(dim=1)
             highest = above
-        scores = own.double() - (highest.double() + total.double().log())[rows]
+        scores = in_double(own) - in_double(highest[rows]) - in_double(total[rows]).log()
         is_largest = own >= highest[rows]
         back = np.argsort(order)
         return TargetScores(scores.cpu().numpy()[back], is_largest.cpu().numpy()[back])

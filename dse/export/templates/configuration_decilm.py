@@ -25,22 +25,14 @@ class DeciLMConfig(LlamaConfig):
 
     model_type = "nemotron-nas"
 
-    block_configs: list[Any] | None = None
-    qkv_bias: bool | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.block_configs = [_as_object(block) for block in self.block_configs or []]
-        if self.qkv_bias is None:
-            self.__dict__.pop("qkv_bias", None)  # its presence alone tells vLLM to read it
-        parent = getattr(super(), "__post_init__", None)
-        if parent is not None:
-            parent(**kwargs)
+    def __init__(self, block_configs: list[Any] | None = None, **kwargs: Any) -> None:
+        self.block_configs = [_as_object(block) for block in block_configs or []]
+        super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values."""
-        blocks = self.block_configs
         plain = copy.copy(self)
-        plain.__dict__["block_configs"] = [_as_dict(block) for block in blocks or []]
+        plain.__dict__["block_configs"] = [_as_dict(block) for block in self.block_configs]
         return LlamaConfig.to_dict(plain)
 
 

@@ -27,10 +27,12 @@ __all__ = ["FrontView", "front_plot", "plotted_trials"]
 
 Mask = npt.NDArray[np.bool_]
 
-_HEIGHT = 520
+_HEIGHT = 560
 _MOST_BARS = 150
 """Dominated trials get interval bars up to this many: more would hide the front."""
 _MOST_LABELS = 40
+_MOST_UNPLACED = 30
+"""The last trials without a value on either axis are drawn in a row."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,27 @@ class _Limits:
         low: Low end of the values.
         high: High end.
         has_strip: Whether trials lie in the strip.
+        has_second: Whether a second strip holds trials without a value on either axis.
     """
 
     low: float
     high: float
     has_strip: bool
+    has_second: bool = False
 
     @classmethod
-    def of(cls, values: AxisValues, shown: Mask, has_strip: bool) -> _Limits:
-        """The extent of the values and of the intervals of the front, with a margin."""
+    def of(cls, values: AxisValues, shown: Mask, front: Mask, has_strip: bool, has_second: bool = False) -> _Limits:
+        """The extent of the values, and of the intervals of the front unless they are much wider, with a margin."""
         inside = values.value[shown & np.isfinite(values.value)]
         if inside.size == 0:
-            return cls(0.0, 1.0, has_strip)
+            return cls(0.0, 1.0, has_strip, has_second)
         low, high = float(inside.min()), float(inside.max())
+        most = 0.6 * (high - low)
+        ends = [column[front & np.isfinite(column)] for column in (values.low, values.high)]
+        if ends[0].size and most > 0:
+            low, high = max(min(low, ends[0].min()), low - most), min(max(high, ends[1].max()), high + most)
         margin = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
-        return cls(low - margin, high + margin, has_strip)
+        return cls(low - margin, high + margin, has_strip, has_second)
 
     @property
     def strip(self) -> float:
@@ -123,9 +131,14 @@ class _Limits:
         return self.low - 0.05 * (self.high - self.low)
 
     @property
+    def second_strip(self) -> float:
+        """Coordinate of the trials without a value on either axis."""
+        return self.low - (0.05 + 0.1 * self.has_strip) * (self.high - self.low)
+
+    @property
     def range(self) -> list[float]:
-        """The range of the axis, the strip included."""
-        return [self.low - 0.1 * (self.high - self.low) * self.has_strip, self.high]
+        """The range of the axis, the strips included."""
+        return [self.low - 0.1 * (self.high - self.low) * (self.has_strip + self.has_second), self.high]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +162,7 @@ class _Drawing:
         count = len(trials)
         x, y = (axis_values(trials, entry, relative=view.relative) for entry in (view.x, view.y))
         has_x, has_y = np.isfinite(x.value), np.isfinite(y.value)
-        shown = np.logical_or.reduce(list(groups.values()))
+        shown, front = np.logical_or.reduce(list(groups.values())), groups["front"] | groups["dense"]
         return cls(
             snapshot,
             view,
@@ -161,8 +174,14 @@ class _Drawing:
             groups,
             kept_by(trials, view.filters),
             hover,
-            _Limits.of(x, shown & (has_x | has_y), bool((shown & has_y & ~has_x).any())),
-            _Limits.of(y, shown & (has_x | has_y), bool((shown & has_x & ~has_y).any())),
+            _Limits.of(x, shown & (has_x | has_y), front, bool((shown & has_y & ~has_x).any())),
+            _Limits.of(
+                y,
+                shown & (has_x | has_y),
+                front,
+                bool((shown & has_x & ~has_y).any()),
+                bool((shown & ~has_x & ~has_y).any()),
+            ),
         )
 
     @property
@@ -201,13 +220,32 @@ class _Drawing:
     def _group(self, name: str, marker: dict[str, Any], bars: str | None) -> dict[str, Any]:
         trace = self._scatter(self.groups[name] & self.kept, GROUPS[name], marker)
         if bars is not None:
-            rows = np.flatnonzero(self.groups[name] & self.kept & self.placed)
+            rows = self._rows(self.groups[name] & self.kept)
             trace |= {"error_x": _bars(self.x, rows, bars), "error_y": _bars(self.y, rows, bars)}
         return trace
 
+    @property
+    def unplaced(self) -> np.ndarray:
+        """The last trials without a value on either axis."""
+        shown = np.logical_or.reduce(list(self.groups.values()))
+        return np.flatnonzero(shown & self.kept & ~self.placed)[-_MOST_UNPLACED:]
+
+    def _rows(self, member: Mask) -> np.ndarray:
+        """Trials of a group that are drawn."""
+        drawn = self.placed.copy()
+        drawn[self.unplaced] = True
+        return np.flatnonzero(member & drawn)
+
     def _scatter(self, member: Mask, name: str, marker: dict[str, Any]) -> dict[str, Any]:
-        rows = np.flatnonzero(member & self.placed)
+        """A group; trials without a value lie in the strips, those without any in a row of their own."""
+        rows = self._rows(member)
         x, y = self.x.value[rows], self.y.value[rows]
+        nowhere = np.isnan(x) & np.isnan(y)
+        row_places = self.across.low + (self.across.high - self.across.low) * 0.028 * (
+            0.6 + np.searchsorted(self.unplaced, rows)
+        )
+        x = np.where(nowhere, row_places, x)
+        y = np.where(nowhere, self.upward.second_strip, y)
         return {
             "type": "scatter",
             "mode": "markers",
@@ -253,7 +291,7 @@ class _Drawing:
     def _front(self) -> dict[str, Any]:
         line = {"color": self.theme.surface, "width": 1.5}
         marker: dict[str, Any] = {"size": 12, "color": self.theme.front, "line": line}
-        rows = np.flatnonzero(self.groups["front"] & self.kept & self.placed)
+        rows = self._rows(self.groups["front"] & self.kept)
         if self.view.colour is not None and len(rows):
             colour = axis_values(self.trials, self.view.colour, relative=self.view.relative)
             marker |= {
@@ -297,7 +335,7 @@ class _Drawing:
         return {
             **self._scatter(member, f"Chosen {letter}", marker),
             "mode": "markers+text",
-            "text": [f"<b>{letter}</b>"] * int((member & self.placed).sum()),
+            "text": [f"<b>{letter}</b>"] * len(self._rows(member)),
             "textposition": "bottom right" if letter == "A" else "top right",
             "textfont": {"size": 14, "color": self.theme.text},
             "showlegend": False,
@@ -311,28 +349,29 @@ class _Drawing:
         notes: list[dict[str, Any]] = []
         note = {"showarrow": False, "font": {"size": 11, "color": theme.muted}}
         band = {"type": "rect", "fillcolor": theme.grid, "line": {"width": 0}, "layer": "below", "opacity": 0.7}
-        if self.upward.has_strip:
-            ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": self.upward.range[0], "y1": self.upward.low}
-            shapes.append({**band, **ends})
-            text = f"no {html.escape(self.y.choice.label.lower())} yet"
-            notes.append({**note, "text": text, "xref": "paper", "x": 0.995, "xanchor": "right", "y": self.upward.strip})
+        rows = [(self.upward.has_strip, self.upward.strip, f"no {html.escape(self.y.choice.label.lower())} yet")]
+        rows.append((self.upward.has_second, self.upward.second_strip, "no value on either axis"))
+        for is_used, place, text in rows:
+            if is_used:
+                half = 0.045 * (self.upward.high - self.upward.low)
+                ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": place - half, "y1": place + half}
+                shapes.append({**band, **ends})
+                notes.append({**note, "text": text, "xref": "paper", "x": 0.995, "xanchor": "right", "y": place})
         if self.across.has_strip:
-            ends = {"yref": "paper", "y0": 0, "y1": 1, "x0": self.across.range[0], "x1": self.across.low}
+            half = 0.045 * (self.across.high - self.across.low)
+            ends = {"yref": "paper", "y0": 0, "y1": 1, "x0": self.across.strip - half, "x1": self.across.strip + half}
             shapes.append({**band, **ends})
             text = f"no {html.escape(self.x.choice.label.lower())} yet"
-            place = {"yref": "paper", "y": 0.99, "yanchor": "top", "x": self.across.strip, "textangle": -90}
-            notes.append({**note, "text": text, **place})
-        hidden = int((np.logical_or.reduce(list(self.groups.values())) & ~self.placed).sum())
+            below = {"yref": "paper", "y": 0, "yanchor": "top", "yshift": -26, "x": self.across.strip}
+            notes.append({**note, "text": text, **below})
         if not self.placed.any():
             text = "No trial has a value on these axes yet. The page follows the study by itself."
-            notes.append({**note, "text": text, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "font": {"size": 14, "color": theme.muted}})  # noqa: E501
-        elif hidden:
-            text = f"{hidden} without a value on either axis"
-            notes.append({**note, "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "bottom", "xshift": 6, "yshift": 4})  # noqa: E501
+            font = {"size": 14, "color": theme.muted}
+            notes.append({**note, "text": text, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.6, "font": font})
         return frame(
             theme,
             _HEIGHT,
-            margin={"l": 64, "r": 16, "t": 56, "b": 52},
+            margin={"l": 64, "r": 16, "t": 84, "b": 52},
             xaxis=axis(theme, html.escape(self.x.title), range=self.across.range),
             yaxis=axis(theme, html.escape(self.y.title), range=self.upward.range),
             legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top", "font": {"size": 12}},

@@ -64,6 +64,7 @@ class StudySnapshot:
 
     Attributes:
         version: Changes whenever anything else does.
+        trials_version: Changes whenever a trial starts, ends or is revised.
         name: Name of the study.
         directory: Its folder, as the user gave it.
         model: Reference of the model.
@@ -82,6 +83,7 @@ class StudySnapshot:
     """
 
     version: str
+    trials_version: str
     name: str
     directory: str
     model: str

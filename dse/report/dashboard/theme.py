@@ -100,6 +100,7 @@ def frame(theme: Theme, height: int, **changes: Any) -> dict[str, Any]:
             "align": "left",
         },
         "hovermode": "closest",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": theme.line, "activecolor": theme.text},
     }
     return layout | changes
 

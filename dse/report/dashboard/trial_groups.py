@@ -57,11 +57,11 @@ def groups_of(trials: pd.DataFrame) -> dict[str, npt.NDArray[np.bool_]]:
     }
 
 
-def range_of(trials: pd.DataFrame, choice: AxisChoice) -> tuple[float, float] | None:
-    """Smallest and largest absolute value of an axis, in the unit shown; None without values."""
-    values = axis_values(trials, choice, relative=False).value
-    values = values[np.isfinite(values)]
-    return None if values.size == 0 else (float(values.min()), float(values.max()))
+def range_of(trials: pd.DataFrame, choice: AxisChoice) -> tuple[float, float, str] | None:
+    """Smallest and largest absolute value of an axis with the unit that they are in; None without values."""
+    found = axis_values(trials, choice, relative=False)
+    values = found.value[np.isfinite(found.value)]
+    return None if values.size == 0 else (float(values.min()), float(values.max()), found.scale.symbol)
 
 
 def kept_by(trials: pd.DataFrame, filters: Sequence[RangeFilter]) -> npt.NDArray[np.bool_]:

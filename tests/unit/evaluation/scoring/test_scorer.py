@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import torch
 from evaluation_support import byte_tokenizer
 from lm_eval.models.huggingface import HFLM
 from tiny_models import tiny_model
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dse.evaluation.scoring import Query, Scorer, Strategy
+from dse.evaluation.scoring.verification import agree, tolerance
 
 SETTINGS = {
     "vocab_size": 257,
@@ -72,6 +75,11 @@ def requests(seed: int = 0) -> list[tuple[None, list[int], list[int]]]:
     return made + made[:5]
 
 
+def strategies_of(scorer: Scorer, *, is_deep: bool) -> set[Strategy]:
+    """Strategies for trees, within or beyond the attention window."""
+    return {strategy for kind, strategy in scorer.strategies.items() if kind[:2] == (True, is_deep)}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_agree_with_lm_eval(shape: str) -> None:
     model = build(shape)
@@ -84,8 +92,9 @@ def test_scores_agree_with_lm_eval(shape: str) -> None:
         assert math.isclose(ours, truth, abs_tol=1e-3)
         assert is_greedy == was_greedy
     _, _, strategy, windowed_strategy = SHAPES[shape]
-    assert scorer.strategies[True, False] == strategy
-    assert scorer.strategies.get((True, True)) == windowed_strategy  # some contexts exceed the window of 16
+    assert strategies_of(scorer, is_deep=False) == {strategy}
+    windowed = set() if windowed_strategy is None else {windowed_strategy}
+    assert strategies_of(scorer, is_deep=True) == windowed  # some contexts exceed the window of 16
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
@@ -137,6 +146,75 @@ def test_out_of_memory_does_not_change_the_strategy() -> None:
         scorer.score([Query((2, 3, 4), 1), Query((2, 3, 5), 1)])
     hook.remove()
     assert scorer.strategies == {}
+
+
+def _asked(seed: int = 0) -> list[Query]:
+    return [Query((*context, *scored), len(scored)) for _, context, scored in requests(seed)]
+
+
+def _flawed_attention(module: torch.nn.Module, query, key, value, attention_mask, **settings):  # type: ignore[no-untyped-def]
+    """A kernel that ignores the mask of long rows: a fault that no short row shows."""
+    is_tree = attention_mask is not None and query.shape[2] > 24
+    if is_tree:
+        settings["is_causal"] = True
+    return sdpa_attention_forward(module, query, key, value, None if is_tree else attention_mask, **settings)
+
+
+def test_every_length_is_verified() -> None:
+    """Rows of up to 24 tokens are packed; the kernel's fault on longer ones is found, and they are scored otherwise."""
+    AttentionInterface.register("flawed", _flawed_attention)
+    model = tiny_model("llama", seed=3, **SETTINGS)
+    expected = Scorer(model, clock=None).score(asked := _long_and_short())
+    model.set_attn_implementation("flawed")
+    scorer = Scorer(model)
+    for (ours, _), (truth, _) in zip(scorer.score(asked), expected, strict=True):
+        assert math.isclose(ours, truth, abs_tol=1e-4)
+    trees = {kind[2]: strategy for kind, strategy in scorer.strategies.items() if kind[0]}
+    assert trees == {3: "packed", 6: "cached"}
+
+
+def _long_and_short() -> list[Query]:
+    """Two-way choices after contexts of 4 and of 40 tokens, one tree of each length."""
+    generator = random.Random(4)
+    found = []
+    for length in (4, 40):
+        context = tuple(generator.randrange(2, 250) for _ in range(length))
+        found += [Query((*context, *(generator.randrange(2, 250) for _ in range(3))), 2) for _ in range(2)]
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 1e-6, 2e-4), (torch.bfloat16, 1e-3, 0.5)])
+def test_the_tolerance_follows_the_noise_of_the_dtype(dtype: torch.dtype, least: float, most: float) -> None:
+    """Correct strategies agree within it, and a distribution that is off by the tolerance does not."""
+    model = tiny_model("llama", seed=3, **SETTINGS).to(dtype)
+    scorer, sample = Scorer(model), _asked()[:8]
+    truth = scorer._plain_scores(sample, most_rows=1)
+    found = tolerance(truth, [scorer._plain_scores(sample), scorer._plain_scores(sample, extra=8)], sample, dtype)
+    assert least < found < most
+    assert agree(scorer.score(sample), truth, sample, found)
+    shifted = [
+        (value + 1.01 * found * query.scored, greedy) for (value, greedy), query in zip(truth, sample, strict=True)
+    ]
+    assert not agree(shifted, truth, sample, found)
+
+
+def test_a_strategy_without_a_mask_is_used_where_it_is_faster() -> None:
+    """A scripted clock, as seconds of two runs each: packed, separate and plain; no clock measures nothing."""
+    model = build("llama")
+    asked = [query for seed in range(30) for query in _asked(seed)]
+    expected = Scorer(model, clock=None).score(asked)
+    for seconds, strategy in (
+        ((3, 3, 2, 2, 9, 9), "separate"),
+        ((1, 1, 2, 2, 9, 9), "packed"),
+        ((3, 9, 4, 4, 9, 1), "plain"),
+    ):
+        scripted = itertools.cycle(seconds)
+        times = itertools.accumulate(t for second in scripted for t in (0, second))
+        scorer = Scorer(model, batch_tokens=256, clock=lambda: next(times))  # noqa: B023
+        for (ours, _), (truth, _) in zip(scorer.score(asked), expected, strict=True):
+            assert math.isclose(ours, truth, abs_tol=1e-3)
+        assert strategy in strategies_of(scorer, is_deep=False)
+        assert {s for kind, s in scorer.strategies.items() if not kind[0]} == {"packed"}  # chains have no mask
 
 
 class counted_tokens:  # noqa: N801 - reads as a verb

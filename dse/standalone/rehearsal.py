@@ -1,0 +1,307 @@
+"""Rehearse the phases of a study on a model of one layer, and scale what they take to the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dse.config import StudyConfig
+from dse.decomposition import (
+    METHODS,
+    CalibrationWindows,
+    FactorBank,
+    StateBudget,
+    apply_point,
+    calibration_windows,
+    held_out_windows,
+    longest_window,
+)
+from dse.decomposition.gradient_grams import GRADIENT_TOKENS
+from dse.design_point import DesignPoint, TensorChoice
+from dse.evaluation import evaluator_for
+from dse.evaluation.divergence import DenseDivergence
+from dse.measurement import LatencySpec, measure_latency, measure_peak_memory
+from dse.models import LoadedModel
+from dse.sensitivity.divergence_meter import DivergenceMeter
+from dse.sensitivity.stored_states import layer_modules
+from dse.standalone.plan_meters import Peaks, PhaseMeter
+from dse.topology import Topology
+
+__all__ = ["PhaseForecast", "Rehearsal"]
+
+_REHEARSED_DOCUMENTS = 24
+_FIRST = 0
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """What one phase of a study takes.
+
+    Attributes:
+        phase: load, bank, divergence, profile, trial: evaluate, trial: latency, trial: memory or final evaluation.
+        seconds: Each time.
+        repeats: How often the phase runs in the study.
+        host_bytes: Peak of the process's resident memory.
+        gpu_bytes: Peak of GPU memory; 0 on a CPU.
+        disk_bytes: Written to disk and kept, or needed for the time of the phase.
+        reason: Why there is no forecast of the time; "" otherwise.
+    """
+
+    phase: str
+    seconds: float
+    repeats: int = 1
+    host_bytes: int = 0
+    gpu_bytes: int = 0
+    disk_bytes: int = 0
+    reason: str = ""
+
+
+class Rehearsal:
+    """Runs the code of each phase on a model of one layer of the study's model, with the study's settings.
+
+    Time that is spent in the layers is scaled to the depth of the model, the rest is not. Memory is the peak of the
+    rehearsal plus the weights, hidden states and factors of the layers that it lacks.
+
+    Args:
+        config: The study.
+        small: The model of one layer.
+        topology: The topology of the whole model.
+        requests: Method to tensor of the whole model to its largest rank.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        small: LoadedModel,
+        topology: Topology,
+        requests: Mapping[str, Mapping[str, int]],
+    ) -> None:
+        self.config, self.small, self.topology = config, small, topology
+        self._requests = requests
+        self._layers: Sequence[nn.Module] = layer_modules(small.model, small.topology)
+        self._meter = PhaseMeter(self._layers, small.device)
+        self._folder = tempfile.TemporaryDirectory(prefix="dse_plan_")
+        self._calibration: CalibrationWindows | None = None
+        self._bank: FactorBank | None = None
+        decomposed = [topology.matrix(name).layer for name in self._names(requests)]
+        self.decomposed_layers = sorted({layer for layer in decomposed if layer is not None})
+        self.small_requests = self._of_one_layer()
+
+    @property
+    def depth(self) -> int:
+        """Layers of the whole model."""
+        return self.topology.layer_count
+
+    @property
+    def missing_weight_bytes(self) -> int:
+        """Bytes of the weights that the small model lacks."""
+        own = sum(p.numel() for p in self.small.model.parameters())
+        return (self.topology.parameters_dense - own) * self.small.dtype.itemsize
+
+    def bank(self) -> PhaseForecast:
+        """Calibrate and decompose the tensors of one layer."""
+        methods, config = tuple(self.small_requests), self.config
+        if any(METHODS[method].is_calibrated for method in methods):
+            self._calibration = calibration_windows(
+                self.small.tokenizer, config.calibration, longest_window=longest_window(self.small.model)
+            )
+        in_phase: dict[str, float] = {}
+        phase, since = "calibrate", time.perf_counter()
+
+        def progress(name: str, _done: int, _total: int) -> None:
+            nonlocal phase, since
+            now = time.perf_counter()
+            in_phase[phase] = in_phase.get(phase, 0.0) + now - since
+            # The layer is decomposed between the last report of its calibration and the next one.
+            phase, since = ("decompose" if name == "decompose" or _done == _total else name), now
+
+        with self._meter.measuring() as peaks:
+            self._bank = FactorBank.build(
+                self.small, self.small_requests, self._calibration, folder=Path(self._folder.name), progress=progress
+            )
+            progress("decompose", 1, 1)
+        layers = len(self.decomposed_layers)
+        seconds = peaks.for_layers(layers) - in_phase.get("decompose", 0.0) * (1 - layers)
+        on_device, on_disk = self._state_bytes()
+        return self._forecast(
+            "bank", peaks, seconds, more_device_bytes=on_device, disk_bytes=self.bank_bytes() + on_disk
+        )
+
+    def bank_bytes(self) -> int:
+        """Size of the factor bank on disk: float32 factors at the largest ranks."""
+        total = 0
+        for method, ranks in self._requests.items():
+            matrices = {name: rank for name, rank in ranks.items() if name not in self.topology.experts_by_name}
+            total += FactorBank.stored_bytes(self.topology, method, matrices)
+        return total
+
+    def divergence(self, tokens: int) -> tuple[PhaseForecast, PhaseForecast]:
+        """The dense side of the KL divergence in set-up, and its measurement in every trial."""
+        windows = self._held_out(tokens)
+        with self._meter.measuring() as peaks:
+            dense = DenseDivergence(self.small.model, windows)
+        with self._meter.measuring() as again:
+            dense.measure()
+        return (
+            self._forecast("divergence", peaks, peaks.for_layers(self.depth)),
+            self._forecast("trial: divergence", again, again.for_layers(self.depth)),
+        )
+
+    def profile(self, options: Mapping[int | None, int]) -> PhaseForecast:
+        """The sensitivity profile: one pass for each option, from its layer on.
+
+        Args:
+            options: First layer that an option changes to the number of options.
+        """
+        windows = self._held_out(self.config.search.profile_tokens).to(self.small.device)
+        bank = self._built_bank()
+        with self._meter.measuring() as peaks:
+            meter = DivergenceMeter(self.small, windows, bank)
+            with self._meter.measuring() as one:
+                meter.measure(self._whole_point(0.5), _FIRST)
+        seconds = peaks.for_layers(self.depth) - one.for_layers(self.depth)
+        count = 0
+        for layer, number in options.items():
+            remaining = self.depth if layer is None else self.depth - layer
+            seconds += number * one.for_layers(remaining)
+            count += number
+        seconds += 2 * self.depth * (one.layer_seconds + peaks.layer_seconds) / 2  # states of the next layer, checked
+        return self._forecast("profile", peaks, seconds)
+
+    def evaluation(self, documents_factor: float = 1.0) -> PhaseForecast:
+        """A few documents of each task, by the study's evaluator."""
+        evaluator = evaluator_for(self.small, self.config.tasks, self.config.evaluation)
+        counts = [len(documents) for documents in evaluator.documents.values()]
+        share = min(1.0, _REHEARSED_DOCUMENTS * max(1, len(counts)) / max(1, sum(counts)))
+        evaluator.evaluate(share=min(1.0, 0.2 * share))  # verifies the ways of sharing, once per study
+        with self._meter.measuring() as peaks:
+            evaluator.evaluate(share=share)
+        digests = len(evaluator.digests(share))
+        seconds = peaks.for_layers(self.depth) * sum(counts) / max(1, digests) * documents_factor
+        return self._forecast("trial: evaluate", peaks, seconds, more_device_bytes=self._candidate_bytes())
+
+    def latency(self, spec: LatencySpec) -> PhaseForecast:
+        """Alternating generations of candidate and baseline; the number of blocks follows the study's settings."""
+        short = dataclasses.replace(
+            spec, blocks=2, warmup_blocks=0, max_warmup_blocks=0, min_duration_s=0.0, precision=None
+        )
+        with self._applied() as applied, self._meter.measuring() as peaks:
+            measure_latency(self.small.model, short, applied)
+        block_s = peaks.for_layers(self.depth) / 2
+        blocks = max(spec.blocks, math.ceil(spec.min_duration_s / block_s))
+        if spec.precision is not None:  # blocks are added until the interval is narrow, at most until max_duration_s
+            blocks = max(blocks, math.ceil(0.5 * spec.max_duration_s / block_s))
+        return self._forecast(
+            "trial: latency",
+            peaks,
+            (blocks + spec.warmup_blocks + 0.5) * block_s,
+            more_device_bytes=self._candidate_bytes(),
+        )
+
+    def memory(self, spec: LatencySpec) -> PhaseForecast:
+        """The run that reads peak memory."""
+        with self._meter.measuring() as peaks:
+            measure_peak_memory(self.small.model, spec)
+        return self._forecast(
+            "trial: memory", peaks, peaks.for_layers(self.depth), more_device_bytes=self._candidate_bytes()
+        )
+
+    def close(self) -> None:
+        """Delete the factors of the rehearsal."""
+        self._folder.cleanup()
+
+    def _forecast(
+        self, phase: str, peaks: Peaks, seconds: float, *, more_device_bytes: int = 0, disk_bytes: int = 0
+    ) -> PhaseForecast:
+        more = self.missing_weight_bytes + more_device_bytes
+        on_gpu = self.small.device.type == "cuda"
+        return PhaseForecast(
+            phase,
+            seconds,
+            host_bytes=peaks.host_bytes + (0 if on_gpu else more),
+            gpu_bytes=peaks.gpu_bytes + more if on_gpu else 0,
+            disk_bytes=disk_bytes,
+        )
+
+    def _state_bytes(self) -> tuple[int, int]:
+        """Hidden states of the calibration text that the rehearsal lacks, in memory, and those that go to disk."""
+        if self._calibration is None:
+            return 0, 0
+        config = self.small.model.config.get_text_config()
+        token_bytes = config.hidden_size * self.small.dtype.itemsize
+        total = kept = self._calibration.tokens * token_bytes
+        if any(METHODS[method].needs_gradients for method in self.small_requests):
+            total += self.depth * min(self._calibration.tokens, GRADIENT_TOKENS) * token_bytes
+        room = StateBudget.of(self.small.device).device_bytes
+        return max(0, min(total, room) - min(kept, room)), max(0, total - room)
+
+    def _candidate_bytes(self) -> int:
+        """Factors of a typical candidate beside the dense weights, in the layers that the rehearsal lacks."""
+        factors = 0.5 * self.bank_bytes() / max(1, len(self._requests)) / 4 * self.small.dtype.itemsize
+        return int(factors * (1 - 1 / max(1, len(self.decomposed_layers))))
+
+    def _held_out(self, tokens: int):  # type: ignore[no-untyped-def]
+        return held_out_windows(
+            self.small.tokenizer, self.config.calibration, tokens, longest_window=longest_window(self.small.model)
+        )
+
+    def _built_bank(self) -> FactorBank:
+        if self._bank is None:
+            self.bank()
+        assert self._bank is not None
+        return self._bank
+
+    def _applied(self):  # type: ignore[no-untyped-def]
+        from contextlib import contextmanager
+
+        @contextmanager
+        def applying():  # type: ignore[no-untyped-def]
+            point = self._whole_point(0.5)
+            applied = apply_point(self.small.model, self.small.topology, point, self._built_bank())
+            try:
+                yield applied
+            finally:
+                applied.undo()
+
+        return applying()
+
+    def _whole_point(self, share: float) -> DesignPoint:
+        """All tensors of the layer decomposed at this share of their largest rank, by the study's first method."""
+        method = next(iter(self.small_requests))
+        base = METHODS[method].refit_of or method
+        ranks = self.small_requests[method]
+        chosen: dict[str, TensorChoice] = {}
+        taken: set[str] = set()
+        for name, rank in ranks.items():
+            members = set(self.small.topology.tensors_of(name))
+            if name in self.small.topology.experts_by_name or members & taken:
+                continue
+            taken |= members
+            chosen[name] = TensorChoice(base, max(1, int(share * rank)))
+        return DesignPoint.of(chosen)
+
+    def _of_one_layer(self) -> dict[str, dict[str, int]]:
+        """The requests of the first decomposed layer, for the names of the small model."""
+        if not self.decomposed_layers:
+            return {}
+        first = self.decomposed_layers[0]
+        found: dict[str, dict[str, int]] = {}
+        for method, ranks in self._requests.items():
+            base = METHODS[method].refit_of or method
+            for name, rank in ranks.items():
+                if name in self.topology.experts_by_name or self.topology.matrix(name).layer != first:
+                    continue
+                own = name.replace(f"layers.{first}.", f"layers.{_FIRST}.")
+                of_method = found.setdefault(base, {})
+                of_method[own] = max(rank, of_method.get(own, 0))
+        return found
+
+    def _names(self, requests: Mapping[str, Mapping[str, int]]) -> list[str]:
+        return [name for ranks in requests.values() for name in ranks if name not in self.topology.experts_by_name]
