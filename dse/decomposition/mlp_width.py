@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dse.decomposition.fisher_svd import damped_metric
 from dse.decomposition.input_checks import check_gradient_gram, check_gram, check_rank
+from dse.double_precision import in_double
 
 __all__ = ["ChannelFactors", "channel_factors"]
 
@@ -95,7 +96,7 @@ def channel_factors(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None =
     metric, scale = torch.eye(outputs, dtype=torch.float64, device=weight.device), 1.0
     if gradient_gram is not None:
         check_gradient_gram(gradient_gram, outputs)
-        metric, scale = damped_metric(gradient_in_double(gram)), float(gradient_gram.diagonal().mean())
+        metric, scale = damped_metric(in_double(gradient_gram)), float(gradient_gram.diagonal().mean())
     order = _backward_elimination(in_double(weight), covariance, metric)
     root = torch.linalg.cholesky(covariance[order][:, order])
     columns = in_double(weight)[:, order] @ root

@@ -90,7 +90,9 @@ def _read_channels(
 def _other_children(parent: nn.Module, names: Iterable[str]) -> Sequence[str]:
     """Children with matrices that hold none of the MLP's: attention, if the MLP lies directly in its layer."""
     heads = {name.partition(".")[0] for name in names}
-    return [n for n, child in parent.named_children() if n not in heads and any(p.ndim >= 2 for p in child.parameters())]
+    return [
+        n for n, child in parent.named_children() if n not in heads and any(p.ndim >= 2 for p in child.parameters())
+    ]
 
 
 def _stubbed(parent: nn.Module, stubs: Mapping[str, nn.Module], removed: Mapping[str, int]) -> nn.Module:
