@@ -5,7 +5,8 @@ and one add per entry). Two factors of rank r have r(m + n) parameters and cost 
 core: r^2 parameters and 2r^2 FLOPs. A stack counts as one matrix, so its right factor counts once. The break-even rank
 is the largest r whose factors have no more parameters than the weight.
 
-A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache itself.
+An MLP of reduced width has fewer rows and columns in its matrices; parameters and FLOPs are proportional to the
+channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache itself.
 `dse.expert_tensor` has the arithmetic for fused expert tensors.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
 from dse.expert_tensor import ExpertTensor
-from dse.topology import Decomposable, RemovableBlock, Topology
+from dse.topology import Decomposable, Mlp, RemovableBlock, Topology
 
 __all__ = [
     "Cost",
@@ -62,9 +63,11 @@ def parameters_saved(topology: Topology, point: DesignPoint) -> int:
     bypassed = topology.passed_layers(point.removed)
     rest = {block.layer: block.rest_parameters for block in topology.blocks if block.layer in bypassed}
     blocks = sum(topology.blocks_by_name[name].parameters for name in point.removed)
-    choices = [(topology.decomposable(name), choice) for name, choice in point if not choice.is_removal]
+    choices = [(topology.decomposable(name), choice) for name, choice in point.decomposed]
     factors = sum(part.parameters - factor_parameters(part, choice) for part, choice in choices)
-    return factors + blocks + sum(rest.values())
+    mlps = [(topology.mlp(name), kept) for name, kept in point.widths.items()]
+    channels = sum(mlp.parameters_per_channel * (mlp.channels - kept) for mlp, kept in mlps)
+    return factors + channels + blocks + sum(rest.values())
 
 
 def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
@@ -99,7 +102,10 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
             problems.append(error)
             continue
         problems += _overlaps(topology, name, taken)
-        if isinstance(part, RemovableBlock) or choice.is_removal:
+        if choice.is_width:
+            problems += _width_problems(topology, name, choice.rank)
+            continue
+        if isinstance(part, (RemovableBlock, Mlp)) or choice.is_removal:
             problems += _removal_problems(part, choice)
             continue
         if problem := _expert_problem(part, choice):
@@ -153,12 +159,29 @@ def _expert_problem(part: Decomposable, choice: TensorChoice) -> PointError | No
     return None
 
 
-def _removal_problems(part: Decomposable | RemovableBlock, choice: TensorChoice) -> list[PointError]:
-    if isinstance(part, RemovableBlock) and not choice.is_removal:
+def _width_problems(topology: Topology, name: str, kept: int) -> list[PointError]:
+    """A problem if the part has no independent channels, or keeps all of them or more."""
+    try:
+        mlp = topology.mlp(name)
+    except PointError as error:
+        return [error]
+    if kept < mlp.channels:
+        return []
+    return [
+        RankError(
+            f"`rank < {mlp.channels}` must hold for the width of '{name}', which has {mlp.channels} channels, but got"
+            f" rank={kept}; lower it or leave the MLP dense."
+        )
+    ]
+
+
+def _removal_problems(part: Decomposable | RemovableBlock | Mlp, choice: TensorChoice) -> list[PointError]:
+    if isinstance(part, (RemovableBlock, Mlp)) and not choice.is_removal:
+        inside = (*part.tensors, *part.experts) if isinstance(part, RemovableBlock) else [t.name for t in part.tensors]
         return [
             PointError(
-                f"a block can only be removed, but '{part.name}' has method '{choice.method}'; name its tensors instead"
-                f" ({', '.join((*part.tensors, *part.experts))})"
+                f"a block can be removed, or an MLP reduced by method 'width', but '{part.name}' has method"
+                f" '{choice.method}'; name its tensors instead ({', '.join(inside)})"
             )
         ]
     if not isinstance(part, RemovableBlock) and choice.is_removal:
@@ -295,6 +318,10 @@ def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:
     for name, choice in point:
         if choice.is_removal:
             inside -= topology.blocks_by_name[name].matmul_parameters
+            continue
+        if choice.is_width:
+            mlp = topology.mlp(name)
+            inside -= mlp.entries_per_channel * (mlp.channels - choice.rank)
             continue
         part = topology.decomposable(name)
         if isinstance(part, ExpertTensor):

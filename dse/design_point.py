@@ -13,13 +13,16 @@ from typing import Any
 from dse.errors import PointError, did_you_mean
 from dse.topology import Topology
 
-__all__ = ["METHOD_NAMES", "REMOVED", "DesignPoint", "TensorChoice"]
+__all__ = ["METHOD_NAMES", "REMOVED", "WIDTH", "DesignPoint", "TensorChoice"]
 
 METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd", "fisher_svd", "fisher_svd_refit")
 """Names of the decomposition methods; `dse.decomposition` maps each to its function."""
 
 REMOVED = "removed"
 """The method name of a removed block, whose rank is 0."""
+
+WIDTH = "width"
+"""The method name of an MLP with fewer intermediate channels; its rank is the number of channels that are kept."""
 
 _CHOICE_KEYS = ("method", "rank", "expert_rank")
 _COMPACT_KEYS = (*_CHOICE_KEYS, "layers", "roles")
@@ -30,9 +33,9 @@ class TensorChoice:
     """Method and rank of one tensor, or the removal of a block.
 
     Attributes:
-        method: One of `METHOD_NAMES`, or `removed` for an attention or MLP block.
-        rank: Rank of the factors, from 1 to the tensor's break-even rank (`dse.cost.break_even_rank`). 0 for a removed
-            block only.
+        method: One of `METHOD_NAMES`, `width` for an MLP, or `removed` for an attention or MLP block.
+        rank: Rank of the factors, from 1 to the tensor's break-even rank (`dse.cost.break_even_rank`). For `width` the
+            number of channels kept. 0 for a removed block only.
         expert_rank: Rank of the expert mode of a fused expert tensor. 0 keeps the mode at full rank, and is the only
             value for other tensors.
     """
@@ -42,7 +45,7 @@ class TensorChoice:
     expert_rank: int = 0
 
     def __post_init__(self) -> None:
-        known = (*METHOD_NAMES, REMOVED)
+        known = (*METHOD_NAMES, WIDTH, REMOVED)
         if self.method not in known:
             raise PointError(
                 f"`method` must be one of {', '.join(known)}, but got '{self.method}'"
@@ -76,6 +79,16 @@ class TensorChoice:
     def is_removal(self) -> bool:
         """Whether the block is removed rather than decomposed."""
         return self.method == REMOVED
+
+    @property
+    def is_width(self) -> bool:
+        """Whether an MLP keeps some of its channels, rather than a tensor being decomposed."""
+        return self.method == WIDTH
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether a tensor, stack or fused expert tensor is replaced by factors."""
+        return not self.is_removal and not self.is_width
 
     def to_json(self) -> dict[str, Any]:
         """`{"method", "rank"}`, and `expert_rank` if it is not 0."""
@@ -132,7 +145,8 @@ class DesignPoint:
     ) -> DesignPoint:
         """Apply one method and rank to these roles of these layers (the compact form).
 
-        With method `removed` and rank 0 the roles are those of blocks: `attention`, `mlp`, or "all" for both.
+        With method `removed` and rank 0 the roles are those of blocks: `attention`, `mlp`, or "all" for both. With
+        method `width` the role is `mlp`.
 
         Raises:
             PointError: A layer, role, method or rank is not valid.
@@ -145,6 +159,8 @@ class DesignPoint:
     ) -> DesignPoint:
         if choice.is_removal and roles == "all":
             roles = ["attention", "mlp"]
+        if choice.is_width and roles == "all":
+            roles = ["mlp"]
         return cls(tuple((name, choice) for name in topology.select(layers, roles)))
 
     @classmethod
@@ -234,6 +250,16 @@ class DesignPoint:
     def removed(self) -> tuple[str, ...]:
         """Names of the blocks that are removed."""
         return tuple(name for name, choice in self.choices if choice.is_removal)
+
+    @cached_property
+    def widths(self) -> Mapping[str, int]:
+        """Name of each MLP with a reduced width -> channels kept."""
+        return {name: choice.rank for name, choice in self.choices if choice.is_width}
+
+    @cached_property
+    def decomposed(self) -> tuple[tuple[str, TensorChoice], ...]:
+        """The (name, choice) pairs that replace a tensor, stack or fused expert tensor by factors."""
+        return tuple(pair for pair in self.choices if pair[1].has_factors)
 
     @property
     def is_dense(self) -> bool:

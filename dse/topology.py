@@ -17,6 +17,7 @@ __all__ = [
     "Decomposable",
     "DecomposableTensor",
     "Matrix",
+    "Mlp",
     "RemovableBlock",
     "TensorStack",
     "Topology",
@@ -182,6 +183,53 @@ class RemovableBlock:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """An MLP whose intermediate channels can be dropped one by one, so that its matrices get smaller.
+
+    Each channel of the intermediate activations depends on its own rows of the input matrices alone, and meets its own
+    column of the output matrix. `dse.models.mlp_channels` verifies this when it builds the topology.
+
+    Attributes:
+        name: Canonical name, `layers.<layer>.mlp`.
+        layer: 0-based index of the layer.
+        inputs: Tensors whose rows produce the channels: gate and up, the fused gate_up, or the intermediate matrix.
+        output: Tensor whose columns read the channels: down, or an encoder's output matrix.
+    """
+
+    name: str
+    layer: int
+    inputs: tuple[DecomposableTensor, ...]
+    output: DecomposableTensor
+    role: str = "mlp"
+
+    @property
+    def channels(self) -> int:
+        """Intermediate channels of the dense MLP."""
+        return self.output.in_features
+
+    @property
+    def tensors(self) -> tuple[DecomposableTensor, ...]:
+        """All its matrices, the output last."""
+        return (*self.inputs, self.output)
+
+    @property
+    def entries_per_channel(self) -> int:
+        """Matrix entries that go with one channel."""
+        return sum(tensor.parameters for tensor in self.tensors) // self.channels
+
+    @property
+    def parameters_per_channel(self) -> int:
+        """Parameters that go with one channel: matrix entries and the biases of its rows."""
+        biases = sum(tensor.out_features for tensor in self.inputs if tensor.has_bias)
+        return self.entries_per_channel + biases // self.channels
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all channels; the bias of the output is not among them."""
+        return self.parameters_per_channel * self.channels
+
+
+@dataclass(frozen=True)
 class Topology:
     """The decomposable parts of a model and the sizes that the cost arithmetic needs.
 
@@ -205,6 +253,7 @@ class Topology:
         experts: Fused tensors of routed experts that can be decomposed, ordered by layer; `other_matmul_parameters`
             includes their entries per token.
         experts_refused: Name of a fused expert tensor that cannot be decomposed -> reason.
+        mlps: MLPs whose width can be reduced, ordered by layer.
     """
 
     architecture: str
@@ -225,6 +274,7 @@ class Topology:
     stacks: tuple[TensorStack, ...] = field(default=())
     experts: tuple[ExpertTensor, ...] = field(default=())
     experts_refused: Mapping[str, str] = field(default_factory=dict)
+    mlps: tuple[Mlp, ...] = field(default=())
 
     @cached_property
     def blocks_by_name(self) -> Mapping[str, RemovableBlock]:
@@ -235,6 +285,11 @@ class Topology:
     def stacks_by_name(self) -> Mapping[str, TensorStack]:
         """Canonical name to stack."""
         return {stack.name: stack for stack in self.stacks}
+
+    @cached_property
+    def mlps_by_name(self) -> Mapping[str, Mlp]:
+        """Canonical name to MLP whose width can be reduced."""
+        return {mlp.name: mlp for mlp in self.mlps}
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -273,14 +328,32 @@ class Topology:
             )
         return self.experts_by_name[name] if name in self.experts_by_name else self.matrix(name)
 
-    def part(self, name: str) -> Decomposable | RemovableBlock:
-        """The part called `name`: a tensor, a stack, a fused expert tensor or a removable block.
+    def mlp(self, name: str) -> Mlp:
+        """The MLP called `name`, whose width can be reduced.
+
+        Raises:
+            PointError: No such MLP has that name.
+        """
+        if name in self.mlps_by_name:
+            return self.mlps_by_name[name]
+        known = ", ".join(list(self.mlps_by_name)[:3])
+        raise PointError(
+            f"method 'width' reduces the channels of an MLP, but '{name}' is none of this model's"
+            f" {len(self.mlps)} MLPs with independent channels{f' ({known}, ...)' if known else ''}"
+        )
+
+    def part(self, name: str) -> Decomposable | RemovableBlock | Mlp:
+        """The part called `name`: a tensor, a stack, a fused expert tensor, a removable block or an MLP.
+
+        A removable MLP block may also be an MLP whose width can be reduced; then this returns the block.
 
         Raises:
             PointError: No part has that name, or the block cannot be removed (with the reason).
         """
         if name in self.blocks_by_name:
             return self.blocks_by_name[name]
+        if name in self.mlps_by_name:
+            return self.mlps_by_name[name]
         if name in self.blocks_refused:
             raise PointError(
                 f"'{name}' must be a block that the model can skip exactly, but {self.blocks_refused[name]}"
@@ -292,6 +365,8 @@ class Topology:
         part = self.part(name)
         if isinstance(part, RemovableBlock):
             return (*part.tensors, *part.experts)
+        if isinstance(part, Mlp):
+            return tuple(tensor.name for tensor in part.tensors)
         return tuple(member.name for member in part.members) if isinstance(part, TensorStack) else (part.name,)
 
     def passed_layers(self, removed: Iterable[str]) -> tuple[int, ...]:
@@ -312,7 +387,12 @@ class Topology:
     @cached_property
     def part_roles(self) -> tuple[str, ...]:
         """Roles of all parts inside the layers: tensors, stacks, fused experts and removable blocks."""
-        parts: tuple[Decomposable | RemovableBlock, ...] = (*self.stacks, *self.experts, *self.blocks)
+        parts: tuple[Decomposable | RemovableBlock | Mlp, ...] = (
+            *self.stacks,
+            *self.experts,
+            *self.blocks,
+            *self.mlps,
+        )
         more = [part.role for part in parts]
         return tuple(dict.fromkeys((*self.roles, *more)))
 
@@ -358,8 +438,15 @@ class Topology:
                 f"a role must be one of {', '.join(self.part_roles)} for {self.architecture}, but got '{role}'"
                 f"{did_you_mean(role, self.part_roles)}"
             )
-        parts: tuple[Decomposable | RemovableBlock, ...] = (*self.tensors, *self.stacks, *self.experts, *self.blocks)
-        return tuple(p.name for p in parts if p.layer in wanted_layers and p.role in wanted_roles)
+        parts: tuple[Decomposable | RemovableBlock | Mlp, ...] = (
+            *self.tensors,
+            *self.stacks,
+            *self.experts,
+            *self.blocks,
+            *self.mlps,
+        )
+        names = (p.name for p in parts if p.layer in wanted_layers and p.role in wanted_roles)
+        return tuple(dict.fromkeys(names))
 
     def _refuse_role_with_reason(self, role: str) -> None:
         """Raise the recorded reason if parts of this role exist but cannot be used."""

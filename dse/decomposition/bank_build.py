@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,13 +14,14 @@ from dse.decomposition.factor_store import FactorStore
 from dse.decomposition.factors import as_matrix
 from dse.decomposition.layer_grams import GramSettings, iterate_layer_grams
 from dse.decomposition.methods import METHODS, factorise
-from dse.design_point import DesignPoint, TensorChoice
+from dse.decomposition.mlp_width import channel_factors
+from dse.design_point import WIDTH, DesignPoint, TensorChoice
 from dse.errors import PointError
 from dse.models import LoadedModel
 from dse.models.layer_paths import layer_paths
 from dse.progress import ProgressCallback
 
-__all__ = ["dense_weight", "fill_store"]
+__all__ = ["dense_weight", "fill_channels", "fill_store"]
 
 
 def fill_store(
@@ -53,6 +54,35 @@ def fill_store(
         progress("decompose", done - 1, len(names))
         store.put(name, factorise(dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
         progress("decompose", done, len(names))
+
+
+def fill_channels(
+    store: FactorStore,
+    loaded: LoadedModel,
+    names: Sequence[str],
+    calibration: CalibrationWindows,
+    settings: GramSettings,
+    progress: ProgressCallback,
+) -> None:
+    """Order the channels of these MLPs and write what their widths are computed from, one MLP after the other.
+
+    Args:
+        store: Where the channels go.
+        loaded: The dense model, resident or with its weights on disk.
+        names: MLPs whose width can be reduced.
+        calibration: Calibration text.
+        settings: Devices and memory.
+        progress: Called as ("decompose", done, total) in MLPs, and with the phases of `iterate_layer_grams`.
+    """
+    mlps = {loaded.topology.mlp(name).output.name: name for name in names}
+    for name in mlps:
+        _check_dense(loaded, name)
+    progress("decompose", 0, len(mlps))
+    inputs = _inputs(loaded, WIDTH, tuple(mlps), calibration, settings, progress)
+    for done, (name, gram, gradient_gram) in enumerate(inputs, 1):
+        assert gram is not None  # noqa: S101 - the method is calibrated
+        store.put_channels(mlps[name], channel_factors(dense_weight(loaded, name), gram, gradient_gram))
+        progress("decompose", done, len(mlps))
 
 
 def _inputs(

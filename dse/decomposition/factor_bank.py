@@ -12,17 +12,18 @@ import filelock
 import torch
 
 from dse.cost import check_point, has_core
-from dse.decomposition.bank_build import fill_store
+from dse.decomposition.bank_build import fill_channels, fill_store
 from dse.decomposition.calibration_text import CalibrationWindows, longest_window, named_calibration
 from dse.decomposition.expert_surgery import dense_experts
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
 from dse.decomposition.factors import LowRankFactors, TuckerFactors
 from dse.decomposition.layer_grams import GramSettings
 from dse.decomposition.methods import METHODS
+from dse.decomposition.mlp_width import ChannelFactors
 from dse.decomposition.refit_cache import REFIT_VERSION, PointRefitter, RefittedFactors, is_refitted, is_refitting
 from dse.decomposition.tucker import tucker_of_experts
 from dse.defaults import CALIBRATION_TOKENS
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import WIDTH, DesignPoint, TensorChoice
 from dse.errors import CalibrationError, PointError, StorageFullError
 from dse.files import cache_dir, disk_errors
 from dse.models import LoadedModel
@@ -106,12 +107,18 @@ class FactorBank:
                 missing = {name: rank for name, rank in matrices.items() if store.rank(name) < rank}
                 if missing:
                     _check_room(store.folder, loaded.topology, method, missing)
+                if missing and method == WIDTH and calibration is not None:
+                    fill_channels(store, loaded, tuple(missing), calibration, settings or GramSettings(), progress)
+                elif missing:
                     fill_store(store, loaded, method, missing, calibration, settings or GramSettings(), progress)
         return bank
 
     @staticmethod
     def stored_bytes(topology: Topology, method: str, ranks: Mapping[str, int]) -> int:
-        """Bytes on disk of the factors of these matrices, float32, at these ranks."""
+        """Bytes on disk of the factors of these matrices or MLPs, float32, at these ranks."""
+        if method == WIDTH:
+            mlps = [topology.mlp(name) for name in ranks]
+            return sum(4 * mlp.channels * (mlp.channels + mlp.output.out_features + 4) for mlp in mlps)
         sizes = [4 * rank * sum(topology.matrix(name).shape) for name, rank in ranks.items()]
         return sum(sizes) + (sum(4 * rank**2 for rank in ranks.values()) if has_core(method) else 0)
 
@@ -135,7 +142,7 @@ class FactorBank:
             )
         if method not in self._stores:
             raise PointError(f"this factor bank must hold '{method}' for point {point.id}; build the bank for it")
-        return self._refitter.refit(point, self.factors, self._stores[method].folder / REFIT_VERSION)
+        return self._refitter.refit(point, self.factors, self.channels, self._stores[method].folder / REFIT_VERSION)
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
         """Factors of one tensor, sliced from the bank; float32 on the CPU.
@@ -153,6 +160,17 @@ class FactorBank:
                 f" rank={choice.rank}; build the bank for it"
             )
         return store.get(name, choice.rank)
+
+    def channels(self, name: str) -> ChannelFactors:
+        """The ordered channels of one MLP, from which every width of it is computed; on the CPU.
+
+        Raises:
+            PointError: The bank was not built for this MLP.
+        """
+        store = self._stores.get(WIDTH)
+        if store is None or not store.rank(name):
+            raise PointError(f"this factor bank must hold the channels of '{name}'; build the bank for its width")
+        return store.get_channels(name)
 
     def expert_factors(self, name: str, choice: TensorChoice) -> TuckerFactors:
         """Factors of a fused expert tensor at exactly these ranks, read from disk or computed now; float32 on the CPU.

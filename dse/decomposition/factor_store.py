@@ -1,5 +1,7 @@
 """Factors of one method on disk: one safetensors file per tensor, and a manifest with the digest of each.
 
+For method `width` a file holds the ordered channels of one MLP and its Cholesky factor, which serve all widths.
+
 Left factors are stored transposed, so that the leading r columns of both factors are one contiguous slice of a
 memory-mapped file: reading rank 8 of a factor built to rank 256 touches 8 rows. Tucker factors of fused expert tensors
 are stored whole, one file per choice of ranks.
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors, TuckerFactors
+from dse.decomposition.mlp_width import ChannelFactors
 from dse.files import write_bytes
 
 __all__ = ["SCHEMA_VERSION", "FactorStore"]
@@ -90,6 +93,18 @@ class FactorStore:
                 return None
             self._verified.add(key)
         return TuckerFactors(**safetensors.torch.load_file(self._path(key)))
+
+    def put_channels(self, name: str, factors: ChannelFactors) -> None:
+        """Write what every width of one MLP is computed from, then the manifest.
+
+        Raises:
+            StorageFullError: The disk is full or the folder cannot be written.
+        """
+        self._write(name, {key: tensor.contiguous() for key, tensor in vars(factors).items()}, len(factors.channels))
+
+    def get_channels(self, name: str) -> ChannelFactors:
+        """What every width of one MLP is computed from; the tensors are memory-mapped."""
+        return ChannelFactors(**safetensors.torch.load_file(self._path(name)))
 
     def _write(self, key: str, tensors: dict[str, Tensor], rank: int) -> None:
         content = safetensors.torch.save(tensors)

@@ -11,7 +11,7 @@ from dse.decomposition.leading_eigenvectors import leading_eigenvectors, product
 from dse.decomposition.svd_methods import cholesky_with_damping
 from dse.double_precision import in_double
 
-__all__ = ["fisher_divergence", "fisher_svd"]
+__all__ = ["damped_metric", "fisher_divergence", "fisher_svd"]
 
 _DAMPING = 0.5
 """Share of the mean squared gradient that is added to every output.
@@ -96,7 +96,7 @@ def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tens
     check_gram(gram, weight.shape[1])
     check_gradient_gram(gradient_gram, weight.shape[0])
     wide = in_double(weight)
-    metric = _damped(in_double(gradient_gram))
+    metric = damped_metric(in_double(gradient_gram))
     if weight.shape[0] <= weight.shape[1]:
         root = cholesky_with_damping(metric)
         weighted = root.T @ wide
@@ -106,7 +106,7 @@ def _weighted(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> tuple[Tens
     return root, weighted, symmetric_product(weighted.T, metric @ weighted)
 
 
-def _damped(gradient_gram: Tensor) -> Tensor:
+def damped_metric(gradient_gram: Tensor) -> Tensor:
     """The metric with a share of its mean diagonal added, scaled to a mean diagonal of 1 for good conditioning."""
     eye = torch.eye(len(gradient_gram), dtype=gradient_gram.dtype, device=gradient_gram.device)
     mean = gradient_gram.diagonal().mean()

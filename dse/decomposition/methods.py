@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.fisher_svd import fisher_svd
+from dse.decomposition.mlp_width import channel_factors
 from dse.decomposition.svd_methods import truncated_svd, whitened_svd
 from dse.decomposition.tucker import tucker, tucker_merged
+from dse.design_point import WIDTH
 from dse.errors import CalibrationError
 
 __all__ = ["METHODS", "Method", "factorise"]
@@ -22,7 +25,8 @@ class Method:
 
     Attributes:
         function: `(weight, rank)` to factors; `(weight, rank, gram)` for a calibrated method; `(weight, rank, gram,
-            gradient_gram)` for a method that also uses gradients.
+            gradient_gram)` for a method that also uses gradients. For `width`, `channel_factors`, which serves all
+            widths of an MLP.
         is_calibrated: Whether it needs the Gram matrix of calibration activations.
         needs_gradients: Whether it also needs the Gram matrix of output gradients.
         refit_of: For a method that refits left factors to the whole point (`dse.decomposition.refit`), the method whose
@@ -30,7 +34,7 @@ class Method:
             tensor separately.
     """
 
-    function: Callable[..., LowRankFactors]
+    function: Callable[..., Any]
     is_calibrated: bool = False
     needs_gradients: bool = False
     refit_of: str = ""
@@ -43,6 +47,7 @@ METHODS: Mapping[str, Method] = {
     "whitened_svd": Method(whitened_svd, is_calibrated=True),
     "fisher_svd": Method(fisher_svd, is_calibrated=True, needs_gradients=True),
     "fisher_svd_refit": Method(fisher_svd, is_calibrated=True, needs_gradients=True, refit_of="fisher_svd"),
+    WIDTH: Method(channel_factors, is_calibrated=True, needs_gradients=True),
 }
 
 
@@ -63,14 +68,18 @@ def factorise(
         RankError: `rank` lies outside its interval.
     """
     entry = METHODS[method]
+    factors: LowRankFactors
     if not entry.is_calibrated:
-        return entry.function(weight, rank)
+        factors = entry.function(weight, rank)
+        return factors
     if gram is None:
         raise CalibrationError(
             f"method '{method}' needs calibration activations, but none were given; name calibration text"
         )
     if not entry.needs_gradients:
-        return entry.function(weight, rank, gram)
+        factors = entry.function(weight, rank, gram)
+        return factors
     if gradient_gram is None:
         raise CalibrationError(f"method '{method}' needs gradients on calibration text, but none were given")
-    return entry.function(weight, rank, gram, gradient_gram)
+    factors = entry.function(weight, rank, gram, gradient_gram)
+    return factors

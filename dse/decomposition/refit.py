@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dse.decomposition.activation_grams import StopForward, forward_body
 from dse.decomposition.factors import LowRankFactors, as_matrix
+from dse.decomposition.mlp_width import ChannelFactors
 from dse.decomposition.svd_methods import cholesky_with_damping
 from dse.double_precision import in_double
 from dse.errors import NonFiniteError
@@ -40,6 +41,7 @@ def refit_factors(
     factors: Mapping[str, LowRankFactors],
     refitted: frozenset[str],
     removed: tuple[str, ...],
+    widths: Mapping[str, tuple[ChannelFactors, int]],
     token_ids: Tensor,
     *,
     progress: ProgressCallback = ignore_progress,
@@ -62,6 +64,7 @@ def refit_factors(
         factors: Factors of each tensor or stack of the point, by name; those to refit have no core.
         refitted: Names of the tensors to refit; the other factors are used unchanged.
         removed: Names of removed blocks.
+        widths: MLPs of reduced width: their channels, and the number kept. They are not refitted.
         token_ids: Calibration windows, shape (windows, window). All of them form one batch, so the widest activation
             must fit in memory twice.
         progress: Called as ("refit", done, total) in tensors; members of a stack count separately.
@@ -78,11 +81,17 @@ def refit_factors(
     if not refitted:
         return dict(factors)
     members = {path: own for name in factors for path, own in _by_module(topology.matrix(name), factors[name]).items()}
+    narrow = {
+        topology.mlp(name).output.module: (channels.kept(width), channels.output_matrix(width))
+        for name, (channels, width) in widths.items()
+    }
     waiting = {path for name in refitted for path in topology.matrix(name).modules}
     total = len(waiting)
     fitted: dict[str, Tensor] = {}
 
     def decomposed(path: str, module: nn.Module, inputs: Tensor, dense: Tensor) -> Tensor:
+        if path in narrow:
+            return _narrow_outputs(module, inputs, *narrow[path])
         outputs, after = _decomposed_outputs(module, inputs, dense, members[path], path in waiting)
         if not bool(torch.isfinite(outputs).all()):
             raise NonFiniteError(f"activations of the decomposed model must be finite, but those of '{path}' are not")
@@ -95,7 +104,7 @@ def refit_factors(
         return outputs
 
     blocks = [topology.blocks_by_name[name].module for name in removed]
-    with _two_models_in_a_batch(model, tuple(members), blocks, decomposed):
+    with _two_models_in_a_batch(model, (*members, *narrow), blocks, decomposed):
         forward_body(model, torch.cat((token_ids, token_ids)))
     lefts = {name: torch.cat([fitted[path] for path in topology.matrix(name).modules]) for name in refitted}
     return {**factors, **{name: LowRankFactors(left, factors[name].right) for name, left in lefts.items()}}
@@ -158,6 +167,14 @@ def _decomposed_outputs(
     left = factors.left if factors.core is None else factors.left @ factors.core
     outputs = components @ left.to(dense).T
     return outputs if bias is None else outputs + bias, factors
+
+
+def _narrow_outputs(module: nn.Module, inputs: Tensor, kept: Tensor, matrix: Tensor) -> Tensor:
+    """Outputs of an MLP's refitted output matrix; the channels are those of the dense input matrices."""
+    outputs = inputs[..., kept.to(inputs.device)] @ matrix.to(inputs).T
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)  # noqa: S101 - narrows the type
+    return outputs if bias is None else outputs + bias
 
 
 def _refitted_left(weight: Tensor, inputs: Tensor, components: Tensor, dense: Tensor, left: Tensor) -> Tensor:

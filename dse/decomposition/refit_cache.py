@@ -19,6 +19,7 @@ import safetensors.torch
 from dse.decomposition.calibration_text import CalibrationWindows
 from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.methods import METHODS
+from dse.decomposition.mlp_width import ChannelFactors
 from dse.decomposition.refit import refit_factors
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import CalibrationError
@@ -55,6 +56,11 @@ class RefittedFactors:
     """The factors of one point: a `FactorSource` for that point only."""
 
     by_name: Mapping[str, LowRankFactors]
+    channels_of: Callable[[str], ChannelFactors]
+
+    def channels(self, name: str) -> ChannelFactors:
+        """The ordered channels of an MLP; a refit does not change them."""
+        return self.channels_of(name)
 
     def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
         """Factors of one of the point's tensors."""
@@ -76,13 +82,18 @@ class PointRefitter:
     progress: ProgressCallback
 
     def refit(
-        self, point: DesignPoint, stored: Callable[[str, TensorChoice], LowRankFactors], folder: Path
+        self,
+        point: DesignPoint,
+        stored: Callable[[str, TensorChoice], LowRankFactors],
+        channels: Callable[[str], ChannelFactors],
+        folder: Path,
     ) -> RefittedFactors:
         """The refitted factors of a point, read from disk if cached.
 
         Args:
             point: Uses a refitting method for at least one tensor.
             stored: Returns the bank's factors of a tensor.
+            channels: Returns the ordered channels of an MLP.
             folder: Where refits are cached.
 
         Raises:
@@ -90,10 +101,10 @@ class PointRefitter:
             NonFiniteError: The decomposed model's activations are not finite.
             StorageFullError: The folder cannot be written.
         """
-        factors = {name: stored(name, choice) for name, choice in point if not choice.is_removal}
+        factors = {name: stored(name, choice) for name, choice in point.decomposed}
         refitted = frozenset(name for name, choice in point if is_refitting(choice))
         if (known := _read(folder, point, factors, refitted)) is not None:
-            return RefittedFactors(known)
+            return RefittedFactors(known, channels)
         if self.windows is None:
             raise CalibrationError("refitting a point needs calibration text, but none was given")
         found = refit_factors(
@@ -102,11 +113,12 @@ class PointRefitter:
             factors,
             refitted,
             point.removed,
+            {name: (channels(name), width) for name, width in point.widths.items()},
             self.windows.spread(REFIT_TOKENS),
             progress=self.progress,
         )
         _write(folder, point, {name: found[name] for name in refitted})
-        return RefittedFactors(found)
+        return RefittedFactors(found, channels)
 
 
 def _read(

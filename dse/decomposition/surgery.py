@@ -21,6 +21,7 @@ from dse.decomposition.low_rank_modules import (
     linear_from,
 )
 from dse.decomposition.swaps import Swap, module_swap, weight_problems
+from dse.decomposition.width_surgery import width_swaps
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.models import LoadedModel
@@ -115,8 +116,10 @@ def apply_point(
     """
     problems = point_problems(topology, point)
     behind_norms = _decomposed_behind_norms(model, topology)
-    for name, _ in point:
-        if name in topology.blocks_by_name:
+    for name, choice in point:
+        if choice.is_width and name in topology.mlps_by_name:
+            problems += [p for t in topology.mlp(name).tensors for p in _module_problems(model, t, behind_norms)]
+        elif name in topology.blocks_by_name:
             problems += removal_problems(model, topology.blocks_by_name[name])
         elif name in topology.experts_by_name:
             problems += expert_problems(model, topology.experts_by_name[name])
@@ -133,11 +136,15 @@ def apply_point(
     swaps: list[Swap] = []
     try:
         for name, choice in point:
-            if not choice.is_removal and name not in topology.experts_by_name:
+            if choice.has_factors and name not in topology.experts_by_name:
                 swaps += _factor_swaps(model, topology.matrix(name), source.factors(name, choice))
                 if waiting is not None:  # now, so that the device never holds both sides of the whole point
                     waiting.release(_modules_of(swaps, "dense"), kept=_modules_of(swaps, "point"))
-        swaps += [*expert_swaps(model, topology, point, source), *removal_swaps(model, topology, point.removed)]
+        swaps += [
+            *expert_swaps(model, topology, point, source),
+            *width_swaps(model, topology, point, source),
+            *removal_swaps(model, topology, point.removed),
+        ]
         applied = AppliedPoint(point, swaps, waiting)
         applied.use_candidate()
     except BaseException:  # also an interrupt between two swaps, which must not leave half of the point applied

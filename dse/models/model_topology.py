@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
 from dse.models.fused_experts import find_experts
 from dse.models.layer_skeleton import find_stacks
+from dse.models.mlp_channels import find_mlps
 from dse.models.passed_layer import PassedLayer
 from dse.models.removable_blocks import find_blocks
 from dse.models.roles import ROLE_ORDER, check_role_names, role_of, suffix_match
@@ -95,6 +96,7 @@ def topology_of(model: PreTrainedModel, role_names: Mapping[str, str] | None = N
         stacks=find_stacks(model, inside, removable),
         experts=experts,
         experts_refused=experts_refused,
+        mlps=find_mlps(model, inside),
     )
 
 

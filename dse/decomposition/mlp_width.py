@@ -1,0 +1,131 @@
+"""`width`: an MLP that keeps its most useful channels, with the output matrix refitted to them.
+
+Let h be the intermediate activations of an MLP, C = E[h h^T], and W the output matrix (down). Keeping the channels S
+replaces W h by W' h_S with
+
+    W' = W C'[:, S] (C'[S, S])^-1,    C' = C + p diag(C):
+
+ridge regression that shrinks towards the old columns (a Nystroem approximation of C'). The rows of the input matrices
+stay as they are. The result is a dense MLP with smaller matrices, which every engine runs at full speed.
+
+Channels are eliminated backwards: always those whose loss costs least after all others are refitted (as weights in
+optimal brain surgeon, Hassibi and Stork 1993). To second order an error E h in the output costs the model a divergence
+of 1/2 tr(D E C E^T) nats per token, with D the mean of g g^T over the gradients g of the loss with respect to the
+output, as in `dse.decomposition.fisher_svd`.
+
+The channel sets are nested. With channels in order of usefulness, C' = L L^T and M = W L, the refitted matrix of the
+first k channels is W' = M[:, :k] L[:k, :k]^-1, and its squared error in the metrics of C' and D is the sum of
+m_j^T D m_j over the other columns of M. So one Cholesky factor serves all widths.
+
+Source: MoDeGPT (Lin et al., arXiv 2408.09632), section 3.2, for the Nystroem approximation of an MLP; its channels come
+from ridge leverage scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dse.decomposition.fisher_svd import damped_metric
+from dse.decomposition.input_checks import check_gradient_gram, check_gram, check_rank
+from dse.double_precision import in_double
+
+__all__ = ["ChannelFactors", "channel_factors"]
+
+_SHRINKAGE = 0.1
+"""Share p of each channel's power that is added to C. Larger values shrink more towards the old columns."""
+
+_DEAD_CHANNEL = 1e-6
+"""A channel without activations counts with this share of the mean power, so that C' is invertible."""
+
+_ELIMINATED_TOGETHER = 16
+"""Channels eliminated in one step; between steps the others are refitted."""
+
+
+@dataclass(frozen=True)
+class ChannelFactors:
+    """What every width of one MLP is computed from.
+
+    Attributes:
+        channels: All channels, the most useful first, shape (I,), int64.
+        root: Lower Cholesky factor L of C' in this order, shape (I, I), float32.
+        outputs: M = W L, shape (O, I), float32.
+        divergence: Expected divergence in nats per token with the first k channels, k = 0 ... I, shape (I + 1,),
+            float64; 0 at the end. All zero if no gradient reaches the MLP.
+    """
+
+    channels: Tensor
+    root: Tensor
+    outputs: Tensor
+    divergence: Tensor
+
+    def kept(self, width: int) -> Tensor:
+        """The channels of this width, ascending, shape (width,)."""
+        return self.channels[:width].sort().values
+
+    def output_matrix(self, width: int) -> Tensor:
+        """The refitted output matrix for `kept(width)`, shape (O, width), float32."""
+        root = self.root[:width, :width].to(torch.float64)
+        left = self.outputs[:, :width].to(torch.float64)
+        # X L = M  <=>  L^T X^T = M^T
+        solved = torch.linalg.solve_triangular(root.T, left.T, upper=True).T
+        return solved[:, self.channels[:width].argsort()].to(torch.float32).contiguous()
+
+
+def channel_factors(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None = None) -> ChannelFactors:
+    """Order the channels of an MLP, and factorise what every width needs.
+
+    Args:
+        weight: The output matrix, shape (O, I), floating point.
+        gram: Mean of h h^T over calibration tokens, shape (I, I).
+        gradient_gram: Mean of g g^T over calibration tokens, shape (O, O); None lets all outputs count alike, and the
+            divergence is then half the mean squared error of the output.
+
+    Raises:
+        NonFiniteError: The weight or a Gram matrix holds NaN or infinity.
+        CalibrationError: A Gram matrix has another size, or all activations are zero.
+    """
+    outputs, size = weight.shape
+    check_rank(weight, 1)
+    check_gram(gram, size)
+    moments = in_double(gram)
+    power = moments.diagonal()
+    covariance = moments + torch.diag(_SHRINKAGE * power + _DEAD_CHANNEL * power.mean())
+    metric, scale = torch.eye(outputs, dtype=torch.float64, device=weight.device), 1.0
+    if gradient_gram is not None:
+        check_gradient_gram(gradient_gram, outputs)
+        metric, scale = damped_metric(in_double(gradient_gram)), float(gradient_gram.diagonal().mean())
+    order = _backward_elimination(in_double(weight), covariance, metric)
+    root = torch.linalg.cholesky(covariance[order][:, order])
+    columns = in_double(weight)[:, order] @ root
+    lost = ((metric @ columns) * columns).sum(0)
+    left_out = torch.cat((lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)))
+    return ChannelFactors(
+        order.cpu(), root.to("cpu", torch.float32), columns.to("cpu", torch.float32), (0.5 * scale * left_out).cpu()
+    )
+
+
+def _backward_elimination(weight: Tensor, covariance: Tensor, metric: Tensor) -> Tensor:
+    """All channels, the last to be eliminated first.
+
+    Eliminating channel j and refitting the others costs w_j^T D w_j / [C'^-1]_jj. The weight and the inverse are
+    updated by blocks, as of a Schur complement.
+    """
+    remaining = torch.arange(weight.shape[1], device=weight.device)
+    weighted = metric @ weight  # kept up to date, since a product in every step would dominate the cost
+    inverse = torch.linalg.inv(covariance)
+    eliminated: list[Tensor] = []
+    while len(remaining):
+        costs = (weighted * weight).sum(0) / inverse.diagonal()
+        cheapest = costs.argsort()[:_ELIMINATED_TOGETHER]
+        stays = torch.ones(len(remaining), dtype=torch.bool, device=weight.device)
+        stays[cheapest] = False
+        step = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest][:, stays])
+        weight = weight[:, stays] - weight[:, cheapest] @ step
+        weighted = weighted[:, stays] - weighted[:, cheapest] @ step
+        inverse = inverse[stays][:, stays] - inverse[stays][:, cheapest] @ step
+        eliminated.append(remaining[cheapest])
+        remaining = remaining[stays]
+    return torch.cat(eliminated).flip(0)
