@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,12 @@ from dse.decomposition import FactorBank, decompose
 from dse.design_point import DesignPoint, TensorChoice
 from dse.engines import ENGINES, PairedServing
 from dse.errors import DseError
+from dse.export import engine_pair
 from dse.measurement import LatencySpec, PhaseLatency, grid_of
 from dse.models import LoadedModel
 from dse.progress import ignore_progress
-from dse.trial import EngineMeasurer, MeasurementPlan, engine_pair, first_cell
+from dse.topology import Topology
+from dse.trial import EngineMeasurer, MeasurementPlan, first_cell
 
 REDUCTION = 0.2
 
@@ -49,7 +51,7 @@ def main() -> int:
     options = parser.parse_args()
     loaded = load_model(options.model)
     points = {name: point for name, point in forms(loaded) if not options.forms or name in options.forms.split(",")}
-    bank = FactorBank.build(loaded, list(points.values()), None)
+    bank = FactorBank.build(loaded, list(points.values()), "general")
     sizes = [(int(batch), options.prompt, options.new) for batch in options.batch.split(",")]
     spec = LatencySpec(blocks=options.blocks, precision=options.precision, max_duration_s=options.max_seconds)
     report: dict[str, Any] = {"model": options.model, "threads": torch.get_num_threads(), "engines": {}}
@@ -70,26 +72,32 @@ def forms(loaded: LoadedModel) -> Iterator[tuple[str, DesignPoint]]:
     stacked = [stack.name for stack in topology.stacks]
     members = {member for name in stacked for member in topology.tensors_of(name)}
     beside = [name for name in matrices if name not in members]
-    yield "low rank", _uniform(loaded, matrices)
+    yield "low rank", _uniform(loaded, _break_even(topology, matrices))
     if stacked:
-        yield "stacks", _uniform(loaded, [*stacked, *beside])
+        yield "stacks", _uniform(loaded, _break_even(topology, [*stacked, *beside]))
     if topology.blocks:
         yield "removed blocks", _removed(loaded)
+    if topology.mlps:
+        widths = {mlp.name: mlp.channels for mlp in topology.mlps}
+        yield "reduced MLP width", _uniform(loaded, widths, "width")
 
 
-def _uniform(loaded: LoadedModel, names: Sequence[str]) -> DesignPoint:
-    """The same share of the break-even rank everywhere, in multiples of 8: the largest that reaches the reduction."""
+def _uniform(loaded: LoadedModel, limits: Mapping[str, int], method: str = "svd") -> DesignPoint:
+    """The same share of each limit, in multiples of 8: the largest that reaches the reduction."""
 
     def at(share: float) -> DesignPoint:
-        limits = {name: break_even_rank(*loaded.topology.matrix(name).shape) for name in names}
         ranks = {name: max(1, int(share * limit) // 8 * 8) for name, limit in limits.items()}
-        return DesignPoint.of({name: TensorChoice("svd", rank) for name, rank in ranks.items()})
+        return DesignPoint.of({name: TensorChoice(method, rank) for name, rank in ranks.items()})
 
     low, high = 0.01, 1.0
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if _reduction(loaded, at(middle)) >= REDUCTION else (low, middle)
     return at(low)
+
+
+def _break_even(topology: Topology, names: Sequence[str]) -> dict[str, int]:
+    return {name: break_even_rank(*topology.matrix(name).shape) for name in names}
 
 
 def _removed(loaded: LoadedModel) -> DesignPoint:

@@ -33,12 +33,12 @@ from dse.search.spaces.base import SearchSpace
 from dse.standalone.model_request import ModelRequest
 from dse.study.driver import StudyDriver
 from dse.study.folder import StudyFolder
-from dse.study.jobs import EvaluateTrial, Job, MeasureIdle, TrialResult
-from dse.study.listener import Interrupts, StudyListener
-from dse.study.outline import StudyOutline
 from dse.study.resume import resume_or_start
-from dse.study.workers import FinishedJob, Workers
 from dse.trial.measurement_plan import MeasurementPlan
+from dse.workers.interface import FinishedJob, Workers
+from dse.workers.jobs import EvaluateTrial, Job, MeasureIdle, TrialResult
+from dse.workers.listener import Interrupts, StudyListener
+from dse.workers.outline import StudyOutline
 
 
 class SleepingWorkers(Workers):

@@ -6,7 +6,8 @@ core: r^2 parameters and 2r^2 FLOPs. A stack counts as one matrix, so its right 
 is the largest r whose factors have no more parameters than the weight.
 
 An MLP of reduced width has fewer rows and columns in its matrices; parameters and FLOPs are proportional to the
-channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache itself.
+channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache
+itself.
 `dse.expert_tensor` has the arithmetic for fused expert tensors.
 """
 

@@ -213,6 +213,11 @@ class Mlp:
         return (*self.inputs, self.output)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(channels, in_features): the shape of the matrix that produces the channels."""
+        return (self.channels, self.inputs[0].in_features)
+
+    @property
     def entries_per_channel(self) -> int:
         """Matrix entries that go with one channel."""
         return sum(tensor.parameters for tensor in self.tensors) // self.channels

@@ -65,11 +65,13 @@ def _print_cost(model: str, found: ModelCost) -> None:
 
 def _changes_text(found: ModelCost) -> str:
     topology, point = found.topology, found.point
-    decomposed = sum(len(topology.tensors_of(name)) for name, choice in point if not choice.is_removal)
-    tensors = f"{decomposed} of {len(topology.tensors) + len(topology.experts)} tensors decomposed"
-    if not point.removed:
-        return tensors
-    return f"{tensors}, {len(point.removed)} of {len(topology.blocks)} blocks removed"
+    decomposed = sum(len(topology.tensors_of(name)) for name, _ in point.decomposed)
+    parts = [f"{decomposed} of {len(topology.tensors) + len(topology.experts)} tensors decomposed"]
+    if point.widths:
+        parts.append(f"{len(point.widths)} of {len(topology.mlps)} MLPs of reduced width")
+    if point.removed:
+        parts.append(f"{len(point.removed)} of {len(topology.blocks)} blocks removed")
+    return ", ".join(parts)
 
 
 def _number(value: int | None) -> str:

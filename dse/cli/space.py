@@ -58,10 +58,12 @@ def _rows(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "roles", ", ".join(description["roles"])
     yield "tensors", str(description["tensors"])
     yield "removable blocks of the model", str(description["removable_blocks"])
+    if description["reducible_mlps"]:
+        yield "MLPs of reducible width", str(description["reducible_mlps"])
     yield "dimensions", f"{description['dimensions']} ({description['kind']})"
     for role, ranks in description["ranks"].items():
         more = ", ..." if len(ranks) > _MAX_RANKS else ""
-        yield f"ranks of {role}", ", ".join(map(str, ranks[:_MAX_RANKS])) + more
+        yield f"{'widths' if role == 'mlp' else 'ranks'} of {role}", ", ".join(map(str, ranks[:_MAX_RANKS])) + more
     for name in ("points", "configurations"):
         number, log2 = description[f"number_of_{name}"], description[f"number_of_{name}_log2"]
         yield name, f"{number:,} = 2^{log2:.2f}"

@@ -157,6 +157,9 @@ class SearchSpaceConfig(Section):
         False, description="decompose query, key and value (gate and up) of a layer as one stacked matrix if possible"
     )
     removal: bool = Field(False, description="allow the removal of whole attention and MLP blocks")
+    widths: bool = Field(
+        False, description="allow MLPs that keep some of their intermediate channels, at the same kept fractions"
+    )
     knots: int = Field(
         5, ge=2, le=20, description="depth_profile: number of support points of the curve over the layers"
     )
@@ -184,8 +187,12 @@ class SearchSpaceConfig(Section):
     def _groups_are_used(self) -> Self:
         if self.kind != "levels" and self.groups != GroupConfig():
             raise ValueError("`groups` is for `kind: levels`; the other kinds define their own groups")
-        if self.kind == "subset" and (self.stacks or self.removal):
-            raise ValueError("`stacks` and `removal` are for `kind: levels`; a subset has one rank for all its tensors")
+        if self.kind == "subset" and (self.stacks or self.removal or self.widths):
+            raise ValueError(
+                "`stacks`, `removal` and `widths` are not for `kind: subset`, which has one rank for all its tensors"
+            )
+        if self.widths and self.ranks.kept_fractions is None:
+            raise ValueError("`widths` needs `ranks.kept_fractions`, since an absolute rank says nothing about a width")
         if self.kind == "depth_profile" and self.stacks:
             raise ValueError("`stacks` is for `kind: levels`; a depth profile decomposes single tensors")
         if self.kind != "depth_profile" and self.knots != 5:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,68 +22,90 @@ from dse.models import LoadedModel
 from dse.models.layer_paths import layer_paths
 from dse.progress import ProgressCallback
 
-__all__ = ["dense_weight", "fill_channels", "fill_store"]
+__all__ = ["Lacking", "dense_weight", "fill_stores"]
 
 
-def fill_store(
-    store: FactorStore,
+@dataclass(frozen=True, eq=False)
+class Lacking:
+    """What one store of a factor bank lacks.
+
+    Attributes:
+        store: Where the factors go.
+        method: A key of `METHODS`; for `width` the channels of MLPs are ordered instead.
+        ranks: Tensor or stack to rank; for `width` the MLPs.
+    """
+
+    store: FactorStore
+    method: str
+    ranks: Mapping[str, int]
+
+    def matrices(self, loaded: LoadedModel) -> dict[str, str]:
+        """Name of each matrix whose inputs are needed to the part that is stored for it."""
+        if self.method == WIDTH:
+            return {loaded.topology.mlp(name).output.name: name for name in self.ranks}
+        for name, rank in self.ranks.items():
+            check_point(loaded.topology, DesignPoint.of({name: TensorChoice(self.method, rank)}))
+        return {name: name for name in self.ranks}
+
+    def put(self, part: str, weight: Tensor, gram: Tensor | None, gradient_gram: Tensor | None) -> None:
+        """Decompose one weight and write the result."""
+        if self.method != WIDTH:
+            self.store.put(part, factorise(weight, self.method, self.ranks[part], gram, gradient_gram))
+            return
+        assert gram is not None  # noqa: S101 - the method is calibrated
+        self.store.put_channels(part, channel_factors(weight, gram, gradient_gram))
+
+
+def fill_stores(
+    lacking: Sequence[Lacking],
     loaded: LoadedModel,
-    method: str,
-    ranks: Mapping[str, int],
     calibration: CalibrationWindows | None,
     settings: GramSettings,
     progress: ProgressCallback,
 ) -> None:
-    """Decompose the tensors of `ranks` and write them, one by one, so that a killed build continues where it stopped.
+    """Decompose what stores lack and write it, one by one, so that a killed build continues where it stopped.
+
+    Methods that need the same Gram matrices share one pass over the layers.
 
     Args:
-        store: Where the factors go.
+        lacking: What is missing, by method.
         loaded: The dense model, resident or with its weights on disk.
-        method: A key of `METHODS`.
-        ranks: Tensor or stack to rank.
         calibration: Calibration text; required by calibrated methods.
         settings: Devices and memory.
-        progress: Called as ("decompose", done, total) in tensors, and with the phases of `iterate_layer_grams`.
+        progress: Called as ("decompose", done, total) in tensors and MLPs, and with the phases of
+            `iterate_layer_grams`.
     """
-    names = tuple(matrix.name for matrix in loaded.topology.matrices if matrix.name in ranks)
-    for name in names:
-        check_point(loaded.topology, DesignPoint.of({name: TensorChoice(method, ranks[name])}))
-        _check_dense(loaded, name)
-    progress("decompose", 0, len(names))
-    inputs = _inputs(loaded, method, names, calibration, settings, progress)
-    for done, (name, gram, gradient_gram) in enumerate(inputs, 1):
-        progress("decompose", done - 1, len(names))
-        store.put(name, factorise(dense_weight(loaded, name), method, ranks[name], gram, gradient_gram))
-        progress("decompose", done, len(names))
+    groups: dict[tuple[bool, bool], list[Lacking]] = {}
+    for entry in lacking:
+        needs = METHODS[entry.method]
+        groups.setdefault((needs.is_calibrated, needs.needs_gradients), []).append(entry)
+    for group in groups.values():
+        _fill(group, loaded, calibration, settings, progress)
 
 
-def fill_channels(
-    store: FactorStore,
+def _fill(
+    group: Sequence[Lacking],
     loaded: LoadedModel,
-    names: Sequence[str],
-    calibration: CalibrationWindows,
+    calibration: CalibrationWindows | None,
     settings: GramSettings,
     progress: ProgressCallback,
 ) -> None:
-    """Order the channels of these MLPs and write what their widths are computed from, one MLP after the other.
-
-    Args:
-        store: Where the channels go.
-        loaded: The dense model, resident or with its weights on disk.
-        names: MLPs whose width can be reduced.
-        calibration: Calibration text.
-        settings: Devices and memory.
-        progress: Called as ("decompose", done, total) in MLPs, and with the phases of `iterate_layer_grams`.
-    """
-    mlps = {loaded.topology.mlp(name).output.name: name for name in names}
-    for name in mlps:
+    """Fill stores whose methods need the same Gram matrices."""
+    wanted: dict[str, list[tuple[Lacking, str]]] = {}
+    for entry in group:
+        for matrix, part in entry.matrices(loaded).items():
+            wanted.setdefault(matrix, []).append((entry, part))
+    names = tuple(matrix.name for matrix in loaded.topology.matrices if matrix.name in wanted)
+    for name in names:
         _check_dense(loaded, name)
-    progress("decompose", 0, len(mlps))
-    inputs = _inputs(loaded, WIDTH, tuple(mlps), calibration, settings, progress)
-    for done, (name, gram, gradient_gram) in enumerate(inputs, 1):
-        assert gram is not None  # noqa: S101 - the method is calibrated
-        store.put_channels(mlps[name], channel_factors(dense_weight(loaded, name), gram, gradient_gram))
-        progress("decompose", done, len(mlps))
+    done, total = 0, sum(map(len, wanted.values()))
+    progress("decompose", done, total)
+    for name, gram, gradient_gram in _inputs(loaded, group[0].method, names, calibration, settings, progress):
+        for entry, part in wanted[name]:
+            progress("decompose", done, total)
+            entry.put(part, dense_weight(loaded, name), gram, gradient_gram)
+            done += 1
+            progress("decompose", done, total)
 
 
 def _inputs(

@@ -20,7 +20,9 @@ from dse.models import context_tokens
 __all__ = [
     "BUILTIN_TEXTS",
     "CalibrationWindows",
+    "available_windows",
     "calibration_windows",
+    "general_text_windows",
     "held_out_windows",
     "longest_window",
     "named_calibration",
@@ -103,20 +105,39 @@ def calibration_windows(
     Raises:
         CalibrationError: A text cannot be read, or all sources together have too few tokens.
     """
-    pieces, counts, wanted = _drawn(tokenizer, config, longest_window)
-    window = pieces[0].shape[1]
-    if sum(counts) < wanted:
-        available = sum(len(piece) for piece in pieces) * window
+    drawn = available_windows(tokenizer, config, longest_window=longest_window)
+    window = drawn.token_ids.shape[1]
+    if len(drawn.token_ids) < max(1, config.tokens // window):
         raise CalibrationError(
             f"calibration text must hold {config.tokens} tokens in whole windows of {window}, but its sources hold"
-            f" {available}; lower `calibration.tokens` or name more text"
+            f" {drawn.tokens}; lower `calibration.tokens` or name more text"
         )
+    return drawn
+
+
+def available_windows(
+    tokenizer: Any, config: CalibrationConfig, *, longest_window: int | None = None
+) -> CalibrationWindows:
+    """As `calibration_windows`, but sources with too little text give what they have.
+
+    Raises:
+        CalibrationError: A text cannot be read, or no source holds a whole window.
+    """
+    pieces, counts, _ = _drawn(tokenizer, config, longest_window)
+    window = pieces[0].shape[1]
+    if not sum(counts):
+        raise CalibrationError(f"calibration text must hold a window of {window} tokens, but no source does")
     token_ids = torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
     description = ", ".join(
         f"{_name(source)} ({count * window} tokens)" for source, count in zip(config.sources, counts, strict=True)
     )
     digest = hashlib.sha256(f"{tuple(token_ids.shape)}".encode() + token_ids.numpy().tobytes())
     return CalibrationWindows(token_ids, digest.hexdigest()[:16], description)
+
+
+def general_text_windows(tokenizer: Any, window: int, seed: int) -> Tensor:
+    """All windows of general text that is in no source, shape (windows, window)."""
+    return _windows_of(tokenizer, _HELD_OUT_TEXT.read_text(encoding="utf-8"), window, seed)
 
 
 def held_out_windows(
@@ -145,7 +166,7 @@ def held_out_windows(
     found = [piece[:share] for piece, share in zip(unused, shares, strict=True)]
     missing = wanted - sum(shares)
     if missing > 0:
-        found.append(_windows_of(tokenizer, _HELD_OUT_TEXT.read_text(encoding="utf-8"), window, config.seed)[:missing])
+        found.append(general_text_windows(tokenizer, window, config.seed)[:missing])
     windows = torch.cat(found)
     if len(windows) < wanted:
         raise CalibrationError(

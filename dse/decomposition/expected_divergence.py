@@ -1,4 +1,4 @@
-"""The expected KL divergence of each tensor at every rank, estimated without decomposing or measuring anything."""
+"""The expected KL divergence of each tensor at every rank, and of each MLP at every width, without a measurement."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dse.decomposition.bank_build import dense_weight
 from dse.decomposition.calibration_text import CalibrationWindows
 from dse.decomposition.fisher_svd import fisher_divergence
 from dse.decomposition.layer_grams import GramSettings, iterate_layer_grams
+from dse.decomposition.mlp_width import channel_factors
 from dse.files import cache_dir, write_bytes
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
@@ -24,12 +25,14 @@ __all__ = ["expected_divergence"]
 logger = logging.getLogger("dse")
 
 _VERSION = "expected-damage-1"  # part of the cache key, so the name of the first release stays
+_WIDTH_VERSION = "widths-1"
 
 
 def expected_divergence(
     loaded: LoadedModel,
     calibration: CalibrationWindows,
     *,
+    with_widths: bool = False,
     folder: Path | None = None,
     settings: GramSettings | None = None,
     progress: ProgressCallback = ignore_progress,
@@ -43,21 +46,25 @@ def expected_divergence(
     Args:
         loaded: The dense model.
         calibration: Windows of calibration text.
+        with_widths: Whether to add the curves of MLPs over their widths.
         folder: Where estimates are cached; by default in the user's cache.
         settings: Devices that share the windows, and memory for hidden states and Gram matrices.
         progress: Called as ("calibrate", tokens, tokens) and ("gradients", tokens, tokens).
 
     Returns:
-        Tensor name to the expected divergence in nats per token at ranks 0, 1, ..., min(shape).
+        Tensor name to the expected divergence in nats per token at ranks 0, 1, ..., min(shape); with widths also the
+        name of each MLP to that of keeping 0, 1, ... all of its channels.
 
     Raises:
         CalibrationError: A tensor takes no part in a forward pass.
         NonFiniteError: Activations or gradients are not finite.
     """
-    key = hashlib.sha256("|".join((_VERSION, loaded.fingerprint, calibration.fingerprint)).encode()).hexdigest()[:16]
+    mlps = {mlp.output.name: mlp.name for mlp in loaded.topology.mlps} if with_widths else {}
+    parts = (_VERSION, loaded.fingerprint, calibration.fingerprint, *([_WIDTH_VERSION] if mlps else []))
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     path = (folder or cache_dir() / "expected_damage") / f"{key}.safetensors"
     names = tuple(tensor.name for tensor in loaded.topology.tensors if tensor.layer is not None)
-    if (known := _read(path, names)) is not None:
+    if (known := _read(path, (*names, *mlps.values()))) is not None:
         return known
     curves = {}
     for of_layer in iterate_layer_grams(
@@ -66,7 +73,10 @@ def expected_divergence(
         for sharing, gram in of_layer.sharing.items():
             for name in sharing:
                 weight = dense_weight(loaded, name)
-                curves[name] = fisher_divergence(weight, gram, of_layer.gradients[name]).cpu().numpy()
+                gradients = of_layer.gradients[name]
+                curves[name] = fisher_divergence(weight, gram, gradients).cpu().numpy()
+                if name in mlps:
+                    curves[mlps[name]] = channel_factors(weight, gram, gradients).divergence.numpy()
             del gram
         del of_layer  # not kept while the next layer runs
     write_bytes(path, safetensors.numpy.save(curves))

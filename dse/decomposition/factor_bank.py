@@ -6,13 +6,14 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import filelock
 import torch
 
 from dse.cost import check_point, has_core
-from dse.decomposition.bank_build import fill_channels, fill_store
+from dse.decomposition.bank_build import Lacking, fill_stores
 from dse.decomposition.calibration_text import CalibrationWindows, longest_window, named_calibration
 from dse.decomposition.expert_surgery import dense_experts
 from dse.decomposition.factor_store import SCHEMA_VERSION, FactorStore
@@ -71,8 +72,9 @@ class FactorBank:
     ) -> FactorBank:
         """Open the bank and decompose what is missing, damaged or stored at too small a rank.
 
-        The layers are visited in order, in one pass for each method: a layer's weights are read, its Gram matrices
-        accumulated, its tensors decomposed and written. A build that was killed continues where it stopped.
+        The layers are visited in order, in one pass for all methods that need the same Gram matrices: a layer's weights
+        are read, its Gram matrices accumulated, its tensors decomposed and written. A build that was killed continues
+        where it stopped.
 
         Args:
             loaded: The dense model, resident or with its weights on disk.
@@ -95,23 +97,23 @@ class FactorBank:
             )
         wanted = requests if isinstance(requests, Mapping) else requests_of_points(requests)
         root = folder or cache_dir() / "factor_banks"
-        stores = {method: _store(root, loaded, method, calibration) for method in wanted}
-        bank = cls(loaded.topology, stores, PointRefitter(loaded, calibration, progress), loaded)
-        for method, ranks in wanted.items():
-            store = bank._stores[method]
-            with disk_errors(store.folder):
-                store.folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(store.folder / ".lock"):
-                store.open(ranks)
-                matrices = {name: rank for name, rank in ranks.items() if name not in loaded.topology.experts_by_name}
+        ranks = _by_stored_method(wanted)
+        stores = {method: _store(root, loaded, method, calibration) for method in ranks}
+        with ExitStack() as locks:
+            lacking = []
+            for method, store in sorted(stores.items(), key=lambda entry: entry[1].folder):
+                with disk_errors(store.folder):
+                    store.folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(filelock.FileLock(store.folder / ".lock"))
+                store.open(ranks[method])
+                matrices = {n: rank for n, rank in ranks[method].items() if n not in loaded.topology.experts_by_name}
                 missing = {name: rank for name, rank in matrices.items() if store.rank(name) < rank}
                 if missing:
                     _check_room(store.folder, loaded.topology, method, missing)
-                if missing and method == WIDTH and calibration is not None:
-                    fill_channels(store, loaded, tuple(missing), calibration, settings or GramSettings(), progress)
-                elif missing:
-                    fill_store(store, loaded, method, missing, calibration, settings or GramSettings(), progress)
-        return bank
+                    lacking.append(Lacking(store, method, missing))
+            fill_stores(lacking, loaded, calibration, settings or GramSettings(), progress)
+        of_method = {method: stores[METHODS[method].refit_of or method] for method in wanted}
+        return cls(loaded.topology, of_method, PointRefitter(loaded, calibration, progress), loaded)
 
     @staticmethod
     def stored_bytes(topology: Topology, method: str, ranks: Mapping[str, int]) -> int:
@@ -219,9 +221,17 @@ def requests_of_points(points: Iterable[DesignPoint]) -> dict[str, dict[str, int
     return ranks
 
 
+def _by_stored_method(requests: RankRequests) -> dict[str, dict[str, int]]:
+    """The largest ranks by the method under which factors are stored: a refit starts from those of another method."""
+    ranks: dict[str, dict[str, int]] = {}
+    for method, of_method in requests.items():
+        held = ranks.setdefault(METHODS[method].refit_of or method, {})
+        held |= {name: max(rank, held.get(name, 0)) for name, rank in of_method.items()}
+    return ranks
+
+
 def _store(root: Path, loaded: LoadedModel, method: str, calibration: CalibrationWindows | None) -> FactorStore:
-    stored_as = METHODS[method].refit_of or method
-    identity = {"model": loaded.fingerprint, "method": stored_as, "calibration": ""}
+    identity = {"model": loaded.fingerprint, "method": method, "calibration": ""}
     if METHODS[method].is_calibrated:
         if calibration is None:
             raise CalibrationError(
@@ -229,7 +239,7 @@ def _store(root: Path, loaded: LoadedModel, method: str, calibration: Calibratio
             )
         identity["calibration"] = calibration.fingerprint
     key = hashlib.sha256("|".join((str(SCHEMA_VERSION), *identity.values())).encode()).hexdigest()[:16]
-    return FactorStore(root / f"{stored_as}-{key}", identity)
+    return FactorStore(root / f"{method}-{key}", identity)
 
 
 def _check_room(folder: Path, topology: Topology, method: str, ranks: Mapping[str, int]) -> None:

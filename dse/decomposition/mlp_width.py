@@ -41,7 +41,10 @@ _DEAD_CHANNEL = 1e-6
 """A channel without activations counts with this share of the mean power, so that C' is invertible."""
 
 _ELIMINATED_TOGETHER = 16
-"""Channels eliminated in one step; between steps the others are refitted."""
+"""Most channels eliminated in one step; between steps the others are refitted."""
+
+_ELIMINATED_SHARE = 1 / 16
+"""Largest share of the remaining channels that is eliminated in one step, at least one channel."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def _backward_elimination(weight: Tensor, covariance: Tensor, metric: Tensor) ->
     eliminated: list[Tensor] = []
     while len(remaining):
         costs = (weighted * weight).sum(0) / inverse.diagonal()
-        cheapest = costs.argsort()[:_ELIMINATED_TOGETHER]
+        together = min(_ELIMINATED_TOGETHER, max(1, int(_ELIMINATED_SHARE * len(remaining))))
+        cheapest = costs.argsort()[:together]
         stays = torch.ones(len(remaining), dtype=torch.bool, device=weight.device)
         stays[cheapest] = False
         step = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest][:, stays])

@@ -77,6 +77,12 @@ class AppliedPoint:
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.point)
 
+    def add(self, swaps: Sequence[Swap]) -> None:
+        """Apply further swaps, which are undone with the point."""
+        for swap in swaps:
+            setattr(swap.owner, swap.attribute, swap.point)
+        self._swaps.extend(swaps)
+
     def undo(self) -> None:
         """Restore the dense modules permanently and release the factors."""
         self.use_baseline()

@@ -2,17 +2,16 @@
 """ONNX Runtime: runs `model.onnx`, whose key-value cache goes in and out as tensors and stays on the device."""
 
 import importlib.metadata
-import json
 from pathlib import Path
 
-from backend_support import Unsupported, random_prompts, run_batches, seconds_of
+from backend_support import GraphBackend, Unsupported, seconds_of, weight_count
 
 GRAPH = "model.onnx"
 MAX_WEIGHTS = 16
 """Different weights of one shape when products are timed; ONNX Runtime packs each into a copy of its own."""
 
 
-class Backend:
+class Backend(GraphBackend):
     """See `dse.engines.worker`. Options besides device, dtype and threads are entries of the session's config."""
 
     def load(self, folder, options):
@@ -27,28 +26,7 @@ class Backend:
         self._types = {port.name: _NUMPY_TYPES[port.type] for port in self._session.get_inputs()}
         self._caches = [port for port in self._session.get_inputs() if port.name.startswith("past_key_values.")]
         self._outputs = [port.name for port in self._session.get_outputs()]
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        self._vocabulary = int(config["vocab_size"])
-
-    def run(self, work):
-        """Serve the requests in batches of the concurrency."""
-        return run_batches(work, random_prompts(self._vocabulary, work), self._generate)
-
-    def greedy(self, prompts, new_tokens):
-        """Greedy continuations, one prompt after the other, so that none is padded."""
-        return [self._generate([prompt], new_tokens, lambda: None)[0] for prompt in prompts]
-
-    def log_probabilities(self, prompts):
-        """Log-probability of each prompt token but the first."""
-        np = self._np
-        found = []
-        for prompt in prompts:
-            outputs = self._forward(np.array([prompt], dtype=np.int64), self._empty_caches(1), 0)
-            logits = outputs[0].numpy()[0, :-1].astype(np.float64)
-            logits -= logits.max(-1, keepdims=True)
-            logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-            found.append(np.take_along_axis(logits, np.array(prompt[1:])[:, None], -1)[:, 0].tolist())
-        return found
+        self._read_vocabulary(folder)
 
     def time_products(self, shapes, footprint_bytes):
         """Time a chain-free graph of `MatMul` nodes with different weights."""
@@ -66,9 +44,6 @@ class Backend:
             except importlib.metadata.PackageNotFoundError:
                 continue
         return {"onnxruntime": self._ort.__version__}
-
-    def close(self):
-        """Nothing to end."""
 
     def _opened(self, model):
         """A session on a file or on serialised bytes."""
@@ -88,48 +63,26 @@ class Backend:
     def _value(self, array):
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, self._device_index)
 
-    def _empty_caches(self, batch):
-        found = {}
+    def _begin(self, batch):
+        self._cached = {}
         for port in self._caches:
             _, heads, _, width = port.shape
-            found[port.name] = self._value(self._np.zeros((batch, heads, 0, width), dtype=self._types[port.name]))
-        return found
+            self._cached[port.name] = self._value(self._np.zeros((batch, heads, 0, width), self._types[port.name]))
 
-    def _forward(self, tokens, caches, past):
-        """All outputs, logits first; `tokens` of shape (batch, new) follow `past` cached ones."""
-        np = self._np
-        batch, new = tokens.shape
-        positions = np.broadcast_to(np.arange(past, past + new, dtype=np.int64), (batch, new))
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": np.ones((batch, past + new), dtype=np.int64),
-            "position_ids": np.ascontiguousarray(positions),
-        }
+    def _logits(self, inputs):
         binding = self._session.io_binding()
         for name, array in inputs.items():
             if name in self._types:
                 binding.bind_ortvalue_input(name, self._value(array))
-        for name, value in caches.items():
+        for name, value in self._cached.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             on_cpu = name == "logits" or self._device == "cpu"
             binding.bind_output(name, "cpu" if on_cpu else self._device, 0 if on_cpu else self._device_index)
         self._session.run_with_iobinding(binding)
-        return binding.get_outputs()
-
-    def _generate(self, batch, new_tokens, on_token):
-        """Greedy tokens of equally long prompts."""
-        np = self._np
-        tokens, caches, past = np.array(batch, dtype=np.int64), self._empty_caches(len(batch)), 0
-        found = []
-        for _ in range(new_tokens):
-            outputs = self._forward(tokens, caches, past)
-            past += tokens.shape[1]
-            caches = dict(zip(caches, outputs[1:], strict=True))
-            tokens = outputs[0].numpy()[:, -1:].argmax(-1)
-            on_token()
-            found.append(tokens)
-        return np.concatenate(found, 1).tolist()
+        logits, *caches = binding.get_outputs()
+        self._cached = dict(zip(self._cached, caches, strict=True))
+        return logits.numpy()
 
     def _seconds(self, shape, footprint_bytes):
         """Seconds of one product: a graph that multiplies one input by several weights."""
@@ -140,7 +93,7 @@ class Backend:
         rows, columns, results = shape
         element = np.dtype(np.float16 if self._options["dtype"] == "float16" else np.float32)
         kind = TensorProto.FLOAT16 if element == np.float16 else TensorProto.FLOAT
-        count = max(1, min(footprint_bytes // (columns * results * element.itemsize), MAX_WEIGHTS))
+        count = weight_count(columns, results, element.itemsize, footprint_bytes, MAX_WEIGHTS)
         generator = np.random.default_rng(0)
         weights = [
             numpy_helper.from_array(generator.uniform(-1, 1, (columns, results)).astype(element), f"w{i}")

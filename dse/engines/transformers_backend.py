@@ -2,10 +2,13 @@
 
 import importlib.metadata
 
-from backend_support import random_prompts, run_batches, seconds_of
+from backend_support import BatchBackend, seconds_of, weight_count
+
+MAX_WEIGHTS = 64
+"""Different weights of one shape when products are timed."""
 
 
-class Backend:
+class Backend(BatchBackend):
     """See `dse.engines.worker`. Options besides device, dtype and threads are arguments of `from_pretrained`."""
 
     def load(self, folder, options):
@@ -22,16 +25,6 @@ class Backend:
         self._model = AutoModelForCausalLM.from_pretrained(folder, **settings).to(self._device).eval()
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
 
-    def run(self, work):
-        """Serve the requests in batches of the concurrency."""
-        with self._torch.inference_mode():
-            return run_batches(work, random_prompts(self._vocabulary, work), self._generate)
-
-    def greedy(self, prompts, new_tokens):
-        """Greedy continuations, one prompt after the other, so that none is padded."""
-        with self._torch.inference_mode():
-            return [self._generate([prompt], new_tokens, lambda: None)[0] for prompt in prompts]
-
     def log_probabilities(self, prompts):
         """Log-probability of each prompt token but the first."""
         with self._torch.inference_mode():
@@ -44,7 +37,7 @@ class Backend:
         found = []
         with torch.inference_mode():
             for rows, columns, results in shapes:
-                count = max(1, min(footprint_bytes // (columns * results * dtype.itemsize), 64))
+                count = weight_count(columns, results, dtype.itemsize, footprint_bytes, MAX_WEIGHTS)
                 weights = torch.empty(count, results, columns, dtype=dtype, device=self._device).uniform_(-1, 1)
                 x = torch.randn(rows, columns).to(self._device, dtype)
 
@@ -60,21 +53,19 @@ class Backend:
         """Versions of transformers and torch."""
         return {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
 
-    def close(self):
-        """Nothing to end."""
-
     def _generate(self, batch, new_tokens, on_token):
         """Greedy tokens of equally long prompts; logits of the last position only, as generation needs."""
         torch = self._torch
         tokens = torch.tensor(batch, device=self._device)
         found, cache = [], None
-        for _ in range(new_tokens):
-            output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            tokens = output.logits[:, -1:].argmax(-1)
-            self._wait()
-            on_token()
-            found.append(tokens)
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = output.past_key_values
+                tokens = output.logits[:, -1:].argmax(-1)
+                self._wait()
+                on_token()
+                found.append(tokens)
         return torch.cat(found, 1).tolist()
 
     def _prompt_log_probabilities(self, prompt):

@@ -2,8 +2,12 @@
 
 import importlib.metadata
 import time
+from pathlib import Path
 
-from backend_support import random_prompts, seconds_of, window_of
+from backend_support import random_prompts, seconds_of, weight_count, window_of
+
+MAX_WEIGHTS = 64
+"""Different weights of one shape when products are timed."""
 
 
 class Backend:
@@ -11,6 +15,8 @@ class Backend:
 
     def load(self, folder, options):
         """Start the engine; defaults avoid work that would hide the model's own: no prefix cache, no statistics."""
+        if not (Path(folder) / "config.json").is_file():  # importing vLLM takes many seconds
+            raise FileNotFoundError(f"a model's folder must hold config.json, but {folder} has none")
         from vllm import EngineArgs, LLMEngine
 
         own = {name: value for name, value in options.items() if name not in ("device", "threads", "cpu_kv_cache_gib")}
@@ -76,8 +82,7 @@ class Backend:
         found = []
         with torch.inference_mode(), set_current_vllm_config(config), set_forward_context(None, config):
             for rows, columns, results in shapes:
-                weight_bytes = columns * results * dtype.itemsize
-                count = max(1, min(footprint_bytes // weight_bytes, _MAX_WEIGHTS))
+                count = weight_count(columns, results, dtype.itemsize, footprint_bytes, MAX_WEIGHTS)
                 layers = [_linear(ReplicatedLinear, columns, results, dtype, device) for _ in range(count)]
                 x = torch.randn(rows, columns).to(device=device, dtype=dtype)
                 found.append(_seconds(layers, x, torch))
@@ -124,10 +129,6 @@ class Backend:
         while self._engine.has_unfinished_requests():
             found |= {output.request_id: output for output in self._engine.step() if output.finished}
         return [found[name] for name in names]
-
-
-_MAX_WEIGHTS = 64
-"""Different weights of one shape; with more, making them would take longer than timing them."""
 
 
 def _linear(kind, columns, results, dtype, device):

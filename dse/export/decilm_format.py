@@ -43,11 +43,10 @@ def check_decilm(loaded: LoadedModel, point: DesignPoint) -> None:
             "`--format decilm` needs full attention in every layer, but the model has a sliding window; use"
             " `--format transformers`"
         )
-    others = [part for part, choice in point if not choice.is_removal]
-    if others:
+    if others := [part for part, _ in point.decomposed]:
         raise ExportError(
-            f"`--format decilm` needs a point of removed blocks alone, but it decomposes {len(others)} tensors (first:"
-            f" '{others[0]}'); use `--format transformers`"
+            f"`--format decilm` needs a point of removed blocks and widths alone, but it decomposes {len(others)}"
+            f" tensors (first: '{others[0]}'); use `--format transformers`"
         )
     layers = _kept_blocks(loaded.topology, point)
     first = next((blocks for blocks in layers if blocks), None)

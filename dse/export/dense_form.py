@@ -1,4 +1,9 @@
-"""The dense form of an export: factors multiplied out, for runtimes without low-rank layers."""
+"""The dense form of an export: factors multiplied out, for runtimes without low-rank layers.
+
+The architecture has one width for all its MLPs. If a point reduces every one of them, the form has the largest width
+that is left, and narrower MLPs are filled up with zeros; otherwise all of them are filled up to the dense width. A
+channel with zeros in the output matrix contributes nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,43 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dse.decomposition import TuckerExperts
 from dse.decomposition.factors import applied_factors, expert_factors_of
 from dse.design_point import DesignPoint
 from dse.export.weights import MAX_SHARD_SIZE
-from dse.topology import Topology
+from dse.topology import Mlp, Topology
 
-__all__ = ["merged_state", "write_dense_form"]
+__all__ = ["dense_form_parameters", "dense_form_width", "merged_state", "write_dense_form"]
+
+_WIDTH_SETTINGS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
+"""Names that configs give to the number of channels of an MLP; GPT-2's may be None, for four times the hidden size."""
+
+
+def dense_form_width(config: PreTrainedConfig, topology: Topology, point: DesignPoint) -> int | None:
+    """Channels of every MLP in the dense form of a point; None for those of the dense model."""
+    if not point.widths or {*point.widths, *point.removed} < {mlp.name for mlp in topology.mlps}:
+        return None
+    setting = _width_setting(config)
+    is_setting = all(getattr(config, setting, 0) in (mlp.channels, None) for mlp in topology.mlps)
+    return max(point.widths.values()) if is_setting and len(topology.mlps) == topology.layer_count else None
+
+
+def dense_form_parameters(config: PreTrainedConfig, topology: Topology, point: DesignPoint) -> int:
+    """Parameters of the dense form of a point."""
+    width = dense_form_width(config, topology, point)
+    saved = 0 if width is None else sum(m.parameters_per_channel * (m.channels - width) for m in topology.mlps)
+    return topology.parameters_dense - saved
+
+
+def _width_setting(config: PreTrainedConfig) -> str:
+    """The name of the setting; "" if the config has none."""
+    return next((name for name in _WIDTH_SETTINGS if hasattr(config, name)), "")
 
 
 def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> dict[str, Tensor]:
-    """The weights of `model` by name, with the low-rank modules of `point` multiplied out.
+    """The weights of `model` by name, with the low-rank modules of `point` multiplied out, and MLPs of one width.
 
     The architecture has a place for every block, so removed blocks are filled with zeros. They then return zero, which
     is bit for bit the same as no block.
@@ -30,8 +59,11 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
         point: The applied point.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
-    for name, choice in point:
-        if choice.is_removal or name in topology.experts_by_name:
+    width = dense_form_width(model.config, topology, point)
+    for name in point.widths:
+        state |= _filled_up(state, topology.mlp(name), width)
+    for name, _ in point.decomposed:
+        if name in topology.experts_by_name:
             continue
         factors = applied_factors(model, topology, name)
         for member in topology.tensors_of(name):
@@ -53,9 +85,28 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
     for path in dict.fromkeys(topology.experts_by_name[n].module for n, _ in point if n in topology.experts_by_name):
         state |= _merged_experts(state, topology, path, model.get_submodule(path))
     if point.removed:
-        dense = _shell(model).state_dict()
+        dense = _shell(model, width).state_dict()
         state |= {name: torch.zeros(t.shape, dtype=model.dtype) for name, t in dense.items() if name not in state}
     return state
+
+
+def _filled_up(state: dict[str, Tensor], mlp: Mlp, width: int | None) -> dict[str, Tensor]:
+    """The weights of an MLP of reduced width under their dense names, with zeros up to `width` or all channels."""
+    width = mlp.channels if width is None else width
+    found = {}
+    for tensor in mlp.inputs:
+        parts = tensor.out_features // mlp.channels  # a fused gate and up has two
+        rows = state[f"{tensor.module}.weight"].unflatten(0, (parts, -1))
+        empty = rows.new_zeros(parts, width - rows.shape[1], rows.shape[2])
+        weight = torch.cat((rows, empty), 1).flatten(0, 1)
+        found[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
+        if (bias := state.get(f"{tensor.module}.bias")) is not None:
+            rows = bias.unflatten(0, (parts, -1))
+            found[f"{tensor.module}.bias"] = torch.cat((rows, empty[:, :, 0]), 1).flatten()
+    columns = state[f"{mlp.output.module}.weight"]
+    weight = torch.cat((columns, columns.new_zeros(columns.shape[0], width - columns.shape[1])), 1)
+    found[f"{mlp.output.module}.weight"] = (weight.T if mlp.output.kind == "conv1d" else weight).contiguous()
+    return found
 
 
 def _merged_experts(state: dict[str, Tensor], topology: Topology, path: str, module: nn.Module) -> dict[str, Tensor]:
@@ -75,9 +126,11 @@ def _merged_experts(state: dict[str, Tensor], topology: Topology, path: str, mod
     return found
 
 
-def _shell(model: PreTrainedModel) -> PreTrainedModel:
-    """The architecture on the meta device, ready to take weights over."""
+def _shell(model: PreTrainedModel, width: int | None) -> PreTrainedModel:
+    """The architecture on the meta device, with MLPs of this width, ready to take weights over."""
     config = copy.deepcopy(model.config)
+    if width is not None:
+        setattr(config, _width_setting(config), width)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain floats, whatever file they came from
     with torch.device("meta"):
@@ -85,17 +138,18 @@ def _shell(model: PreTrainedModel) -> PreTrainedModel:
     return shell
 
 
-def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+def write_dense_form(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, width: int | None = None) -> None:
     """Write config.json and weights as the architecture's own `save_pretrained` does, with the hub's shard names.
 
     Args:
         model: A model of the architecture; it is not changed.
         state: Its dense weights by name, from `merged_state`.
         folder: An existing folder.
+        width: Channels of its MLPs, from `dense_form_width`.
     """
     # Save from a shell, not from the resident model: `save_pretrained` writes to the model's config, and would revert
     # the conversions of the source file, for example to the tensor names of a GGUF.
-    shell = _shell(model)
+    shell = _shell(model, width)
     shell.load_state_dict(state, strict=True, assign=True)
     if shell.can_generate():
         shell.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the model's own is written separately

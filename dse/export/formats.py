@@ -11,7 +11,7 @@ from torch import Tensor
 from dse.design_point import DesignPoint
 from dse.errors import ExportError, did_you_mean
 from dse.export.decilm_format import check_decilm, write_decilm
-from dse.export.dense_form import merged_state, write_dense_form
+from dse.export.dense_form import dense_form_width, merged_state, write_dense_form
 from dse.export.low_rank_form import write_low_rank_form
 from dse.export.modelling_code import auto_classes
 from dse.export.onnx_format import check_onnx, write_onnx
@@ -63,7 +63,7 @@ def _low_rank(loaded: LoadedModel, point: DesignPoint, folder: Path) -> Weights:
 
 def _dense(loaded: LoadedModel, point: DesignPoint, folder: Path) -> Weights:
     state = merged_state(loaded.model, loaded.topology, point)
-    write_dense_form(loaded.model, state, folder)
+    write_dense_form(loaded.model, state, folder, dense_form_width(loaded.model.config, loaded.topology, point))
     return state
 
 
@@ -113,7 +113,7 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
         ),
         ExportFormat(
             "decilm",
-            "removed blocks of a Llama-like model as DeciLM, which vLLM runs natively",
+            "removed blocks and widths of a Llama-like model as DeciLM, which vLLM runs natively",
             "transformers",
             write_decilm,
             check_decilm,

@@ -36,7 +36,8 @@ def write_low_rank_form(
     """
     config = low_rank_config(model, topology, point, auto)
     has_experts = any(name in topology.experts_by_name for name, _ in point)
-    code = modelling_code(type(model), type(body_of(model)), type(model.config), has_experts=has_experts)
+    classes = type(model), type(body_of(model)), type(model.config)
+    code = modelling_code(*classes, has_experts=has_experts, joins_heads="attention_outputs" in config)
     (folder / f"{MODELLING_MODULE}.py").write_text(code, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     kept = KeptLayers.of(topology, point)
@@ -66,6 +67,8 @@ def low_rank_config(
         config["removed"] = kept.removal(model.config, body_path)
     if outside:
         config["low_rank_head"] = outside
+    if outputs := _attention_outputs(topology, point):
+        config["attention_outputs"] = [_below(path, body_path, kept) for path in outputs]
     classes = dict.fromkeys(auto, f"{MODELLING_MODULE}.LowRank{model_class}")
     if topology.is_decoder:  # an encoder's body may have a pooler that is missing from the file of another head
         classes.setdefault("AutoModel", f"{MODELLING_MODULE}.LowRank{type(body).__name__}")
@@ -85,9 +88,13 @@ def low_rank_config(
 def _forms(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> dict[str, dict[str, Any]]:
     """Path of each replaced module to what the modelling code needs to build its replacement."""
     found: dict[str, dict[str, Any]] = {}
-    for name, choice in point:
-        if choice.is_removal:
-            continue
+    for name in point.widths:
+        for tensor in topology.mlp(name).tensors:
+            module = model.get_submodule(tensor.module)
+            assert isinstance(module, nn.Linear)  # noqa: S101 - inserted by surgery
+            shape = [module.out_features, module.in_features]
+            found[tensor.module] = {"shape": shape, "bias": module.bias is not None}
+    for name, choice in point.decomposed:
         if name in topology.experts_by_name:
             path = topology.experts_by_name[name].module
             found[path] = {"experts": _expert_ranks(model.get_submodule(path))}
@@ -106,6 +113,16 @@ def _forms(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> di
             if isinstance(before, NormThenFactor):
                 found[path]["norm"] = norm
     return found
+
+
+def _attention_outputs(topology: Topology, point: DesignPoint) -> list[str]:
+    """Attention output matrices whose input needs its shape restored in engines; see `separate_tokens` in the template.
+
+    These are stored as `Conv1D`: GPT-2's attention joins the last two axes of its output, where later ones name them.
+    """
+    gone = {name for block in point.removed for name in topology.blocks_by_name[block].tensors}
+    outputs = [one for one in topology.tensors if one.role == "attention_output" and one.kind == "conv1d"]
+    return [one.module for one in outputs if one.name not in gone]
 
 
 def _below(value: Any, prefix: str, kept: KeptLayers) -> Any:

@@ -107,26 +107,52 @@ def _front_matter(content: CardContent) -> str:
 
 def _introduction(content: CardContent) -> str:
     name, total = text(content.base_model), len(content.topology.tensors) + len(content.topology.experts)
-    names = [name for name, choice in content.point if not choice.is_removal]
-    count = sum(len(content.topology.tensors_of(name)) for name in names)
+    count = sum(len(content.topology.tensors_of(name)) for name, _ in content.point.decomposed)
     if not content.point.choices:
         return f"# {name}\n\nThe unmodified dense model: nothing is decomposed."
     changes = [f"{count} of its {total} weight matrices replaced by"] if count else []
-    removed = _removed(content)
+    removed, narrow = _removed(content), _narrow(content)
     if content.is_dense:
         parts = [f"{c} low-rank approximations that are multiplied out to dense matrices" for c in changes]
+        parts += [f"{narrow}" for _ in (narrow,) if narrow]
         parts += [f"{removed} filled with zeros" for _ in (removed,) if removed]
-        return (
-            f"# {name}, {'low-rank factors multiplied out' if count else 'removed blocks filled with zeros'}\n\n"
-            f"{name} with {' and '.join(parts)}. It runs wherever the base model runs, and **saves nothing**: it has"
-            " the same number of parameters, size and FLOPs as the base model. Use the low-rank form of the export if"
-            " size or speed matters. It was not retrained."
-        )
-    parts = [f"{c} products of low-rank factors" for c in changes] + ([f"without {removed}"] if removed else [])
+        return f"# {name}, {_dense_title(content)}\n\n{name} with {' and '.join(parts)}. {_dense_savings(content)}"
+    parts = [f"{c} products of low-rank factors" for c in changes] + ([narrow] if narrow else [])
+    text_of_parts = [f"with {' and '.join(parts)}"] * bool(parts) + [f"without {removed}"] * bool(removed)
     return (
         f"# {name} with {percent(content.reduction)} fewer parameters\n\n"
-        f"{name} {'' if not count else 'with '}{' and '.join(parts)}. It was not retrained."
+        f"{name} {' and '.join(text_of_parts)}. It was not retrained."
     )
+
+
+def _dense_title(content: CardContent) -> str:
+    """What the dense form does to the point."""
+    if content.point.decomposed:
+        return "low-rank factors multiplied out"
+    return "narrower MLPs" if content.point.widths else "removed blocks filled with zeros"
+
+
+def _dense_savings(content: CardContent) -> str:
+    """What the dense form saves in comparison with the base model."""
+    others = "Use the low-rank form of the export if size or speed matters. It was not retrained."
+    if content.reduction > 0:
+        return (
+            f"It runs wherever the base model runs, and has {percent(content.reduction)} fewer parameters. Its MLPs"
+            f" have one width; smaller ones are filled up with zeros. {others}"
+        )
+    return (
+        "It runs wherever the base model runs, and **saves nothing**: it has the same number of parameters, size and"
+        f" FLOPs as the base model. {others}"
+    )
+
+
+def _narrow(content: CardContent) -> str:
+    """The MLPs of reduced width in words, such as `3 of its 30 MLPs reduced to 512 to 1,016 of their channels`."""
+    kept = sorted(set(content.point.widths.values()))
+    if not kept:
+        return ""
+    span = f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} to {kept[-1]:,}"
+    return f"{len(content.point.widths)} of its {content.topology.layer_count} MLPs reduced to {span} channels"
 
 
 def _removed(content: CardContent) -> str:

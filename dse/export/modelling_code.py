@@ -43,6 +43,7 @@ def modelling_code(
     config_class: type,
     *,
     has_experts: bool = False,
+    joins_heads: bool = False,
 ) -> str:
     """The modelling file for one architecture: the Llama template with the names of the architecture.
 
@@ -51,9 +52,11 @@ def modelling_code(
         body_class: The class of the base model without the head; the same for a model without a head.
         config_class: Its config's class.
         has_experts: Whether fused expert tensors are decomposed. Otherwise their code is omitted.
+        joins_heads: Whether the config lists `attention_outputs`. Otherwise their code is omitted.
     """
     template = resources.files("dse.export").joinpath("templates", f"{MODELLING_MODULE}.py").read_text(encoding="utf-8")
-    for section, is_kept in (("experts", has_experts), ("head", model_class is not body_class)):
+    sections = {"experts": has_experts, "head": model_class is not body_class, "attention_outputs": joins_heads}
+    for section, is_kept in sections.items():
         marked = rf"^ *# </?{section}>\n" if is_kept else rf"^ *# <{section}>\n.*?# </{section}>\n"
         template = re.sub(marked, "", template, flags=re.MULTILINE | re.DOTALL)
     template = _LIBRARY_IMPORTS.sub(lambda match: _library_source(match[0], has_experts), template).rstrip() + "\n"

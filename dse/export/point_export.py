@@ -13,6 +13,7 @@ from dse.cost import check_point, point_cost
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import DesignPoint
 from dse.errors import ExportError
+from dse.export.dense_form import dense_form_parameters
 from dse.export.engine_card import update_card
 from dse.export.engine_check import EngineReport, check_engine, failed_check, note_verified, verify_in_engine
 from dse.export.engine_expectation import (
@@ -243,7 +244,10 @@ def _reloaded(staged: Sequence[StagedExport]) -> dict[Path, ReloadReport]:
 def _finish(loaded: LoadedModel, export: StagedExport, checks: _Checks) -> ExportResult:
     """Write the model card and the design point, and add up the sizes."""
     request, dense_parameters = export.request, loaded.topology.parameters_dense
-    parameters = dense_parameters if request.is_dense else point_cost(loaded.topology, request.point).parameters
+    if request.is_dense:
+        parameters = dense_form_parameters(loaded.model.config, loaded.topology, request.point)
+    else:
+        parameters = point_cost(loaded.topology, request.point).parameters
     tolerance = 0.0 if export.expectation is None else export.expectation.tolerance
     difference = None if checks.reload is None else checks.reload.max_difference
     with writing_errors(request.folder):

@@ -9,7 +9,6 @@ gate and up, or normalises over channels, fails.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -51,7 +50,9 @@ def find_mlps(model: nn.Module, tensors: Iterable[DecomposableTensor]) -> tuple[
 
 
 def _has_independent_channels(model: nn.Module, mlp: Mlp) -> bool:
-    path = os.path.commonprefix([f"{tensor.module}." for tensor in mlp.tensors]).rpartition(".")[0]
+    parents = [tensor.module.split(".")[:-1] for tensor in mlp.tensors]
+    common = itertools.takewhile(lambda steps: len(set(steps)) == 1, zip(*parents, strict=False))
+    path = ".".join(steps[0] for steps in common)
     parent = model.get_submodule(path)
     names = {tensor.module.removeprefix(f"{path}."): tensor for tensor in mlp.tensors}
     generator = torch.Generator().manual_seed(0)
@@ -81,8 +82,9 @@ def _read_channels(
             for path, tensor in names.items()
         }
         removed = dict(zip(_other_children(parent, names), forms, strict=True))
-        skeleton = _stubbed(parent, stubs, removed)
-        if run_skeleton(skeleton, hidden) is not None and len(reader.seen) == 1:
+        # A module may fail behind its output matrix, for lack of the residual that it adds.
+        run_skeleton(_stubbed(parent, stubs, removed), hidden)
+        if len(reader.seen) == 1:
             return reader.seen[0]
     return None
 

@@ -106,14 +106,17 @@ def changes_text(point: DesignPoint, shape: ModelShape) -> list[str]:
     if point.is_dense:
         return ["nothing is decomposed"]
     sentences = []
-    removed = [name for name, choice in point if choice.is_removal]
+    removed = point.removed
     if removed:
         sentences.append(f"{_count(len(removed), 'block is', 'blocks are')} removed: {_listed(removed)}")
+    if point.widths:
+        kept = list(point.widths.values())
+        verb = "keeps" if len(kept) == 1 else "each keep"
+        sentences.append(f"{_count(len(kept), 'MLP')} {verb} {_span(kept)} channels: {_listed(list(point.widths))}")
     groups: dict[tuple[bool, str], list[tuple[str, int]]] = {}
-    for name, choice in point:
-        if not choice.is_removal:
-            role = layer_and_role(name)[1]
-            groups.setdefault((role in EXPERT_ROLES, choice.method), []).append((role, choice.rank))
+    for name, choice in point.decomposed:
+        role = layer_and_role(name)[1]
+        groups.setdefault((role in EXPERT_ROLES, choice.method), []).append((role, choice.rank))
     for (is_experts, method), own in sorted(groups.items()):
         by_role: dict[str, list[int]] = {}
         for role, rank in own:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dse.design_point import WIDTH
 from dse.report.explanation import TrialContext, changes_text, origin_text
 from dse.report.palette import Palette, colour_of
 from dse.report.rank_map import OUTSIDE_LAYERS, PlacedChoice, placed_choices, rank_map_of, rank_map_text
@@ -29,8 +30,8 @@ class MapCell:
     """One layer and role of a map; the default is a dense tensor.
 
     Attributes:
-        method: Decomposition method, `removed`, or "" if dense.
-        rank: Rank of the factors; 0 without a decomposition.
+        method: Decomposition method, `width`, `removed`, or "" if dense.
+        rank: Rank of the factors, or channels that the MLP keeps; 0 without either.
         parameter_ratio: Fraction of its parameters that remain; None if unknown.
         stack: Stack that it is decomposed with; "" if none.
     """
@@ -59,6 +60,8 @@ class MapCell:
         if self.is_removed:
             return "removed"
         kept = "" if self.parameter_ratio is None else f", {percent(self.parameter_ratio)} of its parameters"
+        if self.method == WIDTH:
+            return f"MLP of {self.rank} channels{kept}"
         stack = f" as part of {self.stack}" if self.stack else ""
         return f"rank {self.rank} by {self.method}{stack}{kept}"
 

@@ -1,4 +1,4 @@
-"""Rank map of a design point: the rank at each layer and role."""
+"""Rank map of a design point: the rank or width at each layer and role."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ __all__ = [
 
 ModelShape = Mapping[str, Any]
 """Layout of the model, as a study stores it: `layers` (count), `roles`, `blocks` (block role to the tensor roles
-inside), `stacks` (stack role to the roles inside) and `sizes` (role or tensor name to its shape)."""
+inside), `stacks` (stack role to the roles inside), `mlp` (roles inside an MLP of reducible width, its output last) and
+`sizes` (role or tensor name to its shape)."""
 
 OUTSIDE_LAYERS = -1
 """Layer number of tensors outside the layers."""
@@ -67,6 +68,9 @@ def placed_choices(point: DesignPoint, shape: ModelShape) -> dict[tuple[int, str
         if choice.is_removal:
             members = shape["blocks"].get(role, [role])
             placed = PlacedChoice(name, choice, 0.0)
+        elif choice.is_width:
+            members = shape.get("mlp") or [role]
+            placed = PlacedChoice(name, choice, _width_ratio(layer, members[-1], choice, shape))
         else:
             members = shape["stacks"].get(role, [role])
             placed = PlacedChoice(name, choice, _parameter_ratio(layer, members, choice, shape), len(members) > 1)
@@ -90,6 +94,13 @@ def _parameter_ratio(layer: int, roles: Sequence[str], choice: TensorChoice, sha
     return factor_parameters(tensor, choice) / tensor.parameters
 
 
+def _width_ratio(layer: int, output: str, choice: TensorChoice, shape: ModelShape) -> float | None:
+    """Channels that an MLP keeps / its channels, which are the columns of its output matrix."""
+    sizes = shape.get("sizes", {})
+    size = sizes.get(f"layers.{layer}.{output}") or sizes.get(output)
+    return None if size is None else choice.rank / size[1]
+
+
 def reduction_of(point: DesignPoint, shape: ModelShape, parameters_dense: float | None) -> float | None:
     """Fraction of all parameters that a point removes, from the model's layout; None if a size is unknown.
 
@@ -110,13 +121,21 @@ def reduction_of(point: DesignPoint, shape: ModelShape, parameters_dense: float 
 
 
 def rank_map_of(point: DesignPoint, shape: ModelShape) -> dict[int, dict[str, str]]:
-    """Layer to role to rank; `removed` in a removed block, `.` if dense."""
+    """Layer to role to rank; `w` and the channels kept in an MLP of reduced width, `removed` in a removed block, `.` if
+    dense.
+    """
     columns = [*shape["roles"]]
     found: dict[int, dict[str, str]] = {layer: dict.fromkeys(columns, _DENSE) for layer in range(shape["layers"])}
     for (layer, role), placed in placed_choices(point, shape).items():
         row = found.setdefault(layer, dict.fromkeys(columns, _DENSE))
-        row[role] = REMOVED if placed.choice.is_removal else str(placed.choice.rank)
+        row[role] = _entry(placed.choice)
     return dict(sorted(found.items()))
+
+
+def _entry(choice: TensorChoice) -> str:
+    if choice.is_removal:
+        return REMOVED
+    return f"w{choice.rank}" if choice.is_width else str(choice.rank)
 
 
 def rank_map_text(ranks: Mapping[int, Mapping[str, str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """A model of the divergence of points, fitted to measured points: the additive table, corrected by a few factors.
 
     D(point) = scale * (sum over units u of  w(u) d(u, option of u))^exponent
-    w(u)     = exp(a[kind of u] + piecewise linear b at the depth of u + c if the unit is removed)
+    w(u)     = exp(a[kind of u] + piecewise linear b at the depth of u + c if u is removed + d if its width is reduced)
 
 The table's d is measured with one unit changed at a time, so it misses interactions: blocks of one kind, or of one
 region of depth, that compensate or amplify each other's errors. The weights w learn these by kind and depth, and the
@@ -52,8 +52,8 @@ class RefittedSensitivities:
     Attributes:
         table: The table as measured unit by unit.
         kinds: Kinds of units, each with its own factor.
-        log_factors: Logarithms of the factors: one per kind, one per knot of depth, one for removal; shape
-            (kinds + KNOTS + 1,).
+        log_factors: Logarithms of the factors: one per kind, one per knot of depth, one for removal, one for widths;
+            shape (kinds + KNOTS + 2,).
         exponent: Exponent of the sum.
         scale: Factor of the result.
         points: Number of measured points in the fit.
@@ -72,7 +72,7 @@ class RefittedSensitivities:
     def unfitted(cls, table: SensitivityTable) -> RefittedSensitivities:
         """The unchanged table."""
         kinds = tuple(dict.fromkeys(unit.kind for unit in table.units))
-        return cls(table, kinds, np.zeros(len(kinds) + KNOTS + 1))
+        return cls(table, kinds, np.zeros(len(kinds) + KNOTS + 2))
 
     def weight(self, unit: Unit, option: Option) -> float:
         """The factor on the divergence of one option."""
@@ -205,13 +205,13 @@ def _row(model: RefittedSensitivities, point: DesignPoint) -> tuple[FloatArray, 
 
 
 def _features(model: RefittedSensitivities, unit: Unit, option: Option) -> FloatArray:
-    """One-hot kind, hat functions of depth, removal; shape (kinds + KNOTS + 1,)."""
-    features = np.zeros(len(model.kinds) + KNOTS + 1)
+    """One-hot kind, hat functions of depth, removal, width; shape (kinds + KNOTS + 2,)."""
+    features = np.zeros(len(model.kinds) + KNOTS + 2)
     features[model.kinds.index(unit.kind)] = 1.0
     if unit.layer is not None:
         deepest = max((other.layer or 0) for other in model.table.units)
         place = unit.layer / max(deepest, 1) * (KNOTS - 1)
         hats = np.maximum(0.0, 1.0 - np.abs(np.arange(KNOTS) - place))
         features[len(model.kinds) : len(model.kinds) + KNOTS] = hats
-    features[-1] = float(option.removes_block)
+    features[-2:] = float(option.removes_block), float(option.narrows_mlp)
     return features

@@ -126,10 +126,17 @@ def profile_options(config: StudyConfig, topology: Topology, space: SearchSpace)
             found[first] = found.get(first, 0) + len(unit.options) - 1
         return found
     names = tuple(t.name for t in topology.tensors if t.layer in space.layers and t.role in space.roles)
-    settings = ProfileSettings(methods=tuple(config.space.methods), names=names, with_removals=config.space.removal)
+    settings = ProfileSettings(
+        methods=tuple(config.space.methods),
+        names=names,
+        with_removals=config.space.removal,
+        with_widths=config.space.widths,
+    )
     for block in blocks_of_topology(topology, settings.names, with_stacks=settings.with_stacks):
         measured = sum(len(part) + len(settings.block_kept_fractions) for part in block.partitions)
-        found[block.layer] = found.get(block.layer, 0) + len(settings.methods) * measured + settings.with_removals
+        narrow = len(settings.block_kept_fractions) * (settings.mlp_of(block, topology) is not None)
+        others = narrow + settings.with_removals
+        found[block.layer] = found.get(block.layer, 0) + len(settings.methods) * measured + others
     return found
 
 
@@ -151,6 +158,7 @@ def _windows_and_settings(
         names=tuple(t.name for t in loaded.topology.tensors if t.layer in space.layers and t.role in space.roles),
         multiple=config.space.ranks.settled_multiple,
         with_removals=config.space.removal,
+        with_widths=config.space.widths,
     )
     return windows, settings
 

@@ -137,7 +137,10 @@ def _at_reduction(space: SearchSpace, point: DesignPoint) -> str:
 def _uniform(
     space: SearchSpace, table: SensitivityTable, reductions: Iterable[float]
 ) -> Iterator[tuple[DesignPoint, str]]:
-    """Points with every unit at the same kept fraction, for each reduction the nearest one that the table offers."""
+    """Points with every unit at the same kept fraction, for each reduction the nearest one that the table offers.
+
+    Of options with equal kept fractions, such as ranks and a width, the one with the least divergence is taken.
+    """
     allowed = [[o for o in options if not o.removes_block] for options in constraints_of(space).allowed_options(table)]
     kept_fractions = {round(o.parameters / options[0].parameters, 2) for options in allowed for o in options[1:]}
     points = []
@@ -145,7 +148,8 @@ def _uniform(
         choices: list[tuple[str, TensorChoice]] = []
         for dense, *decomposed in allowed:
             if decomposed:
-                choices += min(decomposed, key=lambda o: abs(o.parameters / dense.parameters - kept)).choices
+                near = {o: round(abs(o.parameters / dense.parameters - kept), 3) for o in decomposed}
+                choices += min(decomposed, key=lambda o: (near[o], o.divergence)).choices
         points.append(DesignPoint(tuple(choices)))
     for reduction in reductions:
         if points:

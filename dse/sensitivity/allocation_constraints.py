@@ -22,7 +22,7 @@ class AllocationConstraints:
     Attributes:
         untouched_layers: Layers that stay dense.
         dense_roles: Roles that stay dense in every layer, for example value or down. Stacks that contain such a role,
-            and the removal of blocks that contain it, are excluded too.
+            and the removal and the widths of blocks that contain it, are excluded too.
         dense_parts: Names of tensors, stacks and blocks that stay dense.
         fixed: Unit name to the choices that the unit must take; empty choices mean dense.
         removals_only: Whether removing blocks is the only change allowed.
@@ -72,7 +72,7 @@ class AllocationConstraints:
             return False
         if unit.layer in self.untouched_layers or any(name in self.dense_parts for name, _ in option.choices):
             return False
-        if option.removes_block:
+        if option.removes_block or option.narrows_mlp:
             changed = set().union(*(roles_of(name) for name in unit.names)) | {unit.kind}
         else:
             changed = set().union(*(roles_of(name) for name, _ in option.choices))

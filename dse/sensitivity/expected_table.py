@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dse.cost import parameters_saved
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import WIDTH, DesignPoint, TensorChoice
 from dse.errors import AllocationError
 from dse.sensitivity.allocation_curves import allocate_curves
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
@@ -32,11 +32,13 @@ def expected_table(
 ) -> SensitivityTable:
     """Blocks with their best splits of ranks at kept fractions of 0.95, 0.9, ..., 0.1, and the expected divergences.
 
+    MLPs with a curve over widths can also keep the same fractions of their channels.
+
     Args:
-        curves: Tensor name to expected divergence at each rank, from `dse.decomposition.expected_divergence`; tensors
-            without a curve stay dense.
+        curves: Name of a tensor or MLP to expected divergence at each rank or width, from
+            `dse.decomposition.expected_divergence`; tensors without a curve stay dense.
         method: Method of the options; the curves are those of `fisher_svd`.
-        multiple: Ranks are multiples of this.
+        multiple: Ranks and widths are multiples of this.
         removal: Whether to add the removal of each block. Its divergence is a rough estimate, because the estimates
             assume small changes.
         origin: What the curves were computed from.
@@ -48,8 +50,9 @@ def expected_table(
     for block in blocks_of_topology(topology, names=frozenset(curves)):
         dense = Option((), block.parameters, 0.0, is_measured=False)
         options = {dense.choices: dense}
-        for kept in _KEPT_FRACTIONS:
-            option = _option(topology, block, curves, kept, method, multiple)
+        found = [_option(topology, block, curves, kept, method, multiple) for kept in _KEPT_FRACTIONS]
+        found += _widths(topology, block, curves, multiple)
+        for option in found:
             if option is not None:
                 options.setdefault(option.choices, option)
         if removal and block.name in topology.blocks_by_name:
@@ -77,3 +80,18 @@ def _option(
         return None
     parameters = block.parameters - parameters_saved(topology, DesignPoint(found.point.choices))
     return Option(found.point.choices, parameters, found.divergence, is_measured=False)
+
+
+def _widths(
+    topology: Topology, block: Block, curves: Mapping[str, NDArray[np.float64]], multiple: int
+) -> Iterator[Option]:
+    """The widths of the block's MLP at the kept fractions; none without a curve."""
+    if block.name not in curves:
+        return
+    mlp, divergence = topology.mlp(block.name), curves[block.name]
+    for kept in _KEPT_FRACTIONS:
+        width = max(int(kept * mlp.channels + 1e-9) // multiple * multiple, multiple)
+        if width < mlp.channels:
+            choices = ((mlp.name, TensorChoice(WIDTH, width)),)
+            parameters = block.parameters - parameters_saved(topology, DesignPoint(choices))
+            yield Option(choices, parameters, float(divergence[width]), is_measured=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dse.cost import parameters_saved, point_problems
 from dse.decomposition import CalibrationWindows, FactorBank
-from dse.design_point import REMOVED, DesignPoint, TensorChoice
+from dse.design_point import REMOVED, WIDTH, DesignPoint, TensorChoice
 from dse.errors import CalibrationError, NonFiniteError, ProfileError
 from dse.files import cache_dir
 from dse.models import LoadedModel
@@ -29,7 +29,7 @@ from dse.sensitivity.sensitivity_curves import BlockCurve, TensorCurve, best_spl
 from dse.sensitivity.sensitivity_profile import MeasuredPart, SensitivityProfile
 from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 from dse.sensitivity.truncation import truncation_errors
-from dse.topology import Matrix
+from dse.topology import Matrix, Mlp
 
 __all__ = ["measure_profile", "measure_profile_share", "profile_origin"]
 
@@ -186,7 +186,8 @@ class _Profiler:
         partitions = [partition for block in self._blocks for partition in block.partitions]
         splits = len(self._settings.block_kept_fractions)
         removable = sum(self._is_removable(block) for block in self._blocks)
-        return len(self._settings.methods) * sum(len(matrices) + splits for matrices in partitions) + removable
+        narrow = splits * sum(self._mlp_of(block) is not None for block in self._blocks)
+        return len(self._settings.methods) * sum(len(matrices) + splits for matrices in partitions) + narrow + removable
 
     def _unit(self, block: Block) -> Unit:
         dense = self._dense_parameters(block)
@@ -194,6 +195,8 @@ class _Profiler:
         for method in self._settings.methods:
             for matrices in block.partitions:
                 options += self._decompositions(block, matrices, method, dense)
+        if (mlp := self._mlp_of(block)) is not None:
+            options += self._widths(mlp, dense)
         if self._is_removable(block):
             choices = ((block.name, TensorChoice.removal()),)
             if (divergence := self._measure(choices, block.layer)) is not None:
@@ -211,8 +214,7 @@ class _Profiler:
         table = split_table(curves, self._settings.multiple)
         predicted: dict[Choices, float] = {}
         measured: dict[Choices, OptionDivergence] = {}
-        fractions = sorted({*self._settings.table_kept_fractions, *self._settings.block_kept_fractions}, reverse=True)
-        for fraction in fractions:
+        for fraction in self._kept_fractions():
             choices = best_split(table, fraction)
             if choices:
                 predicted[choices] = table.divergence_of(DesignPoint(choices))
@@ -224,6 +226,35 @@ class _Profiler:
                 measured[choices] = divergence
                 kept = table.parameters_dense - self._saved(choices)
                 self._note(block.name, block.layer, block.kind, method, kept / table.parameters_dense, divergence)
+        return self._interpolated(predicted, measured, dense)
+
+    def _widths(self, mlp: Mlp, dense: int) -> list[Option]:
+        """One option per kept fraction of an MLP's channels, measured or interpolated."""
+        expected = self._bank.channels(mlp.name).divergence
+        predicted: dict[Choices, float] = {}
+        measured: dict[Choices, OptionDivergence] = {}
+        for fraction in self._kept_fractions():
+            width = self._settings.width_at(mlp, fraction)
+            choices = ((mlp.name, TensorChoice(WIDTH, width)),)
+            if width < mlp.channels:
+                predicted[choices] = float(expected[width])
+            if fraction not in self._settings.block_kept_fractions:
+                continue
+            if width == mlp.channels:
+                self._advance(1)
+            elif (divergence := self._measure(choices, mlp.layer)) is not None:
+                measured[choices] = divergence
+                self._note(mlp.name, mlp.layer, mlp.role, WIDTH, width / mlp.channels, divergence)
+        return self._interpolated(predicted, measured, dense)
+
+    def _kept_fractions(self) -> list[float]:
+        """The kept fractions of the table's options, in descending order."""
+        return sorted({*self._settings.table_kept_fractions, *self._settings.block_kept_fractions}, reverse=True)
+
+    def _interpolated(
+        self, predicted: Mapping[Choices, float], measured: Mapping[Choices, OptionDivergence], dense: int
+    ) -> list[Option]:
+        """Options with their measured divergence, or the predicted one corrected by those that are measured."""
         correction = BlockCurve.of([(predicted[c], d.kl_divergence) for c, d in measured.items()])
         found, least = [], 0.0
         for choices, divergence_sum in sorted(predicted.items(), key=lambda entry: self._saved(entry[0])):
@@ -276,6 +307,9 @@ class _Profiler:
 
     def _saved(self, choices: Sequence[tuple[str, TensorChoice]]) -> int:
         return parameters_saved(self._loaded.topology, DesignPoint(tuple(choices)))
+
+    def _mlp_of(self, block: Block) -> Mlp | None:
+        return self._settings.mlp_of(block, self._loaded.topology)
 
     def _dense_parameters(self, block: Block) -> int:
         """Parameters of the block's matrices, and of the norms that are removed with the block."""

@@ -59,6 +59,11 @@ class Option:
         """Whether the option removes a block, so that only the residual connection remains."""
         return any(choice.is_removal for _, choice in self.choices)
 
+    @property
+    def narrows_mlp(self) -> bool:
+        """Whether the option reduces the width of an MLP, so that all its matrices get smaller."""
+        return any(choice.is_width for _, choice in self.choices)
+
     def describe(self) -> str:
         """The choices as text for messages: `layers.3.query svd 64, ...`."""
         return ", ".join(f"{name} {choice.method} {choice.rank}" for name, choice in self.choices) or "dense"

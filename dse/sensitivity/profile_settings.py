@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 from dse.cost import break_even_rank, has_core
 from dse.decomposition import METHODS, RankRequests
+from dse.design_point import METHOD_NAMES, WIDTH
 from dse.errors import ConfigError
-from dse.sensitivity.layer_blocks import blocks_of_topology
-from dse.topology import Topology
+from dse.sensitivity.layer_blocks import Block, blocks_of_topology
+from dse.topology import Mlp, Topology
 
 __all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
 
@@ -35,6 +37,7 @@ class ProfileSettings:
         table_kept_fractions: Kept fractions of the table's options, measured or interpolated.
         with_stacks: Whether stacks of tensors with the same input are measured too; this takes about twice as long.
         with_removals: Whether the removal of blocks is measured.
+        with_widths: Whether widths of MLPs are measured, at the block's kept fractions.
     """
 
     methods: tuple[str, ...] = ("fisher_svd",)
@@ -47,13 +50,14 @@ class ProfileSettings:
     )  # fmt: skip
     with_stacks: bool = False
     with_removals: bool = True
+    with_widths: bool = False
 
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ConfigError(f"a profile needs at least one method, each named once, but got {list(self.methods)}")
         for method in self.methods:
-            if method not in METHODS:
-                raise ConfigError(f"a method must be one of {', '.join(METHODS)}, but got '{method}'")
+            if method not in METHOD_NAMES:
+                raise ConfigError(f"a method must be one of {', '.join(METHOD_NAMES)}, but got '{method}'")
             if base := METHODS[method].refit_of:
                 raise ConfigError(
                     f"a profile needs methods whose factors do not depend on the rest of the point, but got '{method}';"
@@ -70,14 +74,26 @@ class ProfileSettings:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a method needs calibration text."""
-        return any(METHODS[method].is_calibrated for method in self.methods)
+        """Whether a method, or a width, needs calibration text."""
+        return self.with_widths or any(METHODS[method].is_calibrated for method in self.methods)
+
+    def width_at(self, mlp: Mlp, kept_fraction: float) -> int:
+        """Channels that an MLP keeps at a kept fraction: a multiple as of ranks; all of them if it has fewer."""
+        kept = math.floor(kept_fraction * mlp.channels + 1e-9) // self.multiple * self.multiple
+        return min(max(kept, self.multiple), mlp.channels)
+
+    def mlp_of(self, block: Block, topology: Topology) -> Mlp | None:
+        """The MLP whose widths are measured with a block; None if there is none, or some of its tensors stay dense."""
+        mlp = topology.mlps_by_name.get(block.name) if self.with_widths else None
+        return mlp if mlp is not None and {t.name for t in mlp.tensors} <= {t.name for t in block.tensors} else None
 
     def rank_requests(self, topology: Topology) -> RankRequests:
-        """Requests to the factor bank: every matrix up to its break-even rank."""
+        """Requests to the factor bank: every matrix up to its break-even rank, and the channels of every MLP."""
         blocks = blocks_of_topology(topology, self.names, with_stacks=self.with_stacks)
         matrices = {matrix.name: matrix for block in blocks for partition in block.partitions for matrix in partition}
-        return {
+        requests = {
             method: {name: break_even_rank(*matrix.shape, core=has_core(method)) for name, matrix in matrices.items()}
             for method in self.methods
         }
+        mlps = [mlp for block in blocks if (mlp := self.mlp_of(block, topology)) is not None]
+        return {**requests, WIDTH: {mlp.name: mlp.channels for mlp in mlps}} if mlps else requests

@@ -103,6 +103,7 @@ def _document(
         "parameters": found.parameters,
         "predicted_divergence": found.divergence,
         "removed_blocks": len(point.removed),
+        "narrow_mlps": len(point.widths),
         "point_id": point.id,
         "point": point.to_json(),
     }
@@ -134,7 +135,7 @@ def _refit_methods(profile: SensitivityProfile) -> dict[str, str]:
 def _with_methods(point: DesignPoint, methods: Mapping[str, str]) -> DesignPoint:
     """The same ranks with other methods."""
     return DesignPoint(
-        tuple((n, c if c.is_removal else TensorChoice(methods.get(c.method, c.method), c.rank)) for n, c in point)
+        tuple((n, TensorChoice(methods.get(c.method, c.method), c.rank) if c.has_factors else c) for n, c in point)
     )
 
 

@@ -34,9 +34,9 @@ from dse.models.load import AUTO_DTYPE, default_dtype
 from dse.standalone.measure_engine import EngineRequest, measure_in_engine
 from dse.standalone.model_request import CalibrationText, ModelRequest, point_factors
 from dse.study import StudyListener, resolve_device
-from dse.study.device_defaults import settled_mode
 from dse.trial.energy_quantities import paired_energy_entry
 from dse.trial_record import json_safe
+from dse.workers.device_defaults import settled_mode
 
 __all__ = ["MeasurementRequest", "measure_model"]
 

@@ -24,6 +24,7 @@ from dse.sensitivity import SensitivityProfile, option_shapes
 from dse.standalone.measure_engine import EngineRequest
 from dse.standalone.model_request import ModelRequest
 from dse.study import StudyListener
+from dse.topology import Matrix, Mlp, Topology
 from dse.trial import settled_space
 
 __all__ = ["RankTimingRequest", "rank_timings_html", "time_ranks"]
@@ -147,11 +148,11 @@ def _space(
 
 
 def _entries(loaded: LoadedModel, request: RankTimingRequest, space: SearchSpace | None) -> Iterator[_Entry]:
-    """Each matrix of one role and shape once, at each rank, in each phase and batch size."""
+    """Each matrix of one role and shape once, at each rank or width, in each phase and batch size."""
     seen = set()
     for name, choice in _choices(loaded, request, space):
-        matrix = loaded.topology.matrix(name)
-        key = (matrix.role, matrix.shape, choice)
+        part = _part(loaded.topology, name, choice)
+        key = (part.role, part.shape, choice)
         if key in seen:
             continue
         seen.add(key)
@@ -192,8 +193,13 @@ def _choices_of_profile(loaded: LoadedModel, path: str) -> Iterator[tuple[str, T
             yield from (pair for pair in option.choices if not pair[1].is_removal)
 
 
+def _part(topology: Topology, name: str, choice: TensorChoice) -> Matrix | Mlp:
+    """The matrix that a choice decomposes, or the MLP whose width it reduces."""
+    return topology.mlp(name) if choice.is_width else topology.matrix(name)
+
+
 def _row(profile: ModelProfile, name: str, choice: TensorChoice, phase: Phase, batch: int) -> dict[str, Any]:
-    matrix = profile.topology.matrix(name)
+    matrix = _part(profile.topology, name, choice)
     dense_s, point_s = (profile.part_seconds(name, one, phase) for one in (None, choice))
     return {
         "role": matrix.role,

@@ -97,7 +97,7 @@ class Rehearsal:
         self._meter = PhaseMeter(self._layers, small.device)
         self._folder = tempfile.TemporaryDirectory(prefix="dse_plan_")
         self._progress: ProgressCallback = ignore_progress
-        decomposed = [topology.matrix(name).layer for name in self._names(requests)]
+        decomposed = [topology.part(name).layer for name in self._names(requests)]
         self.decomposed_layers = sorted({layer for layer in decomposed if layer is not None})
         self.small_requests = self._of_one_layer()
 
@@ -314,7 +314,7 @@ class Rehearsal:
         for method, ranks in self._requests.items():
             base = METHODS[method].refit_of or method
             for name, rank in ranks.items():
-                if name in self.topology.experts_by_name or self.topology.matrix(name).layer != first:
+                if name in self.topology.experts_by_name or self.topology.part(name).layer != first:
                     continue
                 own = name.replace(f"layers.{first}.", f"layers.{_FIRST}.")
                 of_method = found.setdefault(base, {})

@@ -29,10 +29,10 @@ from dse.search.user_points import checked_user_points
 from dse.standalone.plan_meters import available_bytes, resident_bytes
 from dse.standalone.rehearsal import PhaseForecast, Rehearsal
 from dse.study import StudyListener
-from dse.study.setup import bank_requests, resolve_device
 from dse.topology import Topology
 from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
 from dse.trial.objectives import RequiredMeasurements, required_measurements, resolve_objectives
+from dse.workers.setup import bank_requests, resolve_device
 
 __all__ = ["plan_study"]
 

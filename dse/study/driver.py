@@ -26,16 +26,16 @@ from dse.search.proposal import Proposal
 from dse.search.search_session import SearchSession
 from dse.search.start_up_points import unseen_feasible_levels
 from dse.study.folder import StudyFolder
-from dse.study.jobs import CompareFloat32, EvaluateTrial, MeasureIdle, TrialResult
-from dse.study.listener import Interrupts, StudyListener, StudyProgress
-from dse.study.outline import StudyOutline
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
 from dse.study.trial_tables import TrialTables
-from dse.study.workers import FinishedJob, Workers
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial.trial_evaluator import new_record
 from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord, json_safe, objective_values
+from dse.workers.interface import FinishedJob, Workers
+from dse.workers.jobs import CompareFloat32, EvaluateTrial, MeasureIdle, TrialResult
+from dse.workers.listener import Interrupts, StudyListener, StudyProgress
+from dse.workers.outline import StudyOutline
 
 __all__ = ["StudyDriver"]
 
@@ -386,9 +386,13 @@ class StudyDriver:
 
 def _summary(record: TrialRecord) -> str:
     """`12 tensors decomposed, reduction 8.3 % (allocation)`."""
-    removed, decomposed = len(record.point.removed), len(record.point) - len(record.point.removed)
-    parts = [f"{decomposed} tensors decomposed"] if decomposed or not removed else []
-    parts += [f"{removed} blocks removed"] if removed else []
+    point = record.point
+    changes = (
+        (len(point.decomposed), "tensors decomposed"),
+        (len(point.widths), "MLPs narrowed"),
+        (len(point.removed), "blocks removed"),
+    )
+    parts = [f"{count} {what}" for count, what in changes if count]
     what = "dense" if record.is_dense else ", ".join(parts)
     return f"{what}, reduction {100 * record.cost['reduction']:.1f} % ({record.origin})"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from dse.search.multi_fidelity import EarlyStopping
 from dse.study.driver import StudyDriver
-from dse.study.final_documents import reevaluate_front
-from dse.study.jobs import EvaluateFinal, EvaluateTrial, TrialResult
 from dse.study.serving_front import MeasureServing, engine_attribute, measure_front, waiting_trials
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial_record import EvaluatedTrial, TrialRecord
+from dse.workers.final_documents import reevaluate_front
+from dse.workers.jobs import EvaluateFinal, EvaluateTrial, TrialResult
 
 __all__ = ["finish_study", "has_resumed_stopped"]
 

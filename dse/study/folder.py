@@ -17,8 +17,8 @@ from dse.errors import StudyError
 from dse.evaluation import EvaluationResult, read_graded, read_outcomes
 from dse.files import disk_errors, write_json, write_text
 from dse.report.worker_lanes import LANES_FILE
-from dse.study.device_defaults import with_stored_defaults
 from dse.study.storage_place import DatabasePlace, database_of, enter_database
+from dse.workers.device_defaults import with_stored_defaults
 from dse.yaml_reading import read_yaml
 
 __all__ = ["StudyFolder"]

@@ -9,8 +9,8 @@ from typing import Any
 from dse.errors import StudyError
 from dse.search.proposal import Proposal
 from dse.study.driver import StudyDriver
-from dse.study.same_study import MUST_STAY
 from dse.trial_record import EVALUATED_STATES, EvaluatedTrial, TrialRecord
+from dse.workers.same_study import MUST_STAY
 
 __all__ = ["resume_or_start"]
 

@@ -12,16 +12,16 @@ from dse.config import FidelityConfig, StudyConfig, WorkersConfig, load_study, p
 from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
 from dse.study.driver import StudyDriver
-from dse.study.final_documents import final_pending
 from dse.study.finish import finish_study, has_resumed_stopped
 from dse.study.folder import StudyFolder
-from dse.study.lane_listener import LaneListener
-from dse.study.listener import Interrupts, StudyListener, watching_interrupts
 from dse.study.resume import resume_or_start
 from dse.study.serving_front import serving_pending
-from dse.study.setup import prepare_study
 from dse.study.study import Study, started_study
-from dse.study.workers import LocalWorker, Workers
+from dse.workers.final_documents import final_pending
+from dse.workers.interface import LocalWorker, Workers
+from dse.workers.lane_listener import LaneListener
+from dse.workers.listener import Interrupts, StudyListener, watching_interrupts
+from dse.workers.setup import prepare_study
 
 __all__ = ["run_study"]
 
@@ -99,7 +99,7 @@ def _ready_workers(
 ) -> Iterator[_Ready]:
     """Prepare the study in this process, or on the workers that it asks for."""
     if config.workers is not None:
-        from dse.study.ray_workers import ray_workers
+        from dse.workers.ray_workers import ray_workers
 
         answers = None if use_cache else folder.answers
         on_ray = ray_workers(config, config.workers, listener, folder.workers, started_with, answers)

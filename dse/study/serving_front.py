@@ -21,10 +21,10 @@ from dse.evaluation.statistics.intervals import Interval
 from dse.measurement import IdlePower, device_lock
 from dse.pareto import Objective
 from dse.report.trials_table import is_eligible, mark_front
-from dse.study.listener import StudyListener
-from dse.study.setup import PreparedStudy
 from dse.trial.engine_measurements import EngineMeasurer, engine_key, first_cell, serving_entry, serving_quantities
 from dse.trial_record import TrialRecord
+from dse.workers.listener import StudyListener
+from dse.workers.setup import PreparedStudy
 
 __all__ = [
     "MeasureServing",

@@ -25,11 +25,11 @@ from dse.report.tied_trials import mark_ties, tied_table
 from dse.report.trials_table import front_hypervolume, front_table, mark_front
 from dse.search.origins import OriginShare, origin_shares
 from dse.study.compare_trials import PairedOutcomes, TrialComparison, compare_records
-from dse.study.final_documents import with_final_values
 from dse.study.folder import StudyFolder
 from dse.study.serving_front import mark_engine_fronts, with_engine_values
 from dse.study.storage import StudyStorage
 from dse.trial_record import EVALUATED_STATES, TrialRecord, trial_row
+from dse.workers.final_documents import with_final_values
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -1,4 +1,7 @@
-"""vLLM loads exports unmodified, through its Transformers backend, and computes what transformers computes."""
+"""vLLM loads exports unmodified, through its Transformers backend, and computes what transformers computes.
+
+One vLLM process loads all folders, because importing vLLM takes longer than loading a small model.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,20 @@ from pathlib import Path
 import pytest
 from engine_environments import engine_python
 from served_exports import (
+    FORMS,
     TINY_FAMILIES,
+    Job,
     Served,
+    dense_verdicts,
     documented_table,
+    export_families,
     export_forms,
     family_table,
+    form_table,
     in_vllm,
-    run_families,
 )
 
-FORMS = (
-    "low rank",
-    "low rank with core",
-    "stacks",
-    "mixed ranks",
-    "removed MLP",
-    "removed attention",
-    "passed layer",
-    "everything",
-)
+pytestmark = pytest.mark.real_model
 
 
 @pytest.fixture(scope="module")
@@ -34,42 +32,40 @@ def python() -> str:
 
 
 @pytest.fixture(scope="module")
-def forms(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return export_forms(tmp_path_factory.mktemp("forms"))
+def families(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    return export_families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")
-def served_forms(python: str, forms: dict[str, Path]) -> dict[str, Served]:
-    return dict(zip(forms, in_vllm(python, list(forms.values())), strict=True))
+def served(
+    python: str, families: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Served]:
+    folders = export_forms(tmp_path_factory.mktemp("forms")) | {name: export for name, (export, _) in families.items()}
+    jobs = {name: Job(folder) for name, folder in folders.items()}
+    jobs["compiled"] = Job(families["Llama"][0], {"enforce_eager": False})
+    return dict(zip(jobs, in_vllm(python, list(jobs.values())), strict=True))
 
 
 @pytest.fixture(scope="module")
-def served_families(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Served, Served | None]]:
-    return run_families(python, tmp_path_factory.mktemp("families"))
+def dense(python: str, families: dict[str, tuple[Path, Path]], served: dict[str, Served]) -> dict[str, Served]:
+    return dense_verdicts(python, families, served)
 
 
-@pytest.mark.real_model
-@pytest.mark.parametrize("form", FORMS)
-def test_every_structural_form_gives_the_outputs_of_transformers(served_forms: dict[str, Served], form: str) -> None:
-    assert served_forms[form].error == ""
-    assert served_forms[form].tokens_equal
-    assert served_forms[form].difference <= 1e-4
-
-
-@pytest.mark.real_model
-def test_a_compiled_engine_gives_the_outputs_of_transformers(python: str, forms: dict[str, Path]) -> None:
-    (served,) = in_vllm(python, [forms["everything"]], enforce_eager=False)
-    assert served.error == ""
-    assert served.is_equal
+@pytest.mark.parametrize("name", [*FORMS, "compiled"])
+def test_every_structural_form_gives_the_outputs_of_transformers(served: dict[str, Served], name: str) -> None:
+    assert served[name].error == ""
+    assert served[name].tokens_equal
+    assert served[name].difference <= 1e-4
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_family_loads_wherever_its_dense_model_does(
-    served_families: dict[str, tuple[Served, Served | None]], family: str
+    served: dict[str, Served], dense: dict[str, Served], family: str
 ) -> None:
-    served, dense = served_families[family]
-    assert served.is_equal or (dense is not None and not dense.is_equal), f"export: {served}; dense: {dense}"
+    refused = family in dense and not dense[family].is_equal
+    assert served[family].is_equal or refused, f"export: {served[family]}; dense: {dense[family]}"
 
 
-def test_the_documented_table_is_what_was_seen(served_families: dict[str, tuple[Served, Served | None]]) -> None:
-    assert documented_table() == family_table(served_families)
+def test_the_documented_tables_are_what_was_seen(served: dict[str, Served], dense: dict[str, Served]) -> None:
+    assert documented_table("forms") == form_table({name: served[name] for name in FORMS})
+    assert documented_table("families") == family_table({name: served[name] for name in TINY_FAMILIES}, dense)

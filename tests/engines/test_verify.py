@@ -6,46 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_environments import engine_python, needs_modules
+from engine_environments import Run, engine_python, needs_modules
 from safetensors.torch import load_file, save_file
 
 import dse
-from dse.cli import main
 from dse.cli.export import FORMATS
 from dse.export import EXPORT_FORMATS, export_point
 from dse.standalone import export_trials
 from dse.study import open_study
-
-Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], own_process: None) -> Run:
-    """Run one command in this process; return stdout and stderr."""
-
-    def call(*arguments: str | Path | int, expect: int = 0) -> tuple[str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as error:  # of argparse
-            code = int(error.code or 0)
-        found = capsys.readouterr()
-        assert code == expect, found.err + found.out
-        return found.out, found.err
-
-    return call
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(cache_folder: Path) -> Iterator[None]:
-    """The cache of the finished study, for this process and those it starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from dse.measurement import LatencySpec
 from dse.measurement.device_lock import lock_file
 from dse.measurement.device_profile import ProductShape, ProductTimings
 from dse.models import load_model
-from dse.study.device_defaults import settled_mode
+from dse.workers.device_defaults import settled_mode
 
 
 def test_a_gpu_is_locked_by_its_uuid(gpu: torch.device) -> None:

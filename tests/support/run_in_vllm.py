@@ -1,8 +1,8 @@
 """Load several folders in vLLM, one after another in one process, and generate greedily.
 
 A script for vLLM's own environment; it imports nothing of this project. Usage: `python run_in_vllm.py REQUEST RESULT`.
-The request is `{"folders": [...], "prompts": [[ids]], "new_tokens": n, "options": {...}}`. The result has one entry for
-each folder: `{"tokens": ..., "log_probabilities": ...}`, of the new tokens, or `{"error": ...}`.
+The request is `{"jobs": [{"folder": ..., "options": {...}}], "prompts": [[ids]], "new_tokens": n}`. The result has one
+entry for each job: `{"tokens": ..., "log_probabilities": ...}`, of the new tokens, or `{"error": ...}`.
 """
 
 import gc
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 
-def serve(folder, request):
+def serve(job, request):
     from vllm import LLM, SamplingParams
 
     settings = {
@@ -25,7 +25,7 @@ def serve(folder, request):
         "kv_cache_memory_bytes": 2**26,
         "seed": 0,
     }
-    engine = LLM(folder, **{**settings, **request["options"]})
+    engine = LLM(job["folder"], **{**settings, **job["options"]})
     greedy = SamplingParams(
         temperature=0, max_tokens=request["new_tokens"], logprobs=1, ignore_eos=True, detokenize=False
     )
@@ -42,10 +42,10 @@ def serve(folder, request):
 def main(request_file, result_file):
     request = json.loads(Path(request_file).read_text())
     results = []
-    for folder in request["folders"]:
+    for job in request["jobs"]:
         try:
-            results.append(serve(folder, request))
-        except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the result for this folder
+            results.append(serve(job, request))
+        except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the result of this job
             causes = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,20 @@ TINY_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
+FORMS = (
+    "low rank",
+    "low rank with core",
+    "stacks",
+    "mixed ranks",
+    "removed MLP",
+    "removed attention",
+    "passed layer",
+    "everything",
+    "removed blocks as decilm",
+)
+"""Structural forms of SmolLM2 exports; see `structural_forms`."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What vLLM did with a folder.
@@ -102,7 +116,7 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
         "layers.20.gate_up": TensorChoice(svd, 100),
         "layers.21.up": TensorChoice(svd, 128),
     }
-    mixed = {f"layers.{i}.{r}": TensorChoice(svd, 20 + 4 * i) for i in range(2, 29, 3) for r in ("key", "gate", "down")}
+    mixed = {f"layers.{i}.{role}": TensorChoice(svd, 90 + 8 * i) for i in range(2, 29, 3) for role in ("gate", "down")}
     return {
         "low rank": DesignPoint.uniform(
             topology, svd, 100, range(5, 25), ["query", "attention_output", "gate", "down"]
@@ -114,6 +128,7 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
         "removed attention": DesignPoint.of(removed("attention", (0, 12, 18, 29))),
         "passed layer": DesignPoint.of(removed("attention", (11, 24)) | removed("mlp", (11, 24))),
         "everything": DesignPoint.of(everything),
+        "removed blocks as decilm": DesignPoint.of(removed("attention", (12, 20)) | removed("mlp", (20, 26))),
     }
 
 
@@ -162,9 +177,11 @@ def export_forms(root: Path) -> dict[str, Path]:
     loaded = load_model("demo:smollm2-135m-instruct", dtype="float32")
     points = structural_forms(loaded.topology)
     bank = FactorBank.build(loaded, list(points.values()), folder=root / "bank")
+    folders = {name: root / name.replace(" ", "-") for name in points}
     for name, point in points.items():
-        export_point(loaded, point, bank, root / name.replace(" ", "-"), verify=False)
-    return {name: root / name.replace(" ", "-") for name in points}
+        form = "decilm" if "decilm" in name else "transformers"
+        export_point(loaded, point, bank, folders[name], verify=False, format=form)
+    return folders
 
 
 def in_transformers(folder: Path) -> tuple[list[list[int]], list[list[float]]]:
@@ -183,14 +200,22 @@ def in_transformers(folder: Path) -> tuple[list[list[int]], list[list[float]]]:
     return tokens, log_probabilities
 
 
-def in_vllm(python: str, folders: Sequence[Path], timeout_s: float = 900, **options: Any) -> list[Served]:
-    """Run the folders in one process of vLLM's environment, and compare each with transformers."""
+@dataclass(frozen=True)
+class Job:
+    """A folder that vLLM loads, with options beside those of `in_vllm`."""
+
+    folder: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def in_vllm(python: str, jobs: Sequence[Job], timeout_s: float = 900) -> list[Served]:
+    """Run the jobs one after the other in one process of vLLM's environment, and compare each with transformers."""
     script = Path(__file__).with_name("run_in_vllm.py")
+    defaults = {"max_model_len": 48, "enforce_eager": True, "model_impl": "auto"}
     with tempfile.TemporaryDirectory() as temporary:
         request, result = Path(temporary) / "request.json", Path(temporary) / "result.json"
-        settings = {"max_model_len": 48, "enforce_eager": True, "model_impl": "auto", **options}
-        text = {"folders": list(map(str, folders)), "prompts": PROMPTS, "new_tokens": NEW_TOKENS, "options": settings}
-        request.write_text(json.dumps(text), encoding="utf-8")
+        entries = [{"folder": str(job.folder), "options": {**defaults, **job.options}} for job in jobs]
+        request.write_text(json.dumps({"jobs": entries, "prompts": PROMPTS, "new_tokens": NEW_TOKENS}), "utf-8")
         process = subprocess.run(
             [python, str(script), str(request), str(result)],
             capture_output=True,
@@ -201,8 +226,8 @@ def in_vllm(python: str, folders: Sequence[Path], timeout_s: float = 900, **opti
         if not result.is_file():
             raise RuntimeError(f"vLLM did not start: {process.stderr[-2000:]}")
         found = json.loads(result.read_text(encoding="utf-8"))
-    found += [{"error": f"vLLM ended with code {process.returncode}"}] * (len(folders) - len(found))
-    return [_compared(folder, entry) for folder, entry in zip(folders, found, strict=True)]
+    found += [{"error": f"vLLM ended with code {process.returncode}"}] * (len(jobs) - len(found))
+    return [_compared(job.folder, entry) for job, entry in zip(jobs, found, strict=True)]
 
 
 def _compared(folder: Path, entry: Mapping[str, Any]) -> Served:
@@ -217,51 +242,66 @@ def _compared(folder: Path, entry: Mapping[str, Any]) -> Served:
     return Served(True, entry["tokens"] == tokens, difference)
 
 
-def run_families(python: str, root: Path) -> dict[str, tuple[Served, Served | None]]:
-    """The mixed export of each family in vLLM; where it fails, also the dense model."""
-    folders = export_families(root)
-    found = dict(zip(folders, in_vllm(python, [export for export, _ in folders.values()]), strict=True))
-    failed = [family for family, served in found.items() if not served.is_equal]
-    dense = in_vllm(python, [folders[f][1] for f in failed], model_impl="transformers") if failed else []
-    of_dense = dict(zip(failed, dense, strict=True))
-    return {family: (served, of_dense.get(family)) for family, served in found.items()}
+def dense_verdicts(
+    python: str, exports: Mapping[str, tuple[Path, Path]], served: Mapping[str, Served]
+) -> dict[str, Served]:
+    """What vLLM's Transformers backend does with the dense models of the families whose exports fail."""
+    failed = [family for family in exports if not served[family].is_equal]
+    jobs = [Job(exports[family][1], {"model_impl": "transformers"}) for family in failed]
+    return dict(zip(failed, in_vllm(python, jobs), strict=True)) if failed else {}
 
 
-def family_table(found: Mapping[str, tuple[Served, Served | None]]) -> str:
+def form_table(served: Mapping[str, Served]) -> str:
+    """The table of structural forms as Markdown."""
+    lines = ["| form (SmolLM2-135M) | transformers | vLLM |", "|---|---|---|"]
+    lines += [f"| {form} | loads, same outputs | {_verdict(one)} |" for form, one in served.items()]
+    return "\n".join(lines)
+
+
+def family_table(served: Mapping[str, Served], dense: Mapping[str, Served]) -> str:
     """The table of families as Markdown; a family whose dense model vLLM refuses is said to be refused."""
     lines = ["| family | model type | transformers | vLLM |", "|---|---|---|---|"]
-    for family, (served, dense) in found.items():
-        if served.is_equal:
-            verdict = "loads, same outputs"
-        elif dense is not None and not dense.is_equal:
-            verdict = "not supported: vLLM's Transformers backend does not run the dense model either"
-        else:
-            verdict = "fails"
+    for family, one in served.items():
+        refused = family in dense and not dense[family].is_equal
+        verdict = "not supported: vLLM does not run the dense model either" if refused else _verdict(one)
         lines.append(f"| {family} | `{TINY_FAMILIES[family][0]}` | loads, same outputs | {verdict} |")
     return "\n".join(lines)
 
 
+def _verdict(served: Served) -> str:
+    return "loads, same outputs" if served.is_equal else "loads, other outputs" if served.loads else "does not load"
+
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "export-support.md"
-_BEGIN, _END = "<!-- families -->\n", "\n<!-- /families -->"
 
 
-def documented_table() -> str:
-    """The table of families in the documentation."""
-    return DOCUMENT.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0]
+def documented_table(name: str) -> str:
+    """A table of the documentation: "forms" or "families"."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    return text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
 
 
 def main() -> None:
-    """Run all families, print what was seen, and write the table."""
+    """Run all forms and families, print what was seen, and write the tables."""
     from dse.engines import ENGINES
 
     python = ENGINES["vllm"].availability().python
     with tempfile.TemporaryDirectory() as temporary:
-        found = run_families(python, Path(temporary))
-    for family, (served, dense) in found.items():
-        print(f"{family}: {served}{'' if dense is None else f' dense: {dense}'}")
+        root = Path(temporary)
+        forms, exports = export_forms(root), export_families(root)
+        folders = {**forms, **{family: export for family, (export, _) in exports.items()}}
+        served = dict(zip(folders, in_vllm(python, [Job(folder) for folder in folders.values()]), strict=True))
+        dense = dense_verdicts(python, exports, served)
+    for name, one in (*served.items(), *((f"{family}, dense", one) for family, one in dense.items())):
+        print(f"{name}: {one}")
     text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(_BEGIN)
-    DOCUMENT.write_text(before + _BEGIN + family_table(found) + _END + rest.partition(_END)[2], encoding="utf-8")
+    tables = {
+        "forms": form_table({name: served[name] for name in forms}),
+        "families": family_table({name: served[name] for name in exports}, dense),
+    }
+    for name, table in tables.items():
+        text = text.replace(documented_table(name), table)
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Studies on Ray workers in tests: a cluster of several nodes on this machine, and faults at chosen moments."""
+"""Studies on Ray workers in tests: a cluster of several nodes on this machine, and what its workers do."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import random
-import signal
-import threading
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny_study import tiny_study
+import psutil
+from preloaded_python import Preloaded
+from tiny_study import environment, tiny_study
 
 from dse.study import Study
 from dse.trial_record import EVALUATED_STATES
@@ -39,6 +40,100 @@ def check_complete(study: Study, trials: int, undisturbed: Study) -> None:
     assert outcome(study) == outcome(undisturbed)
 
 
+class RayNodes:
+    """A Ray cluster on this machine: a head without devices, and nodes with one pretended GPU each.
+
+    Args:
+        cache: Cache folders of dse and Hugging Face.
+        nodes: Number of nodes beside the head.
+    """
+
+    def __init__(self, cache: Path, nodes: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._folder = Path(tempfile.mkdtemp(prefix="dse-"))
+        self.environment = environment(cache) | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.preloaded = Preloaded(self._folder, self.environment)
+        os.environ.update(self.environment)
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+        )
+        self.nodes: list[Any] = []
+        for _ in range(nodes):
+            self.add()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self, variables: Mapping[str, str] | None = None) -> Any:
+        """Add a node; its workers have these environment variables."""
+        node = self._cluster.add_node(num_cpus=1, num_gpus=1, env_vars=dict(variables or {}))
+        self.nodes.append(node)
+        return node
+
+    def remove(self, node: Any) -> None:
+        """End all processes of a node at once."""
+        self.nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def keys(self, count: int, **keys: Any) -> dict[str, Any]:
+        """Keys of a study's `workers`."""
+        started_by = {"py_executable": str(self.preloaded.executable)}
+        return {"ray_address": self.address, "count": count, "runtime_env": started_by, **keys}
+
+    def workers(self) -> list[WorkerProcess]:
+        """The processes of all workers."""
+        found = []
+        for process in psutil.Process(self.preloaded.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error, IndexError):
+                title = process.cmdline()[0].strip()
+                if title.startswith("ray::StudyWorker"):
+                    found.append(WorkerProcess(process.pid, title.partition(".")[2].split("(")[0]))
+        return found
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        self._cluster.shutdown()
+        self.preloaded.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """A worker's process.
+
+    Attributes:
+        pid: Its id.
+        method: What it executes: `__init__`, `describe`, `join`, `measure_share`, `table` or `run`; "" if it waits.
+    """
+
+    pid: int
+    method: str
+
+    def send(self, number: int) -> bool:
+        """Send a signal; returns whether the process was there."""
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def ray_nodes(cache: Path, nodes: int) -> Iterator[RayNodes]:
+    before = dict(os.environ)
+    created = RayNodes(cache, nodes)
+    try:
+        yield created
+    finally:
+        created.close()
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @dataclass(frozen=True)
 class Lane:
     worker: str
@@ -46,6 +141,7 @@ class Lane:
     phase: str
     trial: int | None
     failures: int
+    finished: int
 
 
 def lanes(study: Path) -> list[Lane]:
@@ -53,56 +149,11 @@ def lanes(study: Path) -> list[Lane]:
     with contextlib.suppress(OSError, ValueError):
         entries = json.loads((study / "workers.json").read_text(encoding="utf-8"))["workers"]
         return [
-            Lane(e["worker"], e["pid"], e["phase"], e["trial"], e["failures"])
+            Lane(e["worker"], e["pid"], e["phase"], e["trial"], e["failures"], e["finished"])
             for e in entries
             if e["pid"] is not None and e["state"] != "ended"
         ]
     return []
-
-
-@dataclass
-class Killer:
-    """A thread that kills workers of a study at random moments; no trial loses more than two workers.
-
-    Attributes:
-        study: The study's folder.
-        kills: Number of kills after which it stops.
-        seed: Seed of moments and victims.
-        log: Worker, phase and trial of each kill.
-    """
-
-    study: Path
-    kills: int
-    seed: int = 0
-    between_s: tuple[float, float] = (0.2, 3.0)
-    log: list[Lane] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Killer]:
-        thread = threading.Thread(target=self._run)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._stop.set()
-            thread.join()
-
-    def _run(self) -> None:
-        generator, dead = random.Random(self.seed), set[int]()
-        while len(self.log) < self.kills and not self._stop.wait(generator.uniform(*self.between_s)):
-            spared = {trial for trial in (e.trial for e in self.log) if self._killed(trial) >= 2}
-            found = [lane for lane in lanes(self.study) if lane.pid not in dead and lane.trial not in spared]
-            if not found:
-                continue
-            victim = generator.choice(found)
-            dead.add(victim.pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim.pid, signal.SIGKILL)
-                self.log.append(victim)
-
-    def _killed(self, trial: int | None) -> int:
-        return 0 if trial is None else sum(entry.trial == trial for entry in self.log)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
@@ -110,4 +161,4 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
     while not condition():
         if time.monotonic() > until_s:
             raise AssertionError(f"not within {timeout_s:.0f} s")
-        time.sleep(0.05)
+        time.sleep(0.02)

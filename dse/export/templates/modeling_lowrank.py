@@ -5,14 +5,15 @@
 # governing permissions and limitations under the License.
 #
 # mypy: ignore-errors
-"""A Llama model in which some weight matrices are products of low-rank factors; written by lowrank-dse.
+"""A Llama model in which some weight matrices are smaller, or products of low-rank factors; written by lowrank-dse.
 
 It needs only torch and transformers. Load it with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 `config.low_rank` lists the replaced modules by path in the base model, with rank, core and bias. The modules of one
-`stack` read the same input and share their right factor; if a norm is named, the factor is applied behind that norm.
+`stack` read the same input and share their right factor; if a norm is named, the factor is applied behind that norm. A
+module with a `shape`, (out_features, in_features), is a dense matrix of an MLP that keeps some of its channels.
 `config.removed` lists the removed blocks and layers. `config.num_hidden_layers` counts the attention blocks left.
 """
 
@@ -60,6 +61,9 @@ class LowRankLlamaConfig(LlamaConfig):
     low_rank: dict[str, Any] | None = None
     low_rank_head: dict[str, Any] | None = None
     removed: dict[str, Any] | None = None
+    # <attention_outputs>
+    attention_outputs: list[str] | None = None
+    # </attention_outputs>
 
 
 class LowRankMixin:
@@ -104,6 +108,10 @@ class LowRankLlamaModel(LowRankMixin, LlamaModel):
         if removed:
             remove_blocks(self, **removed)
         insert_factors(self, config.low_rank or {})
+        # <attention_outputs>
+        for path in config.attention_outputs or []:
+            self.get_submodule(path).register_forward_pre_hook(separate_tokens)
+        # </attention_outputs>
         self.post_init()
 
 
@@ -132,6 +140,10 @@ def insert_factors(model: nn.Module, low_rank: Mapping[str, Mapping[str, Any]]) 
     shared: dict[str, SharedProduct] = {}
     replaced: dict[str, list[str]] = {}
     for path, form in low_rank.items():
+        if "shape" in form:
+            bias = torch.zeros(form["shape"][0]) if form["bias"] else None
+            replace(model, path, linear_from(torch.empty(form["shape"]), bias))
+            continue
         dense = model.get_submodule(path)
         # <experts>
         if "experts" in form:
@@ -201,6 +213,18 @@ def remove_blocks(
         model.get_submodule(path).layer_idx = slot
 
 
+# <attention_outputs>
+def separate_tokens(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give the input of an attention output matrix the shape (batch, tokens, features) again.
+
+    The architecture joins the last two axes of what the attention interface returns, as if they were heads and head
+    size. Engines return them as one axis behind the tokens of all requests, so that a single axis is left.
+    """
+    width = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+    return (inputs[0].reshape(1, -1, width) if inputs[0].ndim == 1 else inputs[0], *inputs[1:])
+
+
+# </attention_outputs>
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path`."""
     parent, _, name = path.rpartition(".")

@@ -118,7 +118,8 @@ class ModelProfile:
     """Seconds of a model's products on one device, for any design point.
 
     Products are those that the unmodified modules run: one for a dense matrix, two for its factors, three with a core.
-    The members of a stack share the product with the right factor (and the core).
+    The members of a stack share the product with the right factor (and the core). An MLP of reduced width runs smaller
+    dense products.
 
     Args:
         topology: Topology of the model.
@@ -161,6 +162,9 @@ class ModelProfile:
             name, choice = choices[matrix.tensor]
             if choice.is_removal:
                 continue
+            if choice.is_width:
+                found.append(self._narrow(matrix, name, choice.rank, rows))
+                continue
             if name not in seen:  # once for all members of a stack
                 seen.add(name)
                 found.append(ProductShape(rows, choice.rank, matrix.in_features))
@@ -169,12 +173,19 @@ class ModelProfile:
             found.append(ProductShape(rows, matrix.out_features, choice.rank))
         return found
 
+    def _narrow(self, matrix: ModelMatrix, mlp: str, kept: int, rows: int) -> ProductShape:
+        """The product of one matrix of an MLP that keeps some of its channels."""
+        whole = self.topology.mlp(mlp)
+        if matrix.tensor == whole.output.name:
+            return ProductShape(rows, matrix.out_features, kept)
+        return ProductShape(rows, matrix.out_features // whole.channels * kept, matrix.in_features)
+
     def seconds(self, point: DesignPoint, phase: Phase, tensors: Iterable[str] | None = None) -> float:
         """Seconds of all products of one forward pass, without attention, norms and kernel launches; see `shapes`."""
         return sum(map(self.timings.seconds, self.shapes(point, phase, tensors)))
 
     def part_shapes(self, name: str, choice: TensorChoice | None, phase: Phase) -> list[ProductShape]:
-        """The products of one tensor, stack or block, decomposed by `choice`, or dense for None."""
+        """The products of one tensor, stack, MLP or block, changed by `choice`, or dense for None."""
         point = DesignPoint.dense() if choice is None else DesignPoint.of({name: choice})
         return self.shapes(point, phase, self.topology.tensors_of(name))
 

@@ -130,7 +130,10 @@ def _change(before: PlacedChoice | None, after: PlacedChoice | None) -> float | 
 def _text(placed: PlacedChoice | None) -> str:
     if placed is None:
         return _DENSE
-    return "removed" if placed.choice.is_removal else f"rank {placed.choice.rank} ({placed.choice.method})"
+    choice = placed.choice
+    if choice.is_removal:
+        return "removed"
+    return f"width {choice.rank}" if choice.is_width else f"rank {choice.rank} ({choice.method})"
 
 
 def _differs(

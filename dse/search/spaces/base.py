@@ -13,10 +13,10 @@ from typing import Any
 
 from dse.config import SearchSpaceConfig, load_search_space
 from dse.cost import point_cost
-from dse.design_point import DesignPoint
+from dse.design_point import WIDTH, DesignPoint
 from dse.errors import ConfigError, PointError
 from dse.search.spaces.limits import reduction_limits, violations_of_cost
-from dse.search.spaces.rank_levels import level_count, rank_at
+from dse.search.spaces.rank_levels import level_count, rank_at, width_levels
 from dse.search.spaces.scope import layers_of_space, roles_of_space
 from dse.topology import Topology
 
@@ -245,6 +245,7 @@ class SearchSpace(ABC):
             "roles": list(self.roles),
             "tensors": len(self.tensor_names()),
             "removable_blocks": len(self.topology.blocks),
+            "reducible_mlps": len(self.largest_ranks().get(WIDTH, {})),
             "dimensions": len(self.dimensions),
             "ranks": self._rank_listing(),
             "number_of_points": count,
@@ -269,8 +270,11 @@ class SearchSpace(ABC):
         return tuple(part.name for part in parts if part.name in named)
 
     def _rank_listing(self) -> dict[str, list[int]]:
-        """Role to its ranks over all methods and layers."""
+        """Role to its ranks over all methods and layers; role `mlp` to the widths of MLPs."""
         listing: dict[str, set[int]] = {}
+        for name in self.largest_ranks().get(WIDTH, {}):
+            mlp = self.topology.mlp(name)
+            listing.setdefault(mlp.role, set()).update(width_levels(self.config.ranks, mlp))
         for name in self.tensor_names():
             tensor = self.topology.decomposable(name)
             for method in self.config.methods:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dse.config import SearchSpaceConfig
 from dse.cost import break_even_rank, has_core, point_cost
-from dse.design_point import DesignPoint
+from dse.design_point import REMOVED, WIDTH, DesignPoint
 from dse.errors import AllocationError, ConfigError, PointError
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.prior_table import block_table
@@ -27,7 +27,7 @@ __all__ = ["RESOLUTION", "DepthProfileSpace"]
 RESOLUTION = 101
 """Levels of each continuous parameter; a step is far below what an evaluation can distinguish."""
 
-_BUDGET, _METHOD, _REMOVAL, _EVENNESS = "budget", "method", "removal", "evenness"
+_BUDGET, _METHOD, _REMOVAL, _WIDTH, _EVENNESS = "budget", "method", "removal", "width", "evenness"
 _MIDDLE = (RESOLUTION - 1) // 2
 _MAX_OCTAVES = 3.0  # divergences are weighted by factors from 1/8 to 8
 _MAX_EXPONENT_OCTAVES = 1.0  # divergences are raised to powers from 1/2 to 2
@@ -44,6 +44,7 @@ class DepthProfileSpace(SearchSpace):
       layer to the last, interpolated linearly.
     - `weight.<kind>`: the weight of this kind of unit relative to the first kind (MLP relative to attention).
     - `removal`: the weight of removing a block relative to reducing its ranks.
+    - `width`: the weight of reducing the width of an MLP relative to reducing its ranks.
     - `evenness`: an exponent on all divergences. Above 1 the divergence is spread over the units, below 1 concentrated.
     - `method`: the decomposition method, if there are several.
 
@@ -79,6 +80,7 @@ class DepthProfileSpace(SearchSpace):
         names = [_BUDGET, *(f"depth.{knot}" for knot in range(self.config.knots))]
         names += [f"weight.{kind}" for kind in self.kinds[1:]]
         names += [_REMOVAL] if self.config.removal else []
+        names += [_WIDTH] if self.config.widths else []
         sizes = dict.fromkeys([*names, _EVENNESS], RESOLUTION)
         return {**sizes, _METHOD: len(self.config.methods)} if len(self.config.methods) > 1 else sizes
 
@@ -129,14 +131,15 @@ class DepthProfileSpace(SearchSpace):
         method = self.config.methods[levels.get(_METHOD, 0)]
         knots = [_octaves(levels[f"depth.{knot}"]) for knot in range(self.config.knots)]
         weights = {kind: _octaves(levels[f"weight.{kind}"]) for kind in self.kinds[1:]}
-        removal = _octaves(levels[_REMOVAL]) if _REMOVAL in levels else 0.0
+        removal, width = (_octaves(levels[name]) if name in levels else 0.0 for name in (_REMOVAL, _WIDTH))
         exponent = 2.0 ** (_octaves(levels[_EVENNESS]) / _MAX_OCTAVES * _MAX_EXPONENT_OCTAVES)
 
         def factor(unit: Unit, option: Option) -> float:
-            octaves = weights.get(unit.kind, 0.0) + (removal if option.removes_block else 0.0)
+            octaves = weights.get(unit.kind, 0.0)
+            octaves += removal * option.removes_block + width * option.narrows_mlp
             octaves += at_depth(knots, unit.layer, self.topology.layer_count)
             # d -> 2^octaves d^exponent, as a factor on d; other methods get a prohibitive factor.
-            others = any(choice.method not in (method, "removed") for _, choice in option.choices)
+            others = any(choice.has_factors and choice.method != method for _, choice in option.choices)
             return float(2.0**octaves * max(option.divergence, 1e-9) ** (exponent - 1.0) * (1e6 if others else 1.0))
 
         return self.table.scaled(factor)
@@ -148,12 +151,13 @@ class DepthProfileSpace(SearchSpace):
         for name, choice in point:
             # The roles of a space do not apply to routed experts that are removed with a block.
             block = self.topology.blocks_by_name.get(name)
-            changed = self.topology.tensors_of(name) if block is None else block.tensors
+            changed = block.tensors if choice.is_removal and block is not None else self.topology.tensors_of(name)
             for tensor in map(self.topology.part, changed):
                 if tensor.layer not in self.layers or tensor.role not in self.roles:
                     raise outside_space(point, self, f"'{name}' is not among its tensors")
-            if choice.method not in (*self.config.methods, *(["removed"] if self.config.removal else [])):
-                raise outside_space(point, self, f"'{name}' is decomposed by {choice.method}")
+            allowed = [*self.config.methods, *([REMOVED] if self.config.removal else [])]
+            if choice.method not in [*allowed, *([WIDTH] if self.config.widths else [])]:
+                raise outside_space(point, self, f"'{name}' has method {choice.method}")
         return self._nearest(point)
 
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
@@ -175,12 +179,15 @@ class DepthProfileSpace(SearchSpace):
         return self.grid.reduction_range()
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
-        """Every tensor up to break-even, so that the factor bank serves any table and the user's points."""
+        """Every tensor up to break-even, and every MLP, so that the bank serves any table and the user's points."""
         tensors = [t for t in self.topology.tensors if t.layer in self.layers and t.role in self.roles]
-        return {
+        ranks = {
             method: {t.name: break_even_rank(*t.shape, core=has_core(method)) for t in tensors}
             for method in self.config.methods
         }
+        inside = {tensor.name for tensor in tensors}
+        mlps = [mlp for mlp in self.topology.mlps if inside >= set(self.topology.tensors_of(mlp.name))]
+        return {**ranks, WIDTH: {mlp.name: mlp.channels for mlp in mlps}} if self.config.widths and mlps else ranks
 
     def feasible_levels(self) -> list[dict[str, int]] | None:
         """None: the space is too large to list."""

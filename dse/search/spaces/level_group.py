@@ -1,16 +1,21 @@
-"""Groups of a `levels` space: matrices that share one level, and the blocks that consist of them."""
+"""Groups of a `levels` space: matrices that share one level, and the blocks and MLPs that consist of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dse.design_point import TensorChoice
+from dse.config import RankConfig
+from dse.cost import factor_parameters
+from dse.design_point import WIDTH, TensorChoice
 from dse.expert_tensor import ExpertTensor
-from dse.search.spaces.rank_levels import method_for, saved_parameters
-from dse.topology import Decomposable, Matrix, RemovableBlock, Topology
+from dse.search.spaces.rank_levels import level_count, method_for, rank_at, width_levels
+from dse.topology import Decomposable, Matrix, Mlp, RemovableBlock, Topology
 
-__all__ = ["Group", "matrices_of", "stacked_roles", "whole_blocks"]
+__all__ = ["Form", "Group", "matrices_of", "stacked_roles", "whole_blocks", "whole_mlps"]
+
+Form = Mapping[str, TensorChoice]
+"""Names of a group's matrices or MLPs to their choices at one level."""
 
 
 @dataclass(frozen=True)
@@ -21,25 +26,54 @@ class Group:
         name: Dimension name, for example `layers.4-7.attention`.
         label: Name of the role group; "" if all roles share a level.
         matrices: Tensors, stacks and fused expert tensors; the latter use method `tucker` in every case.
-        ranks: Method to the ranks of the matrices at each level above dense. Methods may have different numbers of
-            levels.
+        forms: Method to the choices at each level above dense, those with most parameters first. Methods may have
+            different numbers of levels.
+        mlps: The MLPs that consist of these matrices; some levels reduce their width. Empty without such levels.
         blocks: The blocks that consist of these matrices; the last level removes them. Empty without such a level.
     """
 
     name: str
     label: str
     matrices: tuple[Decomposable, ...]
-    ranks: Mapping[str, tuple[tuple[int, ...], ...]]
+    forms: Mapping[str, tuple[Form, ...]]
+    mlps: tuple[Mlp, ...] = ()
     blocks: tuple[RemovableBlock, ...] = ()
 
-    def choices(self, method: str, level: int) -> dict[str, TensorChoice]:
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        label: str,
+        matrices: tuple[Decomposable, ...],
+        methods: Iterable[str],
+        grid: RankConfig,
+        mlps: tuple[Mlp, ...],
+        blocks: tuple[RemovableBlock, ...],
+    ) -> Group:
+        """A group with the levels of a rank grid under each method; levels with the same choices are one level."""
+        parts = {part.name: part for part in matrices} | {mlp.name: mlp for mlp in mlps}
+        forms = {}
+        for method in methods:
+            found: list[Form] = [
+                {m.name: TensorChoice(method_for(m, method), rank_at(grid, index, m, method)) for m in matrices}
+                for index in range(level_count(grid))
+            ]
+            found += _width_forms(mlps, grid)
+            distinct = [form for index, form in enumerate(found) if form not in found[:index]]
+            forms[method] = tuple(sorted(distinct, key=lambda form: _saved(parts, form)) if mlps else distinct)
+        return cls(name, label, matrices, forms, mlps, blocks)
+
+    def choices(self, method: str, level: int) -> Form:
         """Name to choice at a level from 1 upwards; beyond the method's last level, the last one."""
         if self.removes(level):
             return {block.name: TensorChoice.removal() for block in self.blocks}
-        levels = self.ranks[method]
-        ranks = levels[min(level, len(levels)) - 1]
-        pairs = zip(self.matrices, ranks, strict=True)
-        return {matrix.name: TensorChoice(method_for(matrix, method), rank) for matrix, rank in pairs}
+        levels = self.forms[method]
+        return levels[min(level, len(levels)) - 1]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all parts that the group's levels change."""
+        return frozenset(part.name for part in (*self.matrices, *self.mlps, *self.blocks))
 
     @property
     def is_experts(self) -> bool:
@@ -56,11 +90,12 @@ class Group:
             return 0
         if self.removes(level):
             return sum(block.parameters for block in self.blocks)
-        return saved_parameters(self.matrices, self.choices(method, level).values())
+        parts = {part.name: part for part in self.matrices} | {mlp.name: mlp for mlp in self.mlps}
+        return _saved(parts, self.choices(method, level))
 
     def levels(self, method: str) -> tuple[int, ...]:
         """The distinct levels above dense under a method."""
-        return (*range(1, 1 + len(self.ranks[method])), *((self.level_count - 1,) if self.blocks else ()))
+        return (*range(1, 1 + len(self.forms[method])), *((self.level_count - 1,) if self.blocks else ()))
 
     def deepest_level(self, method: str) -> int:
         """The level above dense that removes most parameters; the first of several."""
@@ -68,8 +103,31 @@ class Group:
 
     @property
     def level_count(self) -> int:
-        """Number of levels over all methods: dense, ranks, and removal."""
-        return 1 + max(len(levels) for levels in self.ranks.values()) + bool(self.blocks)
+        """Number of levels over all methods: dense, ranks, widths, and removal."""
+        return 1 + max(len(levels) for levels in self.forms.values()) + bool(self.blocks)
+
+
+def _width_forms(mlps: tuple[Mlp, ...], grid: RankConfig) -> list[Form]:
+    """The MLPs at each width of the grid; an MLP with fewer distinct widths keeps its smallest one."""
+    levels = [width_levels(grid, mlp) for mlp in mlps]
+    if not levels or not all(levels):
+        return []
+    return [
+        {mlp.name: TensorChoice(WIDTH, own[min(index, len(own) - 1)]) for mlp, own in zip(mlps, levels, strict=True)}
+        for index in range(max(map(len, levels)))
+    ]
+
+
+def _saved(parts: Mapping[str, Decomposable | Mlp], form: Form) -> int:
+    """Number of parameters that the choices of a level remove."""
+    saved = 0
+    for name, choice in form.items():
+        part = parts[name]
+        if isinstance(part, Mlp):
+            saved += part.parameters_per_channel * (part.channels - choice.rank)
+        else:
+            saved += part.parameters - factor_parameters(part, choice)
+    return saved
 
 
 def stacked_roles(topology: Topology, roles: Iterable[str]) -> tuple[str, ...]:
@@ -122,3 +180,11 @@ def whole_blocks(
     own = {block.name: (*block.tensors, *(block.experts if with_experts else ())) for block in topology.blocks}
     blocks = tuple(block for block in topology.blocks if own[block.name] and tensors.issuperset(own[block.name]))
     return blocks if tensors <= {tensor for block in blocks for tensor in topology.tensors_of(block.name)} else ()
+
+
+def whole_mlps(topology: Topology, matrices: Iterable[Decomposable]) -> tuple[Mlp, ...]:
+    """The MLPs with independent channels that consist of these matrices; none if a matrix belongs to no such MLP."""
+    tensors = {tensor for matrix in matrices for tensor in topology.tensors_of(matrix.name)}
+    members = {mlp.name: {tensor.name for tensor in mlp.tensors} for mlp in topology.mlps}
+    mlps = tuple(mlp for mlp in topology.mlps if tensors >= members[mlp.name])
+    return mlps if tensors <= {tensor for mlp in mlps for tensor in members[mlp.name]} else ()

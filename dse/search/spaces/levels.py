@@ -14,15 +14,8 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.expert_tensor import EXPERT_ROLES
 from dse.search.spaces.base import SearchSpace, outside_space
-from dse.search.spaces.level_group import Group, matrices_of, stacked_roles, whole_blocks
-from dse.search.spaces.rank_levels import (
-    level_count,
-    method_for,
-    nearest_method,
-    rank_at,
-    saved_by_tensor,
-    saved_in_parts,
-)
+from dse.search.spaces.level_group import Group, matrices_of, stacked_roles, whole_blocks, whole_mlps
+from dse.search.spaces.rank_levels import nearest_method, saved_by_tensor, saved_in_parts
 from dse.search.spaces.scope import check_roles
 from dse.topology import Decomposable, Topology
 
@@ -83,7 +76,7 @@ class LevelSpace(SearchSpace):
         experts = self.topology.experts_by_name
         if truncated := [name for name, choice in point if choice.expert_rank]:
             raise outside_space(point, self, f"it truncates the expert mode of '{truncated[0]}'")
-        methods = {choice.method for name, choice in point if not choice.is_removal and name not in experts}
+        methods = {choice.method for name, choice in point.decomposed if name not in experts}
         method = next(iter(methods), self.config.methods[0])
         if len(methods) > 1 or method not in self.config.methods:
             raise outside_space(point, self, f"it uses {sorted(methods)}; the space takes one of {self.config.methods}")
@@ -91,18 +84,18 @@ class LevelSpace(SearchSpace):
             levels[_METHOD] = self.config.methods.index(method)
         covered: set[str] = set()
         for group in self.groups:
-            removed = [block.name for block in group.blocks if block.name in point.by_name]
-            covered.update((*removed, *(matrix.name for matrix in group.matrices)))
-            ranks = tuple(c.rank if (c := point.by_name.get(m.name)) else 0 for m in group.matrices)
-            if removed and len(removed) == len(group.blocks):
+            own = {name: point.by_name[name] for name in group.names if name in point.by_name}
+            removed = [name for name, choice in own.items() if choice.is_removal]
+            covered.update(own)
+            if removed and len(removed) == len(group.blocks) == len(own):
                 levels[group.name] = group.level_count - 1
             elif removed:
                 raise outside_space(point, self, f"of '{group.name}' it removes {removed} only; the space removes all")
-            elif any(ranks):
-                if ranks not in group.ranks[method]:
-                    known = ", ".join(str(list(r)) for r in group.ranks[method])
-                    raise outside_space(point, self, f"'{group.name}' has ranks {list(ranks)}; its levels are {known}")
-                levels[group.name] = 1 + group.ranks[method].index(ranks)
+            elif own:
+                if own not in group.forms[method]:
+                    known = " | ".join(_text(form) for form in group.forms[method])
+                    raise outside_space(point, self, f"'{group.name}' has {_text(own)}; its levels are {known}")
+                levels[group.name] = 1 + group.forms[method].index(own)
         foreign = [name for name, _ in point if name not in covered]
         if foreign:
             raise outside_space(point, self, f"'{foreign[0]}' is not among its tensors")
@@ -185,13 +178,13 @@ class LevelSpace(SearchSpace):
         return levels | ({_METHOD: method_index} if len(self.config.methods) > 1 else {})
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
-        """The first level of every group."""
+        """The largest rank or width of every part of a group."""
         found: dict[str, dict[str, int]] = {}
         for method in self.config.methods:
-            for group in self.groups:
-                for index, matrix in enumerate(group.matrices):
-                    largest = max(ranks[index] for ranks in group.ranks[method])
-                    found.setdefault(method_for(matrix, method), {})[matrix.name] = largest
+            for form in (form for group in self.groups for form in group.forms[method]):
+                for name, choice in form.items():
+                    ranks = found.setdefault(choice.method, {})
+                    ranks[name] = max(choice.rank, ranks.get(name, 0))
         return found
 
     def uniform_points(self) -> list[dict[str, int]]:
@@ -277,11 +270,14 @@ class LevelSpace(SearchSpace):
                 )
 
     def _group(self, name: str, label: str, matrices: tuple[Decomposable, ...]) -> Group:
-        grid = self.config.ranks
-        ranks = {}
-        for method in self.config.methods:
-            levels = [tuple(rank_at(grid, i, m, method) for m in matrices) for i in range(level_count(grid))]
-            ranks[method] = tuple(dict.fromkeys(levels))  # levels that are rounded to the same ranks are one level
+        config = self.config
         with_experts = any(role in EXPERT_ROLES for role in self.roles)
-        blocks = whole_blocks(self.topology, matrices, with_experts=with_experts) if self.config.removal else ()
-        return Group(name, label, matrices, ranks, blocks)
+        blocks = whole_blocks(self.topology, matrices, with_experts=with_experts) if config.removal else ()
+        mlps = whole_mlps(self.topology, matrices) if config.widths else ()
+        return Group.of(name, label, matrices, config.methods, config.ranks, mlps, blocks)
+
+
+def _text(form: Mapping[str, TensorChoice]) -> str:
+    """The choices of a level for messages: `[8, 8, 16]`, or `width [1016]`."""
+    kind = "width " if any(choice.is_width for choice in form.values()) else ""
+    return kind + str([choice.rank for _, choice in sorted(form.items())])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dse.config import SearchSpaceConfig
 from dse.cost import factor_parameters, parameters_saved
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import WIDTH, DesignPoint, TensorChoice
 from dse.search.spaces.levels import LevelSpace
-from dse.search.spaces.rank_levels import level_count, rank_at
+from dse.search.spaces.rank_levels import level_count, rank_at, width_levels
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
 from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
@@ -37,7 +37,7 @@ def level_table(space: LevelSpace, method: str) -> SensitivityTable:
 
 
 def block_table(config: SearchSpaceConfig, topology: Topology) -> SensitivityTable:
-    """The attention and MLP blocks as units, with the space's kept fractions, and removal if allowed, as options."""
+    """The attention and MLP blocks as units, with the space's kept fractions, widths and removal as options."""
     units = tuple(_unit(config, topology, block) for block in blocks_of_topology(topology))
     remaining = groups_that_remain(topology) if config.removal else ()
     return SensitivityTable(units, topology.parameters_dense, one_remains=remaining)
@@ -57,6 +57,10 @@ def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
             saved = sum(t.parameters - factor_parameters(t, dict(choices)[t.name]) for t in tensors)
             if saved > 0:
                 options.setdefault(choices, _option(choices, saved, dense))
+    if config.widths and (mlp := topology.mlps_by_name.get(block.name)) is not None:
+        for kept in width_levels(config.ranks, mlp):
+            narrow = ((mlp.name, TensorChoice(WIDTH, kept)),)
+            options[narrow] = _option(narrow, parameters_saved(topology, DesignPoint(narrow)), dense)
     if removable is not None:
         gone = ((block.name, TensorChoice.removal()),)
         saved = parameters_saved(topology, DesignPoint(gone))

@@ -11,7 +11,7 @@ from dse.config import RankConfig
 from dse.cost import factor_parameters, has_core, largest_rank
 from dse.design_point import DesignPoint, TensorChoice
 from dse.expert_tensor import ExpertTensor
-from dse.topology import Decomposable, RemovableBlock, Topology
+from dse.topology import Decomposable, Mlp, Topology
 
 __all__ = [
     "level_count",
@@ -21,6 +21,7 @@ __all__ = [
     "saved_by_tensor",
     "saved_in_parts",
     "saved_parameters",
+    "width_levels",
 ]
 
 
@@ -52,6 +53,15 @@ def rank_at(grid: RankConfig, index: int, tensor: Decomposable, method: str) -> 
     return min(max(rank // multiple * multiple, multiple), limit)
 
 
+def width_levels(grid: RankConfig, mlp: Mlp) -> tuple[int, ...]:
+    """Channels that an MLP keeps at each kept fraction of the grid, rounded as ranks are; distinct and below all."""
+    multiple, found = grid.settled_multiple, []
+    for fraction in sorted(grid.kept_fractions or (), reverse=True):
+        kept = math.floor(Fraction(repr(fraction)) * mlp.channels)
+        found.append(max(kept // multiple * multiple, multiple))
+    return tuple(dict.fromkeys(kept for kept in found if kept < mlp.channels))
+
+
 def _rank_within(budget: int, tensor: Decomposable, method: str) -> int:
     """Largest rank whose factors have at most `budget` parameters."""
     if isinstance(tensor, ExpertTensor):
@@ -69,8 +79,13 @@ def saved_by_tensor(topology: Topology, point: DesignPoint) -> dict[str, float]:
     """Tensor name to the parameters that a point removes; a stack's are divided in proportion to its members' sizes."""
     saved: dict[str, float] = {}
     for name, choice in point:
-        part = topology.part(name)
-        share = 1.0 if isinstance(part, RemovableBlock) else 1.0 - factor_parameters(part, choice) / part.parameters
+        if choice.is_width:
+            share = 1.0 - choice.rank / topology.mlp(name).channels
+        elif choice.is_removal:
+            share = 1.0
+        else:
+            part = topology.decomposable(name)
+            share = 1.0 - factor_parameters(part, choice) / part.parameters
         saved |= {tensor: share * topology.decomposable(tensor).parameters for tensor in topology.tensors_of(name)}
     return saved
 

@@ -29,7 +29,7 @@ def constraints_of(space: SearchSpace) -> AllocationConstraints:
     topology = space.topology
     dense_roles = {tensor.role for tensor in topology.tensors} - set(space.roles) | set(space.config.keep_roles)
     dense_parts = set()
-    for part in (*topology.matrices, *topology.experts, *topology.blocks):
+    for part in (*topology.matrices, *topology.experts, *topology.blocks, *topology.mlps):
         roles = {topology.part(name).role for name in topology.tensors_of(part.name)}
         if roles & dense_roles or (part.layer is not None and part.layer not in space.layers):
             dense_parts.add(part.name)

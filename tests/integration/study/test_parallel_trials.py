@@ -15,11 +15,11 @@ from dse.config import parse_study
 from dse.study import Study, StudyListener, run_study
 from dse.study.driver import StudyDriver
 from dse.study.folder import StudyFolder
-from dse.study.listener import Interrupts
 from dse.study.resume import resume_or_start
-from dse.study.setup import prepare_study
-from dse.study.workers import FinishedJob, LocalWorker
 from dse.trial_record import EVALUATED_STATES
+from dse.workers.interface import FinishedJob, LocalWorker
+from dse.workers.listener import Interrupts
+from dse.workers.setup import prepare_study
 
 
 class OutOfOrder(LocalWorker):

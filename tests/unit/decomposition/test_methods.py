@@ -21,15 +21,15 @@ from dse.decomposition import (
     whitened_svd,
 )
 from dse.decomposition.svd_methods import warn_of_damping
-from dse.design_point import METHOD_NAMES
+from dse.design_point import METHOD_NAMES, WIDTH
 from dse.errors import CalibrationError, NonFiniteError, RankError
 
 
 def test_methods_match_the_names_that_points_accept() -> None:
-    assert set(METHODS) == set(METHOD_NAMES)
+    assert set(METHODS) == {*METHOD_NAMES, WIDTH}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("shape", SHAPES)
 class TestEveryMethod:
     def test_full_rank_reproduces_the_weight(self, method: str, shape: tuple[int, int]) -> None:

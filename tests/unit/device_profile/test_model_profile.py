@@ -39,6 +39,8 @@ def test_dense_seconds_are_the_sum_over_all_matrices(profile: ModelProfile) -> N
         ({"layers.0.gate_up": ("svd", 5)}, LAYER - 96 * 32 + 5 * (32 + 96), 8),
         ({"layers.0.gate_up": ("tucker", 5)}, LAYER - 96 * 32 + 5 * (32 + 96) + 25, 9),
         ({"layers.0.mlp": ("removed", 0)}, 32 * 64 + 32 * 32, 4),
+        # An MLP of reduced width has three smaller dense products.
+        ({"layers.0.mlp": ("width", 20)}, LAYER - 3 * 28 * 32, 7),
         ({"layers.0.down": ("svd", 3), "layers.0.attention": ("removed", 0)}, 32 * 96 + 3 * (48 + 32), 4),
     ],
 )

@@ -43,3 +43,19 @@ def test_removals_are_options_only_on_request(tiny: LoadedModel) -> None:
     choices = [choice for unit in table.units for option in unit.options for _, choice in option.choices]
     assert choices
     assert all(choice.method == "fisher_svd_refit" and choice.rank % 4 == 0 for choice in choices)
+
+
+def test_widths_compete_with_ranks(tiny: LoadedModel) -> None:
+    """MLPs with a curve over widths can keep some channels; those of others cannot."""
+    curves = curves_of(tiny)
+    curves["layers.1.mlp"] = 1e-3 * np.linspace(1, 0, 49) ** 2
+    table = expected_table(tiny.topology, curves, multiple=4)
+    narrow = [option for unit in table.units for option in unit.options if option.narrows_mlp]
+    assert {name for option in narrow for name, _ in option.choices} == {"layers.1.mlp"}
+    for option in narrow:
+        ((_, choice),) = option.choices
+        assert choice.rank % 4 == 0
+        assert option.divergence == curves["layers.1.mlp"][choice.rank]
+    found = allocate(table, reduction=0.1)
+    assert "layers.1.mlp" in found.point.widths
+    assert point_cost(tiny.topology, found.point).reduction == pytest.approx(found.reduction)

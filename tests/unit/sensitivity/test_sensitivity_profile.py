@@ -67,6 +67,35 @@ def test_divergences_equal_those_of_the_meter(tiny: LoadedModel, tmp_path: Path)
     assert removed.divergence == pytest.approx(meter.measure(DesignPoint(removed.choices)).kl_divergence)
 
 
+def test_widths_are_measured_and_interpolated(tmp_path: Path) -> None:
+    """Each MLP has its widths as options beside its ranks; those between measurements follow the expected curve."""
+    loaded = llama(layers=2)
+    settings = dataclasses.replace(SETTINGS, with_widths=True, multiple=4)
+    calibration = CalibrationWindows(windows(8, seed=3), "w" * 16, "made")
+    profile = measure_profile(loaded, windows(), calibration, settings, folder=tmp_path)
+    bank = FactorBank.build(loaded, settings.rank_requests(loaded.topology), calibration)
+    meter = DivergenceMeter(loaded, windows(), bank)
+    for unit in profile.table.units:
+        narrow = {next(iter(dict(o.choices).values())).rank: o for o in unit.options if o.narrows_mlp}
+        if unit.kind == "attention":
+            assert not narrow
+            continue
+        # Kept fractions 0.85, 0.75, 0.6, 0.5, 0.4 and 0.25 of 48 channels, in multiples of four.
+        assert list(narrow) == [40, 36, 28, 24, 16, 12]
+        assert {width for width, option in narrow.items() if option.is_measured} == {36, 24, 12}
+        divergences = [option.divergence for option in narrow.values()]
+        assert divergences == sorted(divergences)
+        point = DesignPoint(narrow[24].choices)
+        assert narrow[24].divergence >= meter.measure(point).kl_divergence - 1e-9
+        saved = unit.dense.parameters - narrow[24].parameters
+        assert point_cost(loaded.topology, point).parameters == loaded.topology.parameters_dense - saved
+    assert {(part.name, part.method) for part in profile.parts} >= {(f"layers.{i}.mlp", "width") for i in (0, 1)}
+    assert SensitivityProfile.from_json(profile.to_json()) == profile
+    # Widths need calibration text, whatever the method is.
+    with pytest.raises(CalibrationError):
+        measure_profile(loaded, windows(), None, settings, folder=tmp_path / "other")
+
+
 class _KilledError(Exception):
     pass
 

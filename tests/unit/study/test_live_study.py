@@ -10,8 +10,8 @@ from synthetic_study import SyntheticStudy
 from dse.errors import StorageFullError, StudyError
 from dse.report.worker_lanes import WorkerLane, read_lanes, write_lanes
 from dse.study import StudyListener, StudyProgress, open_study
-from dse.study.lane_listener import LaneListener
 from dse.study.live_study import LiveStudy
+from dse.workers.lane_listener import LaneListener
 
 
 def test_a_snapshot_follows_the_study_trial_by_trial(tmp_path: Path) -> None:
@@ -96,6 +96,6 @@ def test_a_full_disk_does_not_end_a_trial(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_arguments: object) -> None:
         raise StorageFullError("the disk is full")
 
-    monkeypatch.setattr("dse.study.lane_listener.write_lanes", full)
+    monkeypatch.setattr("dse.workers.lane_listener.write_lanes", full)
     with LaneListener(StudyListener(), tmp_path / "workers.json") as listener:
         listener.on_trial_start(StudyProgress(0, 3), record)

@@ -18,9 +18,9 @@ from dse.measurement import RaplMeter
 from dse.measurement.device_profile import ProductShape, ProductTimings, profile_model
 from dse.search.proposal import Proposal
 from dse.study import StudyListener
-from dse.study.setup import PreparedStudy, prepare_study
 from dse.trial.trial_evaluator import new_record
 from dse.trial_record import EvaluatedTrial, TrialRecord, trial_row
+from dse.workers.setup import PreparedStudy, prepare_study
 
 
 def prepared(folder: Path, **changes: Any) -> PreparedStudy:

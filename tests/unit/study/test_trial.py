@@ -14,9 +14,9 @@ from dse.design_point import DesignPoint
 from dse.errors import StudyError
 from dse.search.proposal import Proposal
 from dse.study import StudyListener
-from dse.study.setup import PreparedStudy, prepare_study
 from dse.trial.trial_evaluator import new_record
 from dse.trial_record import EvaluatedTrial, trial_row
+from dse.workers.setup import PreparedStudy, prepare_study
 
 
 @pytest.fixture

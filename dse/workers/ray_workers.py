@@ -16,15 +16,15 @@ from typing import Any
 from dse.config import StudyConfig, WorkersConfig
 from dse.errors import StudyError
 from dse.files import cache_dir, disk_errors
-from dse.study.driver_desk import DriverDesk
-from dse.study.jobs import EvaluateTrial, Job
-from dse.study.lane_book import LaneBook
-from dse.study.listener import StudyListener
-from dse.study.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
-from dse.study.ray_members import Member, Ticket
-from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions, measured_objectives
-from dse.study.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
-from dse.study.workers import FinishedJob, Workers
+from dse.workers.driver_desk import DriverDesk
+from dse.workers.interface import FinishedJob, Workers
+from dse.workers.jobs import EvaluateTrial, Job
+from dse.workers.lane_book import LaneBook
+from dse.workers.listener import StudyListener
+from dse.workers.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
+from dse.workers.ray_members import Member, Ticket
+from dse.workers.same_study import check_same_devices, check_same_facts, check_same_versions, measured_objectives
+from dse.workers.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
 
 __all__ = ["RayWorkers", "ray_workers"]
 

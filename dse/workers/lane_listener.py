@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from dse.errors import StorageFullError
 from dse.report.worker_lanes import WorkerLane, write_lanes
-from dse.study.listener import StudyListener, StudyProgress
 from dse.trial_record import TrialRecord
+from dse.workers.listener import StudyListener, StudyProgress
 
 __all__ = ["LaneListener"]
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from dse.evaluation import EvaluationResult
 from dse.measurement import IdlePower
 from dse.search.multi_fidelity import EarlyStopping
-from dse.study.float32_comparison import compare_with_float32
-from dse.study.listener import StudyListener
-from dse.study.setup import PreparedStudy
 from dse.trial.trial_evaluator import TrialPart
 from dse.trial_record import EvaluatedTrial, TrialRecord
+from dse.workers.float32_comparison import compare_with_float32
+from dse.workers.listener import StudyListener
+from dse.workers.setup import PreparedStudy
 
 __all__ = ["CompareFloat32", "EvaluateFinal", "EvaluateTrial", "Job", "MeasureIdle", "TrialResult"]
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from dse.errors import StorageFullError
 from dse.report.worker_lanes import WorkerLane, write_lanes
-from dse.study.jobs import EvaluateTrial, Job
-from dse.study.study_worker import WorkerFacts
+from dse.workers.jobs import EvaluateTrial, Job
+from dse.workers.study_worker import WorkerFacts
 
 __all__ = ["LaneBook"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dse.errors import StudyError
-from dse.study.jobs import Job
-from dse.study.listener import Interrupts, StudyListener
-from dse.study.outline import StudyOutline
-from dse.study.setup import PreparedStudy
+from dse.workers.jobs import Job
+from dse.workers.listener import Interrupts, StudyListener
+from dse.workers.outline import StudyOutline
+from dse.workers.setup import PreparedStudy
 
 __all__ = ["FinishedJob", "LocalWorker", "Workers"]
 

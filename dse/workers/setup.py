@@ -33,10 +33,6 @@ from dse.search.space_sensitivity import study_table
 from dse.search.spaces.base import SearchSpace
 from dse.search.user_points import checked_user_points
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.study.device_defaults import with_device_defaults
-from dse.study.final_documents import FinalEvaluator
-from dse.study.float32_comparison import half_precision_notice
-from dse.study.listener import StudyListener
 from dse.trial.device_rank_multiple import settled_study
 from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
 from dse.trial.measurements import TrialMeasurer
@@ -50,6 +46,10 @@ from dse.trial.objectives import (
 )
 from dse.trial.rungs import MultiFidelityEvaluator
 from dse.trial.trial_evaluator import TrialEvaluator
+from dse.workers.device_defaults import with_device_defaults
+from dse.workers.final_documents import FinalEvaluator
+from dse.workers.float32_comparison import half_precision_notice
+from dse.workers.listener import StudyListener
 
 __all__ = ["PreparedStudy", "bank_requests", "load_study_model", "prepare_study", "resolve_device", "study_bank"]
 

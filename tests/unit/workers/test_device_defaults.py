@@ -16,7 +16,7 @@ from dse.config import parse_study
 from dse.measurement import LatencySpec
 from dse.models import load_model
 from dse.models.load import default_dtype
-from dse.study.device_defaults import settled_mode, with_device_defaults, with_stored_defaults
+from dse.workers.device_defaults import settled_mode, with_device_defaults, with_stored_defaults
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 SPEC = LatencySpec(prompt_tokens=8, new_tokens=2)

@@ -11,7 +11,7 @@ from dse.evaluation import EvaluationResult, ModelEvaluator, evaluator_for
 from dse.measurement import device_in_use
 from dse.models import LoadedModel, load_model
 from dse.out_of_memory import is_out_of_memory
-from dse.study.listener import StudyListener
+from dse.workers.listener import StudyListener
 
 __all__ = ["compare_with_float32", "half_precision_notice"]
 

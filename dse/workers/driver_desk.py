@@ -11,7 +11,7 @@ from typing import Any
 
 from dse.errors import StudyError
 from dse.files import cache_dir, disk_errors
-from dse.study.ray_cluster import call_actor
+from dse.workers.ray_cluster import call_actor
 
 __all__ = ["DriverDesk", "bank_files", "fetch_missing", "hand_in"]
 

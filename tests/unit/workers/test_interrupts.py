@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from dse.study.listener import watching_interrupts
+from dse.workers.listener import watching_interrupts
 
 
 def test_an_interrupt_that_a_library_swallowed_is_noticed() -> None:

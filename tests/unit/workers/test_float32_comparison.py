@@ -10,7 +10,7 @@ from tiny_study import tiny_study
 
 from dse.models import load_model
 from dse.study import open_study, run_study
-from dse.study.float32_comparison import half_precision_notice
+from dse.workers.float32_comparison import half_precision_notice
 
 
 def test_a_study_in_bfloat16_reports_the_difference(tiny_folder: Path, tmp_path: Path, own_cache: Path) -> None:

@@ -13,9 +13,9 @@ from dse.pareto import Objective
 from dse.search.spaces.base import SearchSpace
 from dse.sensitivity.allocation_constraints import STACK_ROLES
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.study.setup import PreparedStudy
 from dse.topology import Decomposable, Topology
 from dse.trial.measurement_plan import MeasurementPlan
+from dse.workers.setup import PreparedStudy
 
 __all__ = ["StudyOutline"]
 
@@ -89,7 +89,7 @@ def _facts(prepared: PreparedStudy) -> dict[str, Any]:
 
 
 def _shape(topology: Topology) -> dict[str, Any]:
-    """Layers, roles, the roles inside blocks and stacks, and matrix sizes: what a map of a point's ranks needs."""
+    """Layers, roles, the roles inside blocks, stacks and MLPs, and matrix sizes: what a map of a point needs."""
     blocks = {b.role: [topology.decomposable(n).role for n in topology.tensors_of(b.name)] for b in topology.blocks}
     stacks = {role: list(members) for role, members in STACK_ROLES.items() if role not in topology.roles}
     return {
@@ -97,6 +97,7 @@ def _shape(topology: Topology) -> dict[str, Any]:
         "roles": list(dict.fromkeys([*topology.roles, *(tensor.role for tensor in topology.experts)])),
         "blocks": blocks,
         "stacks": stacks,
+        "mlp": [tensor.role for tensor in topology.mlps[0].tensors] if topology.mlps else [],
         "sizes": _sizes(topology),
     }
 

@@ -11,10 +11,10 @@ import pytest
 from dse.config import WorkersConfig
 from dse.errors import ConfigError, StudyError
 from dse.pareto import objectives_named
-from dse.study.outline import StudyOutline
-from dse.study.ray_cluster import RayCluster, Share
-from dse.study.same_study import check_same_devices, check_same_facts, check_same_versions
-from dse.study.study_worker import WorkerFacts
+from dse.workers.outline import StudyOutline
+from dse.workers.ray_cluster import RayCluster, Share
+from dse.workers.same_study import check_same_devices, check_same_facts, check_same_versions
+from dse.workers.study_worker import WorkerFacts
 
 FIRST = WorkerFacts({"Python": "3.11.7", "dse": "1.0"}, "node-1", 10, "NVIDIA H200", shares_cache=True)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dse.evaluation import EvaluationResult
-from dse.study.jobs import EvaluateTrial, Job
-from dse.study.ray_cluster import RayCall
-from dse.study.study_worker import WorkerFacts
+from dse.workers.jobs import EvaluateTrial, Job
+from dse.workers.ray_cluster import RayCall
+from dse.workers.study_worker import WorkerFacts
 
 __all__ = ["Member", "Ticket"]
 

@@ -21,12 +21,12 @@ from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
 from dse.sensitivity.divergence_meter import OptionDivergence
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.study.driver_desk import bank_files, fetch_missing, hand_in
-from dse.study.jobs import EvaluateTrial, Job, MeasureIdle
-from dse.study.listener import StudyListener
-from dse.study.outline import StudyOutline
-from dse.study.ray_cluster import find_actor
-from dse.study.setup import PreparedStudy, prepare_study
+from dse.workers.driver_desk import bank_files, fetch_missing, hand_in
+from dse.workers.jobs import EvaluateTrial, Job, MeasureIdle
+from dse.workers.listener import StudyListener
+from dse.workers.outline import StudyOutline
+from dse.workers.ray_cluster import find_actor
+from dse.workers.setup import PreparedStudy, prepare_study
 
 __all__ = ["CacheFolder", "JobOutcome", "Joined", "StudyRequest", "StudyWorker", "WorkerFacts"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from dse.errors import StudyError
 
 if TYPE_CHECKING:
-    from dse.study.outline import StudyOutline
-    from dse.study.study_worker import WorkerFacts
+    from dse.workers.outline import StudyOutline
+    from dse.workers.study_worker import WorkerFacts
 
 __all__ = ["MUST_STAY", "check_same_devices", "check_same_facts", "check_same_versions", "measured_objectives"]
 
