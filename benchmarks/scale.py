@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dse.config import StudyConfig, parse_study
 from dse.evaluation.statistics.intervals import Interval
@@ -36,7 +36,7 @@ from dse.study.folder import StudyFolder
 from dse.study.resume import resume_or_start
 from dse.trial.measurement_plan import MeasurementPlan
 from dse.workers.interface import FinishedJob, Workers
-from dse.workers.jobs import EvaluateTrial, Job, MeasureIdle, TrialResult
+from dse.workers.jobs import EvaluateTrial, Job, TrialResult
 from dse.workers.listener import Interrupts, StudyListener
 from dse.workers.outline import StudyOutline
 
@@ -66,7 +66,7 @@ class SleepingWorkers(Workers):
         self.waited_s += now_s - begin_s
         self.finished_s.append(now_s - self.waited_s)  # the driver's own time so far
         self._start(max(until_s, begin_s) if self._mean_s else now_s)
-        return FinishedJob(job, None if isinstance(job, MeasureIdle) else _result(job))
+        return FinishedJob(job, _result(job) if isinstance(job, EvaluateTrial) else None)
 
     def check_device(self) -> None:
         """Nothing to check."""
@@ -79,9 +79,9 @@ class SleepingWorkers(Workers):
             self.busy_s += lasts_s
 
 
-def _result(job: Job) -> TrialResult:
+def _result(job: EvaluateTrial) -> TrialResult:
     """An accuracy that falls with the reduction, by an amount that depends on the point alone."""
-    record = cast(EvaluateTrial, job).record
+    record = job.record
     noise = int(hashlib.sha256(record.point_id.encode()).hexdigest()[:8], 16) / 2**32
     accuracy = 0.7 - record.cost["reduction"] * (0.5 + noise)
     quantities = {"accuracy": Interval(accuracy, accuracy - 0.02, accuracy + 0.02)}

@@ -13,9 +13,9 @@ disturbances have happened. Every kind of study has its own disturbances:
     disk       the study's folder is on a small disk, which is filled until the driver ends, then emptied
     memory     a process takes memory until Ray ends a worker for lack of it
 
-Moments and victims are random. A trial loses at most two workers, since a third one would end it. After each study these
-must hold: every budgeted trial is there, no point was evaluated twice, no finished record was lost or changed, and
-points, accuracies and front are those of an undisturbed study (of a measured study, points and accuracies).
+Moments and victims are random. A trial loses at most two workers, since a third one would end it. After each study
+these must hold: every budgeted trial is there, no point was evaluated twice, no finished record was lost or changed,
+and points, accuracies and front are those of an undisturbed study (of a measured study, points and accuracies).
 
 Every finished study is one line of `studies.jsonl` in the output folder; another call adds more. Prints one line per
 study, then all disturbances so far by kind and by what the worker did; the last line is one JSON document. Exits with 1
@@ -44,9 +44,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import psutil
 from postgres_server import PASSWORD, PostgresServer, cannot_run
 from preloaded_python import Process
+from study_support import fill_disk
 from tiny_models import save_tiny_model
 from tiny_study import environment, save_choice_task, tiny_study, write_study
-from worker_support import RayNodes, WorkerProcess, lanes, outcome, ray_nodes, wait_until, worker_study
+from worker_support import RayNodes, WorkerProcess, lanes, outcome, ray_nodes, worker_study
 
 from dse.study import Study, open_study, run_study
 from dse.trial_record import EVALUATED_STATES
@@ -61,7 +62,7 @@ KINDS: dict[str, dict[str, int]] = {
 }
 """Kind of study to its disturbances and how often each comes."""
 
-_BETWEEN_S = (0.2, 4.0)
+_BETWEEN_S = (0.3, 8.0)
 _PER_STUDY = 12
 _TIMEOUT_S = 15
 _MEMORY_BYTES = 3 * 2**29
@@ -127,7 +128,9 @@ class Disturbance:
         if self._kind == "memory":
             memory = psutil.virtual_memory()
             share = (memory.total - memory.available + _MEMORY_BYTES) / memory.total
-            node = self._nodes.add({"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "50"})
+            node = self._nodes.add(
+                {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "50"}
+            )
             self._stack.callback(self._nodes.remove, node)
             self._count = len(self._nodes.nodes)
         self._config["workers"] = self._nodes.keys(self._count, trial_timeout_s=_TIMEOUT_S)
@@ -177,7 +180,8 @@ class Disturbance:
         driver.kill()
 
     def _disturb_database(self, _: Process) -> None:
-        assert self._server is not None
+        if self._server is None:
+            raise LookupError
         self._server.kill()
         time.sleep(self._generator.uniform(0.5, 4.0))
         self._server.start()
@@ -186,17 +190,17 @@ class Disturbance:
         if not self._exists():
             raise LookupError
         filler = self._out.parent / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
-            while stream.write(b"x" * 4096):
-                pass
+        fill_disk(filler)
         driver.wait(60)
         filler.unlink()
 
     def _disturb_memory(self, _: Process) -> None:
         """Take memory until Ray has ended a worker."""
         before = {worker.pid for worker in self._nodes.workers()}
+        if psutil.virtual_memory().available < 3 * _MEMORY_BYTES:
+            raise LookupError
         hog = subprocess.Popen(
-            [sys.executable, "-c", f"x = bytearray({2 * _MEMORY_BYTES}); import time; time.sleep(20)"],
+            [sys.executable, "-c", f"x = b'x' * {2 * _MEMORY_BYTES}; import time; time.sleep(20)"],
         )
         try:
             until_s = time.monotonic() + 15
@@ -297,7 +301,11 @@ def main() -> int:
     with ray_nodes(folder, 3) as nodes:
         number = len(results.read_text().splitlines()) if results.exists() else 0
         while time.monotonic() < end_s:
-            done = sum(sum(json.loads(line)["kills"].values()) for line in results.read_text().splitlines()) if number else 0
+            done = (
+                sum(sum(json.loads(line)["kills"].values()) for line in results.read_text().splitlines())
+                if number
+                else 0
+            )
             if done >= options.kills:
                 break
             kind = kinds[number % len(kinds)]

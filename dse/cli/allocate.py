@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _print_allocations(documents: Sequence[Mapping[str, Any]]) -> None:
     latency = next((f"predicted {entry['phase']} latency  " for entry in documents if "phase" in entry), "")
-    print(f"reduction  parameters  {latency}predicted KL (nats/token)  removed blocks  point")
+    print(f"reduction  parameters  {latency}predicted KL (nats/token)  narrow MLPs  removed blocks  point")
     for entry in documents:
         seconds = ""
         if latency:
@@ -88,7 +88,7 @@ def _print_allocations(documents: Sequence[Mapping[str, Any]]) -> None:
             seconds = f"{text:>{len(latency) - 2}}  "
         print(
             f"{100 * entry['reduction']:8.2f} %  {entry['parameters'] / 1e6:8.1f} M  {seconds}"
-            f"{entry['predicted_divergence']:25.4f}  {entry['removed_blocks']:14d}"
+            f"{entry['predicted_divergence']:25.4f}  {entry['narrow_mlps']:11d}  {entry['removed_blocks']:14d}"
             f"  {entry.get('file', entry['point_id'])}"
         )
     if sources := {entry["latency_of"] for entry in documents if "latency_of" in entry}:

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format", default="transformers", metavar="FORMAT", help=f"{', '.join(FORMATS)} (transformers)"
     )
+    parser.add_argument("--healed", action="store_true", help="trained weights, of trials that `dse heal` has healed")
     parser.add_argument("--dense", action="store_true", help="same as `--format dense`")
     parser.add_argument(
         "--verify-in",
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
             options.out,
             format=options.format,
             dense=options.dense,
+            healed=options.healed,
             verify_in=options.verify_in or (),
             python=options.python,
             listener=listener,

@@ -25,6 +25,7 @@ from dse.cli import (
     evaluate,
     export,
     front,
+    heal,
     measure,
     plan,
     profile_device,
@@ -39,7 +40,7 @@ from dse.cli.options import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from dse.errors import DseError, OutOfMemoryError, UserError
 
 # In the order of `dse --help`.
-_STUDY_COMMANDS = (plan, run, watch, front, recommend, compare, export, verify)
+_STUDY_COMMANDS = (plan, run, watch, front, recommend, compare, heal, export, verify)
 _MODEL_COMMANDS = (cost, space, sensitivity, allocate, evaluate, measure, profile_device, doctor)
 
 

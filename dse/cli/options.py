@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,17 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but got '{text}'") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but got {value}")
+    return value
+
+
+def positive_real(text: str) -> float:
+    """Parse a number greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, but got '{text}'") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, but got {value}")
     return value
 
 

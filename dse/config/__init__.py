@@ -6,6 +6,7 @@ from dse.config.calibration import CalibrationConfig, CalibrationSource
 from dse.config.dataset_task import HEAD_COLUMNS, HEAD_METRICS, LOCAL_SUFFIXES, DatasetTaskConfig, Head
 from dse.config.evaluation import AnyTaskConfig, EvaluationConfig, TaskConfig
 from dse.config.fidelity import FidelityConfig
+from dse.config.healing import HealingConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.old_names import DeprecatedNameWarning
 from dse.config.reading import load_search_space, load_study, parse_search_space, parse_study
@@ -38,6 +39,7 @@ __all__ = [
     "FidelityConfig",
     "GroupConfig",
     "Head",
+    "HealingConfig",
     "LayerRange",
     "LimitsConfig",
     "MeasurementConfig",

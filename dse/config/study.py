@@ -14,6 +14,7 @@ from dse.config.calibration import CalibrationConfig
 from dse.config.dataset_task import DatasetTaskConfig, Head
 from dse.config.evaluation import AnyTaskConfig, EvaluationConfig
 from dse.config.fidelity import FidelityConfig
+from dse.config.healing import HealingConfig
 from dse.config.measurement import MeasurementConfig
 from dse.config.old_names import warn_deprecated
 from dse.config.search import SearchConfig, SearchParts, search_from_word
@@ -91,6 +92,9 @@ class StudyConfig(Section):
         "auto",
         description="weights on the device: both sides of a trial, the side in use, or layers over all visible GPUs",
     )
+    healing: HealingConfig | None = Field(
+        None, description="true, or a section: train the front's factors at the end; none leaves every point as it is"
+    )
     workers: WorkersConfig | None = Field(
         None, description="a number of workers, or a section; none evaluates in the process of `dse run`"
     )
@@ -131,6 +135,11 @@ class StudyConfig(Section):
         if ":" in rest.rpartition("@")[0] or "password=" in rest.lower():
             raise ValueError("must not hold a password, since study files are shared; set PGPASSWORD or use ~/.pgpass")
         return url
+
+    @field_validator("healing", mode="before")
+    @classmethod
+    def _healing_from_word(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("workers", mode="before")
     @classmethod

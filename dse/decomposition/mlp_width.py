@@ -40,11 +40,11 @@ _SHRINKAGE = 0.1
 _DEAD_CHANNEL = 1e-6
 """A channel without activations counts with this share of the mean power, so that C' is invertible."""
 
-_ELIMINATED_TOGETHER = 16
-"""Most channels eliminated in one step; between steps the others are refitted."""
+_ELIMINATED_TOGETHER = 1 / 96
+"""Most channels eliminated in one step, as a share of all; between steps the others are refitted."""
 
-_ELIMINATED_SHARE = 1 / 16
-"""Largest share of the remaining channels that is eliminated in one step, at least one channel."""
+_ELIMINATED_OF_REST = 1 / 16
+"""Most channels eliminated in one step, as a share of those that remain, at least one."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,15 @@ def _backward_elimination(weight: Tensor, covariance: Tensor, metric: Tensor) ->
     Eliminating channel j and refitting the others costs w_j^T D w_j / [C'^-1]_jj. The weight and the inverse are
     updated by blocks, as of a Schur complement.
     """
-    remaining = torch.arange(weight.shape[1], device=weight.device)
+    size = weight.shape[1]
+    remaining = torch.arange(size, device=weight.device)
     weighted = metric @ weight  # kept up to date, since a product in every step would dominate the cost
     inverse = torch.linalg.inv(covariance)
     eliminated: list[Tensor] = []
     while len(remaining):
         costs = (weighted * weight).sum(0) / inverse.diagonal()
-        together = min(_ELIMINATED_TOGETHER, max(1, int(_ELIMINATED_SHARE * len(remaining))))
-        cheapest = costs.argsort()[:together]
+        together = min(_ELIMINATED_TOGETHER * size, _ELIMINATED_OF_REST * len(remaining))
+        cheapest = costs.argsort()[: max(1, int(together))]
         stays = torch.ones(len(remaining), dtype=torch.bool, device=weight.device)
         stays[cheapest] = False
         step = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest][:, stays])

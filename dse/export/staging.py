@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dse.decomposition.surgery import FactorSource, decompose
@@ -28,6 +29,7 @@ from dse.export.expectation import Expectation, write_expectation
 from dse.export.formats import ExportFormat, export_format
 from dse.export.modelling_code import auto_classes
 from dse.export.weights import model_bytes, writing_errors
+from dse.healing import apply_healed
 from dse.models import LoadedModel
 from dse.models.transformers_patches import quiet_transformers
 
@@ -47,12 +49,14 @@ class ExportRequest:
         card_details: For the model card, all optional: `study` (name), `trial` (number), `row` and `dense_row` (rows of
             the trials table, as mappings), `environment` (from `dse.measurement.describe_environment`), `versions`
             (name to version), `license` (a hub identifier), `base_model` (a display name).
+        trained: Weights of the healed point by name (see `dse.healing`); None for the factors as they were computed.
     """
 
     point: DesignPoint
     folder: Path
     format: str = "transformers"
     card_details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    trained: Mapping[str, Tensor] | None = None
 
     @property
     def form(self) -> ExportFormat:
@@ -167,7 +171,13 @@ def stage(loaded: LoadedModel, request: ExportRequest, bank: FactorSource, *, ex
     expectation = engine_expectation = None
     with _beside(request.folder, dense_bytes) as (place, created):
         folder, expected = place / "export", place / "expected"
-        with decompose(loaded, request.point, bank), quiet_transformers(), writing_errors(request.folder):
+        with (
+            decompose(loaded, request.point, bank) as applied,
+            quiet_transformers(),
+            writing_errors(request.folder),
+        ):
+            if request.trained is not None:
+                apply_healed(applied, loaded.model, request.trained)
             state = form.write(loaded, request.point, folder)
             _write_companions(loaded, folder)
             if expect and not form.is_graph:

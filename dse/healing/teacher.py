@@ -89,7 +89,7 @@ class Teacher:
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         assert own.grad is not None  # noqa: S101 - every position has a loss
-        hidden.backward(own.grad)
+        hidden.backward(own.grad)  # type: ignore[no-untyped-call]
         return total
 
     def _hidden(self, token_ids: Tensor) -> Tensor:

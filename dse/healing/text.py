@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dse.config import CalibrationConfig
+from dse.config import CalibrationConfig, CalibrationSource
 from dse.decomposition.calibration_text import CalibrationWindows, available_windows, general_text_windows
 from dse.errors import CalibrationError
 
@@ -32,19 +32,32 @@ def healing_windows(
     return available_windows(tokenizer, config.model_copy(update={"tokens": tokens}), longest_window=longest_window)
 
 
-def windows_of_other_text(tokenizer: Any, tokens: int, *, longest_window: int | None = None, seed: int = 0) -> Tensor:
-    """Windows of general text that is in no builtin source.
+def windows_of_other_text(
+    tokenizer: Any, tokens: int, *, file: str | None = None, longest_window: int | None = None
+) -> Tensor:
+    """Windows of text of another source.
+
+    Args:
+        tokenizer: The model's Hugging Face tokenizer.
+        tokens: Most tokens.
+        file: UTF-8 file; None takes the package's general text that is in no builtin source.
+        longest_window: The model's context in tokens.
 
     Returns:
         Shape (windows, window), int64.
 
     Raises:
-        CalibrationError: The text is shorter than two windows of this tokenizer.
+        CalibrationError: The text cannot be read, or is shorter than two windows.
     """
     window = min(_OTHER_WINDOW, longest_window or _OTHER_WINDOW)
-    windows = general_text_windows(tokenizer, window, seed)[: max(2, tokens // window)]
+    if file is None:
+        windows = general_text_windows(tokenizer, window, 0)
+    else:
+        config = CalibrationConfig(sources=[CalibrationSource(file=file)], tokens=max(64, tokens), window=window)
+        windows = available_windows(tokenizer, config).token_ids
     if len(windows) < 2:
         raise CalibrationError(
-            f"held-out text must hold two windows of {window} tokens, but it holds {len(windows)} with this tokenizer"
+            f"text of another source must hold two windows of {window} tokens, but '{file}' holds {len(windows)};"
+            " name a longer one"
         )
-    return windows
+    return windows[: max(2, tokens // window)]

@@ -204,7 +204,8 @@ class _Run:
         before = self._kl()
         start = self._weights.state()
         steps = max(1, math.ceil(self._settings.tokens / self.step_tokens))
-        rate, tried = self._settings.learning_rate, {}
+        rate = self._settings.learning_rate
+        tried: dict[str, float] = {}
         begin = time.monotonic()
         trial_steps = 1
         if rate is None:

@@ -127,4 +127,4 @@ def read_state(folder: Path, identity: str) -> TrainingState | None:
     if facts.get("identity") != identity:
         return None
     history = [(int(tokens), float(kl)) for tokens, kl in facts.pop("history")]
-    return TrainingState(**facts, history=history, **groups)
+    return TrainingState(**facts, history=history, **groups)  # type: ignore[arg-type]

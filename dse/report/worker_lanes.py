@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dse.files import write_json
+from dse.trial_record import TrialRecord
 
 __all__ = ["LANES_FILE", "SILENT_AFTER_S", "LaneState", "WorkerLane", "is_alive", "read_lanes", "write_lanes"]
+
+_COSTS = ("reduction", "parameters", "weight_bytes")
 
 LANES_FILE = "workers.json"
 SILENT_AFTER_S = 120.0
@@ -73,6 +77,37 @@ class WorkerLane:
     last_failure: str = ""
     temperature_celsius: float | None = None
     power_w: float | None = None
+
+    def beginning(self, record: TrialRecord) -> WorkerLane:
+        """The lane when a trial begins."""
+        return replace(
+            self,
+            state="working",
+            phase="",
+            trial=record.trial,
+            origin=record.origin,
+            point_id=record.point_id,
+            cost={name: record.cost[name] for name in _COSTS if name in record.cost},
+            trial_started_s=time.time(),
+        )
+
+    def finishing(self, record: TrialRecord) -> WorkerLane:
+        """The lane when a trial is finished."""
+        lane = replace(self.waiting(), finished=self.finished + 1)
+        return lane.failing(record.reason) if record.state == "failed" else replace(lane, failures_in_a_row=0)
+
+    def failing(self, reason: str) -> WorkerLane:
+        """The lane after a failure."""
+        return replace(
+            self.waiting(),
+            failures=self.failures + 1,
+            failures_in_a_row=self.failures_in_a_row + 1,
+            last_failure=reason,
+        )
+
+    def waiting(self) -> WorkerLane:
+        """The lane without a trial."""
+        return replace(self, state="idle", phase="", trial=None, point_id="", cost={}, trial_started_s=None)
 
 
 def write_lanes(path: Path, lanes: Sequence[WorkerLane]) -> None:

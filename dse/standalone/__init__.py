@@ -7,6 +7,7 @@ from dse.standalone.allocate_points import AllocationRequest, LatencyBudget, all
 from dse.standalone.config_only import ModelCost, describe_space, model_cost
 from dse.standalone.evaluate_model import evaluate_model
 from dse.standalone.export_trials import export_trials
+from dse.standalone.heal_study import heal_study
 from dse.standalone.measure_engine import EngineRequest, measure_study
 from dse.standalone.measure_model import MeasurementRequest, measure_model
 from dse.standalone.model_request import CalibrationText, ModelRequest
@@ -27,6 +28,7 @@ __all__ = [
     "describe_space",
     "evaluate_model",
     "export_trials",
+    "heal_study",
     "measure_model",
     "measure_study",
     "model_cost",

@@ -193,6 +193,7 @@ def _timing_command(request: AllocationRequest, budget: LatencyBudget) -> str:
         settings += ["--calibration-tokens", str(sensitivity.calibration.tokens)]
         settings += [part for method in sensitivity.methods or () for part in ("--method", method)]
         settings += ["--stacks"] if sensitivity.with_stacks else []
+        settings += ["--widths"] if sensitivity.with_widths else []
         for name in ("space", "tokens", "text"):
             value = getattr(sensitivity, name)
             settings += [] if value is None else [f"--{name}", str(value)]

@@ -134,7 +134,9 @@ def measure_study(directory: str | Path, request: EngineRequest, listener: Study
         if str(baseline.trial) in found and not waiting_trials(table, study.records, found):
             watcher.on_message(f"complete: {request.engine} has measured the front")
             return study
-        loaded = _same_model(study, watcher)
+        watcher.on_message(f"loading {study.config.model.ref}")
+        loaded = load_study_model(study.config)
+        study.check_model(loaded.fingerprint)
         space = SearchSpace.from_config(study.config.constrained_space, loaded.topology)
         bank, _ = study_bank(study.config, loaded, space, watcher, [record.point for record in study.records])
         settings = request.config(study.config.measurement)
@@ -157,15 +159,3 @@ def measure_study(directory: str | Path, request: EngineRequest, listener: Study
     measured = Study(Path(directory))
     measured.write_reports()
     return measured
-
-
-def _same_model(study: Study, listener: StudyListener) -> LoadedModel:
-    listener.on_message(f"loading {study.config.model.ref}")
-    loaded = load_study_model(study.config)
-    recorded = study.attributes.get("facts", {}).get("model_fingerprint")
-    if recorded is not None and recorded != loaded.fingerprint:
-        raise StudyError(
-            f"the study used the model with fingerprint {recorded}, but '{study.config.model.ref}' now has"
-            f" {loaded.fingerprint}; pin `model.revision` or restore the model"
-        )
-    return loaded

@@ -38,10 +38,11 @@ class SensitivityRequest:
     """The settings of a sensitivity profile.
 
     Attributes:
-        space: Search-space file or shipped name. Only its layers, roles, methods and rank multiple are used. None means
-            all tensors.
+        space: Search-space file or shipped name. Only its layers, roles, methods, widths and rank multiple are used.
+            None means all tensors.
         methods: Decomposition methods; None means the default. Excludes `space`.
         with_stacks: Whether query, key, value and gate, up are also measured as stacked matrices.
+        with_widths: Whether MLPs with fewer channels are also measured; a space with widths always measures them.
         tokens: Tokens of text on which the divergence is measured; None means the default.
         text: That text: a builtin text or a file. None means the part of the calibration text that is not used for
             calibration.
@@ -52,6 +53,7 @@ class SensitivityRequest:
     space: str | None = None
     methods: tuple[str, ...] | None = None
     with_stacks: bool = False
+    with_widths: bool = False
     tokens: int | None = None
     text: str | None = None
     calibration: CalibrationText = field(default_factory=CalibrationText)
@@ -148,7 +150,7 @@ def write_profile(profile: SensitivityProfile, folder: str | Path) -> list[Path]
 def _settings(request: SensitivityRequest, space: SearchSpaceConfig | None, loaded: LoadedModel) -> ProfileSettings:
     if space is None:
         methods = ProfileSettings().methods if request.methods is None else request.methods
-        return ProfileSettings(methods, with_stacks=request.with_stacks)
+        return ProfileSettings(methods, with_stacks=request.with_stacks, with_widths=request.with_widths)
     experts = loaded.topology.experts_by_name
     names = tuple(n for n in SearchSpace.from_config(space, loaded.topology).tensor_names() if n not in experts)
     if not names:
@@ -156,7 +158,13 @@ def _settings(request: SensitivityRequest, space: SearchSpaceConfig | None, load
             f"a sensitivity profile needs at least one matrix, but space '{space.name}' has fused expert tensors only;"
             " run a study, which measures them itself"
         )
-    return ProfileSettings(tuple(space.methods), names, space.ranks.settled_multiple, with_stacks=request.with_stacks)
+    return ProfileSettings(
+        tuple(space.methods),
+        names,
+        space.ranks.settled_multiple,
+        with_stacks=request.with_stacks,
+        with_widths=request.with_widths or space.widths,
+    )
 
 
 def _text(request: SensitivityRequest, config: CalibrationConfig, loaded: LoadedModel) -> tuple[Tensor, str]:

@@ -1,4 +1,4 @@
-"""The end of a study: promising stopped trials resume, then the front is evaluated and measured once more."""
+"""The end of a study: promising stopped trials resume, then the front is evaluated, measured and healed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from dse.search.multi_fidelity import EarlyStopping
 from dse.study.driver import StudyDriver
+from dse.study.healed_front import HEALED, heal_trials, trials_to_heal
 from dse.study.serving_front import MeasureServing, engine_attribute, measure_front, waiting_trials
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial_record import EvaluatedTrial, TrialRecord
 from dse.workers.final_documents import reevaluate_front
-from dse.workers.jobs import EvaluateFinal, EvaluateTrial, TrialResult
+from dse.workers.jobs import EvaluateFinal, EvaluateTrial, HealPoint, TrialResult
 
 __all__ = ["finish_study", "has_resumed_stopped"]
 
@@ -29,7 +30,7 @@ def has_resumed_stopped(attributes: Mapping[str, Any], trials: int) -> bool:
 
 
 def finish_study(driver: StudyDriver) -> None:
-    """Resume promising stopped trials, evaluate the front on the final documents, and measure it in the serving engine.
+    """Resume promising stopped trials; evaluate the front on final documents, measure it in the engine, heal it.
 
     Safe to repeat after a kill.
     """
@@ -47,6 +48,7 @@ def finish_study(driver: StudyDriver) -> None:
         driver.storage.set_attribute(_RESUMED, trials)
     _evaluate_final_documents(driver, baseline.record)
     _measure_front(driver, baseline.record)
+    _heal_front(driver)
 
 
 def _resume_trial(driver: StudyDriver, before: TrialRecord, baseline: EvaluatedTrial, rule: EarlyStopping) -> None:
@@ -111,4 +113,21 @@ def _measure_front(driver: StudyDriver, baseline: TrialRecord) -> None:
         waiting,
         driver.storage.attributes.get(attribute, {}),
         lambda known: driver.storage.set_attribute(attribute, known),
+    )
+
+
+def _heal_front(driver: StudyDriver) -> None:
+    """Train the points on the front, if the study asks for it."""
+    if driver.outline.config.healing is None:
+        return
+    found = driver.storage.attributes.get(HEALED, {})
+    waiting = trials_to_heal(driver.study().front_records, found)
+    if waiting:
+        driver.listener.on_message(f"healing {len(waiting)} points on the front")
+    heal_trials(
+        lambda record, folder: driver.workers.run(HealPoint(record, str(folder))),
+        waiting,
+        driver.folder.path,
+        found,
+        lambda known: driver.storage.set_attribute(HEALED, known),
     )

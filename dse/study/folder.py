@@ -75,7 +75,7 @@ class StudyFolder:
         """
         try:
             has_study = self.study_yaml.exists()
-            # A kill at the very start leaves a lock, and possibly a half-written file.
+            # A kill before the first trial leaves a few files, one of them possibly half-written.
             is_empty = not self.path.exists() or (self.path.is_dir() and all(map(_is_ours, self.path.iterdir())))
         except OSError as error:
             raise StudyError(
@@ -236,7 +236,11 @@ class _LogFile(logging.FileHandler):
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in (_LOCK, "storage.json") or path.name.startswith((".study.yaml.", ".storage.json."))
+    """Whether a study writes this file before `study.yaml`."""
+    written_first = ("storage.json", LANES_FILE)
+    return path.name in (_LOCK, "answers", *written_first) or path.name.startswith(
+        tuple(f".{name}." for name in ("study.yaml", *written_first))
+    )
 
 
 def _identity(config: StudyConfig) -> dict[str, Any]:

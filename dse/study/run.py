@@ -14,6 +14,7 @@ from dse.files import cache_dir
 from dse.study.driver import StudyDriver
 from dse.study.finish import finish_study, has_resumed_stopped
 from dse.study.folder import StudyFolder
+from dse.study.healed_front import healing_pending
 from dse.study.resume import resume_or_start
 from dse.study.serving_front import serving_pending
 from dse.study.study import Study, started_study
@@ -143,6 +144,8 @@ def _is_finished(study: Study, config: StudyConfig, listener: StudyListener) -> 
     if config.fidelity is not None and _has_pending(study, config.fidelity):
         return False
     if config.measurement.when == "front" and serving_pending(config, study.trials(), study.records, study.attributes):
+        return False
+    if healing_pending(config, study.front_records, study.attributes):
         return False
     if study.evaluated_trials >= config.budget.trials:
         listener.on_message(f"complete: all {config.budget.trials} trials are done")

@@ -31,6 +31,7 @@ __all__ = [
     "engine_attribute",
     "engines_of",
     "mark_engine_fronts",
+    "mark_front_of",
     "measure_front",
     "measured_entry",
     "serving_pending",
@@ -199,14 +200,22 @@ def mark_engine_fronts(
     Only trials that the engine measured take part.
     """
     for engine in engines_of(attributes):
-        columns = {entry.name: engine_key(engine, entry.name) for entry in objectives}
-        present = {name: column for name, column in columns.items() if column in table.columns}
-        if not present:
-            continue
-        seen = is_eligible(table) & table[list(present.values())].notna().all(axis=1).to_numpy()
-        replaced = table.loc[seen].assign(**{name: table.loc[seen, column] for name, column in present.items()})
-        front = pd.Series(data=False, index=table.index)
-        if seen.any():
-            front.loc[replaced.index] = mark_front(replaced, objectives)["on_front"].to_numpy(dtype=bool)
-        table = table.assign(**{engine_key(engine, "on_front"): front})
+        table = mark_front_of(table, objectives, engine)
     return table
+
+
+def mark_front_of(table: pd.DataFrame, objectives: Sequence[Objective], prefix: str) -> pd.DataFrame:
+    """The table with `<prefix>.on_front`: the front among the trials that have values under this prefix.
+
+    Objectives without such a column keep the values of the search.
+    """
+    columns = {entry.name: f"{prefix}.{entry.name}" for entry in objectives}
+    present = {name: column for name, column in columns.items() if column in table.columns}
+    if not present:
+        return table
+    seen = is_eligible(table) & table[list(present.values())].notna().all(axis=1).to_numpy()
+    replaced = table.loc[seen].assign(**{name: table.loc[seen, column] for name, column in present.items()})
+    front = pd.Series(data=False, index=table.index)
+    if seen.any():
+        front.loc[replaced.index] = mark_front(replaced, objectives)["on_front"].to_numpy(dtype=bool)
+    return table.assign(**{f"{prefix}.on_front": front})

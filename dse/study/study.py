@@ -26,7 +26,8 @@ from dse.report.trials_table import front_hypervolume, front_table, mark_front
 from dse.search.origins import OriginShare, origin_shares
 from dse.study.compare_trials import PairedOutcomes, TrialComparison, compare_records
 from dse.study.folder import StudyFolder
-from dse.study.serving_front import mark_engine_fronts, with_engine_values
+from dse.study.healed_front import HEALED, with_healed_values
+from dse.study.serving_front import mark_engine_fronts, mark_front_of, with_engine_values
 from dse.study.storage import StudyStorage
 from dse.trial_record import EVALUATED_STATES, TrialRecord, trial_row
 from dse.workers.final_documents import with_final_values
@@ -135,6 +136,7 @@ class Study:
             table[name] = table[name].eq(True)
         table["duplicate_of"] = table["duplicate_of"].astype("Int64")
         marked = mark_engine_fronts(mark_front(table, self.objectives), self.objectives, self.attributes)
+        marked = mark_front_of(marked, self.objectives, HEALED)
         return mark_ties(marked, self.objectives, PairedOutcomes(self.folder).differs)
 
     def front(self) -> pd.DataFrame:
@@ -212,6 +214,22 @@ class Study:
         elif found.state != "complete":
             raise StudyError(f"trial {trial} must be complete, but is {found.state}: {found.reason}")
         return found
+
+    def check_model(self, fingerprint: str) -> None:
+        """Check that the model is still the study's.
+
+        Args:
+            fingerprint: The model's present one.
+
+        Raises:
+            StudyError: It is another model, or has other weights.
+        """
+        recorded = self.attributes.get("facts", {}).get("model_fingerprint")
+        if recorded is not None and recorded != fingerprint:
+            raise StudyError(
+                f"the study used the model with fingerprint {recorded}, but '{self.config.model.ref}' now has"
+                f" {fingerprint}; pin `model.revision` or restore the model"
+            )
 
     @property
     def hypervolume(self) -> float | None:
@@ -364,6 +382,7 @@ class Study:
 
 
 def _with_final_values(attributes: dict[str, Any], records: list[TrialRecord]) -> list[TrialRecord]:
-    """The records with the results on final documents and in serving engines, if there are any."""
-    final = attributes.get("final", {})
-    return [with_engine_values(with_final_values(record, final), attributes) for record in records]
+    """The records with the results on final documents, in serving engines and after healing, if there are any."""
+    final, healed = attributes.get("final", {}), attributes.get(HEALED, {})
+    measured = [with_engine_values(with_final_values(record, final), attributes) for record in records]
+    return [with_healed_values(record, healed) for record in measured]

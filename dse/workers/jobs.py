@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from dse.evaluation import EvaluationResult
 from dse.measurement import IdlePower
@@ -14,7 +18,7 @@ from dse.workers.float32_comparison import compare_with_float32
 from dse.workers.listener import StudyListener
 from dse.workers.setup import PreparedStudy
 
-__all__ = ["CompareFloat32", "EvaluateFinal", "EvaluateTrial", "Job", "MeasureIdle", "TrialResult"]
+__all__ = ["CompareFloat32", "EvaluateFinal", "EvaluateTrial", "HealPoint", "Job", "MeasureIdle", "TrialResult"]
 
 
 class Job(Protocol):
@@ -78,6 +82,23 @@ class EvaluateFinal:
         return prepared.final.evaluate(
             self.record, lambda done, total: listener.on_phase("evaluate the front", done, total)
         )
+
+
+@dataclass(frozen=True)
+class HealPoint:
+    """Train the point of a record, and evaluate it again.
+
+    Attributes:
+        record: The record of a complete trial.
+        folder: Where the state of the training is kept.
+    """
+
+    record: TrialRecord
+    folder: str
+
+    def run(self, prepared: PreparedStudy, listener: StudyListener) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+        """The entry of `TrialHealer.heal`, and the trained weights; a failure is part of the entry, not raised."""
+        return prepared.healer.heal(self.record, Path(self.folder))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dse.workers.study_worker import WorkerFacts
 __all__ = ["LaneBook"]
 
 _PERIOD_S = 0.5
-_COSTS = ("reduction", "parameters", "weight_bytes")
 
 
 class _Ticketed(Protocol):
@@ -56,45 +55,16 @@ class LaneBook:
         job = None if worker.ticket is None else worker.ticket.job
         if not isinstance(job, EvaluateTrial):
             return
-        record = job.record
-        self._change(
-            worker,
-            state="working",
-            phase="",
-            trial=record.trial,
-            origin=record.origin,
-            point_id=record.point_id,
-            cost={name: record.cost[name] for name in _COSTS if name in record.cost},
-            trial_started_s=time.time(),
-        )
+        self._lanes[worker.index] = self._lane(worker).beginning(job.record)
 
     def finish(self, worker: _Worker, result: Any) -> None:
         """A worker has finished a job."""
-        lane, record = self._lane(worker), getattr(result, "record", None)
-        failed = record is not None and record.state == "failed"
-        self._change(
-            worker,
-            state="idle",
-            phase="",
-            trial=None,
-            finished=lane.finished + (record is not None),
-            failures=lane.failures + failed,
-            failures_in_a_row=lane.failures_in_a_row + 1 if failed else 0,
-            last_failure=record.reason if failed and record is not None else lane.last_failure,
-        )
+        record, lane = getattr(result, "record", None), self._lane(worker)
+        self._lanes[worker.index] = lane.waiting() if record is None else lane.finishing(record)
 
     def fail(self, worker: _Worker, reason: str) -> None:
         """A worker has ended in a job."""
-        lane = self._lane(worker)
-        self._change(
-            worker,
-            state="idle",
-            phase="restart",
-            trial=None,
-            failures=lane.failures + 1,
-            failures_in_a_row=lane.failures_in_a_row + 1,
-            last_failure=reason,
-        )
+        self._lanes[worker.index] = dataclasses.replace(self._lane(worker).failing(reason), phase="restart")
 
     def update(self, workers: Sequence[_Worker], phases: Mapping[int, tuple[str, int, int]]) -> None:
         """Note the phases of working workers, and write the file if that is due."""
@@ -109,7 +79,7 @@ class LaneBook:
         """These workers have ended."""
         if self._written_s:
             for worker in workers:
-                self._change(worker, state="ended", phase="", trial=None)
+                self._lanes[worker.index] = dataclasses.replace(self._lane(worker).waiting(), state="ended")
             self._save()
 
     def write(self, workers: Sequence[_Worker]) -> None:

@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from dse.errors import StorageFullError
 from dse.report.worker_lanes import WorkerLane, write_lanes
@@ -19,7 +19,6 @@ from dse.workers.listener import StudyListener, StudyProgress
 __all__ = ["LaneListener"]
 
 _PERIOD_S = 1.0  # between two writes within a phase: a reader needs no more, and a tiny trial takes milliseconds
-_COSTS = ("reduction", "parameters", "weight_bytes")
 
 
 class LaneListener(StudyListener):
@@ -44,7 +43,7 @@ class LaneListener(StudyListener):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._written_s:  # a study that never started has no folder to write to
-            self._write(state="ended", phase="", trial=None, point_id="", cost={}, trial_started_s=None)
+            self._write(dataclasses.replace(self._lane.waiting(), state="ended"))
 
     def on_message(self, message: str) -> None:
         """Pass on."""
@@ -54,38 +53,20 @@ class LaneListener(StudyListener):
         """Pass on, and write at most once a second within a trial."""
         self._listener.on_phase(phase, done, total)
         if self._lane.trial is not None and time.monotonic() - self._written_s >= _PERIOD_S:
-            self._write(phase=phase, done=done, total=total)
+            self._write(dataclasses.replace(self._lane, phase=phase, done=done, total=total))
 
     def on_trial_start(self, progress: StudyProgress, record: TrialRecord) -> None:
         """Pass on, and write the new trial."""
         self._listener.on_trial_start(progress, record)
-        self._write(
-            state="working",
-            phase="",
-            trial=record.trial,
-            origin=record.origin,
-            point_id=record.point_id,
-            cost={name: record.cost[name] for name in _COSTS if name in record.cost},
-            trial_started_s=time.time(),
-        )
+        self._write(self._lane.beginning(record))
 
     def on_trial_end(self, progress: StudyProgress, record: TrialRecord) -> None:
         """Count the trial, and pass on; the next trial's start writes the file."""
-        failed = record.state == "failed"
-        self._lane = dataclasses.replace(
-            self._lane,
-            state="idle",
-            phase="",
-            trial=None,
-            finished=self._lane.finished + 1,
-            failures=self._lane.failures + failed,
-            failures_in_a_row=self._lane.failures_in_a_row + 1 if failed else 0,
-            last_failure=record.reason if failed else self._lane.last_failure,
-        )
+        self._lane = self._lane.finishing(record)
         self._listener.on_trial_end(progress, record)
 
-    def _write(self, **changes: Any) -> None:
-        self._lane = dataclasses.replace(self._lane, updated_s=time.time(), **changes)
+    def _write(self, lane: WorkerLane) -> None:
+        self._lane = dataclasses.replace(lane, updated_s=time.time())
         self._written_s = time.monotonic()
         with contextlib.suppress(StorageFullError, OSError):
             write_lanes(self._path, [self._lane])

@@ -60,7 +60,8 @@ class RayWorkers(Workers):
     def join_all(self, listener: StudyListener) -> None:
         """Wait until all workers are ready, and measure the sensitivity profile with all of them.
 
-        The first worker prepares the study alone, so that the factor bank is built once.
+        The first worker prepares the study alone, so that the factor bank is built once; it is one that shares the
+        driver's cache folder, if there is one.
 
         Raises:
             StudyError: A worker runs other versions, has another device or other data, or does not start.
@@ -69,25 +70,26 @@ class RayWorkers(Workers):
         members = self._members
         listener.on_message(f"starting {self.count} worker{'s' * (self.count > 1)}")
         facts: dict[int, WorkerFacts] = self._each(members, {m.index: ("describe",) for m in members})
+        members.sort(key=lambda m: not facts[m.index].shares_cache)
         for member in members:
             member.facts = facts[member.index]
             self._lanes.welcome(member, "prepare")
         self._lanes.write(members)
-        check_same_versions(list(facts.values()))
-        first: Joined = self._each(members[:1], {0: ("join",)})[0]
+        check_same_versions([facts[m.index] for m in members])
+        first: Joined = self._call_first("join")
         for message in first.messages:
             listener.on_message(message)
         self.outline = first.outline
         call_actor(self._desk, "offer", first.files).result()
-        check_same_devices(first.outline, list(facts.values()), self._settings.mixed)
-        joined = {0: first} | self._each(members[1:], {m.index: ("join",) for m in members[1:]})
+        check_same_devices(first.outline, [facts[m.index] for m in members], self._settings.mixed)
+        joined = self._each(members[1:], {m.index: ("join",) for m in members[1:]})
         for member in members:
-            self._welcome(member, joined[member.index])
+            self._welcome(member, joined.get(member.index, first))
         known: dict[str, Any] = {}
         shares = {m.index: ("measure_share", m.index, self.count) for m in members}
         for found in self._each(members, shares).values():
             known |= found
-        table, messages = self._each(members[:1], {0: ("table", known)})[0]
+        table, messages = self._call_first("table", known)
         for message in messages:
             listener.on_message(message)
         self.outline = dataclasses.replace(self.outline, table=table)
@@ -160,6 +162,10 @@ class RayWorkers(Workers):
                     member.call = call_actor(member.actor, *calls[member.index])
             self._show_phase(waiting)
         return results
+
+    def _call_first(self, *call: Any) -> Any:
+        first = self._members[0]
+        return self._each([first], {first.index: call})[first.index]
 
     def _failed_start(self, member: Member, reason: WorkerLostError) -> None:
         if reason.is_starting:

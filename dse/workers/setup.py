@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,6 +35,7 @@ from dse.search.spaces.base import SearchSpace
 from dse.search.user_points import checked_user_points
 from dse.sensitivity.sensitivity_table import SensitivityTable
 from dse.trial.device_rank_multiple import settled_study
+from dse.trial.healed_trial import TrialHealer
 from dse.trial.measurement_plan import MeasurementPlan, open_study_meter
 from dse.trial.measurements import TrialMeasurer
 from dse.trial.objectives import (
@@ -83,6 +85,20 @@ class PreparedStudy:
     final: FinalEvaluator | None = None
     table: SensitivityTable | None = None
     pair: EnginePair | None = None
+
+    @cached_property
+    def healer(self) -> TrialHealer:
+        """Heals points; made when the first one is healed.
+
+        Raises:
+            CalibrationError: A text cannot be read or is too short.
+            ModelError: The model has no output head whose inputs suffice for the loss.
+        """
+        if self.config.healing is None:
+            raise ValueError("a study without the section `healing` heals nothing")
+        evaluator = self.evaluator.fidelity.evaluator if self.final is None else self.final.evaluator
+        bank, report = self.evaluator.bank, self.evaluator.on_phase
+        return TrialHealer(self.config, self.config.healing, self.loaded, bank, evaluator, report)
 
     def close(self) -> None:
         """End the serving engine, if there is one."""

@@ -69,7 +69,7 @@ def test_other_forms_are_refused_in_one_line() -> None:
     loaded = loaded_tiny_model("llama", num_hidden_layers=2)
     mixed = DesignPoint.of({"layers.1.mlp": TensorChoice.removal(), "layers.0.query": TensorChoice("svd", 2)})
     with pytest.raises(
-        ExportError, match=r"removed blocks alone, but it decomposes 1 tensors \(first: 'layers.0.query'\)"
+        ExportError, match=r"removed blocks and widths alone, but it decomposes 1 tensors \(first: 'layers.0.query'\)"
     ):
         check_decilm(loaded, mixed)
     with pytest.raises(ExportError, match="needs attention in the first layer that is left"):

@@ -18,6 +18,7 @@ from served_exports import (
     documented_table,
     export_families,
     export_forms,
+    export_to_split,
     family_table,
     form_table,
     in_vllm,
@@ -43,6 +44,7 @@ def served(
     folders = export_forms(tmp_path_factory.mktemp("forms")) | {name: export for name, (export, _) in families.items()}
     jobs = {name: Job(folder) for name, folder in folders.items()}
     jobs["compiled"] = Job(families["Llama"][0], {"enforce_eager": False})
+    jobs["tensor parallel"] = Job(export_to_split(tmp_path_factory.mktemp("split")), {"tensor_parallel_size": 3})
     return dict(zip(jobs, in_vllm(python, list(jobs.values())), strict=True))
 
 
@@ -51,7 +53,7 @@ def dense(python: str, families: dict[str, tuple[Path, Path]], served: dict[str,
     return dense_verdicts(python, families, served)
 
 
-@pytest.mark.parametrize("name", [*FORMS, "compiled"])
+@pytest.mark.parametrize("name", [*FORMS, "compiled", "tensor parallel"])
 def test_every_structural_form_gives_the_outputs_of_transformers(served: dict[str, Served], name: str) -> None:
     assert served[name].error == ""
     assert served[name].tokens_equal

@@ -1,9 +1,9 @@
 """Python processes that start with torch, transformers and dse already imported.
 
-An interpreter that imports these takes ten seconds; a process that is forked from one takes a moment. `Preloaded` is
-the process that waits to be forked. `Preloaded.executable` is a program that takes Python's arguments, so that Ray can
-start its workers with it (`runtime_env: {py_executable: ...}`). Forked processes are processes like any other: they have
-their own memory, environment and id, and die alone.
+An interpreter takes ten seconds to import these; a process that is forked from one takes a moment. `Preloaded` is the
+process that waits to be forked. `Preloaded.executable` is a program that takes Python's arguments, so that Ray can
+start its workers with it (`runtime_env: {py_executable: ...}`). Forked processes are like any other: they have their
+own memory, environment and id, and die alone. Each first runs the code in its environment variable `PRELOADED_FIRST`.
 
 Ray itself is not imported before the fork, because its threads would not survive it.
 """
@@ -167,6 +167,7 @@ def _become(request: Mapping[str, Any], files: Sequence[int]) -> None:
     """Run Python's arguments in this process, and end."""
     code = 1
     try:
+        os.setpgid(0, 0)  # Ray ends the process group of a worker that ended
         for target, file in enumerate(files):
             os.dup2(file, target)
             os.close(file)
@@ -176,7 +177,7 @@ def _become(request: Mapping[str, Any], files: Sequence[int]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         arguments = [entry for entry in request["arguments"] if entry != "-u"]
         if os.environ.get("PRELOADED_FIRST"):
-            exec(os.environ["PRELOADED_FIRST"])  # noqa: S102
+            exec(os.environ["PRELOADED_FIRST"])
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -163,13 +163,25 @@ def export_families(root: Path, families: Iterable[str] = tuple(TINY_FAMILIES)) 
     found = {}
     for family in families:
         model_type, changes = TINY_FAMILIES[family]
-        loaded = as_loaded(with_random_vectors(tiny_model(model_type, **{**TINY, **changes})))
-        export, dense = root / f"tiny-{model_type}", root / f"tiny-{model_type}-dense"
-        staged = stage(loaded, ExportRequest(mixed_point(loaded.topology), export), ExactFactors(loaded))
-        staged.publish()
-        loaded.model.save_pretrained(dense)
-        found[family] = (export, dense)
+        export = root / f"tiny-{model_type}"
+        found[family] = (export, _export_tiny(export, model_type, changes))
     return found
+
+
+def export_to_split(root: Path) -> Path:
+    """Write a mixed export of a tiny Llama whose heads, widths and vocabulary can be split over 2 and 3 devices."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 192}
+    # vLLM pads a vocabulary to a multiple of 64, which it then splits.
+    _export_tiny(root / "split", "llama", {**sizes, "vocab_size": 384})
+    return root / "split"
+
+
+def _export_tiny(export: Path, model_type: str, changes: Mapping[str, Any]) -> Path:
+    loaded = as_loaded(with_random_vectors(tiny_model(model_type, **{**TINY, **changes})))
+    stage(loaded, ExportRequest(mixed_point(loaded.topology), export), ExactFactors(loaded)).publish()
+    dense = export.with_name(f"{export.name}-dense")
+    loaded.model.save_pretrained(dense)
+    return dense
 
 
 def export_forms(root: Path) -> dict[str, Path]:

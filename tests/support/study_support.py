@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dse.study import Study, StudyListener, StudyProgress
@@ -40,6 +42,13 @@ class Watcher(StudyListener):
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def fill_disk(filler: Path) -> None:
+    """Write to this file until its disk is full."""
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+        while stream.write(b"x" * 4096):
+            pass
 
 
 def evaluated(study: Study) -> list[TrialRecord]:

@@ -15,7 +15,7 @@ from tiny_study import tiny_study
 
 from dse.study import Study, run_study
 
-optuna_dashboard = pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard")
+optuna_dashboard = pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard: pip install '.[test]'")
 
 
 class Silent(WSGIRequestHandler):

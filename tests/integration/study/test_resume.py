@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from study_support import SMALL_SPACE, Watcher, evaluated, interrupt, points_and_accuracies
+from study_support import SMALL_SPACE, Watcher, evaluated, fill_disk, interrupt, points_and_accuracies
 from tiny_models import save_tiny_model
 from tiny_study import environment, merged, save_choice_task, tiny_study, write_study
 
@@ -303,20 +301,6 @@ def test_model_and_tasks_are_checked_when_a_study_resumes(tmp_path: Path) -> Non
     assert open_study(tmp_path / "run").evaluated_trials == 3
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A small disk."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small disk")
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_loses_nothing(
     tiny_folder: Path, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str], own_process: None
 ) -> None:
@@ -324,13 +308,8 @@ def test_a_full_disk_loses_nothing(
     out, filler = small_disk / "run", small_disk / "filler"
     expected = run_study(config, out=tmp_path / "expected")
 
-    def fill() -> None:
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
-            while stream.write(b"x" * 4096):
-                pass
-
     with pytest.raises(StorageFullError) as caught:
-        run_study(config, out=out, listener=Watcher(before={3: fill}))
+        run_study(config, out=out, listener=Watcher(before={3: lambda: fill_disk(filler)}))
     assert "full" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err  # nor of a log that could not be written

@@ -1,17 +1,11 @@
-"""A Ray cluster of several nodes on this machine, each with a pretended GPU.
-
-Tests with such clusters take minutes, so they run only where asked for: `DSE_WORKER_TESTS=1`.
-"""
+"""A Ray cluster of two nodes on this machine, each with a pretended GPU."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-collect_ignore_glob = [] if os.environ.get("DSE_WORKER_TESTS") == "1" else ["test_*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,25 +14,10 @@ def needs_ray() -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install 'lowrank-dse[ray]'")
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(cache_folder: Path) -> Iterator[object]:
-    """A head without devices and three nodes with one GPU each; what they start uses the tests' own caches."""
-    import ray
-    from ray.cluster_utils import Cluster
+@pytest.fixture(scope="package")
+def nodes(cache_folder: Path) -> Iterator[object]:
+    """What the nodes start uses the tests' own caches. Tests may remove nodes, and leave two plain ones."""
+    from worker_support import ray_nodes
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "DSE_CACHE": str(cache_folder / "dse"),
-            "HF_HOME": str(cache_folder / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]),
-            "RAY_AUTH_MODE": "disabled",
-        }.items():
-            patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, num_gpus=1)
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    with ray_nodes(cache_folder, 2) as created:
+        yield created

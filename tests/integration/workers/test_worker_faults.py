@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from preloaded_python import Process
 from study_support import Watcher, points_and_accuracies
-from tiny_study import environment, tiny_study, write_study
-from worker_support import Killer, check_complete, lanes, wait_until, worker_study
+from tiny_study import tiny_study, write_study
+from worker_support import RayNodes, check_complete, wait_until, worker_study
 
-from dse.errors import ConfigError
+from dse.cli.options import EXIT_INTERRUPTED
 from dse.study import Study, StudyProgress, open_study, run_study
-from dse.trial_record import TrialRecord
+from dse.trial_record import EVALUATED_STATES, TrialRecord
 
 TRIALS = 16
 
@@ -25,100 +23,153 @@ pytestmark = pytest.mark.filterwarnings("default")  # Ray's own threads and sock
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSE_CACHE", str(cache_folder / "dse"))
-        return run_study(worker_study(tiny_folder, TRIALS), out=tmp_path_factory.mktemp("undisturbed") / "run")
+def undisturbed(nodes: RayNodes, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return run_study(worker_study(tiny_folder, TRIALS), out=tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-class AtTrial(Watcher):
-    """Calls a function once when a number of trials are finished."""
+class AfterTrial(Watcher):
+    """Calls each function once when its number of trials are finished."""
 
-    def __init__(self, finished: int, do: Callable[[], None]) -> None:
+    def __init__(self, do: dict[int, Callable[[], object]]) -> None:
         super().__init__()
-        self._at, self._do, self.is_done = finished, do, False
+        self._do = do
 
     def on_trial_end(self, progress: StudyProgress, record: TrialRecord) -> None:
-        if progress.finished >= self._at and not self.is_done:
-            self.is_done = True
-            self._do()
+        for finished in [number for number in self._do if progress.finished >= number]:
+            self._do.pop(finished)()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._do
 
 
-def on(cluster: Any, count: int, **keys: Any) -> dict[str, Any]:
-    return {"ray_address": cluster.address, "count": count, **keys}
-
-
-def test_one_worker_proposes_what_a_study_without_ray_does(ray_cluster: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_one_worker_proposes_what_a_study_without_ray_does(nodes: RayNodes, tiny_folder: Path, tmp_path: Path) -> None:
     config = tiny_study(tiny_folder, sampler={"name": "tpe"}, budget={"trials": 14})
     here = run_study(config, out=tmp_path / "here")
-    there = run_study(config, out=tmp_path / "there", workers=on(ray_cluster, 1))
+    there = run_study(config, out=tmp_path / "there", workers=nodes.keys(1))
     assert points_and_accuracies(there) == points_and_accuracies(here)
     assert [(r.origin, r.why) for r in there.records] == [(r.origin, r.why) for r in here.records]
     assert there.attributes["reference"] == here.attributes["reference"]
 
 
-def test_killed_workers_and_a_removed_node(
-    ray_cluster: Any, tiny_folder: Path, tmp_path: Path, undisturbed: Study
+def test_killed_and_stuck_workers_and_a_removed_node(
+    nodes: RayNodes, tiny_folder: Path, tmp_path: Path, undisturbed: Study
 ) -> None:
+    def send(number: int) -> None:
+        assert nodes.workers()[0].send(number)
+
     def remove_node() -> None:
-        ray_cluster.remove_node(next(iter(ray_cluster.worker_nodes)), allow_graceful=False)
-        ray_cluster.add_node(num_cpus=1, num_gpus=1)
+        nodes.remove(nodes.nodes[0])
+        nodes.add()
 
-    watcher, out = AtTrial(6, remove_node), tmp_path / "run"
-    with Killer(out, kills=3, between_s=(0.1, 1.0)).running() as killer:
-        study = run_study(
-            worker_study(tiny_folder, TRIALS), out=out, use_cache=False, listener=watcher, workers=on(ray_cluster, 3)
-        )
-    assert watcher.is_done
-    assert killer.log
-    check_complete(study, TRIALS, undisturbed)
-
-
-def test_a_worker_that_hangs_is_restarted(
-    ray_cluster: Any, tiny_folder: Path, tmp_path: Path, undisturbed: Study
-) -> None:
-    out = tmp_path / "run"
-    watcher = AtTrial(4, lambda: os.kill(lanes(out)[0].pid, signal.SIGSTOP))
-    workers = on(ray_cluster, 2, trial_timeout_s=20)
-    study = run_study(worker_study(tiny_folder, TRIALS), out=out, listener=watcher, workers=workers)
+    watcher = AfterTrial({3: lambda: send(signal.SIGKILL), 6: lambda: send(signal.SIGSTOP), 10: remove_node})
+    study = run_study(
+        worker_study(tiny_folder, TRIALS),
+        out=tmp_path / "run",
+        use_cache=False,
+        listener=watcher,
+        workers=nodes.keys(2, trial_timeout_s=15),
+    )
     assert watcher.is_done
     assert any("restarts; the trial is repeated" in message for message in watcher.messages)
     check_complete(study, TRIALS, undisturbed)
 
 
-def test_a_killed_driver_resumes_with_fewer_and_more_workers(
-    ray_cluster: Any, tiny_folder: Path, cache_folder: Path, tmp_path: Path, undisturbed: Study
+def test_a_killed_and_a_stopped_driver_resume_with_fewer_and_more_workers(
+    nodes: RayNodes, tiny_folder: Path, tmp_path: Path, undisturbed: Study
 ) -> None:
-    study_yaml, out = write_study(tmp_path / "study.yaml", worker_study(tiny_folder, TRIALS)), tmp_path / "run"
-    for workers, finished in ((2, 4), (1, 8)):
-        command = [sys.executable, "-m", "dse.cli", "run", str(study_yaml), "--out", str(out)]
-        command += ["--workers", str(workers), "--ray-address", ray_cluster.address]
-        process = subprocess.Popen(command, env=environment(cache_folder), stderr=subprocess.PIPE, text=True)
-        try:
-            wait_until(lambda n=finished, p=process: _rows(out) >= n or p.poll() is not None)  # type: ignore[misc]
-        finally:
-            process.kill()
-            errors = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, errors
-        before = open_study(out).records
-    study = run_study(study_yaml, out=out, workers=on(ray_cluster, 3))
-    assert [record for record in study.records if record.trial in {r.trial for r in before}] == before
+    out, log = tmp_path / "run", tmp_path / "log"
+    # One document at a time: a trial lasts long enough for a signal to arrive in it.
+    config = worker_study(tiny_folder, TRIALS, evaluation={"batch_size": 1})
+
+    def start(workers: int, finished: int) -> Process:
+        study_yaml = write_study(tmp_path / "study.yaml", {**config, "workers": nodes.keys(workers)})
+        arguments = ["-m", "dse.cli", "run", str(study_yaml), "--out", str(out), "--no-cache", "--grace", "60"]
+        driver = nodes.preloaded.start(arguments, nodes.environment, log)
+        wait_until(lambda: _rows(out) >= finished or driver.wait(0.01) is not None)
+        return driver
+
+    driver = start(2, finished=3)
+    driver.kill()
+    assert driver.wait(60) == -signal.SIGKILL, log.read_text()
+    before = open_study(out).records
+    driver = start(1, finished=7)
+    driver.kill(signal.SIGINT)
+    assert driver.wait(120) == EXIT_INTERRUPTED, log.read_text()
+    # The trial in flight finished within the period of grace.
+    assert "1 trial has 60 s to finish" in log.read_text()
+    assert "stopped; every finished trial is stored" in log.read_text()
+    stopped = open_study(out)
+    assert stopped.records[: len(before)] == before
+    assert stopped.evaluated_trials == _started(out)
+    study = run_study(config, out=out, workers=nodes.keys(2))
+    assert study.records[: len(stopped.records)] == stopped.records
     check_complete(study, TRIALS, undisturbed)
 
 
-def test_more_gpus_than_there_are(ray_cluster: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    for workers in (on(ray_cluster, 4), on(ray_cluster, 2, gpus_per_worker=2)):
-        with pytest.raises(ConfigError, match=r"`workers <= [03]` must hold for \d GPUs? each on nodes with"):
-            run_study(tiny_study(tiny_folder), out=tmp_path / "run", workers=workers)
+def test_a_point_that_ends_three_workers_is_not_tried_again(nodes: RayNodes, tiny_folder: Path, tmp_path: Path) -> None:
+    config = worker_study(tiny_folder, 4, evaluation={"batch_size": 1})
+    kills: list[int] = []
+
+    def kill_in_trial() -> None:
+        def kill() -> None:
+            while len(kills) < 3:
+                for worker in nodes.workers():
+                    if worker.method == "run" and worker.pid not in kills and worker.send(signal.SIGKILL):
+                        kills.append(worker.pid)
+
+        threading.Thread(target=kill).start()
+
+    watcher = Watcher(before={2: kill_in_trial})
+    study = run_study(config, out=tmp_path / "run", use_cache=False, listener=watcher, workers=nodes.keys(1))
+    assert len(kills) == 3
+    (failed,) = [record for record in study.records if record.state == "failed"]
+    assert failed.reason.startswith("3 workers ended in it, the last one because: ")
+    assert study.evaluated_trials == 4
+    assert sum(record.point_id == failed.point_id for record in study.records if record.state in EVALUATED_STATES) == 1
+    # The next run does not try it again either.
+    more = run_study(config, out=tmp_path / "run", trials=5)
+    assert more.records[: len(study.records)] == study.records
+    assert more.evaluated_trials == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--workers", "3"], "`workers <= 2` must hold for 1 GPU each on nodes with 0, 1, 1 GPUs, but got 3"),
+        (["--workers", "1", "--gpus-per-worker", "2"], "`workers <= 0` must hold for 2 GPUs each"),
+        (["--ray-address", "127.0.0.1:1"], "a Ray cluster must listen at '127.0.0.1:1', but none does"),
+        (["--ray-address", "nowhere"], "`ray_address` must be auto or HOST:PORT, but got 'nowhere'"),
+    ],
+)
+def test_bad_input_ends_with_one_line(
+    nodes: RayNodes,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    own_process: None,
+    options: list[str],
+    rule: str,
+) -> None:
+    from dse.cli import main
+
+    study_yaml = write_study(tmp_path / "study.yaml", tiny_study(tiny_folder))
+    command = ["run", str(study_yaml), "--out", str(tmp_path / "run"), "--ray-address", nodes.address, *options]
+    assert main(command) == 2
+    told = capfd.readouterr()
+    (line,) = told.err.splitlines()
+    assert line.startswith("dse: error: ")
+    assert rule in line
+    assert told.out == ""
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
-def test_no_ray_at_the_address(tiny_folder: Path, tmp_path: Path, address: str) -> None:
-    with pytest.raises(ConfigError, match="ray"):
-        run_study(tiny_study(tiny_folder), out=tmp_path / "run", workers={"ray_address": address})
 
 
 def _rows(out: Path) -> int:
     path = out / "trials.csv"
     return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.exists() else 0
+
+
+def _started(out: Path) -> int:
+    """Trials that the run's log says were started, each counted once."""
+    lines = (out / "run.log").read_text(encoding="utf-8").splitlines()
+    return len({words[words.index("trial") + 1] for words in map(str.split, lines) if "point" in words})

@@ -10,7 +10,7 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.pareto import objectives_named
 from dse.report.explanation import TrialContext, changes_text, explain_trial, origin_text
 from dse.report.point_maps import MapCell, point_map_of
-from dse.report.rank_map import placed_choices, rank_map_of, rank_map_text, shape_of
+from dse.report.rank_map import placed_choices, rank_map_of, rank_map_text, reduction_of, shape_of
 from dse.trial_record import TrialRecord
 
 SHAPE: dict[str, Any] = {
@@ -104,3 +104,34 @@ def test_shape_of_an_old_study_follows_from_its_points() -> None:
     assert (shape["layers"], shape["roles"]) == (2, ["mlp", "query", "query_key"])
     assert rank_map_of(POINT, shape)[0]["mlp"] == "removed"
     assert placed_choices(POINT, shape)[0, "query"].parameter_ratio is None
+
+
+def test_widths_are_shown_at_all_tensors_of_their_mlp() -> None:
+    shape = {**SHAPE, "roles": ["query", "up", "down"], "mlp": ["up", "down"]}
+    shape |= {"sizes": {"query": [8, 8], "up": [16, 8], "down": [8, 16]}}
+    point = DesignPoint.of(
+        {
+            "layers.0.mlp": TensorChoice("width", 12),
+            "layers.1.mlp": TensorChoice("width", 4),
+            "layers.1.query": TensorChoice("svd", 2),
+            "layers.2.mlp": TensorChoice.removal(),
+        }
+    )
+    assert rank_map_of(point, shape) == {
+        0: {"query": ".", "up": "w12", "down": "w12"},
+        1: {"query": "2", "up": "w4", "down": "w4"},
+        2: {"query": ".", "up": "removed", "down": "."},  # the block's roles are those of `SHAPE`
+    }
+    placed = placed_choices(point, shape)
+    assert [placed[layer, "down"].parameter_ratio for layer in (0, 1)] == [0.75, 0.25]
+    assert reduction_of(point, {**shape, "blocks": {"mlp": ["up", "down"]}}, 1000) == pytest.approx(
+        (256 * 0.25 + 256 * 0.75 + 256 + 64 * 0.5) / 1000
+    )
+    assert changes_text(point, shape)[:3] == [
+        "1 block is removed: layers.2.mlp",
+        "2 MLPs each keep 4-12 channels: layers.0.mlp, layers.1.mlp",
+        "1 matrix is replaced by two factors (svd, rank 2): query 2 in 1 layer",
+    ]
+    assert MapCell.of(placed[0, "up"]).text == "MLP of 12 channels, 75.0 % of its parameters"
+    # A study of an earlier version did not store which roles an MLP has.
+    assert rank_map_of(DesignPoint.of({"layers.0.mlp": TensorChoice("width", 12)}), SHAPE)[0]["mlp"] == "w12"
