@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> list[str]:
     """One line for each kind of test that runs only where it is asked for."""
-    asked_for = {"tests/engines": "DSE_ENGINE_TESTS", "tests/integration/workers": "DSE_WORKER_TESTS"}
+    asked_for = {"tests/engines": "DSE_ENGINE_TESTS"}
     return [f"{path}: not run; set {name}=1" for path, name in asked_for.items() if os.environ.get(name) != "1"]
 
 

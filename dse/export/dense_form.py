@@ -96,13 +96,12 @@ def _filled_up(state: dict[str, Tensor], mlp: Mlp, width: int | None) -> dict[st
     found = {}
     for tensor in mlp.inputs:
         parts = tensor.out_features // mlp.channels  # a fused gate and up has two
-        rows = state[f"{tensor.module}.weight"].unflatten(0, (parts, -1))
+        rows = state[f"{tensor.module}.weight"].reshape(parts, -1, tensor.in_features)
         empty = rows.new_zeros(parts, width - rows.shape[1], rows.shape[2])
         weight = torch.cat((rows, empty), 1).flatten(0, 1)
         found[f"{tensor.module}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()
         if (bias := state.get(f"{tensor.module}.bias")) is not None:
-            rows = bias.unflatten(0, (parts, -1))
-            found[f"{tensor.module}.bias"] = torch.cat((rows, empty[:, :, 0]), 1).flatten()
+            found[f"{tensor.module}.bias"] = torch.cat((bias.reshape(parts, -1), empty[:, :, 0]), 1).flatten()
     columns = state[f"{mlp.output.module}.weight"]
     weight = torch.cat((columns, columns.new_zeros(columns.shape[0], width - columns.shape[1])), 1)
     found[f"{mlp.output.module}.weight"] = (weight.T if mlp.output.kind == "conv1d" else weight).contiguous()

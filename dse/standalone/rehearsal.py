@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dse.config import StudyConfig
 from dse.decomposition import (
     METHODS,
-    AppliedPoint,
     CalibrationWindows,
     FactorBank,
+    LowRankFactors,
     StoreBudget,
     apply_point,
     calibration_windows,
@@ -43,6 +43,8 @@ __all__ = ["PhaseForecast", "Rehearsal"]
 
 _REHEARSED_DOCUMENTS = 24
 _FIRST = 0
+_COLD_BYTES = 2**28
+"""Several times the largest cache of a processor."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Rehearsal:
 
     Args:
         config: The study.
-        small: The model of one layer.
+        first_layers: Makes a model of this number of layers.
         topology: The topology of the whole model.
         requests: Method to tensor of the whole model to its largest rank.
         residency: Where the study keeps the weights; see `dse.models.residency`.
@@ -85,13 +87,16 @@ class Rehearsal:
     def __init__(
         self,
         config: StudyConfig,
-        small: LoadedModel,
+        first_layers: Callable[[int], LoadedModel],
         topology: Topology,
         requests: Mapping[str, Mapping[str, int]],
         residency: Residency = "dense_and_candidate",
     ) -> None:
         self._residency = residency
+        small = first_layers(1)
         self.config, self.small, self.topology = config, small, topology
+        self._first_layers = first_layers
+        self._deep: LoadedModel | None = None
         self._requests = requests
         self._layers: Sequence[nn.Module] = layer_modules(small.model, small.topology)
         self._meter = PhaseMeter(self._layers, small.device)
@@ -195,11 +200,19 @@ class Rehearsal:
         short = dataclasses.replace(
             spec, blocks=2, warmup_blocks=0, max_warmup_blocks=0, min_duration_s=0.0, precision=None
         )
-        with self._applied() as applied:
-            measure_latency(self.small.model, dataclasses.replace(short, new_tokens=min(2, spec.new_tokens)), applied)
-            with self._meter.measuring() as peaks:
-                measure_latency(self.small.model, short, applied)
-        block_s = peaks.for_layers(self.depth) / 2
+        model, topology = self._cold.model, self._cold.topology
+        meter = PhaseMeter(layer_modules(model, topology), self.small.device)
+        depth = topology.layer_count
+        of_layer = self._whole_point(0.5)
+        point = DesignPoint.of({_in_layer(name, layer): c for layer in range(depth) for name, c in of_layer})
+        applied = apply_point(model, topology, point, _EveryLayer(self._bank))
+        try:
+            measure_latency(model, dataclasses.replace(short, new_tokens=min(2, spec.new_tokens)), applied)
+            with meter.measuring() as peaks:
+                measure_latency(model, short, applied)
+        finally:
+            applied.undo()
+        block_s = peaks.for_layers(self.depth / depth) / 2
         blocks = max(spec.blocks, math.ceil(spec.min_duration_s / block_s))
         if spec.precision is not None:  # blocks are added until the interval is narrow, at most until max_duration_s
             blocks = max(blocks, math.ceil(0.5 * spec.max_duration_s / block_s))
@@ -225,7 +238,7 @@ class Rehearsal:
     def _forecast(
         self, phase: str, peaks: Peaks, seconds: float, *, more_device_bytes: int = 0, disk_bytes: int = 0
     ) -> PhaseForecast:
-        more = self.missing_weight_bytes + more_device_bytes
+        more = self.missing_weight_bytes + more_device_bytes - self._spare_bytes
         on_gpu = self.small.device.type == "cuda"
         waiting = self._waiting_bytes() if phase.startswith("trial") else 0
         return PhaseForecast(
@@ -281,14 +294,28 @@ class Rehearsal:
             self.small.tokenizer, self.config.calibration, longest_window=longest_window(self.small.model)
         )
 
-    @contextmanager
-    def _applied(self) -> Iterator[AppliedPoint]:
-        """A typical candidate in the small model."""
-        applied = apply_point(self.small.model, self.small.topology, self._whole_point(0.5), self._bank)
-        try:
-            yield applied
-        finally:
-            applied.undo()
+    @property
+    def _cold(self) -> LoadedModel:
+        """A model of so many layers that their weights do not stay in a cache from one token to the next.
+
+        Decoding reads every weight once for each token. From a cache that takes a fraction of the time.
+        """
+        layer = max(1, self._layer_parameters) * self.small.dtype.itemsize
+        layers = min(self.depth, max(1, math.ceil(_COLD_BYTES / layer)))
+        if layers == 1:
+            return self.small
+        self._deep = self._deep or self._first_layers(layers)
+        return self._deep
+
+    @property
+    def _spare_bytes(self) -> int:
+        """Weights of the model for latency, which a study does not hold beside its own."""
+        spare = None if self._deep is None else self._deep.model
+        return 0 if spare is None else sum(p.numel() for p in spare.parameters()) * self.small.dtype.itemsize
+
+    @property
+    def _layer_parameters(self) -> int:
+        return sum(p.numel() for layer in self._layers for p in layer.parameters())
 
     def _whole_point(self, share: float) -> DesignPoint:
         """All tensors of the layer decomposed at this share of their largest rank, by the study's first method."""
@@ -323,3 +350,18 @@ class Rehearsal:
 
     def _names(self, requests: Mapping[str, Mapping[str, int]]) -> list[str]:
         return [name for ranks in requests.values() for name in ranks if name not in self.topology.experts_by_name]
+
+
+class _EveryLayer:
+    """The factors of the first layer for every layer."""
+
+    def __init__(self, bank: FactorBank) -> None:
+        self._bank = bank
+
+    def factors(self, name: str, choice: TensorChoice) -> LowRankFactors:
+        return self._bank.factors(_in_layer(name, _FIRST), choice)
+
+
+def _in_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    return re.sub(r"^layers\.\d+\.", f"layers.{layer}.", name)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def plan_study(
     settled = _with_settled_multiple(config)
     space = SearchSpace.from_config(settled.constrained_space, topology)
     watcher.on_message(f"rehearsing the study on one layer of {config.model.ref} with random weights")
-    small = first_layers(
+    first = partial(
+        first_layers,
         config.model.ref,
-        1,
         revision=config.model.revision,
         dtype=config.model.dtype,
         device=str(device),
@@ -95,7 +96,7 @@ def plan_study(
     )
     requests = bank_requests(space, checked_user_points(settled, space))
     residency = _residency(settled, topology, device)
-    rehearsal = Rehearsal(settled, small, topology, requests, residency)
+    rehearsal = Rehearsal(settled, first, topology, requests, residency)
     plan = MeasurementPlan.of(settled, meter)
     try:
         phases = [_load(settled, topology, device), *_phases(settled, rehearsal, plan, objectives, space, watcher)]

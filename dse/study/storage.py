@@ -7,10 +7,11 @@ is evaluated again under its own number when the study resumes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -25,6 +26,7 @@ from dse.study.storage_connection import (
     DatabaseLostError,
     close,
     connected,
+    one_transaction,
     storage_errors,
     without_experimental_warnings,
 )
@@ -224,7 +226,7 @@ class StudyStorage:
         """
         if self._was_repeated() and (lost := self._unfinished(dimensions, without=self._taken)):
             return lost[0]  # the database had given it out, and its answer was lost
-        with storage_errors(self._path), without_experimental_warnings():
+        with self._writing(), without_experimental_warnings():
             # Only the sampler's own proposals count, so that queued points do not shift its seeds.
             asked = sum(_ORIGIN not in trial.user_attrs and not _is_abandoned(trial) for trial in self._in_state())
             self._study.sampler = make_sampler(
@@ -284,7 +286,7 @@ class StudyStorage:
         state = TrialState.COMPLETE if values is not None else TrialState.FAIL
         if record.state == "infeasible" or (values is None and any(value > 0 for value in violations.values())):
             state = TrialState.PRUNED
-        with storage_errors(self._path):
+        with self._writing():
             if self._was_repeated() and self._storage.get_trial(self._trial_id(record.trial)).state.is_finished():
                 return
             trial = self._trial(record.trial)
@@ -345,6 +347,11 @@ class StudyStorage:
             point=None if point is None else DesignPoint.from_stored(point),
             trial=trial.number,
         )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with storage_errors(self._path), one_transaction(self._storage):
+            yield
 
     def _was_repeated(self) -> bool:
         """Whether the database failed since the last question, so that it may have done what is repeated now."""

@@ -16,7 +16,14 @@ import sqlalchemy.exc
 from dse.errors import ConfigError, StorageFullError, StudyError
 from dse.study.storage_place import DatabasePlace
 
-__all__ = ["DatabaseLostError", "close", "connected", "storage_errors", "without_experimental_warnings"]
+__all__ = [
+    "DatabaseLostError",
+    "close",
+    "connected",
+    "one_transaction",
+    "storage_errors",
+    "without_experimental_warnings",
+]
 
 _BUSY_TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 10
@@ -29,6 +36,20 @@ _LOST = (
     sqlalchemy.exc.PendingRollbackError,
 )
 """Errors of a connection that broke, in any of its states."""
+
+
+class _HeldSqliteConnection(sqlite3.Connection):
+    """A connection whose commits can be held back, so that several of them become one transaction."""
+
+    is_held = False
+
+    def commit(self) -> None:
+        if not self.is_held:
+            super().commit()
+
+    def rollback(self) -> None:
+        if not self.is_held:
+            super().rollback()
 
 
 class DatabaseLostError(StudyError):
@@ -54,7 +75,7 @@ def connected(path: Path | DatabasePlace) -> Iterator[optuna.storages.RDBStorage
 def _file(path: Path) -> optuna.storages.RDBStorage:
     def connect() -> sqlite3.Connection:
         # A creator instead of a URL, in which `?`, `#` and braces of a path would have a meaning.
-        return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+        return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False, factory=_HeldSqliteConnection)
 
     connect().close()  # a folder that cannot be written fails here
     return optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect})
@@ -74,6 +95,29 @@ def close(storage: optuna.storages.RDBStorage) -> None:
     """Close all connections."""
     storage.remove_session()
     storage.engine.dispose()
+
+
+@contextlib.contextmanager
+def one_transaction(storage: optuna.storages.RDBStorage) -> Iterator[None]:
+    """Make one transaction of all writes of a block to a SQLite file; Optuna commits every attribute on its own.
+
+    Each commit waits for the disk, which would take most of the driver's time. A block that raises changes nothing.
+    """
+    pooled = storage.engine.raw_connection()
+    connection = pooled.dbapi_connection
+    pooled.close()
+    if not isinstance(connection, _HeldSqliteConnection) or connection.is_held:
+        yield
+        return
+    connection.is_held = True
+    try:
+        yield
+        connection.is_held = False
+        connection.commit()
+    except BaseException:
+        connection.is_held = False
+        connection.rollback()
+        raise
 
 
 @contextlib.contextmanager

@@ -213,6 +213,7 @@ def connected(config: WorkersConfig) -> Iterator[RayCluster]:
         raise ConfigError("workers need Ray, which is not installed; pip install 'lowrank-dse[ray]'") from error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let other processes disturb measurements
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if ray.is_initialized():  # by a program that uses dse as a library
         yield RayCluster(config)

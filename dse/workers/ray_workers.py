@@ -106,6 +106,7 @@ class RayWorkers(Workers):
             if self._given_up:
                 return self._given_up.popleft()
             if (finished := self._step()) is not None:
+                self._hand_out()  # the free worker need not wait until the driver has stored this result
                 return finished
 
     def finished_in_grace(self) -> Iterator[FinishedJob]:

@@ -52,15 +52,19 @@ class RayNodes:
         from ray.cluster_utils import Cluster
 
         self._folder = Path(tempfile.mkdtemp(prefix="dse-"))
-        self.environment = environment(cache) | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        self.environment = environment(cache) | settings
         self.preloaded = Preloaded(self._folder, self.environment)
         os.environ.update(self.environment)
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
-        )
         self.nodes: list[Any] = []
-        for _ in range(nodes):
-            self.add()
+        self._cluster = Cluster()
+        try:
+            self._start(num_cpus=0, num_gpus=0, include_dashboard=False)
+            for _ in range(nodes):
+                self.add()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def address(self) -> str:
@@ -68,9 +72,16 @@ class RayNodes:
 
     def add(self, variables: Mapping[str, str] | None = None) -> Any:
         """Add a node; its workers have these environment variables."""
-        node = self._cluster.add_node(num_cpus=1, num_gpus=1, env_vars=dict(variables or {}))
+        node = self._start(num_cpus=1, num_gpus=1, env_vars=dict(variables or {}))
         self.nodes.append(node)
         return node
+
+    def _start(self, **settings: Any) -> Any:
+        """Start a node; on a busy machine it may not be ready within the 30 seconds that Ray grants it."""
+        for _ in range(2):
+            with contextlib.suppress(Exception):
+                return self._cluster.add_node(**settings)
+        return self._cluster.add_node(**settings)
 
     def remove(self, node: Any) -> None:
         """End all processes of a node at once."""
