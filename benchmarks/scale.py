@@ -93,7 +93,7 @@ def study(trials: int, sampler: str) -> StudyConfig:
         {
             "name": "scale",
             "model": "demo:smollm2-135m-instruct",
-            "space": "layer_role_rank",
+            "space": {"name":"t","methods":["svd"],"layers":list(range(0,30,5)),"roles":["query","up"],"ranks":{"kept_fractions":[0.2,0.4,0.6,0.8]}},
             "objectives": ["accuracy", "parameters"],
             "tasks": ["arc_easy"],
             "sampler": {"name": sampler, "seed": 0},

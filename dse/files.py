@@ -67,11 +67,11 @@ def write_bytes(path: Path, content: bytes, *, is_durable: bool = True) -> None:
             raise
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str, *, is_durable: bool = True) -> None:
     """Write UTF-8 text atomically; see `write_bytes`."""
-    write_bytes(path, content.encode("utf-8"))
+    write_bytes(path, content.encode("utf-8"), is_durable=is_durable)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON atomically. NaN and infinity raise ValueError."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, content: Any, *, is_durable: bool = True) -> None:
+    """Write `content` as indented JSON atomically; see `write_bytes`. NaN and infinity raise ValueError."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", is_durable=is_durable)

@@ -116,7 +116,7 @@ def write_lanes(path: Path, lanes: Sequence[WorkerLane]) -> None:
     Raises:
         StorageFullError: The disk is full or the folder cannot be written.
     """
-    write_json(path, {"workers": [asdict(lane) for lane in lanes]})
+    write_json(path, {"workers": [asdict(lane) for lane in lanes]}, is_durable=False)
 
 
 def read_lanes(path: Path) -> tuple[WorkerLane, ...]:

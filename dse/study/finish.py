@@ -10,11 +10,12 @@ from typing import Any
 from dse.search.multi_fidelity import EarlyStopping
 from dse.study.driver import StudyDriver
 from dse.study.healed_front import HEALED, heal_trials, trials_to_heal
+from dse.study.other_text_front import OTHER_TEXT, other_text_words
 from dse.study.serving_front import MeasureServing, engine_attribute, measure_front, waiting_trials
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial_record import EvaluatedTrial, TrialRecord
 from dse.workers.final_documents import reevaluate_front
-from dse.workers.jobs import EvaluateFinal, EvaluateTrial, HealPoint, TrialResult
+from dse.workers.jobs import EvaluateFinal, EvaluateTrial, HealPoint, MeasureOtherText, TrialResult
 
 __all__ = ["finish_study", "has_resumed_stopped"]
 
@@ -47,6 +48,7 @@ def finish_study(driver: StudyDriver) -> None:
         )
         driver.storage.set_attribute(_RESUMED, trials)
     _evaluate_final_documents(driver, baseline.record)
+    _measure_other_text(driver)
     _measure_front(driver, baseline.record)
     _heal_front(driver)
 
@@ -94,6 +96,19 @@ def _evaluate_final_documents(driver: StudyDriver, baseline: TrialRecord) -> Non
         driver.storage.attributes.get("final", {}),
         lambda known: driver.storage.set_attribute("final", known),
     )
+
+
+def _measure_other_text(driver: StudyDriver) -> None:
+    """Compare the front with the dense model on text of another source, if its methods are calibrated."""
+    if not driver.outline.facts.get("calibration"):
+        return
+    found = dict(driver.storage.attributes.get(OTHER_TEXT, {}))
+    for record in driver.study().front_records:
+        if not record.is_dense and str(record.trial) not in found:
+            found[str(record.trial)] = driver.workers.run(MeasureOtherText(record))
+            driver.storage.set_attribute(OTHER_TEXT, found)
+    if words := other_text_words(found):
+        driver.listener.on_message(words)
 
 
 def _measure_front(driver: StudyDriver, baseline: TrialRecord) -> None:

@@ -21,12 +21,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from dse.design_point import DesignPoint
 from dse.errors import PointError, StudyError
 from dse.search.proposal import Proposal
+from dse.study.mirrored_storage import MirroredStorage
 from dse.study.samplers import make_sampler
 from dse.study.storage_connection import (
     DatabaseLostError,
     close,
     connected,
-    one_transaction,
     storage_errors,
     without_experimental_warnings,
 )
@@ -61,6 +61,7 @@ def _patient(method: Callable[P, T]) -> Callable[P, T]:
         storage, waited_s = cast("StudyStorage", arguments[0]), 0.0
         while True:
             try:
+                storage.read_again_if_broken()
                 return method(*arguments, **keywords)
             except DatabaseLostError as error:
                 storage.is_repeated = True
@@ -85,9 +86,15 @@ class StudyStorage:
     (infeasible: the sampler learns from it), FAIL. The actual state of a trial is in its record.
     """
 
-    def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage, path: Path | DatabasePlace) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        storage: optuna.storages.RDBStorage | MirroredStorage,
+        path: Path | DatabasePlace,
+    ) -> None:
         self._study = study
         self._storage = storage
+        self._is_broken = False
         self._path = path
         self._sampler_name, self._seed, self._trials, self._is_parallel = "tpe", 0, 1, False
         self.on_wait: Callable[[str, float], None] = _ignore_wait
@@ -136,7 +143,8 @@ class StudyStorage:
                 study = optuna.create_study(storage=storage, study_name=own_name, directions=directions)
             with without_experimental_warnings():
                 study.set_metric_names(list(metrics))
-        opened = cls(study, storage, path)
+            mirrored = MirroredStorage(storage, study.study_name)
+            opened = cls(optuna.load_study(storage=mirrored, study_name=study.study_name), mirrored, path)
         opened._sampler_name, opened._seed, opened._trials, opened._is_parallel = sampler, seed, trials, is_parallel
         opened._adopt_old_queue()
         return opened
@@ -179,7 +187,20 @@ class StudyStorage:
 
     def close(self) -> None:
         """Close the file; the storage cannot be used afterwards."""
-        close(self._storage)
+        close(self._database)
+
+    @property
+    def _database(self) -> optuna.storages.RDBStorage:
+        return self._storage.database if isinstance(self._storage, MirroredStorage) else self._storage
+
+    def read_again_if_broken(self) -> None:
+        """Read the study again if a write was cut short, so that memory and database may differ."""
+        if self._is_broken:
+            with storage_errors(self._path):
+                name = self._study.study_name
+                self._storage = MirroredStorage(self._database, name)
+                self._study = optuna.load_study(storage=self._storage, study_name=name)
+            self._is_broken = False
 
     @property
     @_patient
@@ -191,7 +212,7 @@ class StudyStorage:
     @_patient
     def set_attribute(self, name: str, value: Any) -> None:
         """Store a JSON-safe attribute of the whole study."""
-        with storage_errors(self._path):
+        with self._writing():
             self._study.set_user_attr(name, value)
 
     @_patient
@@ -202,7 +223,7 @@ class StudyStorage:
         attributes: dict[str, Any] = {_ORIGIN: proposal.origin, **({_WHY: proposal.why} if proposal.why else {})}
         if proposal.point is not None:
             attributes[_POINT] = proposal.point.to_json()
-        with storage_errors(self._path):
+        with self._writing():
             self._study.enqueue_trial(dict(proposal.levels), user_attrs=attributes)
 
     @property
@@ -250,7 +271,7 @@ class StudyStorage:
 
     def _unfinished(self, dimensions: Mapping[str, int], without: set[int]) -> list[Proposal]:
         found = []
-        with storage_errors(self._path), without_experimental_warnings():
+        with self._writing(), without_experimental_warnings():
             for frozen in self._in_state(TrialState.RUNNING):
                 if frozen.number in without:
                     continue
@@ -271,7 +292,7 @@ class StudyStorage:
         """Store the design point of a proposed trial whose levels may later stand for another point."""
         if proposal.trial is None or proposal.point is None:
             raise ValueError("a proposal must have its trial and its point before they are stored")
-        with storage_errors(self._path):
+        with self._writing():
             self._trial(proposal.trial).set_user_attr(_POINT, proposal.point.to_json())
 
     @_patient
@@ -350,8 +371,15 @@ class StudyStorage:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        with storage_errors(self._path), one_transaction(self._storage):
-            yield
+        """Make one transaction of all writes of the block. If it is cut short, the study is read again."""
+        if not isinstance(self._storage, MirroredStorage):
+            raise ValueError("a study that is open for reading cannot be written")
+        try:
+            with storage_errors(self._path), self._storage.one_write():
+                yield
+        except BaseException:
+            self._is_broken = True
+            raise
 
     def _was_repeated(self) -> bool:
         """Whether the database failed since the last question, so that it may have done what is repeated now."""

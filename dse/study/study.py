@@ -27,6 +27,7 @@ from dse.search.origins import OriginShare, origin_shares
 from dse.study.compare_trials import PairedOutcomes, TrialComparison, compare_records
 from dse.study.folder import StudyFolder
 from dse.study.healed_front import HEALED, with_healed_values
+from dse.study.other_text_front import OTHER_TEXT, other_text_words, with_other_text
 from dse.study.serving_front import mark_engine_fronts, mark_front_of, with_engine_values
 from dse.study.storage import StudyStorage
 from dse.trial_record import EVALUATED_STATES, TrialRecord, trial_row
@@ -277,9 +278,9 @@ class Study:
         return TrialContext.of(self.records, self.objectives, self.attributes.get("facts", {}), trials)
 
     def write_tables(self) -> None:
-        """Write `trials.csv` and `front.csv`."""
-        write_text(self.folder.trials_csv, self.trials().to_csv(index=False))
-        write_text(self.folder.front_csv, self.front().to_csv(index=False))
+        """Write `trials.csv` and `front.csv`, which can be made again from the storage."""
+        write_text(self.folder.trials_csv, self.trials().to_csv(index=False), is_durable=False)
+        write_text(self.folder.front_csv, self.front().to_csv(index=False), is_durable=False)
 
     def write_reports(self) -> None:
         """Write the tables, the page and the picture of the front."""
@@ -370,6 +371,7 @@ class Study:
             "Device and dtype": f"{facts.get('device')}, {facts.get('dtype')}",
             "In float32 instead": self._float32_words(),
             "Calibration text": facts.get("calibration"),
+            "Text of another source": other_text_words(self.attributes.get(OTHER_TEXT, {})),
             "Energy meter": facts.get("energy_meter") or "none",
             "Hypervolume": None if hypervolume is None else f"{hypervolume:.4f} (share of the box to the ideal point)",
             "Proposers": "; ".join(share.describe() for share in self.origin_shares),
@@ -383,6 +385,6 @@ class Study:
 
 def _with_final_values(attributes: dict[str, Any], records: list[TrialRecord]) -> list[TrialRecord]:
     """The records with the results on final documents, in serving engines and after healing, if there are any."""
-    final, healed = attributes.get("final", {}), attributes.get(HEALED, {})
+    final, healed, other = (attributes.get(name, {}) for name in ("final", HEALED, OTHER_TEXT))
     measured = [with_engine_values(with_final_values(record, final), attributes) for record in records]
-    return [with_healed_values(record, healed) for record in measured]
+    return [with_healed_values(with_other_text(record, other), healed) for record in measured]

@@ -18,7 +18,16 @@ from dse.workers.float32_comparison import compare_with_float32
 from dse.workers.listener import StudyListener
 from dse.workers.setup import PreparedStudy
 
-__all__ = ["CompareFloat32", "EvaluateFinal", "EvaluateTrial", "HealPoint", "Job", "MeasureIdle", "TrialResult"]
+__all__ = [
+    "CompareFloat32",
+    "EvaluateFinal",
+    "EvaluateTrial",
+    "HealPoint",
+    "Job",
+    "MeasureIdle",
+    "MeasureOtherText",
+    "TrialResult",
+]
 
 
 class Job(Protocol):
@@ -99,6 +108,17 @@ class HealPoint:
     def run(self, prepared: PreparedStudy, listener: StudyListener) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         """The entry of `TrialHealer.heal`, and the trained weights; a failure is part of the entry, not raised."""
         return prepared.healer.heal(self.record, Path(self.folder))
+
+
+@dataclass(frozen=True)
+class MeasureOtherText:
+    """Compare the point of a record with the dense model on text of another source than the calibration's."""
+
+    record: TrialRecord
+
+    def run(self, prepared: PreparedStudy, listener: StudyListener) -> dict[str, Any]:
+        """The divergences; see `OtherText.measure`."""
+        return prepared.other_text.measure(self.record)
 
 
 @dataclass(frozen=True)

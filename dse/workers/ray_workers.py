@@ -115,8 +115,9 @@ class RayWorkers(Workers):
         until_s = time.monotonic() + self._settings.grace_s
         in_flight = sum(member.ticket is not None for member in self._members)
         if in_flight and (grace_s := self._settings.grace_s):
+            trials = "1 trial has" if in_flight == 1 else f"{in_flight} trials have"
             self._listener.on_message(
-                f"stopping: {in_flight} trials have {grace_s:.0f} s to finish; press Ctrl-C again to stop at once"
+                f"stopping: {trials} {grace_s:.0f} s to finish; press Ctrl-C again to stop at once"
             )
         while time.monotonic() < until_s and any(member.ticket is not None for member in self._members):
             finished = self._step()

@@ -46,6 +46,7 @@ from dse.trial.objectives import (
     required_measurements,
     resolve_objectives,
 )
+from dse.trial.other_text import OtherText
 from dse.trial.rungs import MultiFidelityEvaluator
 from dse.trial.trial_evaluator import TrialEvaluator
 from dse.workers.device_defaults import with_device_defaults
@@ -99,6 +100,11 @@ class PreparedStudy:
         evaluator = self.evaluator.fidelity.evaluator if self.final is None else self.final.evaluator
         bank, report = self.evaluator.bank, self.evaluator.on_phase
         return TrialHealer(self.config, self.config.healing, self.loaded, bank, evaluator, report)
+
+    @cached_property
+    def other_text(self) -> OtherText:
+        """Compares points with the dense model on text of another source than the calibration's."""
+        return OtherText(self.loaded, self.evaluator.bank, self.config.calibration)
 
     def close(self) -> None:
         """End the serving engine, if there is one."""

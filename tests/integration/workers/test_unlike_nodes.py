@@ -112,9 +112,7 @@ def test_a_machine_without_memory_is_refused(
     nodes: RayNodes, other_node: None, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Ray ends every worker that starts there."""
-    with pytest.raises(
-        StudyError, match=r"a worker must start, but .* ended 5 times \(.*memory"
-    ):
+    with pytest.raises(StudyError, match=r"a worker must start, but .* ended 5 times \(.*memory"):
         run_study(worker_study(tiny_folder, TRIALS), out=tmp_path / "run", workers=nodes.keys(2))
 
 

@@ -17,6 +17,7 @@ from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
 from dse.models import topology_of
 from dse.search.refinement import FrontPoint, refine
+from dse.search.refitted_sensitivities import RefittedSensitivities
 from dse.search.spaces.depth_profile import DepthProfileSpace
 from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
@@ -162,9 +163,10 @@ def test_proposals_contain_widths() -> None:
     starts = [space.point(proposal.levels) for proposal in warm_starts(space, table, 24)]
     assert any(point.widths for point in starts)
     generator = random.Random(0)
-    parent = starts[0]
-    front = [FrontPoint(0, DesignPoint.dense(), 0.0, 0.0), FrontPoint(1, parent, 0.1, 0.3)]
-    refined = [refine(space, front, {parent.id}, generator, None) for _ in range(20)]
+    front = [FrontPoint(0, DesignPoint.dense(), 0.0, 0.0)]
+    front += [FrontPoint(i, p, point_cost(TWO_LAYERS, p).reduction, 0.1 * i) for i, p in enumerate(starts[:3], 1)]
+    expected = RefittedSensitivities.unfitted(table).expected
+    refined = [refine(space, front, {point.id for point in starts}, generator, expected) for _ in range(10)]
     assert any(space.point(proposal.levels).widths for proposal in refined if proposal is not None)
     drawn = [space.draw_feasible(generator) for _ in range(20)]
     assert any(space.point(levels).widths for levels in drawn if levels is not None)
