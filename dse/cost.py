@@ -107,7 +107,7 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
             problems += _width_problems(topology, name, choice.rank)
             continue
         if isinstance(part, (RemovableBlock, Mlp)) or choice.is_removal:
-            problems += _removal_problems(part, choice)
+            problems += _removal_problems(topology, part, choice)
             continue
         if problem := _expert_problem(part, choice):
             problems.append(problem)
@@ -176,7 +176,16 @@ def _width_problems(topology: Topology, name: str, kept: int) -> list[PointError
     ]
 
 
-def _removal_problems(part: Decomposable | RemovableBlock | Mlp, choice: TensorChoice) -> list[PointError]:
+def _removal_problems(
+    topology: Topology, part: Decomposable | RemovableBlock | Mlp, choice: TensorChoice
+) -> list[PointError]:
+    if isinstance(part, Mlp) and choice.is_removal:
+        reason = topology.blocks_refused.get(part.name, "its removal was not verified")
+        return [
+            PointError(
+                f"'{part.name}' must be a block that the model can skip exactly, but {reason}; reduce its width instead"
+            )
+        ]
     if isinstance(part, (RemovableBlock, Mlp)) and not choice.is_removal:
         inside = (*part.tensors, *part.experts) if isinstance(part, RemovableBlock) else [t.name for t in part.tensors]
         return [

@@ -133,7 +133,7 @@ class SleepingServer(SteadyServer):
 
 def test_energy_of_a_turn_is_that_of_its_window(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
-    rows = "".join(f"{step / 50:g},5\n" for step in range(50 * 120))  # a window must see many new samples
+    rows = "".join(f"{step / 1000:g},5\n" for step in range(1000 * 120))  # a window must see many new samples
     trace.write_text(f"time_s,cpu_w\n{rows}", encoding="utf-8")
     meter = named_meter(f"replay:{trace}")
     spec = LatencySpec(prompt_tokens=8, new_tokens=5, batch_size=2, blocks=2)
