@@ -4,8 +4,8 @@
     python benchmarks/gpu_check.py --scale 0.1     # rehearsal, on a CPU if there is no GPU
 
 Runs tests/gpu, and then measures a random model (no download): dense, the paper's 9 % point (three layers at rank 1),
-and a point of 20 % fewer parameters in each form (two factors, factors with a core, stacked matrices, removed blocks),
-in each execution mode, at batch 1 and 32. Prints latency, energy and memory relative to dense, and the share of the
+and a point of 20 % fewer parameters in each form (two factors, factors with a core, stacked matrices, reduced widths,
+removed blocks), in each execution mode, at batch 1 and 32. Prints latency, energy and memory relative to dense, and the share of the
 ideal gain that is realised: 100 % if time falls as much as the weights that a token reads. The most important rows come
 first; those that do not fit into the minutes are left out by name. The last line is one JSON document, which is also
 written to `--out`. Exits with 1 if a test or a measurement fails, and with 3 without a GPU.
@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dse.cost import point_cost
 from dse.decomposition import apply_point
 from dse.decomposition.factors import LowRankFactors
-from dse.design_point import DesignPoint, TensorChoice
+from dse.decomposition.mlp_width import ChannelFactors
+from dse.design_point import WIDTH, DesignPoint, TensorChoice
 from dse.errors import DseError
 from dse.measurement import (
     EnergyMeter,
@@ -99,6 +100,13 @@ def random_llama(sizes: Sizes, device: torch.device) -> LlamaForCausalLM:
     return model.eval().requires_grad_(False)
 
 
+class RandomChannels(ChannelFactors):
+    """The first channels, with random columns of the output matrix."""
+
+    def output_matrix(self, width: int) -> torch.Tensor:
+        return self.outputs[:, :width].contiguous()
+
+
 class RandomFactors:
     """Factors with random entries: their values do not change how long a product takes."""
 
@@ -109,6 +117,12 @@ class RandomFactors:
         rows, columns = self._topology.matrix(name).shape
         core = self._normal(choice.rank, choice.rank) if choice.method == "tucker" else None
         return LowRankFactors(self._normal(rows, choice.rank), self._normal(choice.rank, columns), core)
+
+    def channels(self, name: str) -> RandomChannels:
+        mlp = self._topology.mlp(name)
+        nothing = torch.empty(0)
+        order = torch.arange(mlp.channels, device=self._device)
+        return RandomChannels(order, nothing, self._normal(mlp.output.out_features, mlp.channels), nothing)
 
     def _normal(self, *sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, device=self._device, dtype=self._dtype) * 0.02
@@ -128,6 +142,7 @@ def points_of(topology: Topology) -> dict[str, DesignPoint]:
         "20 %: two factors": uniform(topology, singles, "svd"),
         "20 %: with a core": uniform(topology, singles, "tucker"),
         "20 %: stacks": uniform(topology, stacked, "svd"),
+        "20 %: reduced widths": narrow(topology),
         "20 %: removed blocks": removed(topology),
     }
 
@@ -147,6 +162,16 @@ def uniform(topology: Topology, names: list[str], method: str) -> DesignPoint:
         else:
             high = middle
     return point
+
+
+def narrow(topology: Topology) -> DesignPoint:
+    """Every MLP at the same width, a multiple of 64, such that the reduction is nearest to `REDUCTION`."""
+
+    def at(width: int) -> DesignPoint:
+        return DesignPoint.of({mlp.name: TensorChoice(WIDTH, width) for mlp in topology.mlps})
+
+    widths = range(64, topology.mlps[0].channels, 64)
+    return at(min(widths, key=lambda width: abs(point_cost(topology, at(width)).reduction - REDUCTION)))
 
 
 def removed(topology: Topology) -> DesignPoint:

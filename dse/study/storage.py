@@ -372,10 +372,10 @@ class StudyStorage:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Make one transaction of all writes of the block. If it is cut short, the study is read again."""
-        if not isinstance(self._storage, MirroredStorage):
-            raise ValueError("a study that is open for reading cannot be written")
+        storage = self._storage
+        together = storage.one_write() if isinstance(storage, MirroredStorage) else contextlib.nullcontext()
         try:
-            with storage_errors(self._path), self._storage.one_write():
+            with storage_errors(self._path), together:
                 yield
         except BaseException:
             self._is_broken = True

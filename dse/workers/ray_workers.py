@@ -43,7 +43,13 @@ class RayWorkers(Workers):
     """Workers on Ray; made by `ray_workers`."""
 
     def __init__(
-        self, cluster: RayCluster, share: Share, request: StudyRequest, settings: WorkersConfig, lanes: LaneBook
+        self,
+        cluster: RayCluster,
+        share: Share,
+        request: StudyRequest,
+        settings: WorkersConfig,
+        lanes: LaneBook,
+        kind: type = StudyWorker,
     ) -> None:
         self.count = share.workers
         self._cluster, self._settings, self._lanes = cluster, settings, lanes
@@ -53,9 +59,7 @@ class RayWorkers(Workers):
         self._phases: RayCall | None = None
         self._listener = StudyListener()
         self._desk = cluster.start_here(DriverDesk, request.desk, request.cache.path)
-        self._members = [
-            Member(index, cluster.start(StudyWorker, share, index, request)) for index in range(share.workers)
-        ]
+        self._members = [Member(index, cluster.start(kind, share, index, request)) for index in range(share.workers)]
 
     def join_all(self, listener: StudyListener) -> None:
         """Wait until all workers are ready, and measure the sensitivity profile with all of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -17,6 +18,10 @@ class TestOnnxFormat(GraphFormatConformance):
     form: ClassVar[str] = "onnx"
     engine: ClassVar[str] = "onnxruntime"
     modules: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx_ir")
+
+    @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "opt"])
+    def test_other_families(self, family: str, tmp_path: Path) -> None:
+        self.check_family(family, tmp_path)
 
     def test_ports_have_the_names_that_optimum_reads(self, written: tuple) -> None:
         import onnx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import ClassVar
 
 from graph_conformance import GraphFormatConformance
@@ -12,6 +13,9 @@ class TestOpenVinoFormat(GraphFormatConformance):
     form: ClassVar[str] = "openvino"
     engine: ClassVar[str] = "openvino"
     modules: ClassVar[tuple[str, ...]] = ("openvino",)
+
+    def test_another_family(self, tmp_path: Path) -> None:
+        self.check_family("gemma2", tmp_path)
 
     def test_ports_have_the_names_that_optimum_reads(self, written: tuple) -> None:
         text = (written[2].folder / "openvino_model.xml").read_text(encoding="utf-8")

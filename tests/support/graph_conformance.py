@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 from engine_environments import engine_python, needs_modules
 from tiny_models import loaded_encoder, loaded_tiny_model
 
@@ -42,7 +41,6 @@ class GraphFormatConformance:
     form: ClassVar[str]
     engine: ClassVar[str]
     modules: ClassVar[tuple[str, ...]]
-    families: ClassVar[tuple[str, ...]] = ("qwen3", "gemma2", "gpt2", "opt")
 
     @pytest.fixture(autouse=True)
     def installed(self) -> None:
@@ -97,9 +95,9 @@ class GraphFormatConformance:
             ]
         assert window.output_tokens == 18
 
-    @pytest.mark.parametrize("index", range(4))
-    def test_other_families(self, index: int, tmp_path: Path) -> None:
-        loaded = loaded_tiny_model(self.families[index], num_hidden_layers=2)
+    def check_family(self, family: str, tmp_path: Path) -> None:
+        """Export a low-rank point of another family, which the engine must reproduce."""
+        loaded = loaded_tiny_model(family, num_hidden_layers=2)
         names = [tensor.name for tensor in loaded.topology.tensors if tensor.layer == 1]
         point = DesignPoint.of({name: TensorChoice("svd", 3) for name in names})
         result = exported(loaded, point, tmp_path, self.form)
@@ -110,31 +108,3 @@ class GraphFormatConformance:
         with pytest.raises(ExportError, match="needs a decoder that generates text"):
             exported(loaded, DesignPoint.dense(), tmp_path, self.form)
         assert not (tmp_path / self.form).exists()
-
-    @pytest.mark.real_model
-    def test_smollm2(self, tmp_path: Path) -> None:
-        import dse
-
-        threads = torch.get_num_threads()
-        loaded = dse.load_model("demo:smollm2-135m-instruct")
-        # Tracing takes time in proportion to the layers, so most of them are removed.
-        removed = [f"layers.{layer}.{block}" for layer in range(4, 26) for block in ("attention", "mlp")]
-        point = DesignPoint.of(
-            {
-                **dict.fromkeys((*removed, "layers.2.mlp", "layers.27.attention"), TensorChoice.removal()),
-                "layers.1.gate_up": TensorChoice("svd", 200),
-                "layers.3.query_key_value": TensorChoice("tucker", 120),
-                "layers.28.down": TensorChoice("tucker", 180),
-            }
-        )
-        torch.set_num_threads(2)
-        try:
-            result = exported(loaded, point, tmp_path, self.form)
-        finally:
-            torch.set_num_threads(threads)
-        report = result.engine_reports[0]
-        assert report.differing_prompts == 0
-        assert report.max_difference < 2e-4
-        # Embeddings and the output head are tied, and a graph holds them once.
-        expected = (1 - result.reduction) * result.dense_weight_bytes
-        assert result.weight_file_bytes == pytest.approx(expected, rel=0.02)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from decomposition_support import windows_of
 from tiny_models import as_loaded, tiny_model, with_random_vectors
 
 from dse.decomposition import FactorBank, LowRankFactors, factorise
@@ -71,8 +72,9 @@ FORMS = (
     "removed MLP",
     "removed attention",
     "passed layer",
+    "reduced MLP width",
     "everything",
-    "removed blocks as decilm",
+    "removed blocks and widths as decilm",
 )
 """Structural forms of SmolLM2 exports; see `structural_forms`."""
 
@@ -102,7 +104,7 @@ class Served:
 def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
     """A point of every structural form on SmolLM2."""
     removal = TensorChoice.removal()
-    svd, tucker = "svd", "tucker"
+    svd, tucker, width = "svd", "tucker", "width"
 
     def removed(role: str, layers: Iterable[int]) -> dict[str, TensorChoice]:
         return {f"layers.{layer}.{role}": removal for layer in layers}
@@ -115,7 +117,9 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
         "layers.20.query_key_value": TensorChoice(tucker, 60),
         "layers.20.gate_up": TensorChoice(svd, 100),
         "layers.21.up": TensorChoice(svd, 128),
+        "layers.25.mlp": TensorChoice(width, 768),
     }
+    widths = {f"layers.{layer}.mlp": TensorChoice(width, 600 + 40 * layer) for layer in (2, 9, 16)}
     mixed = {f"layers.{i}.{role}": TensorChoice(svd, 90 + 8 * i) for i in range(2, 29, 3) for role in ("gate", "down")}
     return {
         "low rank": DesignPoint.uniform(
@@ -127,8 +131,11 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
         "removed MLP": DesignPoint.of(removed("mlp", (20, 22, 25))),
         "removed attention": DesignPoint.of(removed("attention", (0, 12, 18, 29))),
         "passed layer": DesignPoint.of(removed("attention", (11, 24)) | removed("mlp", (11, 24))),
+        "reduced MLP width": DesignPoint.of(widths),
         "everything": DesignPoint.of(everything),
-        "removed blocks as decilm": DesignPoint.of(removed("attention", (12, 20)) | removed("mlp", (20, 26))),
+        "removed blocks and widths as decilm": DesignPoint.of(
+            removed("attention", (12, 20)) | removed("mlp", (20, 26)) | widths
+        ),
     }
 
 
@@ -188,7 +195,8 @@ def export_forms(root: Path) -> dict[str, Path]:
     """Write an export of SmolLM2 for every structural form; returns their folders."""
     loaded = load_model("demo:smollm2-135m-instruct", dtype="float32")
     points = structural_forms(loaded.topology)
-    bank = FactorBank.build(loaded, list(points.values()), folder=root / "bank")
+    tokens = torch.randint(3, 2000, (2, 64), generator=torch.Generator().manual_seed(0))
+    bank = FactorBank.build(loaded, list(points.values()), windows_of(tokens), folder=root / "bank")
     folders = {name: root / name.replace(" ", "-") for name in points}
     for name, point in points.items():
         form = "decilm" if "decilm" in name else "transformers"
@@ -220,7 +228,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def in_vllm(python: str, jobs: Sequence[Job], timeout_s: float = 900) -> list[Served]:
+def in_vllm(python: str, jobs: Sequence[Job], timeout_s: float = 1500) -> list[Served]:
     """Run the jobs one after the other in one process of vLLM's environment, and compare each with transformers."""
     script = Path(__file__).with_name("run_in_vllm.py")
     defaults = {"max_model_len": 48, "enforce_eager": True, "model_impl": "auto"}

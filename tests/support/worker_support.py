@@ -57,6 +57,7 @@ class RayNodes:
         self.preloaded = Preloaded(self._folder, self.environment)
         os.environ.update(self.environment)
         self.nodes: list[Any] = []
+        self._special: list[Any] = []
         self._cluster = Cluster()
         try:
             self._start(num_cpus=0, num_gpus=0, include_dashboard=False)
@@ -75,6 +76,17 @@ class RayNodes:
         node = self._start(num_cpus=1, num_gpus=1, env_vars=dict(variables or {}))
         self.nodes.append(node)
         return node
+
+    @contextlib.contextmanager
+    def replaced(self, variables: Mapping[str, str]) -> Iterator[None]:
+        """A node with these environment variables in the place of a plain one."""
+        self.remove(next(node for node in self.nodes if node not in self._special))
+        node = self.add(variables)
+        self._special.append(node)
+        yield
+        self._special.remove(node)
+        self.remove(node)
+        self.add()
 
     def _start(self, **settings: Any) -> Any:
         """Start a node; on a busy machine it may not be ready within the 30 seconds that Ray grants it."""
@@ -167,7 +179,7 @@ def lanes(study: Path) -> list[Lane]:
     return []
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
     until_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > until_s:

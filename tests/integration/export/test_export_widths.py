@@ -98,7 +98,7 @@ def test_decilm_has_a_width_for_each_layer(family: str, tmp_path: Path, make_loa
     point = DesignPoint((*with_widths(loaded, 24, 48, 16).choices, ("layers.1.mlp", TensorChoice.removal())))
     bank = FactorBank.build(loaded, [point], WINDOWS, folder=tmp_path / "bank")
     result = export_point(loaded, point, bank, tmp_path / "deci", format="decilm", verify=family == "llama")
-    thin = reloaded(family, tmp_path / "deci", trust_remote_code=True)
+    thin = reloaded("llama", tmp_path / "deci", trust_remote_code=True)
     assert [block.ffn.intermediate_size for block in thin.config.block_configs] == [24, None, 16]
     with torch.inference_mode(), decompose(loaded, point, bank):
         torch.testing.assert_close(thin(TOKENS).logits, loaded.model(TOKENS).logits, atol=1e-5, rtol=1e-4)

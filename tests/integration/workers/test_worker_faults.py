@@ -16,6 +16,7 @@ from worker_support import RayNodes, check_complete, wait_until, worker_study
 
 from dse.cli.options import EXIT_INTERRUPTED
 from dse.study import Study, StudyProgress, open_study, run_study
+from dse.study.storage import StudyStorage
 from dse.trial_record import EVALUATED_STATES, TrialRecord
 
 TRIALS = 16
@@ -102,6 +103,10 @@ def test_a_killed_and_a_stopped_driver_resume_with_fewer_and_more_workers(
     assert "stopped; every finished trial is stored" in log.read_text()
     stopped = open_study(out)
     assert stopped.records[: len(before)] == before
+    storage = StudyStorage.open_existing(stopped.folder.storage)
+    running = [proposal for proposal, started_s in storage.pending() if started_s is not None]
+    storage.close()
+    assert len(running) <= 1  # those in flight have finished; the one that waited for a worker has not begun
     study = run_study(config, out=out, workers=nodes.keys(1))
     assert study.records[: len(stopped.records)] == stopped.records
     check_complete(study, TRIALS, undisturbed)

@@ -191,13 +191,13 @@ def test_removals_that_are_not_allowed_are_refused() -> None:
         check_point(topology, both)
     with pytest.raises(PointError, match=r"only attention and MLP blocks can be removed, but 'layers.1.up'"):
         check_point(topology, DesignPoint.of({"layers.1.up": TensorChoice.removal()}))
-    with pytest.raises(PointError, match=r"a block can only be removed, but 'layers.1.mlp' has method 'svd'"):
+    with pytest.raises(PointError, match=r"an MLP reduced by method 'width', but 'layers.1.mlp' has method 'svd'"):
         check_point(topology, DesignPoint.of({"layers.1.mlp": TensorChoice("svd", 2)}))
     opt = build("OPT").topology
     with pytest.raises(
         PointError, match=r"'layers.2.mlp' must be a block that the model can skip exactly, but .* holds no module"
     ):
-        opt.part("layers.2.mlp")
+        check_point(opt, DesignPoint.of({"layers.2.mlp": TensorChoice.removal()}))
 
 
 def test_layers_that_normalise_the_sum_have_no_removable_block() -> None:
@@ -205,7 +205,7 @@ def test_layers_that_normalise_the_sum_have_no_removable_block() -> None:
         topology = topology_of(tiny_model(family, **changes))
         assert topology.blocks == ()
         with pytest.raises(PointError, match="does not return its input when its blocks return zero"):
-            DesignPoint.uniform(topology, "removed", 0, [0], ["mlp"])
+            check_point(topology, DesignPoint.uniform(topology, "removed", 0, [0], ["mlp"]))
 
 
 def test_blocks_are_found_without_weights() -> None:

@@ -53,9 +53,11 @@ def test_levels_with_widths_against_brute_force(removal: bool) -> None:
     space = level_space(removal=removal)
     points = all_points(space)
     assert space.number_of_points() == len(points)
-    assert space.number_of_configurations() == math.prod(space.dimensions.values()) == (3 + removal) ** 2 * (
-        5 + removal
-    ) ** 2
+    assert (
+        space.number_of_configurations()
+        == math.prod(space.dimensions.values())
+        == (3 + removal) ** 2 * (5 + removal) ** 2
+    )
     for point in points.values():
         assert space.point(space.levels_of(point)) == point
         assert point_problems(TWO_LAYERS, point) == []
