@@ -5,10 +5,10 @@
 
 Runs tests/gpu, and then measures a random model (no download): dense, the paper's 9 % point (three layers at rank 1),
 and a point of 20 % fewer parameters in each form (two factors, factors with a core, stacked matrices, reduced widths,
-removed blocks), in each execution mode, at batch 1 and 32. Prints latency, energy and memory relative to dense, and the share of the
-ideal gain that is realised: 100 % if time falls as much as the weights that a token reads. The most important rows come
-first; those that do not fit into the minutes are left out by name. The last line is one JSON document, which is also
-written to `--out`. Exits with 1 if a test or a measurement fails, and with 3 without a GPU.
+removed blocks), in each execution mode, at batch 1 and 32. Prints latency, energy and memory relative to dense, and the
+share of the ideal gain that is realised: 100 % if time falls as much as the weights that a token reads. The most
+important rows come first; those that do not fit into the minutes are left out by name. The last line is one JSON
+document, which is also written to `--out`. Exits with 1 if a test or a measurement fails, and with 3 without a GPU.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from ridge leverage scores.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,9 @@ _ELIMINATED_TOGETHER = 1 / 96
 
 _ELIMINATED_OF_REST = 1 / 16
 """Most channels eliminated in one step, as a share of those that remain, at least one."""
+
+_COMPACTED_AT = 0.7
+"""Share of channels left at which matrices are copied without the eliminated ones. Copying in every step costs more."""
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,31 @@ def _backward_elimination(weight: Tensor, covariance: Tensor, metric: Tensor) ->
     updated by blocks, as of a Schur complement.
     """
     size = weight.shape[1]
-    remaining = torch.arange(size, device=weight.device)
-    weighted = metric @ weight  # kept up to date, since a product in every step would dominate the cost
+    remaining, is_left = torch.arange(size, device=weight.device), torch.ones(size, dtype=torch.bool)
+    weight, weighted = weight.clone(), metric @ weight  # both kept up to date; a product in every step would cost more
     inverse = torch.linalg.inv(covariance)
     eliminated: list[Tensor] = []
-    while len(remaining):
+    for count in _steps(size):
         costs = (weighted * weight).sum(0) / inverse.diagonal()
-        together = min(_ELIMINATED_TOGETHER * size, _ELIMINATED_OF_REST * len(remaining))
-        cheapest = costs.argsort()[: max(1, int(together))]
-        stays = torch.ones(len(remaining), dtype=torch.bool, device=weight.device)
-        stays[cheapest] = False
-        step = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest][:, stays])
-        weight = weight[:, stays] - weight[:, cheapest] @ step
-        weighted = weighted[:, stays] - weighted[:, cheapest] @ step
-        inverse = inverse[stays][:, stays] - inverse[stays][:, cheapest] @ step
+        cheapest = costs.masked_fill(~is_left.to(costs.device), torch.inf).topk(count, largest=False).indices
+        cheapest = cheapest[costs[cheapest].argsort()]
+        rows = inverse[cheapest]
+        step = torch.linalg.solve(rows[:, cheapest], rows)
+        for matrix, columns in ((weight, weight[:, cheapest]), (weighted, weighted[:, cheapest]), (inverse, rows.T)):
+            matrix.addmm_(columns, step, alpha=-1)  # leaves zeros in the columns of the eliminated channels
         eliminated.append(remaining[cheapest])
-        remaining = remaining[stays]
+        is_left[cheapest.cpu()] = False
+        if is_left.sum() <= _COMPACTED_AT * len(is_left):
+            stays = is_left.nonzero()[:, 0].to(weight.device)
+            weight, weighted, remaining = weight[:, stays], weighted[:, stays], remaining[stays]
+            inverse, is_left = inverse[stays][:, stays], is_left[is_left]
     return torch.cat(eliminated).flip(0)
+
+
+def _steps(size: int) -> Iterator[int]:
+    """Numbers of channels that are eliminated together, step by step."""
+    left = size
+    while left:
+        count = max(1, int(min(_ELIMINATED_TOGETHER * size, _ELIMINATED_OF_REST * left)))
+        yield count
+        left -= count

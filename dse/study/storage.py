@@ -1,8 +1,7 @@
 """The trials of a study in an Optuna storage.
 
-Optuna's storages commit every parameter and attribute on their own, so a kill can fall between any two writes. Every
-operation here is therefore safe to repeat: a trial is finished by one last write, and whatever a kill leaves unfinished
-is evaluated again under its own number when the study resumes.
+A kill can fall between any two writes. Every operation here is therefore safe to repeat: a trial is finished by one
+last write, and whatever a kill leaves unfinished is evaluated again under its own number when the study resumes.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from dse.study.storage_connection import (
     DatabaseLostError,
     close,
     connected,
+    existing_study,
     storage_errors,
     without_experimental_warnings,
 )
@@ -130,7 +130,7 @@ class StudyStorage:
         """
         directions = [optuna.study.StudyDirection[direction.upper()] for direction in metrics.values()]
         with connected(path) as storage:
-            study = _existing_study(storage, path)
+            study = existing_study(storage, path)
             if study is not None and study.directions != directions:
                 if study.user_attrs:
                     raise StudyError(
@@ -166,7 +166,7 @@ class StudyStorage:
         if isinstance(path, Path) and not path.is_file():
             raise StudyError(f"a study folder must hold {path.name}, but {path.parent} does not; run `dse run` first")
         with connected(path) as storage:
-            study = _existing_study(storage, path)
+            study = existing_study(storage, path)
             if study is None:
                 where = path.parent if isinstance(path, Path) else path.pointer.parent
                 raise StudyError(f"{where} holds a study that never started; run `dse run` again")
@@ -180,7 +180,7 @@ class StudyStorage:
             StudyError: The file is damaged.
         """
         with connected(path) as storage:
-            study = _existing_study(storage, path)
+            study = existing_study(storage, path)
             started = study is not None and "objectives" in study.user_attrs
         close(storage)
         return started
@@ -397,10 +397,3 @@ class StudyStorage:
 def _is_abandoned(trial: FrozenTrial) -> bool:
     """Whether a kill cut the proposal of this trial short."""
     return trial.state == TrialState.FAIL and _RECORD not in trial.user_attrs
-
-
-def _existing_study(storage: optuna.storages.RDBStorage, path: Path | DatabasePlace) -> optuna.Study | None:
-    names = optuna.get_all_study_names(storage)
-    if isinstance(path, DatabasePlace):
-        return optuna.load_study(storage=storage, study_name=path.study) if path.study in names else None
-    return optuna.load_study(storage=storage, study_name=names[0]) if names else None

@@ -20,6 +20,7 @@ __all__ = [
     "DatabaseLostError",
     "close",
     "connected",
+    "existing_study",
     "one_transaction",
     "storage_errors",
     "without_experimental_warnings",
@@ -95,6 +96,14 @@ def close(storage: optuna.storages.RDBStorage) -> None:
     """Close all connections."""
     storage.remove_session()
     storage.engine.dispose()
+
+
+def existing_study(storage: optuna.storages.RDBStorage, path: Path | DatabasePlace) -> optuna.Study | None:
+    """The study that this file or database holds; None if it was not created yet."""
+    names = optuna.get_all_study_names(storage)
+    if isinstance(path, DatabasePlace):
+        return optuna.load_study(storage=storage, study_name=path.study) if path.study in names else None
+    return optuna.load_study(storage=storage, study_name=names[0]) if names else None
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""`--format decilm`: removed blocks as `DeciLMForCausalLM`, which vLLM runs natively and transformers with its code."""
+"""`--format decilm`: removed blocks as `DeciLMForCausalLM`, which transformers loads with the code in the folder.
+
+vLLM runs it natively: see `test_exports_in_vllm.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from engine_environments import engine_python
 from tiny_models import loaded_tiny_model
 from torch import nn
 
@@ -79,26 +80,3 @@ def test_other_forms_are_refused_in_one_line() -> None:
         check_decilm(loaded_tiny_model("mistral", sliding_window=8), removal("layers.1.mlp"))
     with pytest.raises(ExportError, match="but got a GPT2LMHeadModel"):
         check_decilm(loaded_tiny_model("gpt2"), removal("layers.1.mlp"))
-
-
-@pytest.mark.real_model
-def test_smollm2_in_vllm_natively(tmp_path: Path) -> None:
-    python = engine_python("vllm")
-    import dse
-
-    threads = torch.get_num_threads()
-    loaded = dse.load_model("demo:smollm2-135m-instruct")
-    point = removal("layers.12.attention", "layers.20.attention", "layers.20.mlp", "layers.26.mlp")
-    torch.set_num_threads(2)
-    try:
-        bank = FactorBank.build(loaded, [point], folder=tmp_path / "bank")
-        folder = tmp_path / "decilm"
-        result = export_point(loaded, point, bank, folder, format="decilm", verify_in=["vllm"], python=python)
-    finally:
-        torch.set_num_threads(threads)
-    report = result.engine_reports[0]
-    assert report.differing_prompts == 0
-    assert report.max_difference < 3e-4
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "vllm serve path/to/this/folder --trust-remote-code" in card
-    assert "lm_eval --model vllm" in card

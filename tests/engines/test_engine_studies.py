@@ -57,7 +57,7 @@ def engine_study(
 
 
 def low_rank(rank: int, layer: int) -> dict[str, Any]:
-    return {"method": "svd", "rank": rank, "layers": [layer]}
+    return {"method": "svd", "rank": rank, "layers": [layer], "roles": ["query", "attention_output", "up"]}
 
 
 def engine_workers() -> list[int]:
@@ -164,26 +164,34 @@ class _Faults(StudyListener):
 
 def test_a_study_in_onnx_runtime_survives_every_failure(root: Path, tmp_path: Path) -> None:
     needs_modules(*ONNX_MODULES)
-    without_cache = {f"layers.{layer}.attention": {"method": "removed", "rank": 0} for layer in range(2)}
-    enqueue = [low_rank(4, 0), low_rank(4, 1), {"tensors": without_cache}, low_rank(6, 0), low_rank(6, 1)]
+    enqueue = [low_rank(4, 0), low_rank(4, 1), low_rank(6, 0), low_rank(6, 1)]
     objectives = ["tpot_s", "throughput_tokens_s", "parameters"]
     settings = {"python": engine_python("onnxruntime"), "engine_time_limit_s": 20.0}
-    config = engine_study(root, "onnxruntime", objectives, trials=5, enqueue=enqueue, **settings)
-    study = run_study(config, out=tmp_path / "run", listener=_Faults())
-    table = study.trials()
-    assert list(table["state"]) == ["complete", "failed", "failed", "failed", "complete"], list(table["reason"])
-    killed, hung, refused = table.loc[1:3, "reason"]
+    config = engine_study(root, "onnxruntime", objectives, trials=4, enqueue=enqueue, **settings)
+    table = run_study(config, out=tmp_path / "run", listener=_Faults()).trials()
+    assert list(table["state"]) == ["complete", "failed", "failed", "complete"], list(table["reason"])
+    killed, hung = table.loc[1:2, "reason"]
     assert "engine 'onnxruntime' must answer `run`, but its process was killed by SIGKILL" in killed
     assert "engine 'onnxruntime' must answer `run` within 20 s, but did not and was killed" in hung
-    assert "engine 'onnxruntime' cannot take this point: a graph needs a key-value cache" in refused
-    assert not any("\n" in reason for reason in (killed, hung, refused))
-    assert (table.loc[1:3, "parameters"] < table.loc[0, "parameters"]).all()  # what is known stays
-    check_served(table.loc[[0, 4]], "onnxruntime")
-    longer = {**config, "budget": {**config["budget"], "trials": 6}}
+    assert not any("\n" in reason for reason in (killed, hung))
+    assert (table.loc[1:2, "parameters"] < table.loc[0, "parameters"]).all()  # what is known stays
+    check_served(table.loc[[0, 3]], "onnxruntime")
+    longer = {**config, "budget": {**config["budget"], "trials": 5}}
     resumed = run_study(longer, out=tmp_path / "run").trials()
-    assert resumed.loc[5, "state"] == "complete"
-    assert list(resumed.loc[:4, "state"]) == list(table["state"])
-    assert list(resumed.loc[[0, 4], "tpot_s"]) == list(table.loc[[0, 4], "tpot_s"])
+    assert resumed.loc[4, "state"] == "complete"
+    assert list(resumed.loc[:3, "state"]) == list(table["state"])
+    assert list(resumed.loc[[0, 3], "tpot_s"]) == list(table.loc[[0, 3], "tpot_s"])
+
+
+def test_a_model_that_the_engine_cannot_take_is_one_line(root: Path, tmp_path: Path, run: Run) -> None:
+    needs_modules(*ONNX_MODULES)
+    config = engine_study(root, "onnxruntime", ["tpot_s", "parameters"], python=engine_python("onnxruntime"))
+    config["model"] = {**config["model"], "dtype": "bfloat16"}
+    (tmp_path / "study.yaml").write_text(json.dumps(config), encoding="utf-8")
+    _, errors = run("run", tmp_path / "study.yaml", "--out", tmp_path / "run", expect=2)
+    (line,) = [line for line in errors.splitlines() if "error:" in line]
+    assert "the dense model must run in the engine, but engine 'onnxruntime' cannot take" in line
+    assert "an export to ONNX must be float32 or float16" in line
 
 
 def test_a_study_in_vllm(root: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine_conformance import POINT, engine_model
 from engine_environments import Run, engine_python, needs_modules
 from safetensors.torch import load_file, save_file
 
@@ -135,18 +136,14 @@ def test_a_graph_from_the_command_line(
     run("verify", tmp_path / form, "--trust-remote-code", expect=2)
 
 
-@pytest.mark.real_model
 def test_vllm_verifies_an_export_with_factors(run: Run, tmp_path: Path) -> None:
     """`dse verify --engine vllm` adds the commands that serve the folder to the card."""
     python = engine_python("vllm")
-    loaded = dse.load_model("demo:smollm2-135m-instruct")
-    point = dse.DesignPoint.uniform(loaded.topology, "svd", 64, [12, 20])
-    bank = dse.FactorBank.build(loaded, [point], folder=tmp_path / "bank")
-    export_point(loaded, point, bank, tmp_path / "small")
-    assert (
-        "verified in vllm"
-        in run("verify", tmp_path / "small", "--trust-remote-code", "--engine", "vllm", "--python", python)[0]
-    )
+    loaded = engine_model()
+    bank = dse.FactorBank.build(loaded, [POINT], folder=tmp_path / "bank")
+    export_point(loaded, POINT, bank, tmp_path / "small")
+    command = ["verify", tmp_path / "small", "--trust-remote-code", "--engine", "vllm", "--python", python]
+    assert "verified in vllm" in run(*command)[0]
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert "vllm serve path/to/this/folder --trust-remote-code --dtype float32" in card
     assert "lm_eval --model vllm --model_args pretrained=path/to/this/folder,trust_remote_code=True" in card

@@ -32,7 +32,7 @@ def plain_factors(loaded: LoadedModel, names: tuple[str, ...], rank: int) -> dic
 
 
 def refitted(loaded: LoadedModel, factors: dict[str, LowRankFactors], **options: object) -> dict[str, LowRankFactors]:
-    arguments = {"refitted": frozenset(factors), "removed": (), "token_ids": token_ids()} | options
+    arguments = {"refitted": frozenset(factors), "removed": (), "widths": {}, "token_ids": token_ids()} | options
     return refit_factors(loaded.model, loaded.topology, factors, **arguments)  # type: ignore[arg-type]
 
 

@@ -27,6 +27,7 @@ SPACE = parse_search_space(
         "kind": "depth_profile",
         "methods": ["svd"],
         "ranks": {"kept_fractions": [0.6, 0.2]},
+        "widths": True,
         "removal": True,
     }
 )

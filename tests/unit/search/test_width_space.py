@@ -145,7 +145,7 @@ def test_a_depth_profile_allocates_widths() -> None:
     assert space.levels_of(point)["budget"] > 0
     without = depth_space(widths=False)
     assert not any(option.narrows_mlp for unit in without.table.units for option in unit.options)
-    with pytest.raises(PointError, match="'layers.0.mlp' has method width"):
+    with pytest.raises(PointError, match=r"'layers\.0\.mlp' has method width"):
         without.levels_of(DesignPoint.of({"layers.0.mlp": TensorChoice("width", 16)}))
 
 
