@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_environments import Run, engine_python
+from engine_environments import Run, engine_availability, engine_python
 from tiny_models import byte_tokenizer, save_tiny_model
 from tiny_study import save_choice_task
 
@@ -53,10 +53,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """vLLM's environment without the packages of this process, offline."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """vLLM's environment without the packages of this process, offline.
+
+    `vllm serve` and lm-eval ask for the version of a package `vllm`, which the build for CPUs, `vllm-cpu`, does not have.
+    """
+    versions = engine_availability("vllm").versions
+    folder = tmp_path_factory.mktemp("metadata")
+    if "vllm-cpu" in versions:
+        (folder / "vllm.dist-info").mkdir()
+        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {versions['vllm-cpu']}\n"
+        (folder / "vllm.dist-info" / "METADATA").write_text(text, encoding="utf-8")
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **settings, "PYTHONPATH": str(folder)}
 
 
 def test_a_vllm_server_answers_over_http(served: Served, environment: dict[str, str], tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from preloaded_python import Process
-from study_support import Watcher, points_and_accuracies
+from study_support import Watcher, fill_disk, points_and_accuracies
 from tiny_study import tiny_study, write_study
 from worker_support import RayNodes, check_complete, wait_until, worker_study
 
 from dse.cli.options import EXIT_INTERRUPTED
+from dse.errors import StorageFullError
 from dse.study import Study, StudyProgress, open_study, run_study
-from dse.study.storage import StudyStorage
 from dse.trial_record import EVALUATED_STATES, TrialRecord
 
 TRIALS = 16
@@ -99,14 +99,12 @@ def test_a_killed_and_a_stopped_driver_resume_with_fewer_and_more_workers(
     wait_until(lambda: any(worker.method == "run" for worker in nodes.workers()))
     driver.kill(signal.SIGINT)
     assert driver.wait(120) == EXIT_INTERRUPTED, log.read_text()
-    assert re.search(r"stopping: (1 trial has|2 trials have) 60 s to finish", log.read_text())
+    told = log.read_text().partition("stopping: ")[2]
+    assert re.match(r"(1 trial has|2 trials have) 60 s to finish", told)
+    assert told.count("] trial ") == int(told[0])  # all of them have finished
     assert "stopped; every finished trial is stored" in log.read_text()
     stopped = open_study(out)
     assert stopped.records[: len(before)] == before
-    storage = StudyStorage.open_existing(stopped.folder.storage)
-    running = [proposal for proposal, started_s in storage.pending() if started_s is not None]
-    storage.close()
-    assert len(running) <= 1  # those in flight have finished; the one that waited for a worker has not begun
     study = run_study(config, out=out, workers=nodes.keys(1))
     assert study.records[: len(stopped.records)] == stopped.records
     check_complete(study, TRIALS, undisturbed)
@@ -136,6 +134,21 @@ def test_a_point_that_ends_three_workers_is_not_tried_again(nodes: RayNodes, tin
     more = run_study(config, out=tmp_path / "run", trials=5)
     assert more.records[: len(study.records)] == study.records
     assert more.evaluated_trials == 5
+
+
+def test_a_full_disk_at_the_driver_loses_nothing(
+    nodes: RayNodes, tiny_folder: Path, small_disk: Path, undisturbed: Study
+) -> None:
+    config = worker_study(tiny_folder, TRIALS)
+    out, filler = small_disk / "run", small_disk / "filler"
+    with pytest.raises(StorageFullError, match="full"):
+        run_study(config, out=out, listener=Watcher(before={3: lambda: fill_disk(filler)}), workers=nodes.keys(2))
+    filler.unlink()
+    before = open_study(out).records
+    assert before
+    study = run_study(config, out=out, workers=nodes.keys(2))
+    assert study.records[: len(before)] == before
+    check_complete(study, TRIALS, undisturbed)
 
 
 @pytest.mark.parametrize(
