@@ -241,9 +241,9 @@ def test_a_space_that_does_not_fit_the_model_is_refused(kind: str, config: dict[
     ("point", "words"),
     [
         ({"method": "tucker", "rank": 1, "layers": [0]}, "svd"),
-        ({"method": "svd", "rank": 2, "layers": [0]}, "ranks"),
+        ({"method": "svd", "rank": 2, "layers": [0]}, "has [2, 2, 2]; its levels are"),
         ({"method": "svd", "rank": 1, "layers": [1]}, "not among its tensors"),
-        ({"method": "svd", "rank": 1, "layers": [0], "roles": ["up"]}, "ranks"),
+        ({"method": "svd", "rank": 1, "layers": [0], "roles": ["up"]}, "has [1]; its levels are"),
         ({"tensors": {"layers.0.up": {"method": "svd", "rank": 1},
                       "layers.0.key": {"method": "tucker", "rank": 1}}}, "svd"),
     ],
