@@ -78,8 +78,8 @@ class ChannelFactors:
 
     def output_matrix(self, width: int) -> Tensor:
         """The refitted output matrix for `kept(width)`, shape (O, width), float32."""
-        root = self.root[:width, :width].to(torch.float64)
-        left = self.outputs[:, :width].to(torch.float64)
+        root = in_double(self.root[:width, :width])
+        left = in_double(self.outputs[:, :width])
         # X L = M  <=>  L^T X^T = M^T
         solved: Tensor = torch.linalg.solve_triangular(root.T, left.T, upper=True).T
         return solved[:, self.channels[:width].argsort()].to(torch.float32).contiguous()
