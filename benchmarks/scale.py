@@ -289,8 +289,8 @@ def efficiencies(options: argparse.Namespace, place: Path) -> list[Row]:
                 workers = drive_on_ray(outline, count, mean_s, executable, out)
             efficiency, ramp_s = efficiency_of(workers)
             rows.append({"workers": count, "trial_s": mean_s, "efficiency": efficiency, "ramp_s": ramp_s})
-            told = f"{count:>3} workers, trials of {mean_s:>4} s: efficiency {efficiency:.3f}"
-            print(f"{told}, all busy after {ramp_s:.1f} s", flush=True)
+            line = f"{count:>3} workers, trials of {mean_s:>4} s: efficiency {efficiency:.3f}"
+            print(f"{line}, all busy after {ramp_s:.1f} s", flush=True)
     return rows
 
 
@@ -330,8 +330,8 @@ def driver_times(sizes: list[int], sampler: str, place: Path) -> dict[str, Row]:
         drive(workers, out)
         steps = [1e3 * (after - before) for before, after in itertools.pairwise(workers.driver_s)]
         found[str(size)] = {"median_ms": statistics.median(steps), "mean_ms": statistics.mean(steps)}
-        told = ", ".join(f"{name} {value:.1f}" for name, value in found[str(size)].items())
-        print(f"{size:>6} finished trials: {told}", flush=True)
+        line = ", ".join(f"{name} {value:.1f}" for name, value in found[str(size)].items())
+        print(f"{size:>6} finished trials: {line}", flush=True)
     return found
 
 

@@ -162,7 +162,7 @@ class Disturbance:
     def _counted(self, kind: str) -> Iterator[None]:
         try:
             yield
-        except LookupError:  # nobody to disturb at this moment
+        except LookupError:  # no process of this kind runs now
             return
         self.kills[kind] += 1
 

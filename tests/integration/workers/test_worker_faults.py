@@ -81,11 +81,10 @@ def test_a_killed_and_a_stopped_driver_resume_with_fewer_and_more_workers(
     nodes: RayNodes, tiny_folder: Path, tmp_path: Path, undisturbed: Study
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    # One document at a time: a trial lasts long enough for a signal to arrive in it.
-    config = worker_study(tiny_folder, TRIALS, evaluation={"batch_size": 1})
+    config = worker_study(tiny_folder, TRIALS)
 
     def start(workers: int, finished: int) -> Process:
-        study_yaml = write_study(tmp_path / "study.yaml", {**config, "workers": nodes.keys(workers)})
+        study_yaml = write_study(tmp_path / "study.yaml", {**config, "workers": nodes.keys(workers, slow_s=1.0)})
         arguments = ["-m", "dse.cli", "run", str(study_yaml), "--out", str(out), "--no-cache", "--grace", "60"]
         driver = nodes.preloaded.start(arguments, nodes.environment, log)
         wait_until(lambda: _rows(out) >= finished or driver.wait(0.01) is not None)
@@ -99,9 +98,9 @@ def test_a_killed_and_a_stopped_driver_resume_with_fewer_and_more_workers(
     wait_until(lambda: any(worker.method == "run" for worker in nodes.workers()))
     driver.kill(signal.SIGINT)
     assert driver.wait(120) == EXIT_INTERRUPTED, log.read_text()
-    told = log.read_text().partition("stopping: ")[2]
-    assert re.match(r"(1 trial has|2 trials have) 60 s to finish", told)
-    assert told.count("] trial ") == int(told[0])  # all of them have finished
+    logged = log.read_text().partition("stopping: ")[2]
+    assert re.match(r"(1 trial has|2 trials have) 60 s to finish", logged)
+    assert logged.count("] trial ") == int(logged[0])  # all of them have finished
     assert "stopped; every finished trial is stored" in log.read_text()
     stopped = open_study(out)
     assert stopped.records[: len(before)] == before
@@ -111,20 +110,21 @@ def test_a_killed_and_a_stopped_driver_resume_with_fewer_and_more_workers(
 
 
 def test_a_point_that_ends_three_workers_is_not_tried_again(nodes: RayNodes, tiny_folder: Path, tmp_path: Path) -> None:
-    config = worker_study(tiny_folder, 4, evaluation={"batch_size": 1})
+    config = worker_study(tiny_folder, 4)
     kills: list[int] = []
 
     def kill_in_trial() -> None:
         def kill() -> None:
             while len(kills) < 3:
                 for worker in nodes.workers():
-                    if worker.method == "run" and worker.pid not in kills and worker.send(signal.SIGKILL):
+                    if worker.pid not in kills and nodes.kill_within(worker, "run"):
                         kills.append(worker.pid)
 
         threading.Thread(target=kill).start()
 
     watcher = Watcher(before={2: kill_in_trial})
-    study = run_study(config, out=tmp_path / "run", use_cache=False, listener=watcher, workers=nodes.keys(1))
+    workers = nodes.keys(1, slow_s=3.0)
+    study = run_study(config, out=tmp_path / "run", use_cache=False, listener=watcher, workers=workers)
     assert len(kills) == 3
     (failed,) = [record for record in study.records if record.state == "failed"]
     assert failed.reason.startswith("3 workers ended in it, the last one because: ")
@@ -174,12 +174,12 @@ def test_bad_input_ends_with_one_line(
     study_yaml = write_study(tmp_path / "study.yaml", tiny_study(tiny_folder))
     command = ["run", str(study_yaml), "--out", str(tmp_path / "run"), "--ray-address", nodes.address, *options]
     assert main(command) == 2
-    told = capfd.readouterr()
+    printed = capfd.readouterr()
     # Ray may report nodes that an earlier test removed.
-    (line,) = [line for line in told.err.splitlines() if line.startswith("dse: error: ")]
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("dse: error: ")]
     assert rule in line
-    assert "Traceback" not in told.err
-    assert told.out == ""
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
     assert not (tmp_path / "run").exists()
 
 

@@ -22,8 +22,8 @@ from dse.decomposition.methods import METHODS, factorise
 from dse.decomposition.surgery import stacked_modules
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
+from dse.model_parts import TensorStack
 from dse.models import LoadedModel, topology_of
-from dse.topology import TensorStack
 
 TOKENS = torch.arange(12).reshape(2, 6)
 

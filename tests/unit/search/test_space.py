@@ -19,12 +19,13 @@ from dse.config import RankConfig, load_search_space, load_study
 from dse.cost import break_even_rank, factor_parameters, has_core, point_cost, point_problems
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
+from dse.model_parts import DecomposableTensor
 from dse.models import load_topology
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.rank_levels import rank_at
 from dse.search.spaces.scope import KNOWN_ROLES
 from dse.search.start_up_points import first_points, unseen_feasible_levels
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 from dse.trial.objectives import resolve_objectives
 
 ROOT = Path(__file__).resolve().parents[3]
