@@ -15,6 +15,7 @@ from dse.trial_record import EVALUATED_STATES, TrialRecord, objective_values
 __all__ = ["Ledger", "OriginShare", "choose_proposer", "credited_origins", "origin_shares", "selection_probabilities"]
 
 _DECAY = 0.93  # a gain counts half after ten evaluations, because gains shrink as the front grows
+_LONGEST_MEMORY = 1000  # older gains count less than rounding errors
 _PRIOR_EVALUATIONS = 2.0  # each proposer starts with this many evaluations of average gain
 _MIN_PROBABILITY = 0.15
 
@@ -138,7 +139,7 @@ def selection_probabilities(gains: Sequence[tuple[str, float]], proposers: Seque
         Proposer to probability, summing to 1; uniform if nothing was gained.
     """
     weighted = {proposer: [0.0, 0.0] for proposer in proposers}
-    for age, (origin, gain) in enumerate(reversed(gains)):
+    for age, (origin, gain) in enumerate(reversed(gains[-_LONGEST_MEMORY:])):
         if origin in weighted:
             weighted[origin][0] += _DECAY**age * gain
             weighted[origin][1] += _DECAY**age

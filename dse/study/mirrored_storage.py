@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import optuna
@@ -32,13 +33,14 @@ class MirroredStorage(optuna.storages.InMemoryStorage):
         self._ids: dict[int, int] = {}
         self._new: list[int] = []
         self._is_collecting = False
+        self._unfinished: set[int] = set()
         here = super().create_new_study(database.get_study_directions(self._there), name)
         for key, value in database.get_study_user_attrs(self._there).items():
             super().set_study_user_attr(here, key, value)
         for key, value in database.get_study_system_attrs(self._there).items():
             super().set_study_system_attr(here, key, value)
         for trial in sorted(database.get_all_trials(self._there, deepcopy=False), key=lambda trial: trial.number):
-            super().create_new_trial(here, trial)
+            self._create(here, trial)
 
     @contextlib.contextmanager
     def one_write(self) -> Iterator[None]:
@@ -68,13 +70,29 @@ class MirroredStorage(optuna.storages.InMemoryStorage):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Write a trial; inside `one_write`, at the end of the block."""
         if self._is_collecting:
-            trial_id = super().create_new_trial(study_id, template_trial)
+            trial_id = self._create(study_id, template_trial)
             self._new.append(trial_id)
             return trial_id
         there = self.database.create_new_trial(self._there, template_trial)
-        trial_id = super().create_new_trial(study_id, template_trial)
+        trial_id = self._create(study_id, template_trial)
         self._ids[trial_id] = there
         return trial_id
+
+    def _create(self, study_id: int, trial: FrozenTrial | None) -> int:
+        trial_id = super().create_new_trial(study_id, trial)
+        if trial is None or not trial.state.is_finished():
+            self._unfinished.add(trial_id)
+        return trial_id
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Trials in these states, or all, by number."""
+        if states is None or any(state in states for state in TrialState if state.is_finished()):
+            return super().get_all_trials(study_id, deepcopy, states)
+        found = [self.get_trial(trial_id) for trial_id in sorted(self._unfinished)]
+        found = [trial for trial in found if trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
@@ -88,6 +106,8 @@ class MirroredStorage(optuna.storages.InMemoryStorage):
         """Write state and values of a trial."""
         if trial_id not in self._new and not self.database.set_trial_state_values(self._id(trial_id), state, values):
             return False
+        if state.is_finished():
+            self._unfinished.discard(trial_id)
         return super().set_trial_state_values(trial_id, state, values)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:

@@ -100,3 +100,20 @@ def test_a_block_that_is_cut_short_changes_nothing_in_the_database(tmp_path: Pat
         assert [t.user_attrs for t in on_disk(path)] == [before[0][4], {}]
         again = MirroredStorage(mirrored.database, "own")
         assert facts(optuna.load_study(storage=again, study_name="own").get_trials()) == facts(on_disk(path))
+
+
+def test_unfinished_trials_are_those_that_optuna_finds(tmp_path: Path) -> None:
+    unfinished = (TrialState.RUNNING, TrialState.WAITING)
+    with opened(tmp_path / "study.db") as (mirrored, study):
+        evaluate(mirrored, study, 0)
+        study.enqueue_trial({"level": 4})
+        study.enqueue_trial({"level": 5})
+        study.ask()
+        for states in [unfinished, *((state,) for state in TrialState)]:
+            expected = [trial for trial in study.get_trials() if trial.state in states]
+            assert facts(study.get_trials(states=states)) == facts(expected)
+        assert [trial.state for trial in study.get_trials(states=unfinished)] == [*unfinished]
+    with opened(tmp_path / "study.db") as (mirrored, study):  # read from the database
+        assert [trial.state for trial in study.get_trials(states=unfinished)] == [*unfinished]
+        study.get_trials(states=unfinished)[0].user_attrs["own"] = 1
+        assert study.get_trials(states=unfinished)[0].user_attrs == {}
