@@ -101,7 +101,7 @@ def _asked(server: subprocess.Popen[bytes], port: int, body: dict[str, Any]) -> 
     deadline = time.monotonic() + 600
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=600) as response:
                 found: dict[str, Any] = json.load(response)
                 return found
         except OSError:

@@ -21,6 +21,7 @@ from tiny_study import environment, tiny_study
 from dse.study import Study
 from dse.trial_record import EVALUATED_STATES
 
+_START_S = 300.0
 _SLOW_JOBS = """
 import time
 from dse.workers.study_worker import StudyWorker
@@ -96,11 +97,10 @@ class RayNodes:
         self.add()
 
     def _start(self, **settings: Any) -> Any:
-        """Start a node; on a busy machine it may not be ready within the 30 seconds that Ray grants it."""
-        for _ in range(2):
-            with contextlib.suppress(Exception):
-                return self._cluster.add_node(**settings)
-        return self._cluster.add_node(**settings)
+        """Start a node; on a busy machine that takes longer than the 30 seconds that Ray grants by default."""
+        node = self._cluster.add_node(wait=False, **settings)
+        self._cluster.wait_for_nodes(timeout=_START_S)
+        return node
 
     def remove(self, node: Any) -> None:
         """End all processes of a node at once."""

@@ -94,7 +94,7 @@ def test_the_command_serves_the_page_until_ctrl_c(study: Path, cache_folder: Pat
         with urllib.request.urlopen(urllib.request.Request(place, headers={"X-Dse-Token": token})) as answer:
             assert b"dse watch" in answer.read()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 0
     assert "the study goes on" in err
     assert token not in err

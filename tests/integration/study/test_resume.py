@@ -73,7 +73,7 @@ class Running:
 
     def end(self, how: signal.Signals) -> tuple[int, str, str]:
         self.process.send_signal(how)
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=600)
         return self.process.returncode, out, err
 
 

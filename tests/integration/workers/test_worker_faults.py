@@ -70,7 +70,7 @@ def test_killed_and_stuck_workers_and_a_removed_node(
         out=tmp_path / "run",
         use_cache=False,
         listener=watcher,
-        workers=nodes.keys(2, trial_timeout_s=15),
+        workers=nodes.keys(2, trial_timeout_s=40),
     )
     assert watcher.is_done
     assert any("restarts; the trial is repeated" in message for message in watcher.messages)

@@ -36,7 +36,7 @@ except MeterUnavailableError as error:
     print(json.dumps([str(error), status.name, status.available, status.reason, status.remedy]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", source], env=with_library(tmp_path), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", source], env=with_library(tmp_path), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     message, name, available, reason, remedy = json.loads(done.stdout)
@@ -56,7 +56,7 @@ def test_the_scripted_library_is_used_on_a_machine_with_cuda_and_a_driver(tmp_pa
     monkeypatch.setenv("LD_LIBRARY_PATH", str(system))
     source = "import pynvml; pynvml.nvmlInit(); print(pynvml.nvmlSystemGetDriverVersion())"
     done = subprocess.run(
-        [sys.executable, "-c", source], env=with_library(folder), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", source], env=with_library(folder), capture_output=True, text=True, timeout=600
     )
     assert done.stdout.strip() == "555.42.fake", done.stderr
 
@@ -78,7 +78,7 @@ def test_a_hidden_device(index, visible):
 def play(nvml_library: Path, *scenarios: str) -> dict:
     environment = with_library(nvml_library)
     command = [sys.executable, "-W", "error", str(HERE.parents[1] / "support" / "nvml_scenarios.py"), *scenarios]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -133,7 +133,7 @@ def test_hub_models(hub: str, tmp_path: Path) -> None:
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     script = Path(__file__).parents[2] / "support" / "hub_session.py"
     finished = subprocess.run(
-        [sys.executable, str(script), hub], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script), hub], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert finished.returncode == 0, finished.stderr
     results = json.loads(finished.stdout)
