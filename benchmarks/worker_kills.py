@@ -67,7 +67,7 @@ KINDS: dict[str, dict[str, int]] = {
 
 _BETWEEN_S = (0.2, 3.0)
 _PER_STUDY = 25
-_TIMEOUT_S = 15
+_TIMEOUT_S = 25
 _MEMORY_BYTES = 3 * 2**29
 _MAX_DEATHS, _MAX_STARTS, _MAX_DRIVERS = 2, 3, 2
 
