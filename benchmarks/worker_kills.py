@@ -56,7 +56,7 @@ from dse.study import Study, open_study, run_study
 from dse.trial_record import EVALUATED_STATES
 
 KINDS: dict[str, dict[str, int]] = {
-    "plain": {"worker": 6, "node": 1, "driver": 2, "hang": 2},
+    "plain": {"worker": 4, "node": 1, "driver": 1, "hang": 3},
     "search": {"worker": 3, "driver": 1},
     "measured": {"worker": 3, "driver": 1},
     "database": {"database": 2, "worker": 1},
@@ -68,6 +68,8 @@ KINDS: dict[str, dict[str, int]] = {
 _BETWEEN_S = (0.2, 3.0)
 _PER_STUDY = 25
 _TIMEOUT_S = 25
+_SLOW_S = 0.5
+"""How much longer a trial takes, so that more disturbances fall into one."""
 _MEMORY_BYTES = 3 * 2**29
 _MAX_DEATHS, _MAX_STARTS, _MAX_DRIVERS = 2, 3, 2
 
@@ -138,7 +140,7 @@ class Disturbance:
             )
             self._stack.callback(self._nodes.remove, node)
             self._count = len(self._nodes.nodes)
-        self._config["workers"] = self._nodes.keys(self._count, trial_timeout_s=_TIMEOUT_S)
+        self._config["workers"] = self._nodes.keys(self._count, slow_s=_SLOW_S, trial_timeout_s=_TIMEOUT_S)
 
     def _drive(self, limit: int) -> int:
         """Run the driver, and disturb it on the way; returns its exit status."""
@@ -187,7 +189,7 @@ class Disturbance:
         driver.kill()
 
     def _disturb_database(self, _: Process) -> None:
-        if self._server is None:
+        if self._server is None or not self._exists():  # a new study does not wait for a database
             raise LookupError
         self._server.kill()
         time.sleep(self._generator.uniform(0.5, 4.0))

@@ -159,13 +159,14 @@ class RayWorkers(Workers):
             member.call = call_actor(member.actor, *calls[member.index])
         while len(results) < len(members):
             waiting = [member for member in members if member.index not in results]
+            for member in waiting:
+                if member.call is None and time.monotonic() >= member.retry_s:
+                    member.call = call_actor(member.actor, *calls[member.index])
             for member in self._done(waiting):
                 try:
                     results[member.index] = self._result_of(member)
                 except WorkerLostError as error:
                     self._failed_start(member, error)
-                    time.sleep(_RETRY_S)
-                    member.call = call_actor(member.actor, *calls[member.index])
             self._show_phase(waiting)
         return results
 
@@ -174,6 +175,8 @@ class RayWorkers(Workers):
         return self._each([first], {first.index: call})[first.index]
 
     def _failed_start(self, member: Member, reason: WorkerLostError) -> None:
+        """Count it, and wait longer each time: a shortage of memory or a busy disk may pass."""
+        member.retry_s = time.monotonic() + _RETRY_S * 2**member.failed_starts
         if reason.is_starting:
             return
         member.failed_starts += 1
