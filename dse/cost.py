@@ -2,8 +2,9 @@
 
 Let m = out_features and n = in_features. A dense weight has mn parameters and costs 2mn FLOPs per token (one multiply
 and one add per entry). Two factors of rank r have r(m + n) parameters and cost 2r(m + n) FLOPs. Tucker adds an r x r
-core: r^2 parameters and 2r^2 FLOPs. A stack counts as one matrix, so its right factor counts once. The break-even rank
-is the largest r whose factors have no more parameters than the weight.
+core: r^2 parameters and 2r^2 FLOPs. Pivoted factors have r(m + n) - r^2 parameters and twice as many FLOPs; an index of
+four bytes for each entry of the shorter side tells their order. A stack counts as one matrix, so its right factor counts
+once. The break-even rank is the largest r whose factors have no more parameters than the weight.
 
 An MLP of reduced width has fewer rows and columns in its matrices; parameters and FLOPs are proportional to the
 channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache
@@ -20,7 +21,7 @@ from typing import Any
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
 from dse.expert_tensor import ExpertTensor
-from dse.topology import Decomposable, Mlp, RemovableBlock, Topology
+from dse.topology import Decomposable, DecomposableTensor, Mlp, RemovableBlock, Topology
 
 __all__ = [
     "Cost",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 DEFAULT_PROMPT_TOKENS = 512
+_INDEX_BYTES = 4
 
 
 def has_core(method: str) -> bool:
@@ -78,6 +80,8 @@ def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
         part: The part to decompose.
         choice: The method's name, or a choice, which also sets the expert rank.
     """
+    if isinstance(choice, TensorChoice) and choice.is_pivoted:
+        return min(part.shape[-2:]) - 1  # fewer parameters than the dense weight at every rank
     method, expert_rank = (choice, 0) if isinstance(choice, str) else (choice.method, choice.expert_rank)
     if isinstance(part, ExpertTensor):
         return part.break_even_rank(expert_rank)
@@ -88,8 +92,9 @@ def factor_parameters(tensor: Decomposable, choice: TensorChoice) -> int:
     """Parameters of the factors (and core) that replace the weight or stack, without biases."""
     if isinstance(tensor, ExpertTensor):
         return tensor.factor_parameters(choice.rank, choice.expert_rank)
-    core = choice.rank**2 if has_core(choice.method) else 0
-    return choice.rank * (tensor.out_features + tensor.in_features) + core
+    square = choice.rank**2
+    more = square if has_core(choice.method) else -square if choice.is_pivoted else 0
+    return choice.rank * (tensor.out_features + tensor.in_features) + more
 
 
 def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
@@ -109,7 +114,7 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
         if isinstance(part, (RemovableBlock, Mlp)) or choice.is_removal:
             problems += _removal_problems(topology, part, choice)
             continue
-        if problem := _expert_problem(part, choice):
+        if problem := _expert_problem(part, choice) or _pivoted_problem(part, choice):
             problems.append(problem)
             continue
         limit = largest_rank(part, choice)
@@ -158,6 +163,15 @@ def _expert_problem(part: Decomposable, choice: TensorChoice) -> PointError | No
             f" expert_rank={choice.expert_rank}; omit it to keep the expert mode at full rank"
         )
     return None
+
+
+def _pivoted_problem(part: Decomposable, choice: TensorChoice) -> PointError | None:
+    """A problem if pivoted factors are asked for several matrices."""
+    if not choice.is_pivoted or isinstance(part, DecomposableTensor):
+        return None
+    return PointError(
+        f"`form: pivoted` applies to single matrices, but '{part.name}' holds several; name its members, or remove it"
+    )
 
 
 def _width_problems(topology: Topology, name: str, kept: int) -> list[PointError]:
@@ -311,6 +325,7 @@ def point_cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = D
         reduction=1 - parameters / topology.parameters_dense,
         weight_bytes=round(parameters * topology.bytes_per_parameter)
         + topology.buffers_bytes
+        + _index_bytes(topology, point)
         - sum(block.buffers_bytes for block in removed),
         flops_prefill_per_token=round(2 * (matmul + head_share) + attention * seen_in_prefill),
         flops_decode_per_token=(
@@ -319,6 +334,12 @@ def point_cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = D
         kv_cache_bytes_per_token=(round(2 * cached * topology.bytes_per_parameter) if topology.is_decoder else None),
         prompt_tokens=prompt_tokens,
     )
+
+
+def _index_bytes(topology: Topology, point: DesignPoint) -> int:
+    """Bytes of the orders of pivoted factors."""
+    pivoted = [topology.decomposable(name) for name, choice in point.decomposed if choice.is_pivoted]
+    return sum(_INDEX_BYTES * min(part.shape) for part in pivoted)
 
 
 def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:

@@ -16,10 +16,12 @@ from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.low_rank_modules import (
     LowRankLinear,
     NormThenFactor,
+    PivotedLinear,
     SharedProduct,
     StackedLinear,
     linear_from,
 )
+from dse.decomposition.pivoted_factors import pivoted
 from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.decomposition.width_surgery import width_swaps
 from dse.design_point import DesignPoint, TensorChoice
@@ -143,7 +145,11 @@ def apply_point(
     try:
         for name, choice in point:
             if choice.has_factors and name not in topology.experts_by_name:
-                swaps += _factor_swaps(model, topology.matrix(name), source.factors(name, choice))
+                factors = source.factors(name, choice)
+                if choice.is_pivoted:
+                    swaps.append(_pivoted_swap(model, topology.matrix(name), factors))
+                else:
+                    swaps += _factor_swaps(model, topology.matrix(name), factors)
                 if waiting is not None:  # now, so that the device never holds both sides of the whole point
                     waiting.release(_modules_of(swaps, "dense"), kept=_modules_of(swaps, "point"))
         swaps += [
@@ -183,7 +189,7 @@ def _module_problems(model: nn.Module, tensor: DecomposableTensor, behind_norms:
     # Behind a norm with a factor, a linear module holds its rows of a stack's left factor.
     linear = (nn.Linear,) if tensor.name in behind_norms else ()
     return weight_problems(
-        model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, StackedLinear, *linear)
+        model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, PivotedLinear, StackedLinear, *linear)
     )
 
 
@@ -215,6 +221,23 @@ def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
         low_rank = (LowRankLinear(moved.left, moved.right, biases[0], moved.core),)  # type: ignore[arg-type]
     for path, replacement in zip(matrix.modules, low_rank, strict=True):
         yield module_swap(model, path, replacement)
+
+
+def _pivoted_swap(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> Swap:
+    """Swap the dense module of a tensor for one that holds its independent columns or rows."""
+    (path,) = matrix.modules
+    dense = model.get_submodule(path)
+    weight, bias = dense.weight, dense.bias
+    assert isinstance(weight, Tensor)  # noqa: S101 - checked by _module_problems
+    found = pivoted(factors).to(weight.device, weight.dtype)
+    module = PivotedLinear(
+        found.pivots,
+        found.combinations,
+        found.order,
+        of_columns=found.of_columns,
+        bias=bias,  # type: ignore[arg-type]  # a module's bias is a tensor
+    )
+    return module_swap(model, path, module)
 
 
 def stacked_modules(

@@ -1,0 +1,111 @@
+"""Pivoted factors: the same matrix in fewer numbers, with small combinations, and the same outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import loaded_tiny_model
+
+from dse.cost import check_point, point_cost
+from dse.decomposition import FactorBank, LowRankFactors, decompose
+from dse.decomposition.low_rank_modules import LowRankLinear, PivotedLinear
+from dse.decomposition.pivoted_factors import pivoted
+from dse.design_point import DesignPoint, TensorChoice
+from dse.errors import PointError, RankError
+
+
+def factors(m: int, n: int, rank: int, seed: int = 0, *, core: bool = False) -> LowRankFactors:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
+    return LowRankFactors(left, right, torch.randn(rank, rank, generator=generator) if core else None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 24), st.integers(2, 24), st.data(), st.booleans())
+def test_the_matrix_is_the_same_in_fewer_numbers(m: int, n: int, data: st.DataObject, core: bool) -> None:
+    rank = data.draw(st.integers(1, min(m, n) - 1))
+    plain = factors(m, n, rank, data.draw(st.integers(0, 99)), core=core)
+    found = pivoted(plain)
+    torch.testing.assert_close(found.product(), plain.product(), rtol=1e-3, atol=1e-3)
+    assert found.of_columns == (m >= n)
+    assert found.pivots.numel() + found.combinations.numel() == rank * (m + n) - rank**2
+    assert sorted(found.order.tolist()) == list(range(min(m, n)))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_module_computes_what_two_factors_compute(shape: tuple[int, int], with_bias: bool) -> None:
+    plain = factors(*shape, 10)
+    bias = torch.randn(shape[0]) if with_bias else None
+    found = pivoted(plain)
+    module = PivotedLinear(found.pivots, found.combinations, found.order, of_columns=found.of_columns, bias=bias)
+    x = torch.randn(2, 5, shape[1])
+    expected = LowRankLinear(plain.left, plain.right, bias)(x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert (module.bias is None) == (bias is None)
+    parameters = sum(p.numel() for p in module.parameters())
+    assert parameters == 10 * (sum(shape) - 10) + (shape[0] if with_bias else 0)
+
+
+def test_pivots_are_exact_rows_and_columns_of_the_matrix() -> None:
+    for shape in ((30, 12), (12, 30)):
+        plain = factors(*shape, 5)
+        found, whole = pivoted(plain), plain.product()
+        chosen = found.columns_or_rows[:5]
+        own = whole[:, chosen] if found.of_columns else whole[chosen]
+        torch.testing.assert_close(found.pivots, own, rtol=1e-5, atol=1e-5)
+
+
+def test_combinations_stay_small() -> None:
+    """Gu and Eisenstat 1996: the bound of QR with pivoting is exponential, but in practice entries stay near 1."""
+    found = pivoted(factors(200, 120, 60))
+    assert float(found.combinations.abs().max()) < 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+def test_a_pivoted_point_computes_what_two_factors_compute(family: str, tmp_path: Path) -> None:
+    loaded = loaded_tiny_model(family, initializer_range=0.2)
+    names = {tensor.name: 5 for tensor in loaded.topology.tensors if tensor.layer == 1}
+    plain = DesignPoint.of({name: TensorChoice("svd", rank) for name, rank in names.items()})
+    point = DesignPoint.of({name: TensorChoice("svd", rank, form="pivoted") for name, rank in names.items()})
+    bank = FactorBank.build(loaded, [plain], None, folder=tmp_path)
+    token_ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    with torch.inference_mode():
+        dense = loaded.model(input_ids=token_ids)[0]
+        with decompose(loaded, plain, bank):
+            expected = loaded.model(input_ids=token_ids)[0]
+        with decompose(loaded, point, bank):
+            found = loaded.model(input_ids=token_ids)[0]
+            parameters = sum(p.numel() for p in loaded.model.parameters())
+            nbytes = sum(t.numel() * t.element_size() for t in loaded.model.state_dict().values())
+        assert not torch.allclose(expected, dense, atol=1e-3)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+    cost = point_cost(loaded.topology, point)
+    assert parameters == cost.parameters < point_cost(loaded.topology, plain).parameters
+    shared = point_cost(loaded.topology, DesignPoint.dense()).weight_bytes
+    whole = sum(t.numel() * t.element_size() for t in before.values())
+    assert nbytes - whole == cost.weight_bytes - shared
+    after = loaded.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_points_read_and_refuse_the_form(tmp_path: Path) -> None:
+    topology = loaded_tiny_model("llama").topology
+    text = {"tensors": {"layers.0.up": {"method": "svd", "rank": 30, "form": "pivoted"}}}
+    point = DesignPoint.from_json(text, topology)
+    assert point.to_json() == text
+    check_point(topology, point)  # above the break-even rank of two factors
+    with pytest.raises(RankError, match="rank <= 31"):
+        check_point(topology, DesignPoint.of({"layers.0.up": TensorChoice("svd", 32, form="pivoted")}))
+    with pytest.raises(PointError, match="single matrices"):
+        check_point(topology, DesignPoint.of({"layers.0.query_key_value": TensorChoice("svd", 3, form="pivoted")}))
+    for method, rank in (("tucker", 2), ("width", 3), ("removed", 0)):
+        with pytest.raises(PointError, match="two factors"):
+            TensorChoice(method, rank, form="pivoted")
+    with pytest.raises(PointError, match="must be 'pivoted'"):
+        TensorChoice("svd", 2, form="sideways")
