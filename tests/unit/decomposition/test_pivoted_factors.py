@@ -16,6 +16,7 @@ from dse.decomposition.low_rank_modules import LowRankLinear, PivotedLinear
 from dse.decomposition.pivoted_factors import pivoted
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
+from dse.sensitivity.allocation_curves import allocate_curves
 
 
 def factors(m: int, n: int, rank: int, seed: int = 0, *, core: bool = False) -> LowRankFactors:
@@ -109,3 +110,21 @@ def test_points_read_and_refuse_the_form(tmp_path: Path) -> None:
             TensorChoice(method, rank, form="pivoted")
     with pytest.raises(PointError, match="must be 'pivoted'"):
         TensorChoice("svd", 2, form="sideways")
+
+
+def test_allocations_spend_the_same_parameters_on_higher_ranks(tmp_path: Path) -> None:
+    loaded = loaded_tiny_model("llama", initializer_range=0.2)
+    curves = {
+        tensor.name: torch.linalg.svdvals(loaded.model.get_submodule(tensor.module).weight).square().flip(0).cumsum(0)
+        for tensor in loaded.topology.tensors
+        if tensor.layer is not None
+    }
+    left_out = {name: torch.cat((torch.zeros(1), tail)).flip(0).numpy() for name, tail in curves.items()}
+    plain = allocate_curves(loaded.topology, left_out, 0.3, method="svd")
+    found = allocate_curves(loaded.topology, left_out, 0.3, method="svd", form="pivoted")
+    assert found.divergence < plain.divergence
+    assert point_cost(loaded.topology, found.point).reduction == pytest.approx(found.reduction)
+    assert found.reduction >= 0.3
+    bank = FactorBank.build(loaded, [found.point], None, folder=tmp_path)
+    with decompose(loaded, found.point, bank):
+        loaded.model(input_ids=torch.ones(1, 4, dtype=torch.long))
