@@ -128,3 +128,12 @@ def test_allocations_spend_the_same_parameters_on_higher_ranks(tmp_path: Path) -
     bank = FactorBank.build(loaded, [found.point], None, folder=tmp_path)
     with decompose(loaded, found.point, bank):
         loaded.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_a_bank_holds_ranks_that_only_pivoted_factors_can_have(tmp_path: Path) -> None:
+    loaded = loaded_tiny_model("llama", initializer_range=0.2)
+    point = DesignPoint.of({"layers.1.up": TensorChoice("svd", 30, form="pivoted")})
+    bank = FactorBank.build(loaded, [point], None, folder=tmp_path)
+    assert bank.factors("layers.1.up", TensorChoice("svd", 30, form="pivoted")).rank == 30
+    with pytest.raises(RankError):
+        FactorBank.build(loaded, {"svd": {"layers.1.query_key_value": 31}}, None, folder=tmp_path / "stack")
