@@ -23,7 +23,7 @@ import torch
 from dse import load_model
 from dse.config import MeasurementConfig
 from dse.cost import break_even_rank, point_cost
-from dse.decomposition import FactorBank, decompose
+from dse.decomposition import FactorBank, decompose, named_calibration
 from dse.design_point import DesignPoint, TensorChoice
 from dse.engines import ENGINES, PairedServing
 from dse.errors import DseError
@@ -51,7 +51,9 @@ def main() -> int:
     options = parser.parse_args()
     loaded = load_model(options.model)
     points = {name: point for name, point in forms(loaded) if not options.forms or name in options.forms.split(",")}
-    bank = FactorBank.build(loaded, list(points.values()), "general")
+    # Timings do not depend on the values of weights, so little calibration text is enough.
+    calibration = named_calibration(loaded.tokenizer, "general", tokens=2048)
+    bank = FactorBank.build(loaded, list(points.values()), calibration)
     sizes = [(int(batch), options.prompt, options.new) for batch in options.batch.split(",")]
     spec = LatencySpec(blocks=options.blocks, precision=options.precision, max_duration_s=options.max_seconds)
     report: dict[str, Any] = {"model": options.model, "threads": torch.get_num_threads(), "engines": {}}

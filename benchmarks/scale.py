@@ -1,16 +1,18 @@
 """What the driver costs: efficiency of many workers, its own time per trial, and what parallelism costs in quality.
 
-    python benchmarks/scale.py [--workers 1 2 8 64] [--seconds 0.5 5] [--trials 1000 10000] [--seeds 10]
+    python benchmarks/scale.py [--workers 1 2 8 64] [--seconds 0.5 5] [--ray] [--trials 1000 10000] [--seeds 10]
 
 Driver, search and storage are the real ones; no model is evaluated.
 
-Efficiency: Ray actors sleep as long as a trial takes (Pareto-distributed around the mean, at most five times it) and
-return an accuracy that depends on the point alone. Efficiency is busy time / (wall time x workers), from the moment
-when every worker has begun its first trial until the last trial is given out. The time before that is reported beside
-it; a long study pays it once.
+Efficiency is busy time / (wall time x workers), from the moment when every worker has begun its first trial until the
+last trial is given out; the time before that is reported beside it. A trial's duration is Pareto-distributed around the
+mean, at most five times it. By default a virtual clock adds the durations of trials to the processor time of the
+driver, so that other programs on the machine do not count, nor does the disk. `--ray` takes real time with Ray actors
+that sleep.
 
-The driver's own time: workers that need no time. Its median over the last 50 trials of each size, and its mean, which
-includes the tables that are written now and then. Trials beyond the first hundred are copies of those, written by SQL.
+The driver's own time is its processor time per trial at each size of the study: the median over 50 trials, and the
+mean, which includes the tables that are written now and then. Trials beyond the first hundred are copies of those,
+written by SQL.
 
 Quality: hypervolume after 24 and 60 evaluations with 1 and 8 trials in flight, over seeds. The damage of a point is a
 sum over tensors of (1 - kept energy) with weights by depth and role, and an interaction between neighbouring layers,
@@ -36,6 +38,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,7 @@ from dse.workers.listener import Interrupts, StudyListener
 from dse.workers.outline import StudyOutline
 from dse.workers.ray_cluster import connected
 from dse.workers.ray_workers import RayWorkers
+from dse.workers.same_study import MUST_STAY
 from dse.workers.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, WorkerFacts
 
 LONGEST = 5.0
@@ -111,34 +115,50 @@ def damage(point: DesignPoint, topology: Topology) -> float:
 
 
 class VirtualWorkers(Workers):
-    """Workers whose trials take no time but finish in the order in which trials of these durations would."""
+    """Workers whose trials take no time. A clock adds their durations to the processor time of the driver."""
 
-    def __init__(self, outline: StudyOutline, count: int, topology: Topology | None = None) -> None:
+    def __init__(
+        self, outline: StudyOutline, count: int, mean_s: float = 1.0, topology: Topology | None = None
+    ) -> None:
         self.outline, self.count = outline, count
-        self.finished_s: list[float] = []
-        self._topology = topology
-        self._now_s, self._number = 0.0, 0
+        self.submitted_s = 0.0
+        self.intervals: list[tuple[float, float]] = []
+        self.driver_s: list[float] = []
+        self._mean_s, self._topology = mean_s, topology
+        self._now_s, self._mark_s, self._number = 0.0, time.process_time(), 0
         self._running: list[tuple[float, int, Job]] = []
         self._waiting: list[Job] = []
 
     def submit(self, job: Job) -> None:
+        self._advance()
         self._waiting.append(job)
+        self.submitted_s = self._now_s
         self._start()
 
     def next_finished(self) -> FinishedJob:
-        self._now_s, _, job = heapq.heappop(self._running)
+        self._advance()
+        self.driver_s.append(time.process_time())
+        end_s, _, job = heapq.heappop(self._running)
+        self._now_s = max(self._now_s, end_s)
         self._start()
-        self.finished_s.append(time.perf_counter())
+        self._mark_s = time.process_time()
         return FinishedJob(job, result_of(job, self._topology) if isinstance(job, EvaluateTrial) else None)
 
     def check_device(self) -> None:
         """Nothing to check."""
 
+    def _advance(self) -> None:
+        now_s = time.process_time()
+        self._now_s += now_s - self._mark_s
+        self._mark_s = now_s
+
     def _start(self) -> None:
         while self._waiting and len(self._running) < self.count:
-            job, self._number = self._waiting.pop(0), self._number + 1
-            lasts_s = duration_s(1.0, job.record.point_id) if isinstance(job, EvaluateTrial) else 0.0
-            heapq.heappush(self._running, (self._now_s + lasts_s, self._number, job))
+            job, self._number, end_s = self._waiting.pop(0), self._number + 1, self._now_s
+            if isinstance(job, EvaluateTrial) and job.baseline is not None:
+                end_s += duration_s(self._mean_s, job.record.point_id)
+                self.intervals.append((self._now_s, end_s))
+            heapq.heappush(self._running, (end_s, self._number, job))
 
 
 @dataclass(frozen=True)
@@ -200,13 +220,6 @@ class ObservedWorkers(RayWorkers):
             self.intervals.append((seconds["begin"], seconds["begin"] + seconds["total"]))
         return finished
 
-    def efficiency(self) -> tuple[float, float]:
-        """Efficiency, and the seconds until every worker had begun its first trial."""
-        begun = sorted(begin for begin, _ in self.intervals)
-        first_s, last_s = begun[self.count - 1], self.submitted_s
-        busy_s = sum(max(0.0, min(end, last_s) - max(begin, first_s)) for begin, end in self.intervals)
-        return busy_s / ((last_s - first_s) * self.count), first_s - begun[0]
-
 
 # --- studies ---
 
@@ -237,7 +250,9 @@ def outline_of(config: StudyConfig) -> StudyOutline:
     topology = ModelRequest(config.model.ref).topology()
     space = SearchSpace.from_config(config.constrained_space, topology)
     objectives = objectives_named([entry.name for entry in config.objectives])
-    return StudyOutline(config, topology, space, objectives, MeasurementPlan.of(config, None), (), None, {}, False)
+    return StudyOutline(
+        config, topology, space, objectives, MeasurementPlan.of(config, None), (), None, dict.fromkeys(MUST_STAY), False
+    )
 
 
 def drive(workers: Workers, out: Path) -> None:
@@ -252,31 +267,56 @@ def drive(workers: Workers, out: Path) -> None:
 # --- measurements ---
 
 
-def efficiencies(counts: list[int], means_s: list[float], per_worker: int, sampler: str, place: Path) -> list[Row]:
+def efficiency_of(workers: VirtualWorkers | ObservedWorkers) -> tuple[float, float]:
+    """Efficiency, and the seconds until every worker had begun its first trial."""
+    begun = sorted(begin for begin, _ in workers.intervals)
+    first_s, last_s = begun[workers.count - 1], workers.submitted_s
+    busy_s = sum(max(0.0, min(end, last_s) - max(begin, first_s)) for begin, end in workers.intervals)
+    return busy_s / ((last_s - first_s) * workers.count), first_s - begun[0]
+
+
+def efficiencies(options: argparse.Namespace, place: Path) -> list[Row]:
+    rows = []
+    with ray_workers(place) if options.ray else contextlib.nullcontext(None) as executable:
+        for count, mean_s in itertools.product(options.workers, options.seconds):
+            out = place / f"{count}-{mean_s}"
+            outline = outline_of(study(1 + (options.per_worker + 1) * count, options.sampler))
+            workers: VirtualWorkers | ObservedWorkers
+            if executable is None:
+                workers = VirtualWorkers(outline, count, mean_s)
+                drive(workers, out)
+            else:
+                workers = drive_on_ray(outline, count, mean_s, executable, out)
+            efficiency, ramp_s = efficiency_of(workers)
+            rows.append({"workers": count, "trial_s": mean_s, "efficiency": efficiency, "ramp_s": ramp_s})
+            line = f"{count:>3} workers, trials of {mean_s:>4} s: efficiency {efficiency:.3f}"
+            print(f"{line}, all busy after {ramp_s:.1f} s", flush=True)
+    return rows
+
+
+@contextlib.contextmanager
+def ray_workers(place: Path) -> Iterator[Path]:
+    """The program that starts Ray's workers with everything imported."""
     os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
     preloaded = Preloaded(place, os.environ)
-    rows = []
     try:
-        for count, mean_s in itertools.product(counts, means_s):
-            name = f"{count}-{mean_s}"
-            outline = outline_of(study(1 + (per_worker + 1) * count, sampler))
-            settings = WorkersConfig(count=count, runtime_env={"py_executable": str(preloaded.executable)})
-            cache = CacheFolder(place, "-", is_named=False)
-            request = SleepingRequest(outline.config, None, None, 1, cache, f"desk-{name}", outline, mean_s)
-            with connected(settings) as cluster:
-                lanes = LaneBook(place / "workers.json")
-                workers = ObservedWorkers(cluster, cluster.share(), request, settings, lanes, SleepingWorker)
-                workers.intervals = []
-                workers.join_all(StudyListener())
-                drive(workers, place / name)
-                workers.close()
-            efficiency, ramp_s = workers.efficiency()
-            rows.append({"workers": count, "trial_s": mean_s, "efficiency": efficiency, "ramp_s": ramp_s})
-            told = f"{count:>3} workers, trials of {mean_s:>4} s: efficiency {efficiency:.3f}"
-            print(f"{told}, all busy after {ramp_s:.1f} s", flush=True)
+        yield preloaded.executable
     finally:
         preloaded.close()
-    return rows
+
+
+def drive_on_ray(outline: StudyOutline, count: int, mean_s: float, executable: Path, out: Path) -> ObservedWorkers:
+    settings = WorkersConfig(count=count, runtime_env={"py_executable": str(executable)})
+    cache = CacheFolder(out.parent, "-", is_named=False)
+    request = SleepingRequest(outline.config, None, None, 1, cache, f"desk-{out.name}", outline, mean_s)
+    with connected(settings) as cluster:
+        lanes = LaneBook(out.parent / "workers.json")
+        workers = ObservedWorkers(cluster, cluster.share(), request, settings, lanes, SleepingWorker)
+        workers.intervals = []
+        workers.join_all(StudyListener())
+        drive(workers, out)
+        workers.close()
+    return workers
 
 
 def driver_times(sizes: list[int], sampler: str, place: Path) -> dict[str, Row]:
@@ -288,10 +328,10 @@ def driver_times(sizes: list[int], sampler: str, place: Path) -> dict[str, Row]:
         multiply(out / "study.db", size)
         workers = VirtualWorkers(outline_of(study(size + MEASURED, sampler)), 8)
         drive(workers, out)
-        steps = [1e3 * (after - before) for before, after in itertools.pairwise(workers.finished_s)]
+        steps = [1e3 * (after - before) for before, after in itertools.pairwise(workers.driver_s)]
         found[str(size)] = {"median_ms": statistics.median(steps), "mean_ms": statistics.mean(steps)}
-        told = ", ".join(f"{name} {value:.1f}" for name, value in found[str(size)].items())
-        print(f"{size:>6} finished trials: {told}", flush=True)
+        line = ", ".join(f"{name} {value:.1f}" for name, value in found[str(size)].items())
+        print(f"{size:>6} finished trials: {line}", flush=True)
     return found
 
 
@@ -331,7 +371,7 @@ def quality(seeds: int, place: Path) -> list[Row]:
         for seed in range(seeds):
             outline = outline_of(study(1 + max(EVALUATIONS), "tpe", seed, "auto"))
             out = place / f"quality-{count}-{seed}"
-            drive(VirtualWorkers(outline, count, outline.topology), out)
+            drive(VirtualWorkers(outline, count, topology=outline.topology), out)
             records = [record for record in open_study(out).records if record.state in EVALUATED_STATES]
             for evaluations, values in found.items():
                 values.append(hypervolume(records[: evaluations + 1]))
@@ -353,6 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 8, 64])
     parser.add_argument("--seconds", type=float, nargs="+", default=[0.5, 5.0], help="mean durations of a trial")
+    parser.add_argument("--ray", action="store_true", help="sleeping Ray actors instead of a virtual clock")
     parser.add_argument("--per-worker", type=int, default=8, help="trials per worker")
     parser.add_argument("--trials", type=int, nargs="*", default=[1000, 10000])
     parser.add_argument("--seeds", type=int, default=0, help="studies in the comparison of quality; 0 leaves it out")
@@ -362,9 +403,7 @@ def main() -> None:
         place = Path(temporary)
         document = {
             "sampler": options.sampler,
-            "efficiency": efficiencies(options.workers, options.seconds, options.per_worker, options.sampler, place)
-            if options.workers
-            else [],
+            "efficiency": efficiencies(options, place) if options.workers else [],
             "driver_ms_per_trial": driver_times(options.trials, options.sampler, place),
             "quality": quality(options.seeds, place) if options.seeds else [],
         }

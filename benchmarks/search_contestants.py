@@ -17,8 +17,8 @@ from dse.cost import largest_rank
 from dse.decomposition import iterate_grams
 from dse.decomposition.factors import as_matrix
 from dse.files import write_json
+from dse.model_parts import DecomposableTensor
 from dse.sensitivity import DivergenceMeter
-from dse.topology import DecomposableTensor
 
 __all__ = ["CONTESTANTS", "Contestant"]
 

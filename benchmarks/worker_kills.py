@@ -13,9 +13,11 @@ disturbances have happened. Every kind of study has its own disturbances:
     disk       the study's folder is on a small disk, which is filled until the driver ends, then emptied
     memory     a process takes memory until Ray ends a worker for lack of it
 
-Moments and victims are random. A trial loses at most two workers, since a third one would end it. After each study
-these must hold: every budgeted trial is there, no point was evaluated twice, no finished record was lost or changed,
-and points, accuracies and front are those of an undisturbed study (of a measured study, points and accuracies).
+Moments and victims are random. A trial loses at most two workers, since a third one would end it, and at most three
+workers in a row die outside of trials, since a worker that ends five times before it is ready is given up. After each
+study these must hold: every budgeted trial is there, no point was evaluated twice, no finished record was lost or
+changed, and points, accuracies and front are those of an undisturbed study (of a measured study, points and
+accuracies).
 
 Every finished study is one line of `studies.jsonl` in the output folder; another call adds more. Prints one line per
 study, then all disturbances so far by kind and by what the worker did; the last line is one JSON document. Exits with 1
@@ -49,6 +51,7 @@ from tiny_models import save_tiny_model
 from tiny_study import environment, save_choice_task, tiny_study, write_study
 from worker_support import RayNodes, WorkerProcess, lanes, outcome, ray_nodes, worker_study
 
+from dse.errors import StudyError
 from dse.study import Study, open_study, run_study
 from dse.trial_record import EVALUATED_STATES
 
@@ -62,11 +65,11 @@ KINDS: dict[str, dict[str, int]] = {
 }
 """Kind of study to its disturbances and how often each comes."""
 
-_BETWEEN_S = (0.3, 8.0)
-_PER_STUDY = 12
+_BETWEEN_S = (0.2, 3.0)
+_PER_STUDY = 25
 _TIMEOUT_S = 15
 _MEMORY_BYTES = 3 * 2**29
-_MAX_DEATHS = 2
+_MAX_DEATHS, _MAX_STARTS, _MAX_DRIVERS = 2, 3, 2
 
 
 class Disturbance:
@@ -92,7 +95,9 @@ class Disturbance:
             known: dict[int, Any] = {}
             while True:
                 status = self._drive(limit)
-                found = {record.trial: record for record in open_study(self._out).records} if self._exists() else {}
+                found: dict[int, Any] = {}
+                with contextlib.suppress(StudyError):  # it ended before the first trial
+                    found = {record.trial: record for record in open_study(self._out).records}
                 gone = [trial for trial, record in known.items() if found.get(trial) != record]
                 self.lost += [f"the record of trial {trial} is lost or changed" for trial in gone]
                 known = found
@@ -147,6 +152,8 @@ class Disturbance:
                 continue
             kinds = KINDS[self._kind]
             kind = self._generator.choices(list(kinds), list(kinds.values()))[0]
+            if kind == "driver" and self.kills[kind] >= _MAX_DRIVERS:
+                kind = "worker"
             with self._counted(kind):
                 getattr(self, f"_disturb_{kind}")(driver)
         return status
@@ -155,7 +162,7 @@ class Disturbance:
     def _counted(self, kind: str) -> Iterator[None]:
         try:
             yield
-        except LookupError:  # nobody to disturb at this moment
+        except LookupError:  # no process of this kind runs now
             return
         self.kills[kind] += 1
 
@@ -222,10 +229,11 @@ class Disturbance:
         phase, trial = victim.method or "idle", None
         if victim.method == "run" and lane is not None:
             phase, trial = lane.phase or "run", lane.trial
+        if self._deaths[trial] >= (_MAX_STARTS if trial is None else _MAX_DEATHS):
+            raise LookupError
+        self._deaths[trial] += 1
         if trial is not None:
-            if self._deaths[trial] >= _MAX_DEATHS:
-                raise LookupError
-            self._deaths[trial] += 1
+            self._deaths[None] = 0
         return victim, phase
 
 
@@ -296,7 +304,9 @@ def main() -> int:
     for kind in kinds:
         alike = kind if kind == "search" else "plain"
         place = folder / f"undisturbed-{alike}-{options.trials}"
-        undisturbed[kind] = run_study(config_of(alike, folder, options.trials), out=place, use_cache=False)
+        if not (place / "front.html").exists():  # written last
+            run_study(config_of(alike, folder, options.trials), out=place, use_cache=False)
+        undisturbed[kind] = open_study(place)
     with ray_nodes(folder, 3) as nodes:
         number = len(results.read_text().splitlines()) if results.exists() else 0
         while time.monotonic() < end_s:

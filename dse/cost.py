@@ -21,7 +21,8 @@ from typing import Any
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
 from dse.expert_tensor import ExpertTensor
-from dse.topology import Decomposable, DecomposableTensor, Mlp, RemovableBlock, Topology
+from dse.model_parts import Decomposable, DecomposableTensor, Mlp, RemovableBlock
+from dse.topology import Topology
 
 __all__ = [
     "Cost",

@@ -16,7 +16,7 @@ FORMATS = {
     "dense": "factors multiplied out: runs anywhere, saves nothing",
     "onnx": "a graph for ONNX Runtime",
     "openvino": "a graph for OpenVINO",
-    "decilm": "removed blocks of a Llama-like model as DeciLM, which vLLM runs natively",
+    "decilm": "removed blocks and widths of a Llama-like model as DeciLM, which vLLM runs natively",
 }
 """As in `dse.export.formats`, which takes a second to import."""
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from dse.decomposition.swaps import Swap, module_swap
 from dse.errors import PointError
+from dse.model_parts import RemovableBlock
 from dse.models import PassedLayer, RemovedBlock
-from dse.topology import RemovableBlock, Topology
+from dse.topology import Topology
 
 __all__ = ["RemovalPlan", "cache_slots", "removal_plan", "removal_problems", "removal_swaps"]
 

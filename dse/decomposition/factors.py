@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dse.decomposition.expert_modules import TuckerExpertWeight
 from dse.decomposition.low_rank_modules import LowRankLinear, NormThenFactor, StackedLinear, check_factor_shapes
-from dse.topology import TensorStack, Topology
+from dse.model_parts import TensorStack
+from dse.topology import Topology
 
 __all__ = ["LowRankFactors", "TuckerFactors", "applied_factors", "as_matrix", "expert_factors_of", "factors_of"]
 

@@ -103,7 +103,8 @@ class PivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         if self.of_columns:
-            chosen, others = x.index_select(-1, self.order).split((self.rank, self.in_features - self.rank), dim=-1)
+            ordered = x.index_select(-1, self.order)
+            chosen, others = torch.split(ordered, [self.rank, self.in_features - self.rank], dim=-1)
             return self.pivots(chosen + self.combinations(others))  # type: ignore[no-any-return]
         chosen = self.pivots(x)
         y = torch.cat((chosen, self.combinations(chosen)), dim=-1).index_select(-1, self.order)

@@ -78,8 +78,8 @@ class ChannelFactors:
 
     def output_matrix(self, width: int) -> Tensor:
         """The refitted output matrix for `kept(width)`, shape (O, width), float32."""
-        root = self.root[:width, :width].to(torch.float64)
-        left = self.outputs[:, :width].to(torch.float64)
+        root = in_double(self.root[:width, :width])
+        left = in_double(self.outputs[:, :width])
         # X L = M  <=>  L^T X^T = M^T
         solved: Tensor = torch.linalg.solve_triangular(root.T, left.T, upper=True).T
         return solved[:, self.channels[:width].argsort()].to(torch.float32).contiguous()
@@ -104,13 +104,14 @@ def channel_factors(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None =
     moments = in_double(gram)
     power = moments.diagonal()
     covariance = moments + torch.diag(_SHRINKAGE * power + _DEAD_CHANNEL * power.mean())
-    metric, scale = torch.eye(outputs, dtype=torch.float64, device=weight.device), 1.0
+    wide = in_double(weight)
+    metric, scale = torch.eye(outputs, dtype=torch.float64, device=wide.device), 1.0
     if gradient_gram is not None:
         check_gradient_gram(gradient_gram, outputs)
         metric, scale = damped_metric(in_double(gradient_gram)), float(gradient_gram.diagonal().mean())
-    order = _backward_elimination(in_double(weight), covariance, metric)
+    order = _backward_elimination(wide, covariance, metric)
     root = torch.linalg.cholesky(covariance[order][:, order])
-    columns = in_double(weight)[:, order] @ root
+    columns = wide[:, order] @ root
     lost = ((metric @ columns) * columns).sum(0)
     left_out = torch.cat((lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)))
     return ChannelFactors(

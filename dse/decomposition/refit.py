@@ -21,8 +21,9 @@ from dse.decomposition.mlp_width import ChannelFactors
 from dse.decomposition.svd_methods import cholesky_with_damping
 from dse.double_precision import in_double
 from dse.errors import NonFiniteError
+from dse.model_parts import Matrix, TensorStack
 from dse.progress import ProgressCallback, ignore_progress
-from dse.topology import Matrix, TensorStack, Topology
+from dse.topology import Topology
 
 __all__ = ["refit_factors"]
 

@@ -26,9 +26,10 @@ from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.decomposition.width_surgery import width_swaps
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
+from dse.model_parts import DecomposableTensor, Matrix, TensorStack
 from dse.models import LoadedModel
 from dse.models.waiting_weights import WaitingWeights
-from dse.topology import DecomposableTensor, Matrix, TensorStack, Topology
+from dse.topology import Topology
 
 __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_modules"]
 

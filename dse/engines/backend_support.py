@@ -5,6 +5,7 @@ Runs in the engine's interpreter, so it imports nothing of dse; see `dse.engines
 
 from __future__ import annotations
 
+import abc
 import json
 import random
 import statistics
@@ -101,16 +102,16 @@ def weight_count(columns: int, results: int, bytes_per_weight: int, footprint_by
     return max(1, min(footprint_bytes // (columns * results * bytes_per_weight), limit))
 
 
-class BatchBackend:
+class BatchBackend(abc.ABC):
     """A backend that serves batches of equally long prompts; subclasses generate."""
 
     _vocabulary: int
 
+    @abc.abstractmethod
     def _generate(
         self, batch: Sequence[Sequence[int]], new_tokens: int, on_token: Callable[[], None]
     ) -> list[list[int]]:
         """Greedy tokens of equally long prompts; calls `on_token()` as soon as the batch has another token."""
-        raise NotImplementedError
 
     def run(self, work: Mapping[str, int]) -> Window:
         """Serve the requests in batches of the concurrency."""
@@ -120,24 +121,24 @@ class BatchBackend:
         """Greedy continuations, one prompt after the other, so that none is padded."""
         return [self._generate([prompt], new_tokens, lambda: None)[0] for prompt in prompts]
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a subclass that starts something ends it here
         """Nothing to end."""
 
 
 class GraphBackend(BatchBackend):
     """A backend of a graph with a key-value cache; subclasses open it and run it."""
 
+    @abc.abstractmethod
     def _begin(self, batch: int) -> None:
         """Begin `batch` new sequences with an empty cache."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _logits(self, inputs: dict[str, Any]) -> Any:
         """Run the graph on `input_ids`, `attention_mask` and `position_ids`, and keep its cache.
 
         Returns:
             Logits of shape (batch, new tokens, vocabulary), valid until the next call.
         """
-        raise NotImplementedError
 
     def log_probabilities(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each prompt token but the first."""

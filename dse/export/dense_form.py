@@ -18,7 +18,8 @@ from dse.decomposition import TuckerExperts
 from dse.decomposition.factors import applied_factors, expert_factors_of
 from dse.design_point import DesignPoint
 from dse.export.weights import MAX_SHARD_SIZE
-from dse.topology import Mlp, Topology
+from dse.model_parts import Mlp
+from dse.topology import Topology
 
 __all__ = ["dense_form_parameters", "dense_form_width", "merged_state", "write_dense_form"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dse.decomposition import LowRankLinear, NormThenFactor, SharedProduct, StackedLinear
 from dse.design_point import DesignPoint
-from dse.topology import Matrix, TensorStack, Topology
+from dse.model_parts import Matrix, TensorStack
+from dse.topology import Topology
 
 __all__ = ["TrainedWeights", "balance", "trained_modules"]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,17 +26,26 @@ from dse.healing.teacher import Teacher
 from dse.healing.trained_weights import TrainedWeights, balance, trained_modules
 from dse.healing.training_state import TrainingState, read_state, write_state
 from dse.models import LoadedModel
+from dse.out_of_memory import out_of_memory_errors
 from dse.progress import ProgressCallback, ignore_progress
 
 __all__ = ["HealedPoint", "HealingReport", "HealingSettings", "heal"]
+
+Result = TypeVar("Result")
 
 FIRST_RATE = 3e-4
 _RATE_FACTOR = 3.0
 _WARM_UP = 0.05
 _LAST_RATE = 0.1
 _EVALUATIONS = 10
+_EVALUATION_SHARE = 0.2
+"""Largest share of a limit of time that evaluations take."""
+_SEARCH_SHARE = 0.25
+"""Share of a limit of time for the search for a learning rate; the first one is taken if three trials do not fit."""
+_LEAST_TRIALS, _LEAST_TRIAL_STEPS = 3, 2
 _PATIENCE = 3
 _SAVE_EVERY_S = 120.0
+_REMEDY = "lower `healing.batch_tokens`, or use `model.dtype: bfloat16`"
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,12 @@ def heal(
         other: The dense model on text of another source.
         settings: How long and how fast.
         folder: Where the state is kept, so that a killed healing continues; None to start afresh.
-        progress: Called as ("heal", tokens done, tokens in all); the phase carries the latest divergence.
+        progress: Called as ("learning rate 3e-04", steps, steps) and ("heal (KL 0.1234)", tokens, tokens), with the
+            rate that is tried and the latest divergence.
 
     Raises:
         NonFiniteError: The loss became NaN or infinite at every learning rate.
+        OutOfMemoryError: The device has too little memory for a step.
         StorageFullError: The state cannot be written.
     """
     model = loaded.model
@@ -133,7 +145,7 @@ def heal(
     try:
         balance(model, loaded.topology, applied.point, weights.masters)
         weights.publish()
-        with checkpointed_layers(loaded, is_on=checkpoints):
+        with out_of_memory_errors("healing", _REMEDY), checkpointed_layers(loaded, is_on=checkpoints):
             run = _Run(weights, teacher, other, settings, folder, progress)
             state = run.train()
         weights.load(state.best)
@@ -185,53 +197,84 @@ class _Run:
         optimizer = self._optimizer(state.learning_rate)
         if state.moments:
             state.restore_moments(optimizer, self._weights.masters)
-        every = max(1, state.steps // _EVALUATIONS)
         saved = time.monotonic()
         while state.step < state.steps and not self._is_over(state):
             self._set_rate(optimizer, state.learning_rate * _schedule(state.step, state.steps))
             self._step(optimizer, state.step)
             state.step += 1
             self._report(state)
-            if state.step % every == 0 or state.step == state.steps:
+            if state.step % state.evaluated_every == 0 or state.step == state.steps:
                 state.note(self._kl(), self._weights, self.step_tokens)
             if self._folder is not None and time.monotonic() - saved > _SAVE_EVERY_S:
                 self._save(state, optimizer)
                 saved = time.monotonic()
+        if state.step and (not state.history or state.history[-1][0] != state.step * self.step_tokens):
+            state.note(self._kl(), self._weights, self.step_tokens)  # the limit of time fell between two evaluations
         state.seconds = self._seconds()
         return state
 
     def _start(self, identity: str) -> TrainingState:
-        before = self._kl()
+        """The state before the first step, with a learning rate and a schedule that fits the limit of time."""
+        before, kl_s = self._timed(self._kl)
         start = self._weights.state()
         steps = max(1, math.ceil(self._settings.tokens / self.step_tokens))
-        rate = self._settings.learning_rate
-        tried: dict[str, float] = {}
-        begin = time.monotonic()
-        trial_steps = 1
+        step_s = 0.0 if self._settings.minutes is None else self._seconds_of_a_step(start)
+        rate, tried = self._settings.learning_rate, dict[str, float]()
         if rate is None:
-            trial_steps = max(3, steps // 20)
-            rate, tried = self._best_rate(start, trial_steps)
-        else:
-            self._try(rate, trial_steps)
-            self._weights.load(start)
-        step_s = (time.monotonic() - begin) / (trial_steps * max(1, len(tried)))
-        if self._settings.minutes is not None:
-            left_s = self._settings.minutes * 60 - self._seconds()
-            steps = max(1, min(steps, int(left_s / (1.1 * step_s))))
-        return TrainingState(identity, steps, rate, before, tried, start)
+            rate, tried = self._found_rate(start, max(3, steps // 20), kl_s, step_s)
+        evaluations, left_s = _EVALUATIONS, self._seconds_left()
+        if math.isfinite(left_s):
+            evaluations = min(evaluations, max(2, int(_EVALUATION_SHARE * left_s / kl_s)))
+            steps = max(1, min(steps, int((left_s - evaluations * kl_s) / step_s)))
+        return TrainingState(identity, steps, math.ceil(steps / evaluations), rate, before, tried, start)
 
-    def _best_rate(self, start: Mapping[str, Tensor], steps: int) -> tuple[float, dict[str, float]]:
-        """Climb over rates that differ by a factor of three, from the first one in the direction that is better."""
+    def _seconds_of_a_step(self, start: Mapping[str, Tensor]) -> float:
+        optimizer, step_s = self._optimizer(0.0), 0.0
+        for step in range(2):  # the first step is slow
+            _, step_s = self._timed(partial(self._step, optimizer, step))
+        self._weights.load(start)
+        return step_s
+
+    def _found_rate(
+        self, start: Mapping[str, Tensor], steps: int, kl_s: float, step_s: float
+    ) -> tuple[float, dict[str, float]]:
+        """A learning rate and the divergences of those that were tried: none if the limit leaves no time for it."""
+        limit_s = _SEARCH_SHARE * self._seconds_left()
+        if math.isfinite(limit_s):
+            steps = min(steps, int((limit_s / _LEAST_TRIALS - kl_s) / step_s))
+        return self._best_rate(start, steps, limit_s) if steps >= _LEAST_TRIAL_STEPS else (FIRST_RATE, {})
+
+    def _seconds_left(self) -> float:
+        """Seconds within the limit; infinite without one."""
+        return math.inf if self._settings.minutes is None else self._settings.minutes * 60 - self._seconds()
+
+    @staticmethod
+    def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+        """The result and its seconds."""
+        begin = time.monotonic()
+        return work(), time.monotonic() - begin
+
+    def _best_rate(self, start: Mapping[str, Tensor], steps: int, limit_s: float) -> tuple[float, dict[str, float]]:
+        """Climb over rates that differ by a factor of three, from the first one in the direction that is better.
+
+        Args:
+            start: The weights that every trial starts from.
+            steps: Steps of a trial.
+            limit_s: No further rate is tried after this time.
+        """
         found: dict[float, float] = {}
+        begin = time.monotonic()
 
         def divergence(rate: float) -> float:
             if rate not in found:
+                if found and time.monotonic() - begin > limit_s:
+                    return math.inf
                 found[rate] = self._try(rate, steps)
                 self._weights.load(start)
             return found[rate]
 
         rate = FIRST_RATE
-        up = divergence(rate * _RATE_FACTOR) < divergence(rate)
+        up = divergence(rate) > divergence(rate * _RATE_FACTOR)
         factor = _RATE_FACTOR if up else 1 / _RATE_FACTOR
         while divergence(rate * factor) < divergence(rate):
             rate *= factor
@@ -247,6 +290,7 @@ class _Run:
         optimizer = self._optimizer(rate)
         try:
             for step in range(steps):
+                self._progress(f"learning rate {rate:.0e}", step, steps)
                 self._set_rate(optimizer, rate * min(1.0, (step + 1) / max(1, steps // 2)))
                 self._step(optimizer, step)
             return self._kl()
@@ -285,8 +329,7 @@ class _Run:
         return self._other.measure().interval.value
 
     def _is_over(self, state: TrainingState) -> bool:
-        limit = self._settings.minutes
-        return state.evaluations_without_gain >= _PATIENCE or (limit is not None and self._seconds() > limit * 60)
+        return state.evaluations_without_gain >= _PATIENCE or self._seconds_left() <= 0
 
     def _seconds(self) -> float:
         return self._earlier_s + time.monotonic() - self._started

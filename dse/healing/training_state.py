@@ -31,6 +31,7 @@ class TrainingState:
     Attributes:
         identity: Of the text and the settings; a state of others is not used.
         steps: Steps of the whole schedule.
+        evaluated_every: Steps from one evaluation to the next.
         learning_rate: Peak of the schedule.
         kl_before: Divergence on the text of another source before the first step.
         rates_tried: Learning rate to the divergence after the first steps.
@@ -47,6 +48,7 @@ class TrainingState:
 
     identity: str
     steps: int
+    evaluated_every: int
     learning_rate: float
     kl_before: float
     rates_tried: Mapping[str, float]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dse.topology import DecomposableTensor, RemovableBlock, TensorStack
+from dse.model_parts import DecomposableTensor, RemovableBlock, TensorStack
 
 __all__ = ["STACK_ROLES", "find_stacks", "run_skeleton", "skeleton_of"]
 

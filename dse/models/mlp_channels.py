@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dse.model_parts import DecomposableTensor, Mlp
 from dse.models.layer_skeleton import run_skeleton, skeleton_of
 from dse.models.removed_modules import RemovedBlock
-from dse.topology import DecomposableTensor, Mlp
 
 __all__ = ["find_mlps"]
 

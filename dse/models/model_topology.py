@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dse.errors import ModelError, UnknownArchitectureError, did_you_mean
+from dse.model_parts import DecomposableTensor
 from dse.models.fused_experts import find_experts
 from dse.models.layer_skeleton import find_stacks
 from dse.models.mlp_channels import find_mlps
@@ -34,7 +35,7 @@ from dse.models.sizes import (
     persistent_buffer_bytes,
     repeated_paths,
 )
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 
 __all__ = ["topology_of"]
 

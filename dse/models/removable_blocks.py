@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dse.expert_tensor import ExpertTensor
+from dse.model_parts import DecomposableTensor, RemovableBlock
 from dse.models.layer_skeleton import run_skeleton, skeleton_of
 from dse.models.removed_modules import RemovedBlock
 from dse.models.roles import block_role_of
 from dse.models.sizes import layer_attention_widths, matmul_entries, persistent_buffer_bytes
-from dse.topology import DecomposableTensor, RemovableBlock
 
 __all__ = ["find_blocks"]
 

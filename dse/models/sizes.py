@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dse.topology import DecomposableTensor
+from dse.model_parts import DecomposableTensor
 
 __all__ = [
     "attention_widths",

@@ -11,7 +11,7 @@ from typing import Any
 from dse.cost import factor_parameters
 from dse.design_point import REMOVED, DesignPoint, TensorChoice
 from dse.expert_tensor import ExpertTensor
-from dse.topology import DecomposableTensor
+from dse.model_parts import DecomposableTensor
 
 __all__ = [
     "OUTSIDE_LAYERS",

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from dse.design_point import PIVOTED, DesignPoint, TensorChoice
 from dse.errors import AllocationError
-from dse.topology import Matrix, Topology
+from dse.model_parts import Matrix
+from dse.topology import Topology
 
 __all__ = ["CurveAllocation", "allocate_curves"]
 

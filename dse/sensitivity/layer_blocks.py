@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from dse.topology import ATTENTION_ROLES, DecomposableTensor, Matrix, TensorStack, Topology
+from dse.model_parts import DecomposableTensor, Matrix, TensorStack
+from dse.topology import ATTENTION_ROLES, Topology
 
 __all__ = ["Block", "blocks_of_topology", "groups_that_remain"]
 

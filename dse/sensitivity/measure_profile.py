@@ -18,6 +18,7 @@ from dse.decomposition import CalibrationWindows, FactorBank
 from dse.design_point import REMOVED, WIDTH, DesignPoint, TensorChoice
 from dse.errors import CalibrationError, NonFiniteError, ProfileError
 from dse.files import cache_dir
+from dse.model_parts import Matrix, Mlp
 from dse.models import LoadedModel
 from dse.progress import ProgressCallback, ignore_progress
 from dse.sensitivity.divergence_meter import DivergenceMeter, OptionDivergence
@@ -29,7 +30,6 @@ from dse.sensitivity.sensitivity_curves import BlockCurve, TensorCurve, best_spl
 from dse.sensitivity.sensitivity_profile import MeasuredPart, SensitivityProfile
 from dse.sensitivity.sensitivity_table import SensitivityTable, TableOrigin
 from dse.sensitivity.truncation import truncation_errors
-from dse.topology import Matrix, Mlp
 
 __all__ = ["measure_profile", "measure_profile_share", "profile_origin"]
 

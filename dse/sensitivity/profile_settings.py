@@ -12,8 +12,9 @@ from dse.cost import break_even_rank, has_core
 from dse.decomposition import METHODS, RankRequests
 from dse.design_point import METHOD_NAMES, WIDTH
 from dse.errors import ConfigError
+from dse.model_parts import Mlp
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology
-from dse.topology import Mlp, Topology
+from dse.topology import Topology
 
 __all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from dse.cost import break_even_rank, factor_parameters, has_core
 from dse.design_point import TensorChoice
 from dse.errors import AllocationError
+from dse.model_parts import Matrix
 from dse.sensitivity.allocation import allocate
 from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.topology import Matrix
 
 __all__ = ["BlockCurve", "TensorCurve", "best_split", "profiled_ranks", "rank_of_kept_fraction", "split_table"]
 

@@ -17,6 +17,7 @@ from dse.errors import ConfigError, ProfileError
 from dse.export import engine_pair
 from dse.measurement import device_lock
 from dse.measurement.device_profile import ModelProfile, Phase, ProductTimings, profile_model, timings_for
+from dse.model_parts import Matrix, Mlp
 from dse.models import LoadedModel
 from dse.report.rank_curves import RankCurve, RankPanel, rank_curves_html
 from dse.search.spaces.base import SearchSpace
@@ -24,7 +25,7 @@ from dse.sensitivity import SensitivityProfile, option_shapes
 from dse.standalone.measure_engine import EngineRequest
 from dse.standalone.model_request import ModelRequest
 from dse.study import StudyListener
-from dse.topology import Matrix, Mlp, Topology
+from dse.topology import Topology
 from dse.trial import settled_space
 
 __all__ = ["RankTimingRequest", "rank_timings_html", "time_ranks"]

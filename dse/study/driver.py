@@ -28,6 +28,7 @@ from dse.search.start_up_points import unseen_feasible_levels
 from dse.study.folder import StudyFolder
 from dse.study.storage import StudyStorage
 from dse.study.study import Study
+from dse.study.trial_log import proposal_line, result_line
 from dse.study.trial_tables import TrialTables
 from dse.trial.objectives import measured_limit_violations, with_objective_values
 from dse.trial.trial_evaluator import new_record
@@ -99,7 +100,7 @@ class StudyDriver:
     idle: IdlePower | None = None
     _begun_s: float = field(default_factory=time.monotonic)
     _evaluated_here: int = 0
-    _tables: TrialTables = field(default_factory=TrialTables)
+    _tables: TrialTables = field(init=False)
 
     def __post_init__(self) -> None:
         config, objectives, plan = self.outline.config, self.outline.objectives, self.outline.plan
@@ -130,6 +131,7 @@ class StudyDriver:
             is_parallel=self.workers.count > 1,
         )
         self.storage.on_wait = self._wait_for_storage
+        self._tables = TrialTables(is_parallel=self.workers.count > 1)
 
     @property
     def outline(self) -> StudyOutline:
@@ -308,7 +310,7 @@ class StudyDriver:
     def _submit(self, trial: PendingTrial) -> None:
         record = trial.record
         self.listener.on_trial_start(self.progress(), record)
-        logger.info("trial %d: point %s, %s", record.trial, record.point_id, _summary(record))
+        logger.info("trial %d: point %s, %s", record.trial, record.point_id, proposal_line(record))
         self.pending[record.point_id] = trial
         self.taken.add(record.point_id)
         rule = self.fidelity.early_stopping(self.baseline)
@@ -349,7 +351,7 @@ class StudyDriver:
     def report_trial(self, record: TrialRecord) -> None:
         """Write the tables, log the trial and tell the listener; a failed trial checks that the device responds."""
         self._tables.refresh(self.study)
-        logger.info("trial %d: %s", record.trial, _result(record))
+        logger.info("trial %d: %s", record.trial, result_line(record))
         self.listener.on_trial_end(self.progress(), record)
         if record.state == "failed":
             self.workers.check_device()
@@ -382,22 +384,3 @@ class StudyDriver:
         """A generator seeded by the number of submitted trials, which a resumed study and an undisturbed one share."""
         submitted = self.evaluated + len(self.pending)
         return random.Random(f"{self.outline.config.sampler.seed} {submitted} {purpose}")
-
-
-def _summary(record: TrialRecord) -> str:
-    """`12 tensors decomposed, reduction 8.3 % (allocation)`."""
-    point = record.point
-    changes = (
-        (len(point.decomposed), "tensors decomposed"),
-        (len(point.widths), "MLPs narrowed"),
-        (len(point.removed), "blocks removed"),
-    )
-    parts = [f"{count} {what}" for count, what in changes if count]
-    what = "dense" if record.is_dense else ", ".join(parts)
-    return f"{what}, reduction {100 * record.cost['reduction']:.1f} % ({record.origin})"
-
-
-def _result(record: TrialRecord) -> str:
-    if record.state != "complete":
-        return f"{record.state}: {record.reason}"
-    return "complete, " + ", ".join(f"{name} {entry.value:.5g}" for name, entry in record.quantities.items())

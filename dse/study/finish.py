@@ -103,10 +103,13 @@ def _measure_other_text(driver: StudyDriver) -> None:
     if not driver.outline.facts.get("calibration"):
         return
     found = dict(driver.storage.attributes.get(OTHER_TEXT, {}))
-    for record in driver.study().front_records:
-        if not record.is_dense and str(record.trial) not in found:
-            found[str(record.trial)] = driver.workers.run(MeasureOtherText(record))
-            driver.storage.set_attribute(OTHER_TEXT, found)
+    front = [record for record in driver.study().front_records if not record.is_dense]
+    waiting = [record for record in front if str(record.trial) not in found]
+    if waiting:
+        driver.listener.on_message(f"comparing {len(waiting)} points with the dense model on text of another source")
+    for record in waiting:
+        found[str(record.trial)] = driver.workers.run(MeasureOtherText(record))
+        driver.storage.set_attribute(OTHER_TEXT, found)
     if words := other_text_words(found):
         driver.listener.on_message(words)
 

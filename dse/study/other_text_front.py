@@ -21,7 +21,7 @@ _LARGE_RATIO = 1.5
 def with_other_text(record: TrialRecord, found: Mapping[str, Any]) -> TrialRecord:
     """The record with `kl_divergence_other`, and with `kl_divergence` if the study did not measure that itself."""
     entry = found.get(str(record.trial))
-    if not entry:
+    if entry is None or "own" not in entry:
         return record
     own, other = (Interval(**entry[name]) for name in ("own", "other"))
     return dataclasses.replace(

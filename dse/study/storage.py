@@ -310,13 +310,11 @@ class StudyStorage:
         with self._writing():
             if self._was_repeated() and self._storage.get_trial(self._trial_id(record.trial)).state.is_finished():
                 return
-            trial = self._trial(record.trial)
+            trial_id = self._trial_id(record.trial)
             if violations:
-                self._storage.set_trial_system_attr(
-                    self._trial_id(record.trial), _DASHBOARD_CONSTRAINTS, list(violations.values())
-                )
-                trial.set_user_attr(_DASHBOARD_CONSTRAINTS, dict(violations))
-            trial.set_user_attr(_RECORD, json.dumps(record.to_json(), allow_nan=False))
+                self._storage.set_trial_system_attr(trial_id, _DASHBOARD_CONSTRAINTS, list(violations.values()))
+                self._storage.set_trial_user_attr(trial_id, _DASHBOARD_CONSTRAINTS, dict(violations))
+            self._storage.set_trial_user_attr(trial_id, _RECORD, json.dumps(record.to_json(), allow_nan=False))
             self._study.tell(record.trial, None if values is None else list(values), state=state)
 
     @_patient

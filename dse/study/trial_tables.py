@@ -16,15 +16,20 @@ _PAUSES = 20.0
 class TrialTables:
     """Writes `trials.csv` and `front.csv`, and keeps what progress reports say about the front.
 
-    Tables of a few hundred trials take milliseconds and are written after every trial. Longer ones are written at most
-    for one twentieth of the time; the last ones are written when the run ends.
+    Tables of a few hundred trials take milliseconds and are written after every trial of a single worker. Longer ones,
+    and those of several workers, which would wait meanwhile, are written at most for one twentieth of the time. The
+    last ones are written when the run ends.
+
+    Args:
+        is_parallel: Whether there are several workers.
 
     Attributes:
         front_size: Number of points on the front in the last tables.
         hypervolume: Its hypervolume; None before the baseline is measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_parallel: bool) -> None:
+        self._always_s = 0.0 if is_parallel else _ALWAYS_S
         self.front_size = 0
         self.hypervolume: float | None = None
         self._due_s = 0.0
@@ -38,4 +43,4 @@ class TrialTables:
         study.write_tables()
         self.front_size, self.hypervolume = study.front_size, study.hypervolume
         took_s = time.monotonic() - begin_s
-        self._due_s = begin_s + (took_s * _PAUSES if took_s > _ALWAYS_S else 0.0)
+        self._due_s = begin_s + (took_s * _PAUSES if took_s > self._always_s else 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import statistics
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 from dse.config import CalibrationConfig
 from dse.decomposition import FactorBank, decompose, held_out_windows, longest_window
-from dse.errors import ModelError, TrialError
+from dse.errors import CalibrationError, ModelError, TrialError
 from dse.evaluation.divergence import DenseDivergence
 from dse.healing import windows_of_other_text
 from dse.measurement import device_in_use
@@ -19,7 +20,10 @@ from dse.trial_record import TrialRecord
 
 __all__ = ["OtherText", "other_text_ratio"]
 
-_TOKENS = 1024
+logger = logging.getLogger("dse")
+
+_TOKENS = 512
+"""Of each text. The figures are read as a median over points, and the comparison must not lengthen a study."""
 
 
 class OtherText:
@@ -38,16 +42,17 @@ class OtherText:
         """The divergences of a record's point.
 
         Returns:
-            `own` and `other`, intervals as JSON mappings; empty if the model has no output head for text, or if the
-            point cannot be measured.
+            `own` and `other`, intervals as JSON mappings; or the `reason` why they cannot be measured, for example that
+            the model has no output head for text.
         """
         try:
             with device_in_use(self._loaded.device):
                 own, other = self._dense
                 with decompose(self._loaded, record.point, self._bank):
                     found = {"own": own.measure().interval, "other": other.measure().interval}
-        except (ModelError, TrialError):
-            return {}
+        except (CalibrationError, ModelError, TrialError) as error:
+            logger.warning("trial %d is not compared on text of another source: %s", record.trial, error)
+            return {"reason": str(error)}
         return {name: dataclasses.asdict(interval) for name, interval in found.items()}
 
     @cached_property
@@ -67,6 +72,6 @@ def other_text_ratio(found: Mapping[str, Mapping[str, Any]]) -> float | None:
     ratios = [
         entry["other"]["value"] / entry["own"]["value"]
         for entry in found.values()
-        if entry and entry["own"]["value"] > 0
+        if "own" in entry and entry["own"]["value"] > 0
     ]
     return statistics.median(ratios) if ratios else None

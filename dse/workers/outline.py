@@ -9,11 +9,12 @@ from typing import Any
 from dse.config import StudyConfig
 from dse.design_point import DesignPoint
 from dse.measurement import describe_environment
+from dse.model_parts import Decomposable
 from dse.pareto import Objective
 from dse.search.spaces.base import SearchSpace
 from dse.sensitivity.allocation_constraints import STACK_ROLES
 from dse.sensitivity.sensitivity_table import SensitivityTable
-from dse.topology import Decomposable, Topology
+from dse.topology import Topology
 from dse.trial.measurement_plan import MeasurementPlan
 from dse.workers.setup import PreparedStudy
 

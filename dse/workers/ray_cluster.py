@@ -125,7 +125,7 @@ class RayCluster:
             ConfigError: There are fewer GPUs than the workers need.
         """
         nodes = self._nodes()
-        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        gpus = sorted(int(node.get("GPU", 0)) for node in nodes)
         each = self._config.gpus_per_worker
         if not any(gpus):
             if each > 1:

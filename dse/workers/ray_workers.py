@@ -84,7 +84,7 @@ class RayWorkers(Workers):
         for message in first.messages:
             listener.on_message(message)
         self.outline = first.outline
-        call_actor(self._desk, "offer", first.files).result()
+        self._offer(first.files)
         check_same_devices(first.outline, [facts[m.index] for m in members], self._settings.mixed)
         joined = self._each(members[1:], {m.index: ("join",) for m in members[1:]})
         for member in members:
@@ -329,6 +329,20 @@ class RayWorkers(Workers):
         if call is None:
             raise ValueError("a worker without a call has no result")
         return call.result()
+
+    def _offer(self, files: tuple[str, ...]) -> None:
+        """Let other machines fetch these files; again if the desk ended and restarts."""
+        for attempt in range(_MAX_FAILED_STARTS):
+            try:
+                call_actor(self._desk, "offer", files).result()
+                return
+            except WorkerLostError as error:
+                logger.warning("the process that serves files to workers ended: %s", error)
+                time.sleep(_RETRY_S * (attempt + 1))
+        raise StudyError(
+            f"a process that serves files must start on the driver's machine, but ended {_MAX_FAILED_STARTS} times; see"
+            " the logs of Ray there"
+        )
 
     def _read_phases(self) -> dict[int, tuple[str, int, int]]:
         """The latest report of each worker; a report that has not arrived yet is not awaited."""

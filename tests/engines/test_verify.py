@@ -136,14 +136,14 @@ def test_a_graph_from_the_command_line(
     run("verify", tmp_path / form, "--trust-remote-code", expect=2)
 
 
-def test_vllm_verifies_an_export_with_factors(run: Run, tmp_path: Path) -> None:
-    """`dse verify --engine vllm` adds the commands that serve the folder to the card."""
+def test_an_export_is_verified_in_vllm_before_it_is_put_in_place(tmp_path: Path) -> None:
+    """The card then has the commands that serve the folder."""
     python = engine_python("vllm")
     loaded = engine_model()
     bank = dse.FactorBank.build(loaded, [POINT], folder=tmp_path / "bank")
-    export_point(loaded, POINT, bank, tmp_path / "small")
-    command = ["verify", tmp_path / "small", "--trust-remote-code", "--engine", "vllm", "--python", python]
-    assert "verified in vllm" in run(*command)[0]
+    result = export_point(loaded, POINT, bank, tmp_path / "small", verify_in=["vllm"], python=python)
+    assert [report.engine for report in result.engine_reports] == ["vllm"]
+    assert result.engine_reports[0].max_difference < 1e-4
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert "vllm serve path/to/this/folder --trust-remote-code --dtype float32" in card
     assert "lm_eval --model vllm --model_args pretrained=path/to/this/folder,trust_remote_code=True" in card

@@ -23,7 +23,8 @@ _BUILT = Path(__file__).parents[2] / ".ci" / "engine_environment"
 
 
 @functools.cache
-def _available(name: str) -> EngineAvailability:
+def engine_availability(name: str) -> EngineAvailability:
+    """Whether an engine is installed, and where."""
     engine = ENGINES[name]
     if name == "vllm" and engine.python_variable not in os.environ:  # the environment that CI built, if it did
         built = subprocess.run([str(_BUILT), "--find", name], capture_output=True, text=True, check=False)
@@ -33,7 +34,7 @@ def _available(name: str) -> EngineAvailability:
 
 def engine_python(name: str) -> str:
     """The interpreter of an engine; skips the test, in one line, where the engine is not installed."""
-    found = _available(name)
+    found = engine_availability(name)
     if not found.is_available:
         pytest.skip(f"{ENGINES[name].title} is not installed: {found.problem}; {found.remedy}")
     return found.python

@@ -13,8 +13,9 @@ from topologies import topology_of_shapes
 from dse.config import parse_search_space
 from dse.design_point import METHOD_NAMES, DesignPoint
 from dse.errors import ConfigError
+from dse.model_parts import RemovableBlock, TensorStack
 from dse.search.spaces.base import SearchSpace
-from dse.topology import RemovableBlock, TensorStack, Topology
+from dse.topology import Topology
 
 
 def space_of(topology: Topology, *, check: bool = True, **config: Any) -> SearchSpace:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dse.topology import DecomposableTensor, Topology
+from dse.model_parts import DecomposableTensor
+from dse.topology import Topology
 
 Shapes = Mapping[str, tuple[int, int]]
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,12 @@ from tiny_study import environment, tiny_study
 
 from dse.study import Study
 from dse.trial_record import EVALUATED_STATES
+
+_SLOW_JOBS = """
+import time
+from dse.workers.study_worker import StudyWorker
+StudyWorker.run = (lambda run: lambda self, job: (time.sleep({}), run(self, job))[1])(StudyWorker.run)
+"""
 
 
 def worker_study(folder: Path, trials: int, **changes: Any) -> dict[str, Any]:
@@ -100,9 +107,11 @@ class RayNodes:
         self.nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def keys(self, count: int, **keys: Any) -> dict[str, Any]:
-        """Keys of a study's `workers`."""
-        started_by = {"py_executable": str(self.preloaded.executable)}
+    def keys(self, count: int, *, slow_s: float = 0.0, **keys: Any) -> dict[str, Any]:
+        """Keys of a study's `workers`; a job takes `slow_s` longer, so that a signal arrives before it ends."""
+        started_by: dict[str, Any] = {"py_executable": str(self.preloaded.executable)}
+        if slow_s:
+            started_by["env_vars"] = {"PRELOADED_FIRST": _SLOW_JOBS.format(slow_s)}
         return {"ray_address": self.address, "count": count, "runtime_env": started_by, **keys}
 
     def workers(self) -> list[WorkerProcess]:
@@ -114,6 +123,14 @@ class RayNodes:
                 if title.startswith("ray::StudyWorker"):
                     found.append(WorkerProcess(process.pid, title.partition(".")[2].split("(")[0]))
         return found
+
+    def kill_within(self, worker: WorkerProcess, method: str) -> bool:
+        """Kill a worker that executes this method; stopped first, so that it does not finish meanwhile."""
+        if worker.method != method or not worker.send(signal.SIGSTOP):
+            return False
+        still = any(found == worker for found in self.workers())
+        worker.send(signal.SIGKILL if still else signal.SIGCONT)
+        return still
 
     def close(self) -> None:
         import ray

@@ -84,6 +84,7 @@ def test_shipped_studies_load(path: Path) -> None:
 
 def test_all_shipped_files_are_checked() -> None:
     assert {path.stem for path in SPACES} == {
+        "all_forms",
         "depth_profile",
         "layer_rank",
         "layer_role_fisher",

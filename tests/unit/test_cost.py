@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dse.cost import Cost, break_even_rank, check_point, factor_parameters, has_core, point_cost, point_problems
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
+from dse.model_parts import DecomposableTensor
 from dse.models import load_topology, topology_of
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 
 SHARED = Path(os.environ.get("DSE_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 sizes = st.integers(1, 400)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import PointError
-from dse.topology import DecomposableTensor, RemovableBlock, Topology
+from dse.model_parts import DecomposableTensor, RemovableBlock
+from dse.topology import Topology
 
 ROLES = ("query", "key", "up", "down")
 TOPOLOGY = Topology(

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dse.errors import PointError
-from dse.topology import DecomposableTensor, Topology
+from dse.model_parts import DecomposableTensor
+from dse.topology import Topology
 
 ROLES = ("query", "up", "down")
 

@@ -9,8 +9,9 @@ from dse.config import RankConfig
 from dse.cost import factor_parameters
 from dse.design_point import WIDTH, TensorChoice
 from dse.expert_tensor import ExpertTensor
+from dse.model_parts import Decomposable, Matrix, Mlp, RemovableBlock
 from dse.search.spaces.rank_levels import level_count, method_for, rank_at, width_levels
-from dse.topology import Decomposable, Matrix, Mlp, RemovableBlock, Topology
+from dse.topology import Topology
 
 __all__ = ["Form", "Group", "matrices_of", "stacked_roles", "whole_blocks", "whole_mlps"]
 

@@ -13,11 +13,12 @@ from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError
 from dse.expert_tensor import EXPERT_ROLES
+from dse.model_parts import Decomposable
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.level_group import Group, matrices_of, stacked_roles, whole_blocks, whole_mlps
 from dse.search.spaces.rank_levels import nearest_method, saved_by_tensor, saved_in_parts
 from dse.search.spaces.scope import check_roles
-from dse.topology import Decomposable, Topology
+from dse.topology import Topology
 
 __all__ = ["LevelSpace"]
 

@@ -11,7 +11,8 @@ from dse.config import RankConfig
 from dse.cost import factor_parameters, has_core, largest_rank
 from dse.design_point import DesignPoint, TensorChoice
 from dse.expert_tensor import ExpertTensor
-from dse.topology import Decomposable, Mlp, Topology
+from dse.model_parts import Decomposable, Mlp
+from dse.topology import Topology
 
 __all__ = [
     "level_count",

@@ -13,9 +13,10 @@ from typing import TypeVar
 from dse.config import SearchSpaceConfig
 from dse.cost import parameters_saved
 from dse.design_point import DesignPoint, TensorChoice
+from dse.model_parts import DecomposableTensor
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.rank_levels import level_count, nearest_method, rank_at, saved_by_tensor, saved_parameters
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 
 __all__ = ["SubsetSpace"]
 

@@ -121,7 +121,7 @@ def test_help_is_fast_and_shows_an_example() -> None:
     assert all(f"\n    {name}" in found["texts"][""] for name in COMMANDS)
     assert "--json" in found["texts"]["front"]
     assert "shipped studies: bert_base_squad, " in found["texts"]["run"]
-    assert "shipped search spaces: depth_profile, " in found["texts"]["space"]
+    assert "shipped search spaces: all_forms, depth_profile, " in found["texts"]["space"]
 
 
 def test_version(dse: Run) -> None:

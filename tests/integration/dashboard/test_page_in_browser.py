@@ -58,7 +58,7 @@ def page(study: SyntheticStudy, browser: Browser) -> Iterator[Browser]:
 def _trace(page: Browser, name: str) -> dict[str, Any]:
     script = (
         "const plot = document.querySelector('#front-plot .js-plotly-plot');"
-        "const found = plot.data.find((trace) => trace.name === arguments[0]);"
+        "const found = (plot?.data || []).find((trace) => trace.name === arguments[0]);"  # none while it is drawn anew
         "return found ? {trials: found.customdata, x: found.x} : {trials: [], x: []}"
     )
     found: dict[str, Any] = page.run(script, name)
@@ -67,7 +67,7 @@ def _trace(page: Browser, name: str) -> dict[str, Any]:
 
 def _drawn(page: Browser) -> set[int]:
     plot = "document.querySelector('#front-plot .js-plotly-plot')"
-    return set(page.run(f"return [...new Set({plot}.data.flatMap((trace) => trace.customdata || []))]"))
+    return set(page.run(f"return [...new Set(({plot}?.data || []).flatMap((trace) => trace.customdata || []))]"))
 
 
 # The tests below are one visit: each continues where the one before it ends.

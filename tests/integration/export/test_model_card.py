@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from dse.design_point import DesignPoint, TensorChoice
 from dse.export.card_tables import code, measured_figures, table, text
 from dse.export.model_card import CardContent, model_card
-from dse.topology import DecomposableTensor, Topology
+from dse.model_parts import DecomposableTensor
+from dse.topology import Topology
 
 TENSORS = tuple(
     DecomposableTensor(f"layers.{layer}.{role}", f"model.layers.{layer}.{role}_proj", layer, role, 64, 48)

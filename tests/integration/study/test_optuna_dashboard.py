@@ -67,6 +67,6 @@ def test_the_dashboard_shows_what_its_users_expect(study: Study, api: str) -> No
         record, attributes = records[trial["number"]], {e["key"]: e["value"] for e in trial["user_attrs"]}
         assert (max(trial["constraints"]) <= 0) == record.feasible
         assert json.loads(attributes["constraints"]).keys() == {"reduction_min", "reduction_max"}
-        assert json.loads(json.loads(attributes["record"]))["point_id"] == record.point_id
+        assert json.loads(attributes["record"])["point_id"] == record.point_id
         if record.state == "complete":
             assert trial["values"] == pytest.approx([record.value("accuracy"), record.value("parameters")])

@@ -50,7 +50,13 @@ def test_a_calibrated_study_reports_both_divergences_once(tiny_folder: Path, tmp
 
 
 def test_the_ratio_is_the_median_over_points_and_a_large_one_asks_for_more_text() -> None:
-    found = {"1": entry(0.1, 0.2), "2": entry(0.1, 0.1), "3": entry(0.2, 1.0), "4": {}, "5": entry(0.0, 0.1)}
+    found = {
+        "1": entry(0.1, 0.2),
+        "2": entry(0.1, 0.1),
+        "3": entry(0.2, 1.0),
+        "4": {"reason": "no head"},
+        "5": entry(0.0, 0.1),
+    }
     assert other_text_ratio(found) == pytest.approx(2.0)
     assert "calibrate on more text" in other_text_words(found)
     assert "calibrate" not in other_text_words({"1": entry(0.1, 0.12)})

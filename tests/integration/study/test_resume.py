@@ -316,9 +316,9 @@ def test_a_full_disk_loses_nothing(
     study_yaml = write_study(tmp_path / "study.yaml", config)
     for _ in range(2):  # as long as the disk is full, nothing changes
         assert main(["run", str(study_yaml), "--out", str(out)]) == 2
-        told = capfd.readouterr()
-        assert told.out == ""
-        assert [line[:11] for line in told.err.splitlines() if "loading" not in line] == ["dse: error:"]
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert [line[:11] for line in printed.err.splitlines() if "loading" not in line] == ["dse: error:"]
     assert [record.trial for record in open_study(out).records] == [0, 1, 2]
     filler.unlink()
     study = run_study(config, out=out)

@@ -1,4 +1,4 @@
-"""Nodes that differ: without the driver's cache folder, with another device or version, without memory or disk."""
+"""Nodes that differ: without the driver's cache folder, with another device or version, or without memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_support import Watcher, fill_disk
-from tiny_study import tiny_study
-from worker_support import RayNodes, check_complete, outcome, worker_study
+from worker_support import RayNodes, outcome, worker_study
 
-from dse.errors import StorageFullError, StudyError
+from dse.errors import StudyError
 from dse.report.worker_lanes import read_lanes
-from dse.study import Study, open_study, run_study
+from dse.study import Study, run_study
 from dse.trial_record import EVALUATED_STATES
 
 TRIALS = 10
@@ -108,21 +106,6 @@ def test_a_machine_without_memory_is_refused(
     """Ray ends every worker that starts there."""
     with pytest.raises(StudyError, match=r"a worker must start, but .* ended 5 times"):
         run_study(worker_study(tiny_folder, TRIALS), out=tmp_path / "run", workers=nodes.keys(2))
-
-
-def test_a_full_disk_at_the_driver_loses_nothing(
-    nodes: RayNodes, tiny_folder: Path, tmp_path: Path, small_disk: Path
-) -> None:
-    config = tiny_study(tiny_folder, search="off", budget={"trials": TRIALS})
-    out, filler = small_disk / "run", small_disk / "filler"
-    with pytest.raises(StorageFullError, match="full"):
-        run_study(config, out=out, listener=Watcher(before={3: lambda: fill_disk(filler)}), workers=nodes.keys(2))
-    filler.unlink()
-    before = open_study(out).records
-    assert before
-    study = run_study(config, out=out, workers=nodes.keys(2))
-    assert study.records[: len(before)] == before
-    check_complete(study, TRIALS, run_study(config, out=tmp_path / "undisturbed"))
 
 
 def _bank(cache: Path) -> Path:

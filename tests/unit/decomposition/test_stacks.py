@@ -20,13 +20,12 @@ from dse.decomposition.factors import applied_factors, factors_of
 from dse.decomposition.low_rank_modules import NormThenFactor, SharedProduct
 from dse.decomposition.methods import METHODS, factorise
 from dse.decomposition.surgery import stacked_modules
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
+from dse.model_parts import TensorStack
 from dse.models import LoadedModel, topology_of
-from dse.topology import TensorStack
 
 TOKENS = torch.arange(12).reshape(2, 6)
-METHOD_NAMES = tuple(METHODS)
 
 
 def windows(llama: LoadedModel):  # type: ignore[no-untyped-def]

@@ -194,6 +194,15 @@ def test_the_search_takes_the_best_of_the_rates_that_it_tried(
     assert len(report.rates_tried) >= 3
 
 
+def test_a_limit_that_leaves_no_time_keeps_the_points_own_weights(
+    loaded: LoadedModel, bank: FactorBank, teacher: Teacher, other: DenseDivergence
+) -> None:
+    settings = dataclasses.replace(SETTINGS, minutes=1e-9, learning_rate=None)
+    report = healed(loaded, bank, teacher, other, settings).report
+    assert (report.tokens, report.best_tokens, report.history, report.rates_tried) == (0, 0, (), {})
+    assert report.kl_after == report.kl_before
+
+
 class KilledError(Exception):
     pass
 

@@ -22,11 +22,12 @@ from dse.cost import factor_parameters, point_cost, point_problems
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
 from dse.expert_tensor import ExpertTensor
+from dse.model_parts import DecomposableTensor, RemovableBlock
 from dse.models import load_topology, topology_of
 from dse.report.rank_map import placed_choices, rank_map_of
 from dse.search.spaces.base import SearchSpace
 from dse.study import run_study
-from dse.topology import DecomposableTensor, RemovableBlock, Topology
+from dse.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 ATTENTION = ["query", "key", "value", "attention_output"]

@@ -19,12 +19,13 @@ from dse.config import RankConfig, load_search_space, load_study
 from dse.cost import break_even_rank, factor_parameters, has_core, point_cost, point_problems
 from dse.design_point import METHOD_NAMES, DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError
+from dse.model_parts import DecomposableTensor
 from dse.models import load_topology
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.rank_levels import rank_at
 from dse.search.spaces.scope import KNOWN_ROLES
 from dse.search.start_up_points import first_points, unseen_feasible_levels
-from dse.topology import DecomposableTensor, Topology
+from dse.topology import Topology
 from dse.trial.objectives import resolve_objectives
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -241,9 +242,9 @@ def test_a_space_that_does_not_fit_the_model_is_refused(kind: str, config: dict[
     ("point", "words"),
     [
         ({"method": "tucker", "rank": 1, "layers": [0]}, "svd"),
-        ({"method": "svd", "rank": 2, "layers": [0]}, "ranks"),
+        ({"method": "svd", "rank": 2, "layers": [0]}, "has [2, 2, 2]; its levels are"),
         ({"method": "svd", "rank": 1, "layers": [1]}, "not among its tensors"),
-        ({"method": "svd", "rank": 1, "layers": [0], "roles": ["up"]}, "ranks"),
+        ({"method": "svd", "rank": 1, "layers": [0], "roles": ["up"]}, "has [1]; its levels are"),
         ({"tensors": {"layers.0.up": {"method": "svd", "rank": 1},
                       "layers.0.key": {"method": "tucker", "rank": 1}}}, "svd"),
     ],

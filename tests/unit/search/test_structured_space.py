@@ -95,9 +95,9 @@ def test_the_last_level_of_a_group_removes_the_block_that_consists_of_it() -> No
         wide.levels_of(DesignPoint.of({"layers.0.mlp": TensorChoice.removal()}))
 
 
-def test_a_subset_has_neither_stacks_nor_removal() -> None:
-    for key in ("stacks", "removal"):
-        with pytest.raises(ConfigError, match="are for `kind: levels`"):
+def test_a_subset_has_no_stacks_removal_or_widths() -> None:
+    for key in ("stacks", "removal", "widths"):
+        with pytest.raises(ConfigError, match="are not for `kind: subset`"):
             space_of(small(), kind="subset", **{key: True})
 
 

@@ -19,6 +19,7 @@ from dse.config import parse_search_space
 from dse.cost import point_cost, point_problems
 from dse.design_point import DesignPoint
 from dse.errors import ConfigError, PointError
+from dse.model_parts import DecomposableTensor, RemovableBlock
 from dse.models import load_topology
 from dse.search.spaces.base import SearchSpace
 from dse.search.spaces.depth_profile import RESOLUTION, DepthProfileSpace, at_depth
@@ -26,7 +27,7 @@ from dse.search.spaces.levels import LevelSpace
 from dse.search.spaces.prior_table import level_table
 from dse.search.warm_starts import allocated_point, warm_starts
 from dse.study import Study, run_study
-from dse.topology import DecomposableTensor, RemovableBlock, Topology
+from dse.topology import Topology
 
 ROLES = {"query": (32, 32), "up": (48, 32), "down": (32, 48)}
 TOPOLOGY = topology_of_shapes([ROLES] * 5, other=2000)

@@ -14,6 +14,7 @@ from dse.cost import break_even_rank, factor_parameters, has_core
 from dse.decomposition import CalibrationWindows, FactorBank
 from dse.decomposition.factors import as_matrix
 from dse.design_point import DesignPoint, TensorChoice
+from dse.model_parts import DecomposableTensor
 from dse.models import LoadedModel
 from dse.sensitivity.layer_blocks import blocks_of_topology
 from dse.sensitivity.sensitivity_curves import (
@@ -25,7 +26,6 @@ from dse.sensitivity.sensitivity_curves import (
     split_table,
 )
 from dse.sensitivity.truncation import truncation_errors
-from dse.topology import DecomposableTensor
 
 
 @pytest.mark.parametrize("method", ["svd", "whitened_svd", "tucker"])
