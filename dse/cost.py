@@ -2,9 +2,9 @@
 
 Let m = out_features and n = in_features. A dense weight has mn parameters and costs 2mn FLOPs per token (one multiply
 and one add per entry). Two factors of rank r have r(m + n) parameters and cost 2r(m + n) FLOPs. Tucker adds an r x r
-core: r^2 parameters and 2r^2 FLOPs. Pivoted factors have r(m + n) - r^2 parameters and twice as many FLOPs; an index
-of four bytes for each entry of the shorter side tells their order. A stack counts as one matrix: its right factor
-counts once. The break-even rank is the largest r whose factors have no more parameters than the weight.
+core: r^2 parameters and 2r^2 FLOPs. Pivoted factors have r(m + n) - r^2 parameters and twice as many FLOPs; their
+index of the shorter side is not counted. A stack counts as one matrix: its right factor counts once. The break-even rank
+is the largest r whose factors have no more parameters than the weight.
 
 An MLP of reduced width has fewer rows and columns in its matrices; parameters and FLOPs are proportional to the
 channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 DEFAULT_PROMPT_TOKENS = 512
-_INDEX_BYTES = 4
 
 
 def has_core(method: str) -> bool:
@@ -326,7 +325,6 @@ def point_cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = D
         reduction=1 - parameters / topology.parameters_dense,
         weight_bytes=round(parameters * topology.bytes_per_parameter)
         + topology.buffers_bytes
-        + _index_bytes(topology, point)
         - sum(block.buffers_bytes for block in removed),
         flops_prefill_per_token=round(2 * (matmul + head_share) + attention * seen_in_prefill),
         flops_decode_per_token=(
@@ -335,12 +333,6 @@ def point_cost(topology: Topology, point: DesignPoint, *, prompt_tokens: int = D
         kv_cache_bytes_per_token=(round(2 * cached * topology.bytes_per_parameter) if topology.is_decoder else None),
         prompt_tokens=prompt_tokens,
     )
-
-
-def _index_bytes(topology: Topology, point: DesignPoint) -> int:
-    """Bytes of the orders of pivoted factors."""
-    pivoted = [topology.decomposable(name) for name, choice in point.decomposed if choice.is_pivoted]
-    return sum(_INDEX_BYTES * min(part.shape) for part in pivoted)
 
 
 def _matmul_entries(topology: Topology, point: DesignPoint) -> tuple[int, int]:

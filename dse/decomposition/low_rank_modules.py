@@ -15,7 +15,6 @@ from torch import Tensor, nn
 __all__ = [
     "LowRankLinear",
     "NormThenFactor",
-    "PivotedLinear",
     "SharedProduct",
     "StackedLinear",
     "check_factor_shapes",
@@ -64,56 +63,6 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-class PivotedLinear(nn.Module):
-    """Linear layer of rank r by its independent columns or rows (see `dse.decomposition.pivoted_factors`).
-
-    By columns: `y = (x[p] + x[q] C^T) V^T + b`; by rows: `y[p] = x V^T`, `y[q] = y[p] C^T`, and then the bias.
-
-    Args:
-        pivots: Shape (out_features, rank) by columns, (rank, in_features) by rows.
-        combinations: Shape (rank, in_features - rank) by columns, (out_features - rank, rank) by rows.
-        order: By columns, the pivots, then the others. By rows, where each output stands among pivots, then others.
-            int32.
-        of_columns: Whether the columns are independent.
-        bias: Shape (out_features,), or None.
-    """
-
-    order: Tensor
-
-    def __init__(
-        self, pivots: Tensor, combinations: Tensor, order: Tensor, *, of_columns: bool, bias: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.of_columns = of_columns
-        self.rank = pivots.shape[1] if of_columns else pivots.shape[0]
-        self.out_features = pivots.shape[0] if of_columns else len(order)
-        self.in_features = len(order) if of_columns else pivots.shape[1]
-        self.pivots = linear_from(pivots, bias if of_columns else None)
-        self.combinations = linear_from(combinations)
-        self.row_bias = None if of_columns or bias is None else _parameter(bias)
-        self.register_buffer("order", order)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, shape (out_features,), or None."""
-        return self.pivots.bias if self.of_columns else self.row_bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        if self.of_columns:
-            ordered = x.index_select(-1, self.order)
-            chosen, others = torch.split(ordered, [self.rank, self.in_features - self.rank], dim=-1)
-            return self.pivots(chosen + self.combinations(others))  # type: ignore[no-any-return]
-        chosen = self.pivots(x)
-        y = torch.cat((chosen, self.combinations(chosen)), dim=-1).index_select(-1, self.order)
-        return y if self.row_bias is None else y + self.row_bias
-
-    def extra_repr(self) -> str:
-        """Shapes for `print(model)`."""
-        side = "columns" if self.of_columns else "rows"
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, by {side}"
 
 
 class NormThenFactor(nn.Module):

@@ -46,10 +46,10 @@ class PivotedFactors:
         return self.pivots.shape[1] if self.of_columns else self.pivots.shape[0]
 
     @property
-    def order(self) -> Tensor:
-        """The index that `PivotedLinear` gathers by, int32."""
-        places = self.columns_or_rows if self.of_columns else self.columns_or_rows.argsort()
-        return places.to(torch.int32)
+    def chosen(self) -> list[int]:
+        """Indices of the independent columns or rows, ascending."""
+        found: list[int] = self.columns_or_rows[: self.rank].tolist()
+        return found
 
     def product(self) -> Tensor:
         """The matrix, shape (out_features, in_features)."""

@@ -16,12 +16,12 @@ from dse.decomposition.factors import LowRankFactors
 from dse.decomposition.low_rank_modules import (
     LowRankLinear,
     NormThenFactor,
-    PivotedLinear,
     SharedProduct,
     StackedLinear,
     linear_from,
 )
 from dse.decomposition.pivoted_factors import pivoted
+from dse.decomposition.pivoted_module import PivotedLinear
 from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.decomposition.width_surgery import width_swaps
 from dse.design_point import DesignPoint, TensorChoice
@@ -234,7 +234,7 @@ def _pivoted_swap(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
     module = PivotedLinear(
         found.pivots,
         found.combinations,
-        found.order,
+        found.chosen,
         of_columns=found.of_columns,
         bias=bias,  # type: ignore[arg-type]  # a module's bias is a tensor
     )

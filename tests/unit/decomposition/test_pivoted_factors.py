@@ -12,8 +12,10 @@ from tiny_models import loaded_tiny_model
 
 from dse.cost import check_point, point_cost
 from dse.decomposition import FactorBank, LowRankFactors, decompose
-from dse.decomposition.low_rank_modules import LowRankLinear, PivotedLinear
+from dse.decomposition.factors import factors_of
+from dse.decomposition.low_rank_modules import LowRankLinear
 from dse.decomposition.pivoted_factors import pivoted
+from dse.decomposition.pivoted_module import PivotedLinear
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import PointError, RankError
 from dse.sensitivity.allocation_curves import allocate_curves
@@ -34,7 +36,7 @@ def test_the_matrix_is_the_same_in_fewer_numbers(m: int, n: int, data: st.DataOb
     torch.testing.assert_close(found.product(), plain.product(), rtol=1e-3, atol=1e-3)
     assert found.of_columns == (m >= n)
     assert found.pivots.numel() + found.combinations.numel() == rank * (m + n) - rank**2
-    assert sorted(found.order.tolist()) == list(range(min(m, n)))
+    assert sorted(found.columns_or_rows.tolist()) == list(range(min(m, n)))
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
@@ -43,13 +45,35 @@ def test_the_module_computes_what_two_factors_compute(shape: tuple[int, int], wi
     plain = factors(*shape, 10)
     bias = torch.randn(shape[0]) if with_bias else None
     found = pivoted(plain)
-    module = PivotedLinear(found.pivots, found.combinations, found.order, of_columns=found.of_columns, bias=bias)
+    module = PivotedLinear(found.pivots, found.combinations, found.chosen, of_columns=found.of_columns, bias=bias)
     x = torch.randn(2, 5, shape[1])
     expected = LowRankLinear(plain.left, plain.right, bias)(x)
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(factors_of(module).product(), plain.product(), rtol=1e-4, atol=1e-4)
+    assert "order" not in module.state_dict()
     assert (module.bias is None) == (bias is None)
     parameters = sum(p.numel() for p in module.parameters())
     assert parameters == 10 * (sum(shape) - 10) + (shape[0] if with_bias else 0)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_the_order_survives_construction_on_the_meta_device(shape: tuple[int, int]) -> None:
+    """Loaders construct a model without memory, fill its parameters, and replace buffers by empty ones."""
+    found = pivoted(factors(*shape, 10))
+    with torch.device("meta"):
+        module = PivotedLinear(
+            torch.empty(found.pivots.shape),
+            torch.empty(found.combinations.shape),
+            found.chosen,
+            of_columns=found.of_columns,
+        )
+    order = module.order.clone()
+    module.to_empty(device="cpu")
+    module.order.zero_()
+    module.set_order()
+    assert module.order.tolist() == order.tolist()
+    module.load_state_dict({"pivots.weight": found.pivots, "combinations.weight": found.combinations})
+    torch.testing.assert_close(module(torch.eye(shape[1])).T, found.product(), rtol=1e-4, atol=1e-4)
 
 
 def test_pivots_are_exact_rows_and_columns_of_the_matrix() -> None:
