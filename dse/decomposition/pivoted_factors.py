@@ -4,8 +4,7 @@ A matrix of rank r has r independent columns. With the pivots p and the other co
 
     W[:, p] = V (m x r),    W[:, q] = V C (C: r x (n - r)),    so W x = V (x[p] + C x[q]).
 
-Or r independent rows, from which the others are combined: y[p] = V x, y[q] = C y[p]. The permutation costs time, so the
-shorter side is the one that is permuted.
+Or r independent rows, from which the others are combined: y[p] = V x, y[q] = C y[p]. Both have equally many numbers.
 
 Source: PIFA (Zhao et al., arXiv 2501.19090), which pivots rows.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -22,6 +20,10 @@ from dse.decomposition.factors import LowRankFactors
 from dse.double_precision import in_double
 
 __all__ = ["PivotedFactors", "pivoted"]
+
+_LARGEST_COEFFICIENT = 1.2
+"""Bound of the combinations. Rounding errors grow with them; smaller bounds take many more exchanges."""
+_EXCHANGES_PER_ROW = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,36 +70,65 @@ class PivotedFactors:
         )
 
 
-def pivoted(factors: LowRankFactors) -> PivotedFactors:
-    """The same matrix by independent columns if it has no more columns than rows, else by independent rows.
-
-    Pivots come from a QR decomposition with column pivoting of an orthonormal basis, in float64, which keeps the
-    combinations small.
+def pivoted(factors: LowRankFactors, *, of_columns: bool, device: torch.device | str = "cpu") -> PivotedFactors:
+    """The same matrix by independent columns or rows.
 
     Args:
         factors: Two factors or three, of full rank.
+        of_columns: Whether columns are independent, rather than rows.
+        device: Where to compute, in float64 if it can.
 
     Returns:
         float32 factors on the CPU.
     """
-    left, right = in_double(factors.left).cpu(), in_double(factors.right).cpu()
+    left, right = in_double(factors.left.to(device)), in_double(factors.right.to(device))
     if factors.core is not None:
-        right = in_double(factors.core).cpu() @ right
-    of_columns = left.shape[0] >= right.shape[1]
-    tall = right.T if of_columns else left
-    basis = torch.linalg.qr(tall).Q
-    _, _, permutation = scipy.linalg.qr(basis.T.numpy(), mode="economic", pivoting=True)
-    rank = left.shape[1]
-    chosen = torch.from_numpy(permutation[:rank].copy()).to(torch.int64).sort().values
-    is_other = torch.ones(len(tall), dtype=torch.bool)
-    is_other[chosen] = False
-    others = is_other.nonzero()[:, 0]
-    # basis[others] = X basis[chosen]
-    combined = torch.linalg.solve(basis[chosen].T, basis[others].T).T
+        right = in_double(factors.core.to(device)) @ right
+    rows, combinations = _independent_rows(right.T if of_columns else left)
+    chosen = rows[: left.shape[1]]
     pivots = left @ right[:, chosen] if of_columns else left[chosen] @ right
     return PivotedFactors(
-        pivots.float().contiguous(),
-        (combined.T if of_columns else combined).float().contiguous(),
-        torch.cat((chosen, others)),
+        pivots.float().cpu().contiguous(),
+        (combinations.T if of_columns else combinations).float().cpu().contiguous(),
+        rows,
         of_columns,
     )
+
+
+def _independent_rows(tall: Tensor) -> tuple[Tensor, Tensor]:
+    """Independent rows of a matrix, and how the others follow from them with small coefficients.
+
+    Gaussian elimination with row exchanges finds independent rows. Exchanges of a chosen row for another one, each of
+    which enlarges the determinant of the chosen ones, then bound the coefficients.
+
+    Args:
+        tall: Shape (rows, rank), of full rank.
+
+    Returns:
+        The chosen rows, ascending, then the others, ascending; and C with tall[others] = C tall[chosen].
+
+    Source: Goreinov et al. (2010), "How to find a good submatrix".
+    """
+    rank = tall.shape[1]
+    triangular, exchanges = torch.linalg.lu_factor(tall)
+    rows = list(range(len(tall)))
+    for row, other in enumerate(exchanges.tolist()):
+        rows[row], rows[other - 1] = rows[other - 1], rows[row]
+    found = torch.linalg.solve_triangular(
+        triangular[:rank], triangular[rank:], upper=False, left=False, unitriangular=True
+    )
+    for _ in range(_EXCHANGES_PER_ROW * rank):
+        other, own = divmod(int(found.abs().argmax()), rank)
+        if not float(found[other, own].abs()) > _LARGEST_COEFFICIENT:
+            break
+        column, change = found[:, own].clone(), found[other].clone()
+        change[own] -= 1
+        change /= column[other]
+        found -= torch.outer(column, change)
+        found[other] = -change  # the row that was chosen, by the new ones
+        found[other, own] += 1
+        rows[own], rows[rank + other] = rows[rank + other], rows[own]
+    index = torch.tensor(rows)
+    chosen, others = index[:rank].sort(), index[rank:].sort()
+    ordered = found[others.indices.to(found.device)][:, chosen.indices.to(found.device)]
+    return torch.cat((chosen.values, others.values)), ordered

@@ -34,6 +34,12 @@ from dse.topology import Topology
 __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_modules"]
 
 
+_SUMMED_ROLES = ("attention_output", "down", "output")
+"""Roles whose inputs engines split over devices. Pivoted factors reorder their outputs, and the inputs of other roles, so
+that the independent rows or columns are split like the dense matrix.
+"""
+
+
 class FactorSource(Protocol):
     """A source of factors: a `FactorBank`, or a test's own implementation."""
 
@@ -230,7 +236,8 @@ def _pivoted_swap(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
     dense = model.get_submodule(path)
     weight, bias = dense.weight, dense.bias
     assert isinstance(weight, Tensor)  # noqa: S101 - checked by _module_problems
-    found = pivoted(factors).to(weight.device, weight.dtype)
+    of_columns = matrix.role not in _SUMMED_ROLES
+    found = pivoted(factors, of_columns=of_columns, device=weight.device).to(weight.device, weight.dtype)
     module = PivotedLinear(
         found.pivots,
         found.combinations,

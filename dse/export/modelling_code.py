@@ -58,7 +58,7 @@ def modelling_code(
         config_class: Its config's class.
         has_experts: Whether fused expert tensors are decomposed. Otherwise their code is omitted.
         joins_heads: Whether the config lists `attention_outputs`. Otherwise their code is omitted.
-        is_pivoted: Whether a matrix has pivoted factors. Their code replaces the tensor-parallel plan.
+        is_pivoted: Whether a matrix has pivoted factors. Otherwise their code is omitted.
     """
     template = resources.files("dse.export").joinpath("templates", f"{MODELLING_MODULE}.py").read_text(encoding="utf-8")
     sections = {
@@ -66,7 +66,6 @@ def modelling_code(
         "head": model_class is not body_class,
         "attention_outputs": joins_heads,
         "pivoted": is_pivoted,
-        "tensor_parallel": not is_pivoted,
     }
     left_out = {module for section, modules in _OWN_MODULES.items() if not sections[section] for module in modules}
     for section, is_kept in sections.items():

@@ -47,6 +47,10 @@ def tensor_parallel_plan(dense: Mapping[str, str] | None) -> dict[str, str]:
         split = {"colwise": "left", "rowwise": "right"}.get(style[:7])
         for factor in ("left", "core", "right") if split else ():
             plan[f"{pattern}.{factor}"] = style if factor == split else "replicate"
+        # <pivoted>
+        if split:  # columns of a matrix that is split by output rows are independent, or rows of one split by columns
+            plan |= {f"{pattern}.pivots": style, f"{pattern}.combinations": "replicate"}
+        # </pivoted>
     return plan | {f"{pattern}$": style for pattern, style in (dense or {}).items()}
 
 
@@ -58,12 +62,7 @@ class LowRankLlamaConfig(LlamaConfig):
     """
 
     model_type = "lowrank-llama"
-    # <tensor_parallel>
     base_model_tp_plan = tensor_parallel_plan(LlamaConfig.base_model_tp_plan)
-    # </tensor_parallel>
-    # <pivoted>
-    base_model_tp_plan = None  # pivoted factors reorder a whole dimension, so they cannot be split over devices
-    # </pivoted>
 
     low_rank: dict[str, Any] | None = None
     low_rank_head: dict[str, Any] | None = None

@@ -61,10 +61,27 @@ def test_exports_with_pivoted_factors_reload_exactly(family: str, tmp_path: Path
     held = sum(p.numel() for p in thin.parameters())
     assert held == point_cost(loaded.topology, point).parameters == result.parameters
     assert of_dense.parameters == loaded.topology.parameters_dense
-    assert thin.config.base_model_tp_plan is None  # so engines refuse to split it
     card = (tmp_path / "thin" / "README.md").read_text()
     assert '"form": "pivoted"' in card
     assert not [name for name in thin.state_dict() if name.endswith("order")]
+
+
+def test_pivoted_factors_are_split_over_devices_like_their_matrix(tmp_path: Path, make_loaded: Callable) -> None:
+    """Independent columns of a matrix that is split by outputs, independent rows of one that is split by inputs."""
+    loaded = make_loaded(with_random_vectors(tiny_model("llama", initializer_range=0.2)))
+    point = mixed(loaded)
+    bank = FactorBank.build(loaded, [point], None, folder=tmp_path / "bank")
+    export_point(loaded, point, bank, tmp_path / "thin", verify=False)
+    thin = reloaded("llama", tmp_path / "thin", trust_remote_code=True)
+    plan = thin.config.base_model_tp_plan
+    for name, dense in (("self_attn.q_proj", "colwise"), ("mlp.down_proj", "rowwise")):
+        module = thin.get_submodule(f"model.layers.1.{name}")
+        assert module.of_columns == (dense == "colwise")
+        assert plan[f"layers.*.{name}.pivots"] == dense
+        assert plan[f"layers.*.{name}.combinations"] == "replicate"
+        assert list(plan).index(f"layers.*.{name}.pivots") < list(plan).index(f"layers.*.{name}$")
+    form = json.loads((tmp_path / "thin" / "config.json").read_text())["low_rank"]["layers.1.mlp.down_proj"]
+    assert numbers_of(form["rows"]) == list(thin.model.layers[1].mlp.down_proj.chosen)
 
 
 def test_a_pivoted_export_generates_and_compiles(tmp_path: Path, make_loaded: Callable) -> None:
@@ -118,5 +135,3 @@ def test_independent_columns_are_written_as_ranges() -> None:
     for numbers, written in (([0, 1, 2, 3, 7, 9, 10], "0-3,7,9-10"), ([4], "4"), ([0, 2], "0,2")):
         assert _as_ranges(numbers) == written
         assert numbers_of(written) == numbers
-    config = json.loads(json.dumps({"columns": _as_ranges(range(576))}))
-    assert numbers_of(config["columns"]) == list(range(576))
