@@ -3,8 +3,8 @@
 Let m = out_features and n = in_features. A dense weight has mn parameters and costs 2mn FLOPs per token (one multiply
 and one add per entry). Two factors of rank r have r(m + n) parameters and cost 2r(m + n) FLOPs. Tucker adds an r x r
 core: r^2 parameters and 2r^2 FLOPs. Pivoted factors have r(m + n) - r^2 parameters and twice as many FLOPs; their
-index of the shorter side is not counted. A stack counts as one matrix: its right factor counts once. The break-even rank
-is the largest r whose factors have no more parameters than the weight.
+index is not counted, and every rank saves. A stack counts as one matrix: its right factor counts once. The
+break-even rank is the largest r whose factors have no more parameters than the weight.
 
 An MLP of reduced width has fewer rows and columns in its matrices; parameters and FLOPs are proportional to the
 channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache

@@ -109,6 +109,11 @@ class TensorChoice:
         """Whether a matrix is stored by its independent columns or rows."""
         return self.form == PIVOTED
 
+    @property
+    def title(self) -> str:
+        """Form and method in words, such as `svd` or `pivoted svd`."""
+        return f"{self.form} {self.method}" if self.form else self.method
+
     def to_json(self) -> dict[str, Any]:
         """`{"method", "rank"}`, and `expert_rank` and `form` where they are not the default."""
         entry: dict[str, Any] = {"method": self.method, "rank": self.rank}

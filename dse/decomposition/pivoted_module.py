@@ -57,8 +57,9 @@ class PivotedLinear(nn.Module):
             order = torch.tensor(self._indices(), dtype=torch.int32, device="cpu")
         self.register_buffer("order", order, persistent=False)  # engines load parameters only
 
-    def set_order(self) -> None:
-        """Write the values of `order` again, after a loader has replaced the buffer by empty memory."""
+    def set_order(self, chosen: Sequence[int] | None = None) -> None:
+        """Write `order` again, after a loader has replaced it by empty memory or for other independent indices."""
+        self.chosen = self.chosen if chosen is None else tuple(chosen)
         self.order = torch.tensor(self._indices(), dtype=torch.int32, device=self.order.device)
 
     def _indices(self) -> list[int]:

@@ -35,8 +35,8 @@ __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_
 
 
 _SUMMED_ROLES = ("attention_output", "down", "output")
-"""Roles whose inputs engines split over devices. Pivoted factors reorder their outputs, and the inputs of other roles, so
-that the independent rows or columns are split like the dense matrix.
+"""Roles whose inputs engines split over devices. Their pivoted factors reorder outputs, those of others reorder inputs,
+so that the independent rows or columns are split like the dense matrix.
 """
 
 

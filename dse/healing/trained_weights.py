@@ -17,7 +17,10 @@ from dse.design_point import DesignPoint
 from dse.model_parts import Matrix, TensorStack
 from dse.topology import Topology
 
-__all__ = ["TrainedWeights", "balance", "trained_modules"]
+__all__ = ["CHOSEN", "TrainedWeights", "balance", "chosen_indices", "trained_modules"]
+
+CHOSEN = "chosen"
+"""Attribute of a module with pivoted factors: the indices that its weights belong to."""
 
 
 def trained_modules(model: nn.Module, topology: Topology, point: DesignPoint) -> dict[str, tuple[nn.Module, str]]:
@@ -45,6 +48,16 @@ def trained_modules(model: nn.Module, topology: Topology, point: DesignPoint) ->
             path, _, attribute = name.rpartition(".")
             found[name] = (model.get_submodule(path), attribute)
     return found
+
+
+def chosen_indices(model: nn.Module, topology: Topology, point: DesignPoint) -> dict[str, Tensor]:
+    """The independent rows or columns of pivoted factors, int64, by the name of their module and `CHOSEN`.
+
+    They are stored with trained weights, since another device or number of threads may choose others.
+    """
+    paths = [topology.matrix(name).modules[0] for name, choice in point if choice.is_pivoted]
+    modules = {path: model.get_submodule(path) for path in paths}
+    return {f"{p}.{CHOSEN}": torch.tensor(m.chosen) for p, m in modules.items() if isinstance(m, PivotedLinear)}
 
 
 class TrainedWeights:

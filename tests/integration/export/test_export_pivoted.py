@@ -63,6 +63,7 @@ def test_exports_with_pivoted_factors_reload_exactly(family: str, tmp_path: Path
     assert of_dense.parameters == loaded.topology.parameters_dense
     card = (tmp_path / "thin" / "README.md").read_text()
     assert '"form": "pivoted"' in card
+    assert "of them as independent rows or columns" in card
     assert not [name for name in thin.state_dict() if name.endswith("order")]
 
 
