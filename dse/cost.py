@@ -32,11 +32,13 @@ __all__ = [
     "has_core",
     "largest_rank",
     "parameters_saved",
+    "pivots_columns",
     "point_cost",
     "point_problems",
 ]
 
 DEFAULT_PROMPT_TOKENS = 512
+_RESIDUAL_ROLES = ("attention_output", "down", "output")
 
 
 def has_core(method: str) -> bool:
@@ -71,6 +73,15 @@ def parameters_saved(topology: Topology, point: DesignPoint) -> int:
     mlps = [(topology.mlp(name), kept) for name, kept in point.widths.items()]
     channels = sum(mlp.parameters_per_channel * (mlp.channels - kept) for mlp, kept in mlps)
     return factors + channels + blocks + sum(rest.values())
+
+
+def pivots_columns(role: str) -> bool:
+    """Whether pivoted factors of a tensor with this role consist of independent columns, rather than rows.
+
+    Columns reorder the inputs of the product, rows its outputs. Engines split matrices that write to the residual
+    stream by their inputs, and others by their outputs; the dimension that is split must keep its order.
+    """
+    return role not in _RESIDUAL_ROLES
 
 
 def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:

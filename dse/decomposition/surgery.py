@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dse.cost import point_problems
+from dse.cost import pivots_columns, point_problems
 from dse.decomposition.block_removal import removal_problems, removal_swaps
 from dse.decomposition.expert_surgery import expert_problems, expert_swaps
 from dse.decomposition.factors import LowRankFactors
@@ -32,12 +32,6 @@ from dse.models.waiting_weights import WaitingWeights
 from dse.topology import Topology
 
 __all__ = ["AppliedPoint", "FactorSource", "apply_point", "decompose", "stacked_modules"]
-
-
-_SUMMED_ROLES = ("attention_output", "down", "output")
-"""Roles whose inputs engines split over devices. Their pivoted factors reorder outputs, those of others reorder inputs,
-so that the independent rows or columns are split like the dense matrix.
-"""
 
 
 class FactorSource(Protocol):
@@ -236,8 +230,9 @@ def _pivoted_swap(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
     dense = model.get_submodule(path)
     weight, bias = dense.weight, dense.bias
     assert isinstance(weight, Tensor)  # noqa: S101 - checked by _module_problems
-    of_columns = matrix.role not in _SUMMED_ROLES
-    found = pivoted(factors, of_columns=of_columns, device=weight.device).to(weight.device, weight.dtype)
+    found = pivoted(factors, of_columns=pivots_columns(matrix.role), device=weight.device).to(
+        weight.device, weight.dtype
+    )
     module = PivotedLinear(
         found.pivots,
         found.combinations,
