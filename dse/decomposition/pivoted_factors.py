@@ -21,7 +21,7 @@ from dse.double_precision import in_double
 
 __all__ = ["PivotedFactors", "pivoted"]
 
-_LARGEST_COEFFICIENT = 1.2
+_LARGEST_COEFFICIENT = 1.5
 """Bound of the combinations. Rounding errors grow with them; smaller bounds take many more exchanges."""
 _EXCHANGES_PER_ROW = 4
 
