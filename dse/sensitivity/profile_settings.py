@@ -8,8 +8,9 @@ import json
 import math
 from dataclasses import dataclass
 
+from dse.cost import has_core
 from dse.decomposition import METHODS, RankRequests
-from dse.design_point import METHOD_NAMES, WIDTH
+from dse.design_point import METHOD_NAMES, PIVOTED, WIDTH
 from dse.errors import ConfigError
 from dse.model_parts import DecomposableTensor, Matrix, Mlp
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology
@@ -66,6 +67,11 @@ class ProfileSettings:
                 raise ConfigError(
                     f"a profile needs methods whose factors do not depend on the rest of the point, but got '{method}';"
                     f" measure '{base}', and use `dse allocate --refit` for points with '{method}'"
+                )
+            if PIVOTED in self.forms and has_core(method):
+                raise ConfigError(
+                    f"pivoted factors need methods with two factors, but got '{method}', which keeps a core; use"
+                    " 'tucker_merged', or leave pivoted factors out"
                 )
         fractions = (self.tensor_kept_fraction, *self.block_kept_fractions, *self.table_kept_fractions)
         if not all(0 < fraction < 1 for fraction in fractions):
