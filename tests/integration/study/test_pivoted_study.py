@@ -39,6 +39,7 @@ def test_a_study_evaluates_and_shows_pivoted_factors(pivoted: Study, capsys: pyt
     assert main(["front", str(pivoted.folder.path), "--explain", str(records[0].trial)]) == 0
     shown = capsys.readouterr().out
     assert "replaced by independent rows or columns and combinations of them (pivoted svd" in " ".join(shown.split())
+    assert f" p{records[0].point.choices[0][1].rank}" in shown
     assert "by pivoted svd" in pivoted.folder.front_html.read_text()
 
 
