@@ -27,6 +27,9 @@ POINT = {
     "layers.1.gate": TensorChoice("tucker", 5),
     "layers.1.key": TensorChoice("svd", 3),
     "layers.2.down": TensorChoice("svd", 4),
+}
+WITH_PIVOTED = {
+    **POINT,
     "layers.2.query": TensorChoice("svd", 5, form="pivoted"),
     "layers.2.attention_output": TensorChoice("svd", 5, form="pivoted"),
 }
@@ -53,7 +56,7 @@ def other(loaded: LoadedModel) -> DenseDivergence:
 
 @pytest.fixture(scope="module")
 def bank(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> FactorBank:
-    return FactorBank.build(loaded, [DesignPoint.of(POINT)], None, folder=tmp_path_factory.mktemp("bank"))
+    return FactorBank.build(loaded, [DesignPoint.of(WITH_PIVOTED)], None, folder=tmp_path_factory.mktemp("bank"))
 
 
 def healed(
@@ -62,9 +65,10 @@ def healed(
     teacher: Teacher,
     other: DenseDivergence,
     settings: HealingSettings = SETTINGS,
+    choices: dict[str, TensorChoice] = POINT,
     **options: Any,
 ) -> HealedPoint:
-    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(POINT), bank)
+    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(choices), bank)
     try:
         return heal(loaded, applied, teacher, other, settings, **options)
     finally:
@@ -115,7 +119,7 @@ def test_layers_computed_again_give_the_same_gradients(loaded: LoadedModel, bank
 
 
 def test_only_factors_and_norms_are_trained(loaded: LoadedModel, bank: FactorBank) -> None:
-    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(POINT), bank)
+    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(WITH_PIVOTED), bank)
     try:
         names = set(trained_modules(loaded.model, loaded.topology, applied.point))
     finally:
@@ -279,8 +283,9 @@ def test_trained_weights_keep_the_indices_that_they_belong_to(
     loaded: LoadedModel, bank: FactorBank, teacher: Teacher, other: DenseDivergence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another device may choose other independent rows when it applies the point."""
-    found = healed(loaded, bank, teacher, other)
-    point = DesignPoint.of(POINT)
+    found = healed(loaded, bank, teacher, other, choices=WITH_PIVOTED)
+    assert found.report.kl_after < found.report.kl_before
+    point = DesignPoint.of(WITH_PIVOTED)
 
     def outputs() -> torch.Tensor:
         with torch.inference_mode():
@@ -291,7 +296,7 @@ def test_trained_weights_keep_the_indices_that_they_belong_to(
     expected = outputs()
     applied.undo()
     last = pivoted_factors._independent_rows
-    monkeypatch.setattr(pivoted_factors, "_independent_rows", lambda tall: flipped(*last(tall.flip(0))))
+    monkeypatch.setattr(pivoted_factors, "_independent_rows", lambda tall: last(tall.flip(1)))  # C is that of `tall`
     monkeypatch.setattr(pivoted_factors, "_LARGEST_COEFFICIENT", 1e9)
     applied = apply_point(loaded.model, loaded.topology, point, bank)
     query = loaded.model.get_submodule("model.layers.2.self_attn.q_proj")
@@ -307,13 +312,6 @@ def test_trained_weights_keep_the_indices_that_they_belong_to(
     with pytest.raises(StudyError, match="must belong to pivoted factors of rank 4"):
         apply_healed(applied, loaded.model, wrong)
     applied.undo()
-
-
-def flipped(rows: torch.Tensor, combinations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Independent rows of a matrix from those of the same matrix in reverse order."""
-    rank = combinations.shape[1]
-    others = len(rows) - 1 - rows[rank:].flip(0)
-    return torch.cat((len(rows) - 1 - rows[:rank].flip(0), others)), combinations.flip(0, 1)
 
 
 def test_files_come_back_and_refuse_another_point(
