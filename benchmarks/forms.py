@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dse import DesignPoint, FactorBank, decompose, load_model, point_cost
 from dse.decomposition import expected_divergence
+from dse.design_point import PIVOTED
 from dse.sensitivity import allocate, allocate_curves, expected_table
 from dse.topology import Topology
 
@@ -61,7 +62,24 @@ def widths_only(topology: Topology, curves: Curves, reduction: float) -> DesignP
     return allocate(dataclasses.replace(table, units=tuple(units)), reduction=reduction).point
 
 
-CONTESTANTS = {"low rank": low_rank, "rank and width": rank_and_width, "width alone": widths_only}
+def pivoted(topology: Topology, curves: Curves, reduction: float) -> DesignPoint:
+    """Ranks of every tensor, stored as pivoted factors."""
+    tensors = {name: curve for name, curve in curves.items() if name in topology.by_name}
+    return allocate_curves(topology, tensors, reduction, method=REFIT, form=PIVOTED).point
+
+
+def pivoted_and_width(topology: Topology, curves: Curves, reduction: float) -> DesignPoint:
+    """As `rank_and_width`, with pivoted factors."""
+    return allocate(expected_table(topology, curves, method=REFIT, form=PIVOTED), reduction=reduction).point
+
+
+CONTESTANTS = {
+    "low rank": low_rank,
+    "rank and width": rank_and_width,
+    "width alone": widths_only,
+    "pivoted": pivoted,
+    "pivoted and width": pivoted_and_width,
+}
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 Let m = out_features and n = in_features. A dense weight has mn parameters and costs 2mn FLOPs per token (one multiply
 and one add per entry). Two factors of rank r have r(m + n) parameters and cost 2r(m + n) FLOPs. Tucker adds an r x r
-core: r^2 parameters and 2r^2 FLOPs. A stack counts as one matrix, so its right factor counts once. The break-even rank
-is the largest r whose factors have no more parameters than the weight.
+core: r^2 parameters and 2r^2 FLOPs. Pivoted factors have r(m + n) - r^2 parameters and twice as many FLOPs; their
+index is not counted, and every rank saves. A stack counts as one matrix: its right factor counts once. The
+break-even rank is the largest r whose factors have no more parameters than the weight.
 
 An MLP of reduced width has fewer rows and columns in its matrices; parameters and FLOPs are proportional to the
 channels kept. A removed block saves all its parameters and FLOPs, including attention over the KV cache and the cache
@@ -20,7 +21,7 @@ from typing import Any
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import ConfigError, PointError, RankError
 from dse.expert_tensor import ExpertTensor
-from dse.model_parts import Decomposable, Mlp, RemovableBlock
+from dse.model_parts import Decomposable, DecomposableTensor, Mlp, RemovableBlock
 from dse.topology import Topology
 
 __all__ = [
@@ -31,11 +32,13 @@ __all__ = [
     "has_core",
     "largest_rank",
     "parameters_saved",
+    "pivots_columns",
     "point_cost",
     "point_problems",
 ]
 
 DEFAULT_PROMPT_TOKENS = 512
+_RESIDUAL_ROLES = ("attention_output", "down", "output")
 
 
 def has_core(method: str) -> bool:
@@ -72,6 +75,15 @@ def parameters_saved(topology: Topology, point: DesignPoint) -> int:
     return factors + channels + blocks + sum(rest.values())
 
 
+def pivots_columns(role: str) -> bool:
+    """Whether pivoted factors of a tensor with this role consist of independent columns, rather than rows.
+
+    Columns reorder the inputs of the product, rows its outputs. Engines split matrices that write to the residual
+    stream by their inputs, and others by their outputs; the dimension that is split must keep its order.
+    """
+    return role not in _RESIDUAL_ROLES
+
+
 def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
     """Break-even rank of a tensor, stack or fused expert tensor.
 
@@ -79,6 +91,8 @@ def largest_rank(part: Decomposable, choice: TensorChoice | str) -> int:
         part: The part to decompose.
         choice: The method's name, or a choice, which also sets the expert rank.
     """
+    if isinstance(choice, TensorChoice) and choice.is_pivoted:
+        return min(part.shape[-2:]) - 1  # fewer parameters than the dense weight at every rank
     method, expert_rank = (choice, 0) if isinstance(choice, str) else (choice.method, choice.expert_rank)
     if isinstance(part, ExpertTensor):
         return part.break_even_rank(expert_rank)
@@ -89,8 +103,9 @@ def factor_parameters(tensor: Decomposable, choice: TensorChoice) -> int:
     """Parameters of the factors (and core) that replace the weight or stack, without biases."""
     if isinstance(tensor, ExpertTensor):
         return tensor.factor_parameters(choice.rank, choice.expert_rank)
-    core = choice.rank**2 if has_core(choice.method) else 0
-    return choice.rank * (tensor.out_features + tensor.in_features) + core
+    square = choice.rank**2
+    more = square if has_core(choice.method) else -square if choice.is_pivoted else 0
+    return choice.rank * (tensor.out_features + tensor.in_features) + more
 
 
 def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
@@ -110,7 +125,7 @@ def point_problems(topology: Topology, point: DesignPoint) -> list[PointError]:
         if isinstance(part, (RemovableBlock, Mlp)) or choice.is_removal:
             problems += _removal_problems(topology, part, choice)
             continue
-        if problem := _expert_problem(part, choice):
+        if problem := _expert_problem(part, choice) or _pivoted_problem(part, choice):
             problems.append(problem)
             continue
         limit = largest_rank(part, choice)
@@ -159,6 +174,15 @@ def _expert_problem(part: Decomposable, choice: TensorChoice) -> PointError | No
             f" expert_rank={choice.expert_rank}; omit it to keep the expert mode at full rank"
         )
     return None
+
+
+def _pivoted_problem(part: Decomposable, choice: TensorChoice) -> PointError | None:
+    """A problem if pivoted factors are asked for several matrices."""
+    if not choice.is_pivoted or isinstance(part, DecomposableTensor):
+        return None
+    return PointError(
+        f"`form: pivoted` applies to single matrices, but '{part.name}' holds several; name its members, or remove it"
+    )
 
 
 def _width_problems(topology: Topology, name: str, kept: int) -> list[PointError]:

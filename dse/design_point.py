@@ -13,7 +13,7 @@ from typing import Any
 from dse.errors import PointError, did_you_mean
 from dse.topology import Topology
 
-__all__ = ["METHOD_NAMES", "REMOVED", "WIDTH", "DesignPoint", "TensorChoice"]
+__all__ = ["METHOD_NAMES", "PIVOTED", "REMOVED", "WIDTH", "DesignPoint", "TensorChoice"]
 
 METHOD_NAMES: tuple[str, ...] = ("tucker", "tucker_merged", "svd", "whitened_svd", "fisher_svd", "fisher_svd_refit")
 """Names of the decomposition methods; `dse.decomposition` maps each to its function."""
@@ -24,7 +24,10 @@ REMOVED = "removed"
 WIDTH = "width"
 """The method name of an MLP with fewer intermediate channels; its rank is the number of channels that are kept."""
 
-_CHOICE_KEYS = ("method", "rank", "expert_rank")
+PIVOTED = "pivoted"
+"""The form of factors that stores a matrix of rank r in r(m + n) - r^2 numbers; see `dse.decomposition`."""
+
+_CHOICE_KEYS = ("method", "rank", "expert_rank", "form")
 _COMPACT_KEYS = (*_CHOICE_KEYS, "layers", "roles")
 
 
@@ -38,11 +41,13 @@ class TensorChoice:
             number of channels kept. 0 for a removed block only.
         expert_rank: Rank of the expert mode of a fused expert tensor. 0 keeps the mode at full rank, and is the only
             value for other tensors.
+        form: `pivoted` stores independent columns or rows and how the others follow from them; "" is two factors.
     """
 
     method: str
     rank: int
     expert_rank: int = 0
+    form: str = ""
 
     def __post_init__(self) -> None:
         known = (*METHOD_NAMES, WIDTH, REMOVED)
@@ -59,6 +64,15 @@ class TensorChoice:
             hint = f'; {{"method": "{REMOVED}", "rank": 0}} removes a block' if is_integer and self.rank == 0 else ""
             raise PointError(f"`rank >= 1` must hold and be an integer, but got rank={self.rank!r}{hint}")
         self._check_expert_rank()
+        self._check_form()
+
+    def _check_form(self) -> None:
+        if self.form not in ("", PIVOTED):
+            raise PointError(f"`form` must be '{PIVOTED}' or be left out, but got {self.form!r}")
+        if self.form and (self.method == "tucker" or not self.has_factors):
+            raise PointError(
+                f"`form: {PIVOTED}` applies to methods with two factors, but got method '{self.method}'; remove it"
+            )
 
     def _check_expert_rank(self) -> None:
         kept = self.expert_rank
@@ -90,10 +104,21 @@ class TensorChoice:
         """Whether a tensor, stack or fused expert tensor is replaced by factors."""
         return not self.is_removal and not self.is_width
 
+    @property
+    def is_pivoted(self) -> bool:
+        """Whether a matrix is stored by its independent columns or rows."""
+        return self.form == PIVOTED
+
+    @property
+    def title(self) -> str:
+        """Form and method in words, such as `svd` or `pivoted svd`."""
+        return f"{self.form} {self.method}" if self.form else self.method
+
     def to_json(self) -> dict[str, Any]:
-        """`{"method", "rank"}`, and `expert_rank` if it is not 0."""
+        """`{"method", "rank"}`, and `expert_rank` and `form` where they are not the default."""
         entry: dict[str, Any] = {"method": self.method, "rank": self.rank}
-        return entry | ({"expert_rank": self.expert_rank} if self.expert_rank else {})
+        entry |= {"expert_rank": self.expert_rank} if self.expert_rank else {}
+        return entry | ({"form": self.form} if self.form else {})
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TensorChoice:
@@ -109,7 +134,7 @@ class TensorChoice:
                 )
         if not isinstance(entry["method"], str):
             raise PointError(f"`method` must be a name, but got {_short(entry['method'])}")
-        return cls(entry["method"], entry["rank"], entry.get("expert_rank", 0))
+        return cls(entry["method"], entry["rank"], entry.get("expert_rank", 0), entry.get("form", ""))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
         "--stacks", action="store_true", help="also measure query, key, value and gate, up as stacked matrices"
     )
     parser.add_argument("--widths", action="store_true", help="also measure MLPs with fewer intermediate channels")
+    parser.add_argument("--pivoted", action="store_true", help="list pivoted factors too; costs no measurement")
     parser.add_argument("--tokens", type=positive, metavar="N", help="tokens on which divergence is measured (512)")
     parser.add_argument(
         "--text",
@@ -73,6 +74,7 @@ def sensitivity_request(options: argparse.Namespace) -> SensitivityRequest:
         methods=None if options.method is None else tuple(options.method),
         with_stacks=options.stacks,
         with_widths=options.widths,
+        with_pivoted=options.pivoted,
         tokens=options.tokens,
         text=options.text,
         calibration=calibration_text(options),

@@ -54,6 +54,8 @@ def _rows(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
     layers = description["layers"]
     yield "methods", ", ".join(description["methods"])
+    if description["forms"] != ["plain"]:
+        yield "forms of factors", ", ".join(description["forms"])
     yield "layers", f"{len(layers)}: {number_ranges(layers)}"
     yield "roles", ", ".join(description["roles"])
     yield "tensors", str(description["tensors"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dse.config._section import Section
-from dse.design_point import METHOD_NAMES
+from dse.design_point import METHOD_NAMES, PIVOTED
 from dse.errors import ConfigError, did_you_mean
 
 __all__ = ["ConstraintsConfig", "GroupConfig", "LayerRange", "LimitsConfig", "Range", "RankConfig", "SearchSpaceConfig"]
@@ -149,6 +149,11 @@ class SearchSpaceConfig(Section):
         " depth_profile: a budget and a smooth profile over depth, from which an allocation computes a point",
     )
     methods: list[str] = Field(["whitened_svd"], min_length=1)
+    forms: list[Literal["plain", "pivoted"]] = Field(
+        ["plain"],
+        min_length=1,
+        description="plain: two factors; pivoted: independent rows or columns, with fewer parameters",
+    )
     layers: Literal["all"] | list[int] | LayerRange = "all"
     roles: Literal["all"] | list[str] = "all"
     groups: GroupConfig = GroupConfig()
@@ -182,6 +187,29 @@ class SearchSpaceConfig(Section):
         if len(set(methods)) != len(methods):
             raise ValueError(f"a method may be named once, but got {methods}")
         return methods
+
+    @property
+    def factor_forms(self) -> tuple[str, ...]:
+        """The forms as in `TensorChoice.form`."""
+        return tuple("" if form == "plain" else form for form in self.forms)
+
+    @model_validator(mode="after")
+    def _forms_fit(self) -> Self:
+        if len(set(self.forms)) != len(self.forms):
+            raise ValueError(f"a form may be named once, but got {self.forms}")
+        if PIVOTED not in self.forms:
+            return self
+        if "tucker" in self.methods:
+            raise ValueError(
+                "`forms: [pivoted]` needs methods with two factors, but got 'tucker', which keeps a core; use"
+                " 'tucker_merged'"
+            )
+        if self.stacks or self.kind == "subset":
+            raise ValueError(
+                "`forms: [pivoted]` needs single matrices at ranks of their own, so it is not for `stacks` or `kind:"
+                " subset`; remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_are_used(self) -> Self:

@@ -26,6 +26,7 @@ from dse.decomposition.low_rank_modules import StackedLinear as StackedLinear
 from dse.decomposition.methods import METHODS as METHODS
 from dse.decomposition.methods import Method as Method
 from dse.decomposition.methods import factorise as factorise
+from dse.decomposition.pivoted_module import PivotedLinear as PivotedLinear
 from dse.decomposition.surgery import AppliedPoint as AppliedPoint
 from dse.decomposition.surgery import apply_point as apply_point
 from dse.decomposition.surgery import decompose as decompose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dse.cost import check_point
+from dse.cost import check_point, largest_rank
 from dse.decomposition.calibration_text import CalibrationWindows
 from dse.decomposition.factor_store import FactorStore
 from dse.decomposition.factors import as_matrix
 from dse.decomposition.layer_grams import GramSettings, iterate_layer_grams
 from dse.decomposition.methods import METHODS, factorise
 from dse.decomposition.mlp_width import channel_factors
-from dse.design_point import WIDTH, DesignPoint, TensorChoice
+from dse.design_point import PIVOTED, WIDTH, DesignPoint, TensorChoice
 from dse.errors import PointError
 from dse.models import LoadedModel
 from dse.models.layer_paths import layer_paths
@@ -44,7 +45,11 @@ class Lacking:
         if self.method == WIDTH:
             return {loaded.topology.mlp(name).output.name: name for name in self.ranks}
         for name, rank in self.ranks.items():
-            check_point(loaded.topology, DesignPoint.of({name: TensorChoice(self.method, rank)}))
+            choice = TensorChoice(self.method, rank)
+            is_single = name in loaded.topology.by_name and self.method != "tucker"
+            if is_single and rank > largest_rank(loaded.topology.matrix(name), choice):
+                choice = dataclasses.replace(choice, form=PIVOTED)  # the only form with such ranks
+            check_point(loaded.topology, DesignPoint.of({name: choice}))
         return {name: name for name in self.ranks}
 
     def put(self, part: str, weight: Tensor, gram: Tensor | None, gradient_gram: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dse.decomposition.expert_modules import TuckerExpertWeight
 from dse.decomposition.low_rank_modules import LowRankLinear, NormThenFactor, StackedLinear, check_factor_shapes
+from dse.decomposition.pivoted_module import PivotedLinear
 from dse.model_parts import TensorStack
 from dse.topology import Topology
 
@@ -115,8 +116,13 @@ class TuckerFactors:
         return TuckerFactors(**{name: t.to(device, dtype) for name, t in vars(self).items() if t is not None})
 
 
-def factors_of(module: LowRankLinear | StackedLinear) -> LowRankFactors:
-    """The factors in a low-rank module; for a member of a stack, the right factor and core of the whole stack."""
+def factors_of(module: LowRankLinear | StackedLinear | PivotedLinear) -> LowRankFactors:
+    """The factors in a low-rank module; for a member of a stack, the right factor and core of the whole stack.
+
+    Of pivoted factors one is the independent columns or rows, and the other an identity beside the combinations.
+    """
+    if isinstance(module, PivotedLinear):
+        return _factors_of_pivoted(module)
     shared = module.shared if isinstance(module, StackedLinear) else module
     return _factors(module.left, shared.right, shared.core)
 
@@ -140,9 +146,17 @@ def applied_factors(model: nn.Module, topology: Topology, name: str) -> dict[str
         if isinstance(before, NormThenFactor):
             found[path] = _factors(module, before.right, before.core)
         else:
-            assert isinstance(module, (LowRankLinear, StackedLinear))  # noqa: S101 - inserted by surgery
+            assert isinstance(module, (LowRankLinear, PivotedLinear, StackedLinear))  # noqa: S101 - inserted by surgery
             found[path] = factors_of(module)
     return found
+
+
+def _factors_of_pivoted(module: PivotedLinear) -> LowRankFactors:
+    pivots, combinations = _weight(module.pivots), _weight(module.combinations)
+    identity = torch.eye(module.rank, dtype=pivots.dtype, device=pivots.device)
+    if module.of_columns:
+        return LowRankFactors(pivots, torch.cat((identity, combinations), 1)[:, module.order.argsort()])
+    return LowRankFactors(torch.cat((identity, combinations))[module.order], pivots)
 
 
 def _factors(left: nn.Module, right: nn.Module, core: nn.Module | None) -> LowRankFactors:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LowRankLinear", "NormThenFactor", "SharedProduct", "StackedLinear", "check_factor_shapes", "linear_from"]
+__all__ = [
+    "LowRankLinear",
+    "NormThenFactor",
+    "SharedProduct",
+    "StackedLinear",
+    "check_factor_shapes",
+    "linear_from",
+]
 
 
 class LowRankLinear(nn.Module):

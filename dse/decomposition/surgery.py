@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dse.cost import point_problems
+from dse.cost import pivots_columns, point_problems
 from dse.decomposition.block_removal import removal_problems, removal_swaps
 from dse.decomposition.expert_surgery import expert_problems, expert_swaps
 from dse.decomposition.factors import LowRankFactors
@@ -20,6 +20,8 @@ from dse.decomposition.low_rank_modules import (
     StackedLinear,
     linear_from,
 )
+from dse.decomposition.pivoted_factors import pivoted
+from dse.decomposition.pivoted_module import PivotedLinear
 from dse.decomposition.swaps import Swap, module_swap, weight_problems
 from dse.decomposition.width_surgery import width_swaps
 from dse.design_point import DesignPoint, TensorChoice
@@ -144,7 +146,11 @@ def apply_point(
     try:
         for name, choice in point:
             if choice.has_factors and name not in topology.experts_by_name:
-                swaps += _factor_swaps(model, topology.matrix(name), source.factors(name, choice))
+                factors = source.factors(name, choice)
+                if choice.is_pivoted:
+                    swaps.append(_pivoted_swap(model, topology.matrix(name), factors))
+                else:
+                    swaps += _factor_swaps(model, topology.matrix(name), factors)
                 if waiting is not None:  # now, so that the device never holds both sides of the whole point
                     waiting.release(_modules_of(swaps, "dense"), kept=_modules_of(swaps, "point"))
         swaps += [
@@ -184,7 +190,7 @@ def _module_problems(model: nn.Module, tensor: DecomposableTensor, behind_norms:
     # Behind a norm with a factor, a linear module holds its rows of a stack's left factor.
     linear = (nn.Linear,) if tensor.name in behind_norms else ()
     return weight_problems(
-        model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, StackedLinear, *linear)
+        model, tensor.name, tensor.module, "weight", expected, (LowRankLinear, PivotedLinear, StackedLinear, *linear)
     )
 
 
@@ -216,6 +222,25 @@ def _factor_swaps(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> 
         low_rank = (LowRankLinear(moved.left, moved.right, biases[0], moved.core),)  # type: ignore[arg-type]
     for path, replacement in zip(matrix.modules, low_rank, strict=True):
         yield module_swap(model, path, replacement)
+
+
+def _pivoted_swap(model: nn.Module, matrix: Matrix, factors: LowRankFactors) -> Swap:
+    """Swap the dense module of a tensor for one that holds its independent columns or rows."""
+    (path,) = matrix.modules
+    dense = model.get_submodule(path)
+    weight, bias = dense.weight, dense.bias
+    assert isinstance(weight, Tensor)  # noqa: S101 - checked by _module_problems
+    found = pivoted(factors, of_columns=pivots_columns(matrix.role), device=weight.device).to(
+        weight.device, weight.dtype
+    )
+    module = PivotedLinear(
+        found.pivots,
+        found.combinations,
+        found.chosen,
+        of_columns=found.of_columns,
+        bias=bias,  # type: ignore[arg-type]  # a module's bias is a tensor
+    )
+    return module_swap(model, path, module)
 
 
 def stacked_modules(

@@ -43,7 +43,10 @@ class EngineTimings(ProductTimings):
         return {**vars(self), "_pair": None}
 
     def _measure(self, shape: ProductShape) -> dict[str, float]:
-        """Seconds by key: the ratio to the reference product timed right before and after, times its first timing."""
+        """Seconds by key: the ratio to the reference product timed right before and after, times its first timing.
+
+        The workers of engines time plain products, so the reordering of pivoted factors is left out.
+        """
         if self._pair is None:
             return super()._measure(shape)
         reference = ProductShape(shape.rows, *REFERENCE)

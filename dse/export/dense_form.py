@@ -70,10 +70,11 @@ def merged_state(model: PreTrainedModel, topology: Topology, point: DesignPoint)
         for member in topology.tensors_of(name):
             tensor = topology[member]
             path, own = tensor.module, factors[tensor.module]
-            for part in ("left", "right", "core", "owned.right", "owned.core"):
+            for part in ("left", "right", "core", "owned.right", "owned.core", "pivots", "combinations"):
                 state.pop(f"{path}.{part}.weight", None)
-            if f"{path}.left.bias" in state:
-                state[f"{path}.bias"] = state.pop(f"{path}.left.bias")
+            for bias in ("left.bias", "pivots.bias", "row_bias"):
+                if f"{path}.{bias}" in state:
+                    state[f"{path}.bias"] = state.pop(f"{path}.{bias}")
             # Double precision, so that each entry is rounded once, to the weight's own dtype.
             weight = own.to("cpu", torch.float64).product().to(own.left.dtype)
             state[f"{path}.weight"] = (weight.T if tensor.kind == "conv1d" else weight).contiguous()

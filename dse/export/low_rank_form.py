@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dse.decomposition import LowRankLinear, NormThenFactor, StackedLinear, TuckerExperts
+from dse.decomposition import LowRankLinear, NormThenFactor, PivotedLinear, StackedLinear, TuckerExperts
 from dse.design_point import DesignPoint
 from dse.export.kept_layers import KeptLayers
 from dse.export.modelling_code import MODEL_TYPE_PREFIX, MODELLING_MODULE, body_of, modelling_code
@@ -37,7 +38,12 @@ def write_low_rank_form(
     config = low_rank_config(model, topology, point, auto)
     has_experts = any(name in topology.experts_by_name for name, _ in point)
     classes = type(model), type(body_of(model)), type(model.config)
-    code = modelling_code(*classes, has_experts=has_experts, joins_heads="attention_outputs" in config)
+    code = modelling_code(
+        *classes,
+        has_experts=has_experts,
+        joins_heads="attention_outputs" in config,
+        is_pivoted=any(choice.is_pivoted for _, choice in point),
+    )
     (folder / f"{MODELLING_MODULE}.py").write_text(code, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     kept = KeptLayers.of(topology, point)
@@ -105,6 +111,9 @@ def _forms(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> di
         for path in paths:
             module = model.get_submodule(path)
             right_owner = module.shared if isinstance(module, StackedLinear) else before or module
+            if isinstance(module, PivotedLinear):
+                found[path] = _pivoted_form(module)
+                continue
             assert isinstance(module, (LowRankLinear, StackedLinear, nn.Linear))  # noqa: S101 - inserted by surgery
             has_core = getattr(right_owner, "core", None) is not None
             found[path] = {"rank": choice.rank, "core": has_core, "bias": module.bias is not None}
@@ -113,6 +122,23 @@ def _forms(model: PreTrainedModel, topology: Topology, point: DesignPoint) -> di
             if isinstance(before, NormThenFactor):
                 found[path]["norm"] = norm
     return found
+
+
+def _pivoted_form(module: PivotedLinear) -> dict[str, Any]:
+    """Rank, bias, and the independent columns or rows as text, since engines load no buffers."""
+    side = "columns" if module.of_columns else "rows"
+    return {"rank": module.rank, "core": False, "bias": module.bias is not None, side: _as_ranges(module.chosen)}
+
+
+def _as_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, such as `0-3,7,9-12`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _attention_outputs(topology: Topology, point: DesignPoint) -> list[str]:

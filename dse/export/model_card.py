@@ -117,7 +117,9 @@ def _introduction(content: CardContent) -> str:
         parts += [f"{narrow}" for _ in (narrow,) if narrow]
         parts += [f"{removed} filled with zeros" for _ in (removed,) if removed]
         return f"# {name}, {_dense_title(content)}\n\n{name} with {' and '.join(parts)}. {_dense_savings(content)}"
-    parts = [f"{c} products of low-rank factors" for c in changes] + ([narrow] if narrow else [])
+    pivoted = sum(choice.is_pivoted for _, choice in content.point)
+    share = f" ({pivoted} of them as independent rows or columns)" if pivoted else ""
+    parts = [f"{c} products of low-rank factors{share}" for c in changes] + ([narrow] if narrow else [])
     text_of_parts = [f"with {' and '.join(parts)}"] * bool(parts) + [f"without {removed}"] * bool(removed)
     return (
         f"# {name} with {percent(content.reduction)} fewer parameters\n\n"

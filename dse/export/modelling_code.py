@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import re
+from collections.abc import Set
 from importlib import resources
 from types import ModuleType
 
@@ -25,7 +26,10 @@ MODEL_TYPE_PREFIX = "lowrank-"
 MODELLING_MODULE = "modeling_lowrank"
 
 _LIBRARY_IMPORTS = re.compile(r"^\n*(?:from dse\S+ import .+\n)+", re.MULTILINE)
-_EXPERT_MODULES = ("dse.models.plain_attributes", "dse.decomposition.expert_modules")
+_OWN_MODULES = {
+    "experts": ("dse.models.plain_attributes", "dse.decomposition.expert_modules"),
+    "pivoted": ("dse.decomposition.pivoted_module",),
+}
 
 _GENERAL_CLASSES = ("AutoModelForPreTraining", "AutoModel", "AutoModelForTextEncoding")
 """Auto classes that list a model class beside its task-specific one."""
@@ -44,6 +48,7 @@ def modelling_code(
     *,
     has_experts: bool = False,
     joins_heads: bool = False,
+    is_pivoted: bool = False,
 ) -> str:
     """The modelling file for one architecture: the Llama template with the names of the architecture.
 
@@ -53,13 +58,20 @@ def modelling_code(
         config_class: Its config's class.
         has_experts: Whether fused expert tensors are decomposed. Otherwise their code is omitted.
         joins_heads: Whether the config lists `attention_outputs`. Otherwise their code is omitted.
+        is_pivoted: Whether a matrix has pivoted factors. Otherwise their code is omitted.
     """
     template = resources.files("dse.export").joinpath("templates", f"{MODELLING_MODULE}.py").read_text(encoding="utf-8")
-    sections = {"experts": has_experts, "head": model_class is not body_class, "attention_outputs": joins_heads}
+    sections = {
+        "experts": has_experts,
+        "head": model_class is not body_class,
+        "attention_outputs": joins_heads,
+        "pivoted": is_pivoted,
+    }
+    left_out = {module for section, modules in _OWN_MODULES.items() if not sections[section] for module in modules}
     for section, is_kept in sections.items():
         marked = rf"^ *# </?{section}>\n" if is_kept else rf"^ *# <{section}>\n.*?# </{section}>\n"
         template = re.sub(marked, "", template, flags=re.MULTILINE | re.DOTALL)
-    template = _LIBRARY_IMPORTS.sub(lambda match: _library_source(match[0], has_experts), template).rstrip() + "\n"
+    template = _LIBRARY_IMPORTS.sub(lambda match: _library_source(match[0], left_out), template).rstrip() + "\n"
     names = {
         "from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel": _imports(
             {model_class, body_class, config_class}
@@ -104,10 +116,10 @@ def auto_classes(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _library_source(imports: str, has_experts: bool) -> str:
+def _library_source(imports: str, left_out: Set[str]) -> str:
     """The bodies of the modules that the template imports from this package."""
     names = re.findall(r"^from (dse\S+) import", imports, re.MULTILINE)
-    modules = [importlib.import_module(name) for name in names if has_experts or name not in _EXPERT_MODULES]
+    modules = [importlib.import_module(name) for name in names if name not in left_out]
     return "".join(f"\n\n{_body(module)}\n" for module in modules)
 
 

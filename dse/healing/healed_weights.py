@@ -12,11 +12,12 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dse.decomposition import AppliedPoint
+from dse.decomposition import AppliedPoint, PivotedLinear
 from dse.decomposition.swaps import Swap
 from dse.design_point import DesignPoint
 from dse.errors import StudyError
 from dse.files import disk_errors, write_json
+from dse.healing.trained_weights import CHOSEN
 
 __all__ = ["apply_healed", "read_healed", "write_healed"]
 
@@ -77,6 +78,9 @@ def apply_healed(applied: AppliedPoint, model: nn.Module, weights: Mapping[str, 
     swaps = []
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
+        if attribute == CHOSEN:
+            swaps += _index_swaps(model, path, weight)
+            continue
         try:
             module = model.get_submodule(path)
             own = getattr(module, attribute)
@@ -91,3 +95,18 @@ def apply_healed(applied: AppliedPoint, model: nn.Module, weights: Mapping[str, 
         healed = nn.Parameter(weight.to(own.device, own.dtype, copy=True), requires_grad=False)
         swaps.append(Swap(module, attribute, own, healed))
     applied.add(swaps)
+
+
+def _index_swaps(model: nn.Module, path: str, chosen: Tensor) -> list[Swap]:
+    """Let pivoted factors use the indices that their trained weights belong to."""
+    module = dict(model.named_modules()).get(path)
+    if not isinstance(module, PivotedLinear) or len(chosen) != module.rank:
+        raise StudyError(
+            f"healed weights of '{path}' must belong to pivoted factors of rank {len(chosen)}, but the model has others"
+            " there; heal the trial again"
+        )
+    own, order = module.chosen, module.order
+    module.set_order(chosen.tolist())
+    swaps = [Swap(module, CHOSEN, own, module.chosen), Swap(module, "order", order, module.order)]
+    module.chosen, module.order = own, order
+    return swaps

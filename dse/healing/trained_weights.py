@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dse.decomposition import LowRankLinear, NormThenFactor, SharedProduct, StackedLinear
+from dse.decomposition import LowRankLinear, NormThenFactor, PivotedLinear, SharedProduct, StackedLinear
 from dse.design_point import DesignPoint
 from dse.model_parts import Matrix, TensorStack
 from dse.topology import Topology
 
-__all__ = ["TrainedWeights", "balance", "trained_modules"]
+__all__ = ["CHOSEN", "TrainedWeights", "balance", "chosen_indices", "trained_modules"]
+
+CHOSEN = "chosen"
+"""Attribute of a module with pivoted factors: the indices that its weights belong to."""
 
 
 def trained_modules(model: nn.Module, topology: Topology, point: DesignPoint) -> dict[str, tuple[nn.Module, str]]:
@@ -45,6 +48,16 @@ def trained_modules(model: nn.Module, topology: Topology, point: DesignPoint) ->
             path, _, attribute = name.rpartition(".")
             found[name] = (model.get_submodule(path), attribute)
     return found
+
+
+def chosen_indices(model: nn.Module, topology: Topology, point: DesignPoint) -> dict[str, Tensor]:
+    """The independent rows or columns of pivoted factors, int64, by the name of their module and `CHOSEN`.
+
+    They are stored with trained weights, since another device or number of threads may choose others.
+    """
+    paths = [topology.matrix(name).modules[0] for name, choice in point if choice.is_pivoted]
+    modules = {path: model.get_submodule(path) for path in paths}
+    return {f"{p}.{CHOSEN}": torch.tensor(m.chosen) for p, m in modules.items() if isinstance(m, PivotedLinear)}
 
 
 class TrainedWeights:
@@ -110,7 +123,8 @@ def balance(model: nn.Module, topology: Topology, point: DesignPoint, masters: M
     """Give each column of a left factor and its row of the right factor the same norm; the product stays.
 
     Bases of an SVD are orthonormal on one side, so one learning rate would be far too large for one factor or too small
-    for the other. Factors with a core are left as they are: both sides are orthonormal.
+    for the other. Factors with a core are left as they are: both sides are orthonormal. So are pivoted factors, whose
+    identity sets the scale.
 
     Args:
         model: The model with the point applied and the trained weights in place.
@@ -131,12 +145,14 @@ def balance(model: nn.Module, topology: Topology, point: DesignPoint, masters: M
 
 
 def _factors(model: nn.Module, matrix: Matrix) -> tuple[nn.Module | None, list[nn.Module]]:
-    """The right factor of one tensor or stack and its left factors; no right factor if there is a core."""
+    """The right factor of one tensor or stack and its left factors; no right factor if they cannot be balanced."""
     modules = [model.get_submodule(path) for path in matrix.modules]
     if isinstance(matrix, TensorStack) and matrix.norm:
         holder, lefts = model.get_submodule(matrix.norm), modules
     else:
         first = modules[0]
+        if isinstance(first, PivotedLinear):
+            return None, []
         holder = first.shared if isinstance(first, StackedLinear) else first
         lefts = [module.left for module in modules if isinstance(module, StackedLinear | LowRankLinear)]
     assert isinstance(holder, NormThenFactor | SharedProduct | LowRankLinear)  # noqa: S101 - narrows the type

@@ -7,6 +7,7 @@ Windows of another source are evaluated ten times; the best state is kept, and t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from dse.errors import NonFiniteError
 from dse.evaluation.divergence import DenseDivergence
 from dse.healing.checkpointed_layers import checkpointed_layers
 from dse.healing.teacher import Teacher
-from dse.healing.trained_weights import TrainedWeights, balance, trained_modules
+from dse.healing.trained_weights import TrainedWeights, balance, chosen_indices, trained_modules
 from dse.healing.training_state import TrainingState, read_state, write_state
 from dse.models import LoadedModel
 from dse.out_of_memory import out_of_memory_errors
@@ -146,7 +147,8 @@ def heal(
         balance(model, loaded.topology, applied.point, weights.masters)
         weights.publish()
         with out_of_memory_errors("healing", _REMEDY), checkpointed_layers(loaded, is_on=checkpoints):
-            run = _Run(weights, teacher, other, settings, folder, progress)
+            chosen = chosen_indices(model, loaded.topology, applied.point)
+            run = _Run(weights, teacher, other, settings, folder, progress, chosen)
             state = run.train()
         weights.load(state.best)
         report = HealingReport(
@@ -161,7 +163,7 @@ def heal(
             weights.count,
             teacher.windows.description,
         )
-        return HealedPoint(weights.final(), report)
+        return HealedPoint(weights.final() | chosen, report)
     finally:
         weights.restore()
 
@@ -177,7 +179,10 @@ class _Run:
         settings: HealingSettings,
         folder: Path | None,
         progress: ProgressCallback,
+        chosen: Mapping[str, Tensor],
     ) -> None:
+        indices = [(name, own.tolist()) for name, own in chosen.items()]
+        self._chosen = hashlib.sha256(repr(indices).encode()).hexdigest()[:16] if chosen else ""
         self._weights, self._teacher, self._other = weights, teacher, other
         self._settings, self._folder, self._progress = settings, folder, progress
         count, window = teacher.windows.token_ids.shape
@@ -188,7 +193,7 @@ class _Run:
 
     def train(self) -> TrainingState:
         """Train, or continue a training that was killed."""
-        identity = f"{self._teacher.windows.fingerprint} {self._other.fingerprint} {self._settings}"
+        identity = f"{self._teacher.windows.fingerprint} {self._other.fingerprint} {self._settings}{self._chosen}"
         state = None if self._folder is None else read_state(self._folder, identity)
         if state is None:
             state = self._start(identity)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dse.design_point import DesignPoint
+from dse.design_point import PIVOTED, DesignPoint
 from dse.expert_tensor import EXPERT_ROLES
 from dse.pareto.objective import Objective
 from dse.report.rank_map import OUTSIDE_LAYERS, ModelShape, layer_and_role, rank_map_of, shape_of
@@ -116,7 +116,7 @@ def changes_text(point: DesignPoint, shape: ModelShape) -> list[str]:
     groups: dict[tuple[bool, str], list[tuple[str, int]]] = {}
     for name, choice in point.decomposed:
         role = layer_and_role(name)[1]
-        groups.setdefault((role in EXPERT_ROLES, choice.method), []).append((role, choice.rank))
+        groups.setdefault((role in EXPERT_ROLES, choice.title), []).append((role, choice.rank))
     for (is_experts, method), own in sorted(groups.items()):
         by_role: dict[str, list[int]] = {}
         for role, rank in own:
@@ -124,6 +124,8 @@ def changes_text(point: DesignPoint, shape: ModelShape) -> list[str]:
         spans = ", ".join(f"{role} {_span(r)} in {_count(len(r), 'layer')}" for role, r in by_role.items())
         parts = _count(len(own), "fused expert tensor") if is_experts else _count(len(own), "matrix", "matrices")
         factors = "a core tensor between shared factors" if is_experts else "two factors"
+        if method.startswith(PIVOTED):
+            factors = "independent rows or columns and combinations of them"
         each = "each " if len(own) > 1 else ""
         verb = "is" if len(own) == 1 else "are"
         sentences.append(

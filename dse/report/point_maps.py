@@ -30,7 +30,7 @@ class MapCell:
     """One layer and role of a map; the default is a dense tensor.
 
     Attributes:
-        method: Decomposition method, `width`, `removed`, or "" if dense.
+        method: Decomposition method with its form, `width`, `removed`, or "" if dense.
         rank: Rank of the factors, or channels that the MLP keeps; 0 without either.
         parameter_ratio: Fraction of its parameters that remain; None if unknown.
         stack: Stack that it is decomposed with; "" if none.
@@ -45,7 +45,7 @@ class MapCell:
     def of(cls, placed: PlacedChoice) -> MapCell:
         """The cell of a decomposed or removed tensor."""
         choice = placed.choice
-        return cls(choice.method, choice.rank, placed.parameter_ratio, placed.name if placed.is_stack else "")
+        return cls(choice.title, choice.rank, placed.parameter_ratio, placed.name if placed.is_stack else "")
 
     @property
     def is_removed(self) -> bool:

@@ -121,8 +121,8 @@ def reduction_of(point: DesignPoint, shape: ModelShape, parameters_dense: float 
 
 
 def rank_map_of(point: DesignPoint, shape: ModelShape) -> dict[int, dict[str, str]]:
-    """Layer to role to rank; `w` and the channels kept in an MLP of reduced width, `removed` in a removed block, `.` if
-    dense.
+    """Layer to role to rank, after `p` for pivoted factors; `w` and the channels kept in an MLP of reduced width,
+    `removed` in a removed block, `.` if dense.
     """
     columns = [*shape["roles"]]
     found: dict[int, dict[str, str]] = {layer: dict.fromkeys(columns, _DENSE) for layer in range(shape["layers"])}
@@ -135,7 +135,7 @@ def rank_map_of(point: DesignPoint, shape: ModelShape) -> dict[int, dict[str, st
 def _entry(choice: TensorChoice) -> str:
     if choice.is_removal:
         return REMOVED
-    return f"w{choice.rank}" if choice.is_width else str(choice.rank)
+    return f"{'w' if choice.is_width else 'p' if choice.is_pivoted else ''}{choice.rank}"
 
 
 def rank_map_text(ranks: Mapping[int, Mapping[str, str]]) -> list[str]:

@@ -131,6 +131,7 @@ def profile_options(config: StudyConfig, topology: Topology, space: SearchSpace)
         names=names,
         with_removals=config.space.removal,
         with_widths=config.space.widths,
+        forms=config.space.factor_forms,
     )
     for block in blocks_of_topology(topology, settings.names, with_stacks=settings.with_stacks):
         measured = sum(len(part) + len(settings.block_kept_fractions) for part in block.partitions)
@@ -159,6 +160,7 @@ def _windows_and_settings(
         multiple=config.space.ranks.settled_multiple,
         with_removals=config.space.removal,
         with_widths=config.space.widths,
+        forms=config.space.factor_forms,
     )
     return windows, settings
 

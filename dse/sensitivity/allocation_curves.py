@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import PIVOTED, DesignPoint, TensorChoice
 from dse.errors import AllocationError
 from dse.model_parts import Matrix
 from dse.topology import Topology
@@ -69,6 +69,7 @@ def allocate_curves(
     reduction: float,
     *,
     method: str = "fisher_svd",
+    form: str = "",
     multiple: int = 1,
 ) -> CurveAllocation:
     """Ranks of minimal total divergence for a reduction.
@@ -77,6 +78,8 @@ def allocate_curves(
         curves: Name of each tensor or stack that may be decomposed (no tensor twice) to its divergence at ranks 0, 1,
             ... up to full rank, non-increasing.
         reduction: Smallest reduction, as a share of all parameters of the model; above 0.
+        method: Method of the choices.
+        form: Form of the factors, `pivoted` or "" for two; pivoted ones apply to single tensors.
         multiple: Ranks are multiples of this; a tensor whose break-even rank is smaller stays dense.
 
     Returns:
@@ -88,7 +91,7 @@ def allocate_curves(
 
     Source: Lagrangian relaxation of the multiple-choice knapsack (Everett 1963).
     """
-    rows = [row for name in curves if (row := _curve(topology.matrix(name), curves[name], multiple)) is not None]
+    rows = [row for name in curves if (row := _curve(topology.matrix(name), curves[name], form, multiple)) is not None]
     wanted = reduction * topology.parameters_dense
     most = sum(row.saved(0) for row in rows)
     if most < wanted or reduction <= 0:
@@ -99,20 +102,20 @@ def allocate_curves(
     chosen = _meet(rows, wanted)
     _raise_ranks(rows, chosen, sum(row.saved(i) for row, i in zip(rows, chosen, strict=True)) - wanted)
     pairs = [(row, index) for row, index in zip(rows, chosen, strict=True) if index >= 0]
-    point = DesignPoint.of({row.name: TensorChoice(method, int(row.ranks[index])) for row, index in pairs})
+    point = DesignPoint.of({row.name: TensorChoice(method, int(row.ranks[index]), form=form) for row, index in pairs})
     saved = sum(row.saved(index) for row, index in pairs)
     divergence = sum(row.divergence_at(index) for row, index in pairs)
     return CurveAllocation(point, divergence, saved / topology.parameters_dense)
 
 
-def _curve(matrix: Matrix, divergence: NDArray[np.float64], multiple: int) -> _Curve | None:
+def _curve(matrix: Matrix, divergence: NDArray[np.float64], form: str, multiple: int) -> _Curve | None:
     per_rank = sum(matrix.shape)
-    ranks = np.arange(multiple, (matrix.parameters - 1) // per_rank + 1, multiple)
+    last = min(matrix.shape) - 1 if form == PIVOTED else (matrix.parameters - 1) // per_rank
+    ranks = np.arange(multiple, last + 1, multiple)
     if not len(ranks):
         return None
-    return _Curve(
-        matrix.name, ranks, ranks * per_rank, np.asarray(divergence, dtype=np.float64)[ranks], matrix.parameters
-    )
+    parameters = ranks * per_rank - (ranks**2 if form == PIVOTED else 0)
+    return _Curve(matrix.name, ranks, parameters, np.asarray(divergence, dtype=np.float64)[ranks], matrix.parameters)
 
 
 def _meet(rows: list[_Curve], wanted: float) -> list[int]:

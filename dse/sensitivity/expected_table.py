@@ -26,6 +26,7 @@ def expected_table(
     curves: Mapping[str, NDArray[np.float64]],
     *,
     method: str = "fisher_svd",
+    form: str = "",
     multiple: int = 1,
     removal: bool = False,
     origin: TableOrigin | None = None,
@@ -38,6 +39,7 @@ def expected_table(
         curves: Name of a tensor or MLP to expected divergence at each rank or width, from
             `dse.decomposition.expected_divergence`; tensors without a curve stay dense.
         method: Method of the options; the curves are those of `fisher_svd`.
+        form: Form of the factors; see `allocate_curves`.
         multiple: Ranks and widths are multiples of this.
         removal: Whether to add the removal of each block. Its divergence is a rough estimate, because the estimates
             assume small changes.
@@ -50,7 +52,7 @@ def expected_table(
     for block in blocks_of_topology(topology, names=frozenset(curves)):
         dense = Option((), block.parameters, 0.0, is_measured=False)
         options = {dense.choices: dense}
-        found = [_option(topology, block, curves, kept, method, multiple) for kept in _KEPT_FRACTIONS]
+        found = [_option(topology, block, curves, kept, method, form, multiple) for kept in _KEPT_FRACTIONS]
         found += _widths(topology, block, curves, multiple)
         for option in found:
             if option is not None:
@@ -69,13 +71,19 @@ def expected_table(
 
 
 def _option(
-    topology: Topology, block: Block, curves: Mapping[str, NDArray[np.float64]], kept: float, method: str, multiple: int
+    topology: Topology,
+    block: Block,
+    curves: Mapping[str, NDArray[np.float64]],
+    kept: float,
+    method: str,
+    form: str,
+    multiple: int,
 ) -> Option | None:
     """The option of least divergence at a kept fraction of the block; None if no ranks are small enough."""
     reduction = (1 - kept) * block.parameters / topology.parameters_dense
     own = {tensor.name: curves[tensor.name] for tensor in block.tensors}
     try:
-        found = allocate_curves(topology, own, reduction, method=method, multiple=multiple)
+        found = allocate_curves(topology, own, reduction, method=method, form=form, multiple=multiple)
     except AllocationError:
         return None
     parameters = block.parameters - parameters_saved(topology, DesignPoint(found.point.choices))

@@ -7,13 +7,15 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dse.cost import parameters_saved, point_problems
+from dse.cost import largest_rank, parameters_saved, point_problems
 from dse.decomposition import CalibrationWindows, FactorBank
 from dse.design_point import REMOVED, WIDTH, DesignPoint, TensorChoice
 from dse.errors import CalibrationError, NonFiniteError, ProfileError
@@ -152,12 +154,21 @@ class _Profiler:
         self._done, self._total = 0, self._planned()
         progress("sensitivity", 0, self._total)
         self._meter = DivergenceMeter(loaded, windows, bank)
-        names = list(dict.fromkeys(m.name for block in self._blocks for part in block.partitions for m in part))
         self._errors: Mapping[str, Mapping[str, NDArray[np.float64]]] = {
-            method: truncation_errors(loaded, names, method, bank, self._meter.batches) for method in settings.methods
+            method: truncation_errors(loaded, self._largest(method), bank, self._meter.batches)
+            for method in settings.methods
         }
         self._parts: list[MeasuredPart] = []
         self._curves: dict[str, dict[str, TensorCurve]] = {}
+
+    def _largest(self, method: str) -> dict[str, TensorChoice]:
+        """Every matrix to the choice of its largest rank, in the form that has it."""
+        found = {}
+        for matrix in (m for block in self._blocks for part in block.partitions for m in part):
+            choices = [TensorChoice(method, 1, form=form) for form in self._settings.forms_of(matrix)]
+            best = max(choices, key=partial(largest_rank, matrix))
+            found[matrix.name] = replace(best, rank=largest_rank(matrix, best))
+        return found
 
     def run(self, origin: TableOrigin) -> tuple[tuple[MeasuredPart, ...], SensitivityTable]:
         """Measure all layers; each layer is saved before the next one starts."""
@@ -211,7 +222,8 @@ class _Profiler:
         if not curves:
             self._advance(len(self._settings.block_kept_fractions))
             return []
-        table = split_table(curves, self._settings.multiple)
+        first, *others = self._split_tables(curves)
+        table = first
         predicted: dict[Choices, float] = {}
         measured: dict[Choices, OptionDivergence] = {}
         for fraction in self._kept_fractions():
@@ -226,7 +238,19 @@ class _Profiler:
                 measured[choices] = divergence
                 kept = table.parameters_dense - self._saved(choices)
                 self._note(block.name, block.layer, block.kind, method, kept / table.parameters_dense, divergence)
-        return self._interpolated(predicted, measured, dense)
+        correction = BlockCurve.of([(predicted[c], d.kl_divergence) for c, d in measured.items()])
+        options = self._interpolated(predicted, measured, correction, dense)
+        for table in others:  # at equal ranks they compute the same, so the measurements of the first form hold
+            splits = [split for fraction in self._kept_fractions() if (split := best_split(table, fraction))]
+            predicted = {split: table.divergence_of(DesignPoint(split)) for split in splits}
+            options += self._interpolated(predicted, {}, correction, dense)
+        return options
+
+    def _split_tables(self, curves: Sequence[TensorCurve]) -> list[SensitivityTable]:
+        """The ranks of a block's tensors in each form that all of them have."""
+        common = set.intersection(*(set(self._settings.forms_of(curve.tensor)) for curve in curves))
+        forms = [form for form in self._settings.forms if form in common] or [""]
+        return [split_table([replace(c, form=form) for c in curves], self._settings.multiple) for form in forms]
 
     def _widths(self, mlp: Mlp, dense: int) -> list[Option]:
         """One option per kept fraction of an MLP's channels, measured or interpolated."""
@@ -245,17 +269,21 @@ class _Profiler:
             elif (divergence := self._measure(choices, mlp.layer)) is not None:
                 measured[choices] = divergence
                 self._note(mlp.name, mlp.layer, mlp.role, WIDTH, width / mlp.channels, divergence)
-        return self._interpolated(predicted, measured, dense)
+        correction = BlockCurve.of([(predicted[c], d.kl_divergence) for c, d in measured.items()])
+        return self._interpolated(predicted, measured, correction, dense)
 
     def _kept_fractions(self) -> list[float]:
         """The kept fractions of the table's options, in descending order."""
         return sorted({*self._settings.table_kept_fractions, *self._settings.block_kept_fractions}, reverse=True)
 
     def _interpolated(
-        self, predicted: Mapping[Choices, float], measured: Mapping[Choices, OptionDivergence], dense: int
+        self,
+        predicted: Mapping[Choices, float],
+        measured: Mapping[Choices, OptionDivergence],
+        correction: BlockCurve,
+        dense: int,
     ) -> list[Option]:
         """Options with their measured divergence, or the predicted one corrected by those that are measured."""
-        correction = BlockCurve.of([(predicted[c], d.kl_divergence) for c, d in measured.items()])
         found, least = [], 0.0
         for choices, divergence_sum in sorted(predicted.items(), key=lambda entry: self._saved(entry[0])):
             known = measured.get(choices)
@@ -269,8 +297,9 @@ class _Profiler:
             self._advance(1)
             return self._curves[method][matrix.name]
         settings = self._settings
-        rank = rank_of_kept_fraction(matrix, method, settings.tensor_kept_fraction, settings.multiple)
-        choices = ((matrix.name, TensorChoice(method, rank)),)
+        form = settings.forms_of(matrix)[0]
+        rank = rank_of_kept_fraction(matrix, method, settings.tensor_kept_fraction, settings.multiple, form)
+        choices = ((matrix.name, TensorChoice(method, rank, form=form)),)
         divergence = self._measure(choices, layer)
         if divergence is None:
             return None

@@ -66,7 +66,7 @@ class Option:
 
     def describe(self) -> str:
         """The choices as text for messages: `layers.3.query svd 64, ...`."""
-        return ", ".join(f"{name} {choice.method} {choice.rank}" for name, choice in self.choices) or "dense"
+        return ", ".join(f"{name} {choice.title} {choice.rank}" for name, choice in self.choices) or "dense"
 
     def to_json(self) -> dict[str, Any]:
         """The option as JSON values, without unknown attributes; choices as in the expanded form of a point."""

@@ -8,12 +8,13 @@ import json
 import math
 from dataclasses import dataclass
 
-from dse.cost import break_even_rank, has_core
+from dse.cost import has_core
 from dse.decomposition import METHODS, RankRequests
-from dse.design_point import METHOD_NAMES, WIDTH
+from dse.design_point import METHOD_NAMES, PIVOTED, WIDTH
 from dse.errors import ConfigError
-from dse.model_parts import Mlp
+from dse.model_parts import DecomposableTensor, Matrix, Mlp
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology
+from dse.sensitivity.sensitivity_curves import profiled_limit
 from dse.topology import Topology
 
 __all__ = ["DEFAULT_PROFILE_TOKENS", "PROFILE_WINDOW", "ProfileSettings"]
@@ -39,6 +40,8 @@ class ProfileSettings:
         with_stacks: Whether stacks of tensors with the same input are measured too; this takes about twice as long.
         with_removals: Whether the removal of blocks is measured.
         with_widths: Whether widths of MLPs are measured, at the block's kept fractions.
+        forms: Forms of the factors of single tensors, as in `TensorChoice.form`. Measured is the first; the others
+            compute the same at equal ranks.
     """
 
     methods: tuple[str, ...] = ("fisher_svd",)
@@ -52,6 +55,7 @@ class ProfileSettings:
     with_stacks: bool = False
     with_removals: bool = True
     with_widths: bool = False
+    forms: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -63,6 +67,11 @@ class ProfileSettings:
                 raise ConfigError(
                     f"a profile needs methods whose factors do not depend on the rest of the point, but got '{method}';"
                     f" measure '{base}', and use `dse allocate --refit` for points with '{method}'"
+                )
+            if PIVOTED in self.forms and has_core(method):
+                raise ConfigError(
+                    f"pivoted factors need methods with two factors, but got '{method}', which keeps a core; use"
+                    " 'tucker_merged', or leave pivoted factors out"
                 )
         fractions = (self.tensor_kept_fraction, *self.block_kept_fractions, *self.table_kept_fractions)
         if not all(0 < fraction < 1 for fraction in fractions):
@@ -88,12 +97,16 @@ class ProfileSettings:
         mlp = topology.mlps_by_name.get(block.name) if self.with_widths else None
         return mlp if mlp is not None and {t.name for t in mlp.tensors} <= {t.name for t in block.tensors} else None
 
+    def forms_of(self, matrix: Matrix) -> tuple[str, ...]:
+        """The forms of one matrix; a stack has two factors."""
+        return self.forms if isinstance(matrix, DecomposableTensor) else ("",)
+
     def rank_requests(self, topology: Topology) -> RankRequests:
-        """Requests to the factor bank: every matrix up to its break-even rank, and the channels of every MLP."""
+        """Requests to the factor bank: every matrix up to its largest rank, and the channels of every MLP."""
         blocks = blocks_of_topology(topology, self.names, with_stacks=self.with_stacks)
         matrices = {matrix.name: matrix for block in blocks for partition in block.partitions for matrix in partition}
         requests = {
-            method: {name: break_even_rank(*matrix.shape, core=has_core(method)) for name, matrix in matrices.items()}
+            method: {name: profiled_limit(matrix, method, self.forms_of(matrix)) for name, matrix in matrices.items()}
             for method in self.methods
         }
         mlps = [mlp for block in blocks if (mlp := self.mlp_of(block, topology)) is not None]

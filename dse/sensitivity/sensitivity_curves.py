@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dse.cost import break_even_rank, factor_parameters, has_core
+from dse.cost import factor_parameters, largest_rank
 from dse.design_point import TensorChoice
 from dse.errors import AllocationError
 from dse.model_parts import Matrix
@@ -23,7 +23,15 @@ from dse.sensitivity.allocation import allocate
 from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
 
-__all__ = ["BlockCurve", "TensorCurve", "best_split", "profiled_ranks", "rank_of_kept_fraction", "split_table"]
+__all__ = [
+    "BlockCurve",
+    "TensorCurve",
+    "best_split",
+    "profiled_limit",
+    "profiled_ranks",
+    "rank_of_kept_fraction",
+    "split_table",
+]
 
 _EXPONENT = 1.15
 """Of the squared error; fitted on SmolLM2 (35 tensors of 5 layers, kept fractions 0.1 to 0.75 predicted from 0.5)."""
@@ -37,9 +45,10 @@ class TensorCurve:
     Attributes:
         tensor: The tensor or stack.
         method: Decomposition method.
-        errors: Relative squared error of its outputs at ranks 0 to break-even, non-increasing.
+        errors: Relative squared error of its outputs at ranks 0 to the largest, non-increasing.
         rank: The rank at which the divergence was measured.
         divergence: The measured divergence at `rank`, nats per token.
+        form: Form of the factors, as in `TensorChoice.form`. The divergence at a rank does not depend on it.
     """
 
     tensor: Matrix
@@ -47,15 +56,16 @@ class TensorCurve:
     errors: NDArray[np.float64]
     rank: int
     divergence: float
+    form: str = ""
 
     def at(self, rank: int) -> float:
-        """Predicted divergence at a rank from 0 to break-even, nats per token."""
+        """Predicted divergence at a rank from 0 to the largest, nats per token."""
         ratio = float(self.errors[rank]) / float(self.errors[self.rank])
         return max(self.divergence, _MIN_DIVERGENCE) * math.pow(ratio, _EXPONENT)
 
     def choice(self, rank: int) -> tuple[str, TensorChoice]:
         """The (name, choice) pair of this tensor at a rank."""
-        return self.tensor.name, TensorChoice(self.method, rank)
+        return self.tensor.name, TensorChoice(self.method, rank, form=self.form)
 
 
 @dataclass(frozen=True)
@@ -88,22 +98,27 @@ class BlockCurve:
         return predicted * math.exp(float(np.interp(at, known, ratios)))
 
 
-def profiled_ranks(tensor: Matrix, method: str, multiple: int) -> tuple[int, ...]:
-    """Multiples of `multiple` that save parameters; break-even if it is smaller than one multiple."""
-    limit = break_even_rank(*tensor.shape, core=has_core(method))
+def profiled_limit(tensor: Matrix, method: str, forms: Sequence[str]) -> int:
+    """The largest rank of a tensor or stack over these forms of its factors."""
+    return max(largest_rank(tensor, TensorChoice(method, 1, form=form)) for form in forms)
+
+
+def profiled_ranks(tensor: Matrix, method: str, multiple: int, form: str = "") -> tuple[int, ...]:
+    """Multiples of `multiple` that save parameters; the largest rank if it is smaller than one multiple."""
+    limit = profiled_limit(tensor, method, (form,))
     ranks = tuple(
         rank
         for rank in range(multiple, limit + 1, multiple)
-        if factor_parameters(tensor, TensorChoice(method, rank)) < tensor.parameters
+        if factor_parameters(tensor, TensorChoice(method, rank, form=form)) < tensor.parameters
     )
     return ranks or (min(limit, multiple),)
 
 
-def rank_of_kept_fraction(tensor: Matrix, method: str, fraction: float, multiple: int) -> int:
+def rank_of_kept_fraction(tensor: Matrix, method: str, fraction: float, multiple: int, form: str = "") -> int:
     """The largest profiled rank that keeps at most this fraction of the tensor's parameters, or the smallest rank."""
     budget = math.floor(fraction * tensor.parameters)
-    ranks = profiled_ranks(tensor, method, multiple)
-    within = [rank for rank in ranks if factor_parameters(tensor, TensorChoice(method, rank)) <= budget]
+    ranks = profiled_ranks(tensor, method, multiple, form)
+    within = [rank for rank in ranks if factor_parameters(tensor, TensorChoice(method, rank, form=form)) <= budget]
     return within[-1] if within else ranks[0]
 
 
@@ -112,7 +127,7 @@ def split_table(curves: Sequence[TensorCurve], multiple: int) -> SensitivityTabl
     units = []
     for curve in curves:
         options = [Option((), curve.tensor.parameters, 0.0)]
-        for rank in profiled_ranks(curve.tensor, curve.method, multiple):
+        for rank in profiled_ranks(curve.tensor, curve.method, multiple, curve.form):
             choice = curve.choice(rank)
             parameters = factor_parameters(curve.tensor, choice[1])
             options.append(Option((choice,), parameters, curve.at(rank), is_measured=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dse.cost import break_even_rank, has_core
-from dse.decomposition.factors import as_matrix
+from dse.decomposition.factors import LowRankFactors, as_matrix
 from dse.decomposition.surgery import FactorSource
 from dse.design_point import TensorChoice
 from dse.double_precision import in_double
@@ -24,9 +23,9 @@ _MIN_ERROR = 1e-7  # relative to the output's power: rounding of float32 product
 
 
 def truncation_errors(
-    loaded: LoadedModel, names: Iterable[str], method: str, source: FactorSource, batches: Sequence[Tensor]
+    loaded: LoadedModel, largest: Mapping[str, TensorChoice], source: FactorSource, batches: Sequence[Tensor]
 ) -> Mapping[str, NDArray[np.float64]]:
-    """||W x - L_r R_r x||^2 / ||W x||^2 over a text, for every rank r up to break-even.
+    """||W x - L_r R_r x||^2 / ||W x||^2 over a text, for every rank r up to the largest.
 
     With the activations a = R x of all columns, summed over a text,
 
@@ -35,14 +34,17 @@ def truncation_errors(
     One pass yields these sums for all ranks, for any method whose factors at lower ranks are the leading columns.
 
     Args:
-        names: Tensors or stacks.
-        source: Provides factors up to break-even.
+        largest: Tensors or stacks to the choice of their largest rank.
+        source: Provides their factors.
         batches: Token ids, each of shape (windows, tokens).
 
     Returns:
-        Tensor name to errors at ranks 0 to break-even, in (0, 1], non-increasing; shape (break-even + 1,).
+        Tensor name to errors at ranks 0 to the largest, in (0, 1], non-increasing; shape (largest + 1,).
     """
-    sums = {name: _Sums(_modules(loaded, name), *_factors(loaded, name, method, source)) for name in names}
+    sums = {
+        name: _Sums(_modules(loaded, name), *_factors(loaded, source.factors(name, choice)))
+        for name, choice in largest.items()
+    }
     # The members of a stack read the same input, so a hook on the first suffices.
     handles = [_modules(loaded, name)[0].register_forward_pre_hook(entry.add) for name, entry in sums.items()]
     try:
@@ -73,7 +75,7 @@ class _Sums:
         self._activations += in_double(activations.T @ activations)
 
     def errors(self) -> NDArray[np.float64]:
-        """Relative squared errors at ranks 0 to break-even, shape (break-even + 1,)."""
+        """Relative squared errors at ranks 0 to the largest, shape (largest + 1,)."""
         overlaps = (in_double(self._left.T @ self._left) * self._activations).cpu().numpy()
         # Entry r: what row and column r add to the quadratic form of the leading r columns.
         squares = np.cumsum(2 * np.tril(overlaps, -1).sum(axis=1) + np.diag(overlaps))
@@ -86,8 +88,6 @@ def _modules(loaded: LoadedModel, name: str) -> list[nn.Module]:
     return [loaded.model.get_submodule(path) for path in loaded.topology.matrix(name).modules]
 
 
-def _factors(loaded: LoadedModel, name: str, method: str, source: FactorSource) -> tuple[Tensor, Tensor]:
-    rank = break_even_rank(*loaded.topology.matrix(name).shape, core=has_core(method))
-    factors = source.factors(name, TensorChoice(method, rank))
+def _factors(loaded: LoadedModel, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
     left = factors.left if factors.core is None else factors.left @ factors.core
     return left.to(loaded.device).float(), factors.right.to(loaded.device).float()

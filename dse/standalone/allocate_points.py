@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dse.decomposition import METHODS
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import DesignPoint
 from dse.errors import AllocationError, ConfigError
 from dse.files import write_json
 from dse.measurement.device_profile import Phase, profile_model, timings_for
@@ -134,9 +134,7 @@ def _refit_methods(profile: SensitivityProfile) -> dict[str, str]:
 
 def _with_methods(point: DesignPoint, methods: Mapping[str, str]) -> DesignPoint:
     """The same ranks with other methods."""
-    return DesignPoint(
-        tuple((n, TensorChoice(methods.get(c.method, c.method), c.rank) if c.has_factors else c) for n, c in point)
-    )
+    return DesignPoint(tuple((n, replace(c, method=methods.get(c.method, c.method))) for n, c in point))
 
 
 def _timed_table(
@@ -194,6 +192,7 @@ def _timing_command(request: AllocationRequest, budget: LatencyBudget) -> str:
         settings += [part for method in sensitivity.methods or () for part in ("--method", method)]
         settings += ["--stacks"] if sensitivity.with_stacks else []
         settings += ["--widths"] if sensitivity.with_widths else []
+        settings += ["--pivoted"] if sensitivity.with_pivoted else []
         for name in ("space", "tokens", "text"):
             value = getattr(sensitivity, name)
             settings += [] if value is None else [f"--{name}", str(value)]

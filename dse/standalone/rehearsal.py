@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dse.config import StudyConfig
+from dse.cost import largest_rank
 from dse.decomposition import (
     METHODS,
     CalibrationWindows,
@@ -27,7 +28,7 @@ from dse.decomposition import (
     longest_window,
 )
 from dse.decomposition.gradient_grams import GRADIENT_TOKENS
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import PIVOTED, DesignPoint, TensorChoice
 from dse.evaluation import evaluator_for
 from dse.evaluation.divergence import DenseDivergence
 from dse.measurement import LatencySpec, measure_latency, measure_peak_memory
@@ -329,7 +330,11 @@ class Rehearsal:
             if name in self.small.topology.experts_by_name or members & taken:
                 continue
             taken |= members
-            chosen[name] = TensorChoice(base, max(1, int(share * rank)))
+            choice = TensorChoice(base, max(1, int(share * rank)))
+            is_single = name in self.small.topology.by_name
+            if is_single and rank > largest_rank(self.small.topology.matrix(name), choice):
+                choice = dataclasses.replace(choice, form=PIVOTED)  # the only form with such ranks
+            chosen[name] = choice
         return DesignPoint.of(chosen)
 
     def _of_one_layer(self) -> dict[str, dict[str, int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dse.config import CalibrationConfig, CalibrationSource, SearchSpaceConfig, load_search_space
 from dse.decomposition import BUILTIN_TEXTS, CalibrationWindows, calibration_windows, held_out_windows, longest_window
+from dse.design_point import PIVOTED
 from dse.errors import ConfigError
 from dse.files import write_bytes, write_text
 from dse.measurement import device_in_use, passing_measurements
@@ -38,11 +39,12 @@ class SensitivityRequest:
     """The settings of a sensitivity profile.
 
     Attributes:
-        space: Search-space file or shipped name. Only its layers, roles, methods, widths and rank multiple are used.
-            None means all tensors.
+        space: Search-space file or shipped name. Only its layers, roles, methods, forms, widths and rank multiple are
+            used. None means all tensors.
         methods: Decomposition methods; None means the default. Excludes `space`.
         with_stacks: Whether query, key, value and gate, up are also measured as stacked matrices.
         with_widths: Whether MLPs with fewer channels are also measured; a space with widths always measures them.
+        with_pivoted: Whether pivoted factors are options too; those of a space always are.
         tokens: Tokens of text on which the divergence is measured; None means the default.
         text: That text: a builtin text or a file. None means the part of the calibration text that is not used for
             calibration.
@@ -54,6 +56,7 @@ class SensitivityRequest:
     methods: tuple[str, ...] | None = None
     with_stacks: bool = False
     with_widths: bool = False
+    with_pivoted: bool = False
     tokens: int | None = None
     text: str | None = None
     calibration: CalibrationText = field(default_factory=CalibrationText)
@@ -150,7 +153,12 @@ def write_profile(profile: SensitivityProfile, folder: str | Path) -> list[Path]
 def _settings(request: SensitivityRequest, space: SearchSpaceConfig | None, loaded: LoadedModel) -> ProfileSettings:
     if space is None:
         methods = ProfileSettings().methods if request.methods is None else request.methods
-        return ProfileSettings(methods, with_stacks=request.with_stacks, with_widths=request.with_widths)
+        return ProfileSettings(
+            methods,
+            with_stacks=request.with_stacks,
+            with_widths=request.with_widths,
+            forms=("", PIVOTED) if request.with_pivoted else ("",),
+        )
     experts = loaded.topology.experts_by_name
     names = tuple(n for n in SearchSpace.from_config(space, loaded.topology).tensor_names() if n not in experts)
     if not names:
@@ -164,6 +172,7 @@ def _settings(request: SensitivityRequest, space: SearchSpaceConfig | None, load
         space.ranks.settled_multiple,
         with_stacks=request.with_stacks,
         with_widths=request.with_widths or space.widths,
+        forms=tuple(dict.fromkeys([*space.factor_forms, *([PIVOTED] if request.with_pivoted else [])])),
     )
 
 

@@ -23,6 +23,8 @@ MIXED = {
     "layers.1.gate_up": TensorChoice("tucker", 5),
     "layers.2.down": TensorChoice("tucker", 3),
     "layers.2.query": TensorChoice("svd", 2),
+    "layers.2.key": TensorChoice("svd", 5, form="pivoted"),
+    "layers.2.attention_output": TensorChoice("svd", 9, form="pivoted"),
     "layers.1.attention": TensorChoice.removal(),
     "layers.0.mlp": TensorChoice.removal(),
 }

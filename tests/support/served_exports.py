@@ -73,6 +73,7 @@ FORMS = (
     "removed attention",
     "passed layer",
     "reduced MLP width",
+    "pivoted factors",
     "everything",
     "removed blocks and widths as decilm",
 )
@@ -120,6 +121,11 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
         "layers.25.mlp": TensorChoice(width, 768),
     }
     widths = {f"layers.{layer}.mlp": TensorChoice(width, 600 + 40 * layer) for layer in (2, 9, 16)}
+    pivoted = {
+        tensor.name: TensorChoice(svd, 100 + 5 * i, form="pivoted")
+        for i, tensor in enumerate(topology.tensors)
+        if tensor.layer in (4, 15)
+    }
     mixed = {f"layers.{i}.{role}": TensorChoice(svd, 90 + 8 * i) for i in range(2, 29, 3) for role in ("gate", "down")}
     return {
         "low rank": DesignPoint.uniform(
@@ -132,6 +138,7 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
         "removed attention": DesignPoint.of(removed("attention", (0, 12, 18, 29))),
         "passed layer": DesignPoint.of(removed("attention", (11, 24)) | removed("mlp", (11, 24))),
         "reduced MLP width": DesignPoint.of(widths),
+        "pivoted factors": DesignPoint.of(pivoted),
         "everything": DesignPoint.of(everything),
         "removed blocks and widths as decilm": DesignPoint.of(
             removed("attention", (12, 20)) | removed("mlp", (20, 26)) | widths
@@ -140,7 +147,10 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
 
 
 def mixed_point(topology: Topology) -> DesignPoint:
-    """A passed layer, another removed attention and MLP block, stacks with and without a core, and single tensors."""
+    """A passed layer, another removed attention and MLP block, stacks with and without a core, and single tensors.
+
+    Some of the single tensors have pivoted factors.
+    """
     names = ("layers.1.attention", "layers.1.mlp", "layers.2.attention", "layers.3.mlp")
     gone = [topology.blocks_by_name[name] for name in names if name in topology.blocks_by_name]
     choices = {block.name: TensorChoice.removal() for block in gone}
@@ -149,7 +159,9 @@ def mixed_point(topology: Topology) -> DesignPoint:
     taken = {name for block in gone for name in block.tensors} | {m.name for stack in stacks for m in stack.members}
     for i, tensor in enumerate(topology.tensors):
         if tensor.name not in taken and i % 2 == 0:
-            choices[tensor.name] = TensorChoice(("svd", "tucker")[i // 2 % 2], 3 + i % 3)
+            method = ("svd", "tucker")[i // 2 % 2]
+            form = "pivoted" if method == "svd" and i % 8 == 0 else ""
+            choices[tensor.name] = TensorChoice(method, 3 + i % 3, form=form)
     return DesignPoint.of(choices)
 
 

@@ -13,7 +13,8 @@ It needs only torch and transformers. Load it with
 
 `config.low_rank` lists the replaced modules by path in the base model, with rank, core and bias. The modules of one
 `stack` read the same input and share their right factor; if a norm is named, the factor is applied behind that norm. A
-module with a `shape`, (out_features, in_features), is a dense matrix of an MLP that keeps some of its channels.
+module with `columns` or `rows` lists those that are independent; its others are combinations of them. A module with a
+`shape`, (out_features, in_features), is a dense matrix of an MLP that keeps some of its channels.
 `config.removed` lists the removed blocks and layers. `config.num_hidden_layers` counts the attention blocks left.
 """
 
@@ -29,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dse.decomposition.expert_modules import TuckerExperts, TuckerExpertWeight
 from dse.decomposition.low_rank_modules import LowRankLinear, NormThenFactor, SharedProduct, StackedLinear, linear_from
+from dse.decomposition.pivoted_module import PivotedLinear
 from dse.models.plain_attributes import copy_plain_attributes  # noqa: F401
 from dse.models.removed_modules import LayerList, RemovedBlock
 
@@ -45,6 +47,10 @@ def tensor_parallel_plan(dense: Mapping[str, str] | None) -> dict[str, str]:
         split = {"colwise": "left", "rowwise": "right"}.get(style[:7])
         for factor in ("left", "core", "right") if split else ():
             plan[f"{pattern}.{factor}"] = style if factor == split else "replicate"
+        # <pivoted>
+        if split:  # columns of a matrix that is split by output rows are independent, or rows of one split by columns
+            plan |= {f"{pattern}.pivots": style, f"{pattern}.combinations": "replicate"}
+        # </pivoted>
     return plan | {f"{pattern}$": style for pattern, style in (dense or {}).items()}
 
 
@@ -69,10 +75,19 @@ class LowRankLlamaConfig(LlamaConfig):
 class LowRankMixin:
     """What the base model and the model with a head have in common."""
 
+    _factor_modules = (LowRankLinear, NormThenFactor, SharedProduct, StackedLinear)
+    # <pivoted>
+    _factor_modules += (PivotedLinear,)
+    # </pivoted>
+
     def _init_weights(self, module: nn.Module) -> None:
         """Initial values of factors that keep the variance of activations; `from_pretrained` reads the real ones."""
         super()._init_weights(module)
-        if isinstance(module, (LowRankLinear, NormThenFactor, SharedProduct, StackedLinear)):
+        # <pivoted>
+        if isinstance(module, PivotedLinear):
+            module.set_order()
+        # </pivoted>
+        if isinstance(module, self._factor_modules):
             for factor in module.children():
                 if isinstance(factor, nn.Linear) and not getattr(factor.weight, "_is_hf_initialized", False):
                     nn.init.normal_(factor.weight, std=factor.in_features**-0.5)
@@ -87,6 +102,11 @@ class LowRankMixin:
                 f"the files must hold every weight of {cls.__name__}, but {len(missing)} are missing (first:"
                 f" {missing[0]}): the folder is damaged, or this version of transformers reads it differently"
             )
+        # <pivoted>
+        for module in model.modules():
+            if isinstance(module, PivotedLinear):
+                module.set_order()  # no file holds it
+        # </pivoted>
         return (model, info) if output_loading_info else model
 
 
@@ -169,6 +189,10 @@ def insert_factors(model: nn.Module, low_rank: Mapping[str, Mapping[str, Any]]) 
             module = StackedLinear(left, bias, shared[stack[0]], stack.index(path))
         else:
             module = LowRankLinear(left, right, bias, core)
+        # <pivoted>
+        if "columns" in form or "rows" in form:
+            module = pivoted_linear(form, out_features, in_features, bias)
+        # </pivoted>
         replace(model, path, module)
         parent, _, name = path.rpartition(".")
         replaced.setdefault(parent, []).append(name)
@@ -237,6 +261,23 @@ def set_all(target: Any, values: Mapping[str, Any]) -> None:
         setattr(target, name, value)
 
 
+# <pivoted>
+def pivoted_linear(form: Mapping[str, Any], out_features: int, in_features: int, bias: Tensor | None) -> PivotedLinear:
+    """A layer of independent columns or rows, without values."""
+    rank, of_columns = form["rank"], "columns" in form
+    pivots = torch.empty(out_features, rank) if of_columns else torch.empty(rank, in_features)
+    others = torch.empty(rank, in_features - rank) if of_columns else torch.empty(out_features - rank, rank)
+    chosen = numbers_of(form["columns" if of_columns else "rows"])
+    return PivotedLinear(pivots, others, chosen, of_columns=of_columns, bias=bias)
+
+
+def numbers_of(ranges: str) -> list[int]:
+    """The numbers of a text such as "0-3,7,9-12"."""
+    ends = (part.partition("-")[::2] for part in ranges.split(","))
+    return [number for first, last in ends for number in range(int(first), int(last or first) + 1)]
+
+
+# </pivoted>
 # <experts>
 def expert_weight(shape: torch.Size, ranks: list[int]) -> TuckerExpertWeight:
     """Random core and factors that keep the variance of activations; modes of full rank have no factor."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dse.cost import has_core
+from dse.cost import has_core, pivots_columns
 from dse.design_point import DesignPoint, TensorChoice
 from dse.measurement.device_profile.product_timings import ProductShape, ProductTimings
 from dse.models import LoadedModel
@@ -118,6 +118,7 @@ class ModelProfile:
     """Seconds of a model's products on one device, for any design point.
 
     Products are those that the unmodified modules run: one for a dense matrix, two for its factors, three with a core.
+    Pivoted factors reorder inputs or outputs as well.
     The members of a stack share the product with the right factor (and the core). An MLP of reduced width runs smaller
     dense products.
 
@@ -165,6 +166,9 @@ class ModelProfile:
             if choice.is_width:
                 found.append(self._narrow(matrix, name, choice.rank, rows))
                 continue
+            if choice.is_pivoted:
+                found += self._pivoted(matrix, self.topology.matrix(name).role, choice.rank, rows)
+                continue
             if name not in seen:  # once for all members of a stack
                 seen.add(name)
                 found.append(ProductShape(rows, choice.rank, matrix.in_features))
@@ -172,6 +176,16 @@ class ModelProfile:
                     found.append(ProductShape(rows, choice.rank, choice.rank))
             found.append(ProductShape(rows, matrix.out_features, choice.rank))
         return found
+
+    def _pivoted(self, matrix: ModelMatrix, role: str, rank: int, rows: int) -> list[ProductShape]:
+        """The products of independent columns, or rows, and of their combinations."""
+        if pivots_columns(role):
+            width = matrix.in_features
+            combined = ProductShape(rows, rank, width - rank, reordered=width)
+            return [combined, ProductShape(rows, matrix.out_features, rank)]
+        width = matrix.out_features
+        combined = ProductShape(rows, width - rank, rank, reordered=width)
+        return [ProductShape(rows, rank, matrix.in_features), combined]
 
     def _narrow(self, matrix: ModelMatrix, mlp: str, kept: int, rows: int) -> ProductShape:
         """The product of one matrix of an MLP that keeps some of its channels."""

@@ -50,12 +50,15 @@ class ProductShape:
         in_features: Length of the inner sums.
         is_transposed: Whether the weight is stored as (in_features, out_features), as in GPT-2's `Conv1D`, instead of
             (out_features, in_features), as in `nn.Linear`.
+        reordered: Features of its inputs or outputs that are brought into another order, as in pivoted factors; 0 if
+            none are.
     """
 
     rows: int
     out_features: int
     in_features: int
     is_transposed: bool = False
+    reordered: int = 0
 
     @property
     def weight_entries(self) -> int:
@@ -70,7 +73,9 @@ class ProductShape:
     @property
     def key(self) -> str:
         """Key in the timings file."""
-        return f"{self.rows} x {self.in_features} x {self.out_features}" + (" transposed" if self.is_transposed else "")
+        more = " transposed" if self.is_transposed else ""
+        more += f" reordered {self.reordered}" if self.reordered else ""
+        return f"{self.rows} x {self.in_features} x {self.out_features}{more}"
 
 
 @dataclass(frozen=True)
@@ -177,11 +182,26 @@ class ProductTimings:
         """A function that runs products with different weights and returns the seconds of one product."""
         weights = self._weights(shape)
         x = torch.randn(shape.rows, shape.in_features, device=self.device).to(self._dtype)
-        multiply = torch.matmul if shape.is_transposed else functional.linear
+        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul if shape.is_transposed else functional.linear
+        if shape.reordered:
+            multiply = self._with_reordering(multiply, shape)
         cold_bytes = min(self.conditions.footprint_bytes, _CACHE_BYTES)
         timed = pass_kind(self.device)(multiply, x, weights, cold_bytes)
         timed.fix_count()
         return timed.seconds
+
+    def _with_reordering(
+        self, multiply: Callable[[Tensor, Tensor], Tensor], shape: ProductShape
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The product, after the features of other activations have been reordered."""
+        features = torch.randn(shape.rows, shape.reordered, device=self.device).to(self._dtype)
+        order = torch.randperm(shape.reordered, device=self.device).int()
+
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            features.index_select(-1, order)
+            return multiply(x, weight)
+
+        return run
 
     def _weights(self, shape: ProductShape) -> list[Tensor]:
         """Different weights of this shape that together fill the footprint: views of one pool."""

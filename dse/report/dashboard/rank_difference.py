@@ -133,7 +133,7 @@ def _text(placed: PlacedChoice | None) -> str:
     choice = placed.choice
     if choice.is_removal:
         return "removed"
-    return f"width {choice.rank}" if choice.is_width else f"rank {choice.rank} ({choice.method})"
+    return f"width {choice.rank}" if choice.is_width else f"rank {choice.rank} ({choice.title})"
 
 
 def _differs(

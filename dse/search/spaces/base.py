@@ -241,6 +241,7 @@ class SearchSpace(ABC):
             "kind": self.config.kind,
             "architecture": self.topology.architecture,
             "methods": list(self.config.methods),
+            "forms": list(self.config.forms),
             "layers": list(self.layers),
             "roles": list(self.roles),
             "tensors": len(self.tensor_names()),
@@ -277,10 +278,10 @@ class SearchSpace(ABC):
             listing.setdefault(mlp.role, set()).update(width_levels(self.config.ranks, mlp))
         for name in self.tensor_names():
             tensor = self.topology.decomposable(name)
-            for method in self.config.methods:
-                grid = self.config.ranks
+            grid = self.config.ranks
+            for method, form in itertools.product(self.config.methods, self.config.factor_forms):
                 listing.setdefault(tensor.role, set()).update(
-                    rank_at(grid, index, tensor, method) for index in range(level_count(grid))
+                    rank_at(grid, index, tensor, method, form) for index in range(level_count(grid))
                 )
         return {role: sorted(ranks) for role, ranks in listing.items()}
 

@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from dse.config import SearchSpaceConfig
-from dse.cost import break_even_rank, has_core, point_cost
-from dse.design_point import REMOVED, WIDTH, DesignPoint
+from dse.cost import largest_rank, point_cost
+from dse.design_point import REMOVED, WIDTH, DesignPoint, TensorChoice
 from dse.errors import AllocationError, ConfigError, PointError
 from dse.search.spaces.base import SearchSpace, outside_space
 from dse.search.spaces.prior_table import block_table
@@ -158,6 +158,8 @@ class DepthProfileSpace(SearchSpace):
             allowed = [*self.config.methods, *([REMOVED] if self.config.removal else [])]
             if choice.method not in [*allowed, *([WIDTH] if self.config.widths else [])]:
                 raise outside_space(point, self, f"'{name}' has method {choice.method}")
+            if name in self.topology.by_name and choice.form not in self.config.factor_forms:
+                raise outside_space(point, self, f"'{name}' has {choice.form or 'plain'} factors")
         return self._nearest(point)
 
     def _nearest(self, point: DesignPoint) -> dict[str, int]:
@@ -179,10 +181,13 @@ class DepthProfileSpace(SearchSpace):
         return self.grid.reduction_range()
 
     def largest_ranks(self) -> dict[str, dict[str, int]]:
-        """Every tensor up to break-even, and every MLP, so that the bank serves any table and the user's points."""
+        """Every tensor up to its largest rank, and every MLP; the bank then serves any table and the user's points."""
         tensors = [t for t in self.topology.tensors if t.layer in self.layers and t.role in self.roles]
         ranks = {
-            method: {t.name: break_even_rank(*t.shape, core=has_core(method)) for t in tensors}
+            method: {
+                t.name: max(largest_rank(t, TensorChoice(method, 1, form=form)) for form in self.config.factor_forms)
+                for t in tensors
+            }
             for method in self.config.methods
         }
         inside = {tensor.name for tensor in tensors}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dse.config import RankConfig
@@ -10,7 +10,7 @@ from dse.cost import factor_parameters
 from dse.design_point import WIDTH, TensorChoice
 from dse.expert_tensor import ExpertTensor
 from dse.model_parts import Decomposable, Matrix, Mlp, RemovableBlock
-from dse.search.spaces.rank_levels import level_count, method_for, rank_at, width_levels
+from dse.search.spaces.rank_levels import choice_at, level_count, width_levels
 from dse.topology import Topology
 
 __all__ = ["Form", "Group", "matrices_of", "stacked_roles", "whole_blocks", "whole_mlps"]
@@ -47,6 +47,7 @@ class Group:
         label: str,
         matrices: tuple[Decomposable, ...],
         methods: Iterable[str],
+        factor_forms: Sequence[str],
         grid: RankConfig,
         mlps: tuple[Mlp, ...],
         blocks: tuple[RemovableBlock, ...],
@@ -56,12 +57,15 @@ class Group:
         forms = {}
         for method in methods:
             found: list[Form] = [
-                {m.name: TensorChoice(method_for(m, method), rank_at(grid, index, m, method)) for m in matrices}
+                {m.name: choice_at(grid, index, m, method, form) for m in matrices}
+                for form in factor_forms
                 for index in range(level_count(grid))
             ]
             found += _width_forms(mlps, grid)
             distinct = [form for index, form in enumerate(found) if form not in found[:index]]
-            forms[method] = tuple(sorted(distinct, key=lambda form: _saved(parts, form)) if mlps else distinct)
+            if mlps or len(factor_forms) > 1:
+                distinct.sort(key=lambda form: _saved(parts, form))
+            forms[method] = tuple(distinct)
         return cls(name, label, matrices, forms, mlps, blocks)
 
     def choices(self, method: str, level: int) -> Form:

@@ -275,10 +275,11 @@ class LevelSpace(SearchSpace):
         with_experts = any(role in EXPERT_ROLES for role in self.roles)
         blocks = whole_blocks(self.topology, matrices, with_experts=with_experts) if config.removal else ()
         mlps = whole_mlps(self.topology, matrices) if config.widths else ()
-        return Group.of(name, label, matrices, config.methods, config.ranks, mlps, blocks)
+        return Group.of(name, label, matrices, config.methods, config.factor_forms, config.ranks, mlps, blocks)
 
 
 def _text(form: Mapping[str, TensorChoice]) -> str:
     """The choices of a level for messages: `[8, 8, 16]`, or `width [1016]`."""
     kind = "width " if any(choice.is_width for choice in form.values()) else ""
+    kind += "pivoted " if any(choice.is_pivoted for choice in form.values()) else ""
     return kind + str([choice.rank for _, choice in sorted(form.items())])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from dse.config import SearchSpaceConfig
 from dse.cost import factor_parameters, parameters_saved
 from dse.design_point import WIDTH, DesignPoint, TensorChoice
 from dse.search.spaces.levels import LevelSpace
-from dse.search.spaces.rank_levels import level_count, rank_at, width_levels
+from dse.search.spaces.rank_levels import choice_at, level_count, width_levels
 from dse.sensitivity.layer_blocks import Block, blocks_of_topology, groups_that_remain
 from dse.sensitivity.option import Choices, Option, Unit
 from dse.sensitivity.sensitivity_table import SensitivityTable
@@ -49,11 +51,9 @@ def _unit(config: SearchSpaceConfig, topology: Topology, block: Block) -> Unit:
     # Norms are removed with a block, so its dense parameters are those of the matrices and the norms.
     dense = sum(t.parameters for t in tensors) if removable is None else removable.parameters
     options: dict[Choices, Option] = {(): Option((), dense, 0.0)}
-    for method in config.methods:
+    for method, form in itertools.product(config.methods, config.factor_forms):
         for index in range(level_count(config.ranks)):
-            choices = tuple(
-                sorted((t.name, TensorChoice(method, rank_at(config.ranks, index, t, method))) for t in tensors)
-            )
+            choices = tuple(sorted((t.name, choice_at(config.ranks, index, t, method, form)) for t in tensors))
             saved = sum(t.parameters - factor_parameters(t, dict(choices)[t.name]) for t in tensors)
             if saved > 0:
                 options.setdefault(choices, _option(choices, saved, dense))

@@ -9,12 +9,13 @@ from fractions import Fraction
 
 from dse.config import RankConfig
 from dse.cost import factor_parameters, has_core, largest_rank
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import PIVOTED, DesignPoint, TensorChoice
 from dse.expert_tensor import ExpertTensor
 from dse.model_parts import Decomposable, Mlp
 from dse.topology import Topology
 
 __all__ = [
+    "choice_at",
     "level_count",
     "method_for",
     "nearest_method",
@@ -36,20 +37,27 @@ def method_for(part: Decomposable, method: str) -> str:
     return "tucker" if isinstance(part, ExpertTensor) else method
 
 
-def rank_at(grid: RankConfig, index: int, tensor: Decomposable, method: str) -> int:
+def choice_at(grid: RankConfig, index: int, tensor: Decomposable, method: str, form: str = "") -> TensorChoice:
+    """The choice for a part at a level of the grid, in this form of factors; fused expert tensors have one form."""
+    own = "" if isinstance(tensor, ExpertTensor) else form
+    return TensorChoice(method_for(tensor, method), rank_at(grid, index, tensor, method, form), form=own)
+
+
+def rank_at(grid: RankConfig, index: int, tensor: Decomposable, method: str, form: str = "") -> int:
     """Rank of a tensor, stack or fused expert tensor (with its expert mode at full rank) at a level of the grid.
 
-    Absolute ranks are capped at break-even. A kept fraction f yields the largest rank whose factors have at most f of
-    the dense parameters. Either is rounded down to the grid's multiple, but not below one multiple, or below break-even
-    if that is smaller.
+    Absolute ranks are capped at break-even, those of pivoted factors below full rank. A kept fraction f yields the
+    largest rank whose factors have at most f of the dense parameters. Either is rounded down to the grid's multiple,
+    but not below one multiple, or below the cap if that is smaller.
     """
-    limit = largest_rank(tensor, method_for(tensor, method))
+    form = "" if isinstance(tensor, ExpertTensor) else form
+    limit = largest_rank(tensor, TensorChoice(method_for(tensor, method), 1, form=form))
     if grid.absolute is not None:
         rank = min(sorted(grid.absolute, reverse=True)[index], limit)
     else:
         # Exact decimal arithmetic: 0.29 of 100 is 29, but the float product is 28.999999999999996.
         fraction = Fraction(repr(sorted(grid.kept_fractions or (), reverse=True)[index]))
-        rank = _rank_within(math.floor(fraction * tensor.parameters), tensor, method)
+        rank = _rank_within(math.floor(fraction * tensor.parameters), tensor, method, form)
     multiple = grid.settled_multiple
     return min(max(rank // multiple * multiple, multiple), limit)
 
@@ -63,11 +71,13 @@ def width_levels(grid: RankConfig, mlp: Mlp) -> tuple[int, ...]:
     return tuple(dict.fromkeys(kept for kept in found if kept < mlp.channels))
 
 
-def _rank_within(budget: int, tensor: Decomposable, method: str) -> int:
+def _rank_within(budget: int, tensor: Decomposable, method: str, form: str) -> int:
     """Largest rank whose factors have at most `budget` parameters."""
     if isinstance(tensor, ExpertTensor):
         return tensor.largest_rank(budget)
     total = tensor.out_features + tensor.in_features
+    if form == PIVOTED:  # r (m + n) - r^2 <= budget
+        return (total - math.isqrt(max(total**2 - 4 * budget - 1, 0)) - 1) // 2
     return (math.isqrt(total**2 + 4 * budget) - total) // 2 if has_core(method) else budget // total
 
 

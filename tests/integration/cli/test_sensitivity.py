@@ -59,6 +59,22 @@ def test_a_profile_is_printed_plotted_and_used_for_an_allocation(
     assert "`--out DIR`" in printed
 
 
+def test_pivoted_factors_lose_less_at_the_same_reduction(
+    tiny_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for more in ((), ("--pivoted",)):
+        command = arguments("allocate", tiny_folder, text_file, "--reduction", "0.1", "--max-removed", "0", *more)
+        assert main([*command, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)[0])
+    plain, pivoted = found
+    assert pivoted["predicted_divergence"] < plain["predicted_divergence"]
+    assert {choice.get("form") for choice in plain["point"]["tensors"].values()} == {None}
+    assert "pivoted" in {choice.get("form") for choice in pivoted["point"]["tensors"].values()}
+    assert main(arguments("sensitivity", tiny_folder, text_file, "--method", "tucker", "--pivoted")) == 2
+    assert "but got 'tucker', which keeps a core" in capsys.readouterr().err
+
+
 def test_points_are_allocated_under_a_latency_budget(
     tiny_folder: Path,
     text_file: Path,

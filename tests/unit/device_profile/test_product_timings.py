@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from dse.measurement.device_profile import ProductShape, ProductTimings
 from dse.measurement.device_profile.product_timings import _alternating_ratio
@@ -36,6 +37,16 @@ def test_a_transposed_weight_has_a_timing_of_its_own(tmp_path):
     assert not timings.has_timing(plain)
     assert [tuple(weight.shape) for weight in timings._weights(transposed)[:2]] == [(16, 24)] * 2
     assert [tuple(weight.shape) for weight in timings._weights(plain)[:2]] == [(24, 16)] * 2
+
+
+def test_reordered_features_have_a_timing_of_their_own(tmp_path):
+    timings = ProductTimings(CPU, torch.float32, 2**20, tmp_path)
+    plain, reordered = ProductShape(2, 24, 16), ProductShape(2, 24, 16, reordered=40)
+    assert timings.seconds(reordered) > 0
+    assert not timings.has_timing(plain)
+    x, weight = torch.randn(2, 16), torch.randn(24, 16)
+    multiply = timings._with_reordering(functional.linear, reordered)
+    assert torch.equal(multiply(x, weight), functional.linear(x, weight))
 
 
 def test_a_malformed_file_is_measured_again(tmp_path):

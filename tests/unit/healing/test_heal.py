@@ -11,7 +11,7 @@ import torch
 from decomposition_support import windows_of
 from tiny_models import loaded_tiny_model
 
-from dse.decomposition import FactorBank, apply_point
+from dse.decomposition import FactorBank, apply_point, pivoted_factors
 from dse.design_point import DesignPoint, TensorChoice
 from dse.errors import NonFiniteError, StudyError
 from dse.evaluation.divergence import DenseDivergence, kl_divergence_of_logits
@@ -27,6 +27,11 @@ POINT = {
     "layers.1.gate": TensorChoice("tucker", 5),
     "layers.1.key": TensorChoice("svd", 3),
     "layers.2.down": TensorChoice("svd", 4),
+}
+WITH_PIVOTED = {
+    **POINT,
+    "layers.2.query": TensorChoice("svd", 5, form="pivoted"),
+    "layers.2.attention_output": TensorChoice("svd", 5, form="pivoted"),
 }
 
 
@@ -51,7 +56,7 @@ def other(loaded: LoadedModel) -> DenseDivergence:
 
 @pytest.fixture(scope="module")
 def bank(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> FactorBank:
-    return FactorBank.build(loaded, [DesignPoint.of(POINT)], None, folder=tmp_path_factory.mktemp("bank"))
+    return FactorBank.build(loaded, [DesignPoint.of(WITH_PIVOTED)], None, folder=tmp_path_factory.mktemp("bank"))
 
 
 def healed(
@@ -60,9 +65,10 @@ def healed(
     teacher: Teacher,
     other: DenseDivergence,
     settings: HealingSettings = SETTINGS,
+    choices: dict[str, TensorChoice] = POINT,
     **options: Any,
 ) -> HealedPoint:
-    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(POINT), bank)
+    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(choices), bank)
     try:
         return heal(loaded, applied, teacher, other, settings, **options)
     finally:
@@ -113,7 +119,7 @@ def test_layers_computed_again_give_the_same_gradients(loaded: LoadedModel, bank
 
 
 def test_only_factors_and_norms_are_trained(loaded: LoadedModel, bank: FactorBank) -> None:
-    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(POINT), bank)
+    applied = apply_point(loaded.model, loaded.topology, DesignPoint.of(WITH_PIVOTED), bank)
     try:
         names = set(trained_modules(loaded.model, loaded.topology, applied.point))
     finally:
@@ -128,6 +134,7 @@ def test_only_factors_and_norms_are_trained(loaded: LoadedModel, bank: FactorBan
         *(f"{layer}.1.mlp.gate_proj.{part}.weight" for part in ("left", "core", "right")),
         *(f"{layer}.1.self_attn.k_proj.{part}.weight" for part in ("left", "right")),
         *(f"{layer}.2.mlp.down_proj.{part}.weight" for part in ("left", "right")),
+        *(f"{layer}.2.self_attn.{role}_proj.{part}.weight" for role in "qo" for part in ("pivots", "combinations")),
         *(f"{layer}.{i}.{place}_layernorm.weight" for i in (1, 2) for place in ("input", "post_attention")),
         f"{layer}.0.post_attention_layernorm.weight",
         "model.norm.weight",
@@ -269,7 +276,42 @@ def test_masters_of_a_half_precision_model_are_float32(tmp_path: Path) -> None:
     weights.restore()
     found = heal(half, applied, teacher, same, dataclasses.replace(SETTINGS, learning_rate=1e-3))
     assert found.report.kl_after < found.report.kl_before
-    assert {weight.dtype for weight in found.weights.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in found.weights.values() if weight.is_floating_point()} == {torch.bfloat16}
+
+
+def test_trained_weights_keep_the_indices_that_they_belong_to(
+    loaded: LoadedModel, bank: FactorBank, teacher: Teacher, other: DenseDivergence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device may choose other independent rows when it applies the point."""
+    found = healed(loaded, bank, teacher, other, choices=WITH_PIVOTED)
+    assert found.report.kl_after < found.report.kl_before
+    point = DesignPoint.of(WITH_PIVOTED)
+
+    def outputs() -> torch.Tensor:
+        with torch.inference_mode():
+            return loaded.model(input_ids=text(2, 7)).logits
+
+    applied = apply_point(loaded.model, loaded.topology, point, bank)
+    apply_healed(applied, loaded.model, found.weights)
+    expected = outputs()
+    applied.undo()
+    last = pivoted_factors._independent_rows
+    monkeypatch.setattr(pivoted_factors, "_independent_rows", lambda tall: last(tall.flip(1)))  # C is that of `tall`
+    monkeypatch.setattr(pivoted_factors, "_LARGEST_COEFFICIENT", 1e9)
+    applied = apply_point(loaded.model, loaded.topology, point, bank)
+    query = loaded.model.get_submodule("model.layers.2.self_attn.q_proj")
+    before = query.chosen
+    apply_healed(applied, loaded.model, found.weights)
+    assert query.chosen != before
+    assert torch.equal(outputs(), expected)
+    applied.use_baseline()
+    assert query.chosen == before
+    applied.undo()
+    wrong = {name: t[:-1] if name.endswith("chosen") else t for name, t in found.weights.items()}
+    applied = apply_point(loaded.model, loaded.topology, point, bank)
+    with pytest.raises(StudyError, match="must belong to pivoted factors of rank 4"):
+        apply_healed(applied, loaded.model, wrong)
+    applied.undo()
 
 
 def test_files_come_back_and_refuse_another_point(

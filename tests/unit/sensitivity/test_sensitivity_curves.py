@@ -36,7 +36,8 @@ def test_errors_at_every_rank_equal_those_of_the_factors(family: str, method: st
     bank = FactorBank.build(
         loaded, {method: limits}, CalibrationWindows(windows(20, seed=2), "f" * 16, "test"), folder=tmp_path
     )
-    found = truncation_errors(loaded, limits, method, bank, [text[:4], text[4:]])
+    largest = {name: TensorChoice(method, rank) for name, rank in limits.items()}
+    found = truncation_errors(loaded, largest, bank, [text[:4], text[4:]])
     inputs: dict[str, torch.Tensor] = {}
     matrices = {m.name: m for m in loaded.topology.matrices if m.layer == 1}
     names = list(matrices)
