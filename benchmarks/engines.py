@@ -24,7 +24,7 @@ from dse import load_model
 from dse.config import MeasurementConfig
 from dse.cost import break_even_rank, point_cost
 from dse.decomposition import FactorBank, decompose, named_calibration
-from dse.design_point import DesignPoint, TensorChoice
+from dse.design_point import PIVOTED, DesignPoint, TensorChoice
 from dse.engines import ENGINES, PairedServing
 from dse.errors import DseError
 from dse.export import engine_pair
@@ -75,6 +75,7 @@ def forms(loaded: LoadedModel) -> Iterator[tuple[str, DesignPoint]]:
     members = {member for name in stacked for member in topology.tensors_of(name)}
     beside = [name for name in matrices if name not in members]
     yield "low rank", _uniform(loaded, _break_even(topology, matrices))
+    yield "pivoted", _uniform(loaded, {t.name: min(t.shape) for t in topology.tensors}, form=PIVOTED)
     if stacked:
         yield "stacks", _uniform(loaded, _break_even(topology, [*stacked, *beside]))
     if topology.blocks:
@@ -84,12 +85,12 @@ def forms(loaded: LoadedModel) -> Iterator[tuple[str, DesignPoint]]:
         yield "reduced MLP width", _uniform(loaded, widths, "width")
 
 
-def _uniform(loaded: LoadedModel, limits: Mapping[str, int], method: str = "svd") -> DesignPoint:
+def _uniform(loaded: LoadedModel, limits: Mapping[str, int], method: str = "svd", form: str = "") -> DesignPoint:
     """The same share of each limit, in multiples of 8: the largest that reaches the reduction."""
 
     def at(share: float) -> DesignPoint:
         ranks = {name: max(1, int(share * limit) // 8 * 8) for name, limit in limits.items()}
-        return DesignPoint.of({name: TensorChoice(method, rank) for name, rank in ranks.items()})
+        return DesignPoint.of({name: TensorChoice(method, rank, form=form) for name, rank in ranks.items()})
 
     low, high = 0.01, 1.0
     for _ in range(30):

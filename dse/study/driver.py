@@ -26,7 +26,8 @@ from dse.search.proposal import Proposal
 from dse.search.search_session import SearchSession
 from dse.search.start_up_points import unseen_feasible_levels
 from dse.study.folder import StudyFolder
-from dse.study.storage import StudyStorage
+from dse.study.storage import RETRY_S, StudyStorage
+from dse.study.storage_connection import DatabaseLostError
 from dse.study.study import Study
 from dse.study.trial_log import proposal_line, result_line
 from dse.study.trial_tables import TrialTables
@@ -121,15 +122,7 @@ class StudyDriver:
             self.outline.table,
             forecast,
         )
-        self.storage = StudyStorage.open(
-            self.folder.storage,
-            config.name,
-            dict(zip((o.name for o in objectives), directions_of(objectives), strict=True)),
-            sampler=config.sampler.name,
-            seed=config.sampler.seed,
-            trials=config.budget.trials,
-            is_parallel=self.workers.count > 1,
-        )
+        self.storage = self._open_storage()
         self.storage.on_wait = self._wait_for_storage
         self._tables = TrialTables(is_parallel=self.workers.count > 1)
 
@@ -137,6 +130,26 @@ class StudyDriver:
     def outline(self) -> StudyOutline:
         """The study as the workers have prepared it."""
         return self.workers.outline
+
+    def _open_storage(self) -> StudyStorage:
+        """Open the storage. It answered before the workers started, so it is waited for."""
+        config, objectives = self.outline.config, self.outline.objectives
+        waited_s = 0.0
+        while True:
+            try:
+                return StudyStorage.open(
+                    self.folder.storage,
+                    config.name,
+                    dict(zip((o.name for o in objectives), directions_of(objectives), strict=True)),
+                    sampler=config.sampler.name,
+                    seed=config.sampler.seed,
+                    trials=config.budget.trials,
+                    is_parallel=self.workers.count > 1,
+                )
+            except DatabaseLostError as error:
+                self._wait_for_storage(str(error), waited_s)
+                time.sleep(RETRY_S)
+                waited_s += RETRY_S
 
     def _wait_for_storage(self, reason: str, waited_s: float) -> None:
         """Tell the user, once at first and then once a minute, that the database is away."""

@@ -33,7 +33,7 @@ from dse.study.storage_connection import (
 from dse.study.storage_place import DatabasePlace
 from dse.trial_record import TrialRecord
 
-__all__ = ["StudyStorage"]
+__all__ = ["RETRY_S", "StudyStorage"]
 
 _RECORD, _ORIGIN, _WHY, _POINT = "record", "origin", "why", "point"
 _REVISED = "revised"
@@ -44,7 +44,8 @@ _DASHBOARD_CONSTRAINTS = "constraints"
 count every violation twice. The names are kept as a user attribute.
 """
 
-_RETRY_S = 1.0
+RETRY_S = 1.0
+"""Seconds between two attempts to reach a database that does not answer."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,8 +67,8 @@ def _patient(method: Callable[P, T]) -> Callable[P, T]:
             except DatabaseLostError as error:
                 storage.is_repeated = True
                 storage.on_wait(str(error), waited_s)
-                time.sleep(_RETRY_S)
-                waited_s += _RETRY_S
+                time.sleep(RETRY_S)
+                waited_s += RETRY_S
 
     return repeated
 

@@ -123,8 +123,7 @@ def structural_forms(topology: Topology) -> dict[str, DesignPoint]:
     widths = {f"layers.{layer}.mlp": TensorChoice(width, 600 + 40 * layer) for layer in (2, 9, 16)}
     pivoted = {
         tensor.name: TensorChoice(svd, 100 + 5 * i, form="pivoted")
-        for i, tensor in enumerate(topology.tensors)
-        if tensor.layer in (4, 15)
+        for i, tensor in enumerate(t for t in topology.tensors if t.layer in (4, 15))
     }
     mixed = {f"layers.{i}.{role}": TensorChoice(svd, 90 + 8 * i) for i in range(2, 29, 3) for role in ("gate", "down")}
     return {

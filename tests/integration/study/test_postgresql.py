@@ -42,19 +42,27 @@ def _password(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Outages(Watcher):
-    """Kills the server after some trials; it is back three seconds later."""
+    """Kills the server while the model loads, and after some trials; it is back three seconds later."""
 
     def __init__(self, server: PostgresServer, after: set[int]) -> None:
         super().__init__()
         self._server, self._after = server, after
         self.threads: list[threading.Timer] = []
 
+    def on_message(self, message: str) -> None:
+        super().on_message(message)
+        if message.startswith("loading"):
+            self._begin()
+
     def on_trial_end(self, progress: StudyProgress, record: TrialRecord) -> None:
         if progress.finished in self._after:
             self._after.discard(progress.finished)
-            self._server.kill()
-            self.threads.append(threading.Timer(3.0, self._server.start))
-            self.threads[-1].start()
+            self._begin()
+
+    def _begin(self) -> None:
+        self._server.kill()
+        self.threads.append(threading.Timer(3.0, self._server.start))
+        self.threads[-1].start()
 
 
 def test_a_killed_server_is_waited_for(
@@ -65,7 +73,7 @@ def test_a_killed_server_is_waited_for(
     expected = run_study(config, out=tmp_path / "file")
     watcher = Outages(server, {1, 4, 7})
     study = run_study({**config, "storage": server.url}, out=tmp_path / "run", listener=watcher)
-    assert len(watcher.threads) == 3
+    assert len(watcher.threads) == 4
     assert any("must answer" in message and message.endswith("waiting for it") for message in watcher.messages)
     assert points_and_accuracies(study) == points_and_accuracies(expected)
     assert [(r.trial, r.state, r.origin) for r in study.records] == [
