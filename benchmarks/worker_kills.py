@@ -105,7 +105,7 @@ class Disturbance:
                 known = found
                 if status == 0:
                     return self._checked()
-                if status != -signal.SIGKILL and not (self._kind == "disk" and status == 2):
+                if status != -signal.SIGKILL and not (self._kind in ("disk", "database") and status == 2):
                     raise RuntimeError(f"dse run ended with {status}; see {self._log}")
                 if self._kind not in ("search", "disk"):
                     self._count = self._generator.choice([n for n in (1, 2, 3) if n != self._count])
