@@ -21,11 +21,13 @@ class Ticket:
     Attributes:
         job: The job.
         deaths: Why the workers that ran it ended.
+        false_starts: How many workers ended when they were about to run it.
         evaluation: The evaluation of a trial whose measurements are still to be taken.
     """
 
     job: Job
     deaths: list[str] = field(default_factory=list)
+    false_starts: int = 0
     evaluation: EvaluationResult | None = None
 
     def for_accuracy(self) -> Job | None:

@@ -257,7 +257,8 @@ class RayWorkers(Workers):
                     self._failed_start(member, error)
                 except StudyError as reason:
                     self._retire(member, reason)
-            elif error.is_starting:  # it ended while it was idle, so the job never began
+            elif error.is_starting and ticket.false_starts < _MAX_FAILED_STARTS:  # the job never began
+                ticket.false_starts += 1
                 self._lanes.fail(member, str(error))
                 self._waiting.appendleft(ticket)
             else:

@@ -125,10 +125,16 @@ class RayNodes:
         return found
 
     def kill_within(self, worker: WorkerProcess, method: str) -> bool:
-        """Kill a worker that executes this method; stopped first, so that it does not finish meanwhile."""
-        if worker.method != method or not worker.send(signal.SIGSTOP):
+        """Kill a worker that executes this method; stopped first, so that it does not finish meanwhile.
+
+        A worker that ends within milliseconds may not have told the driver yet that it has begun.
+        """
+        if worker.method != method:
             return False
-        still = any(found == worker for found in self.workers())
+        time.sleep(0.5)
+        if worker not in self.workers() or not worker.send(signal.SIGSTOP):
+            return False
+        still = worker in self.workers()
         worker.send(signal.SIGKILL if still else signal.SIGCONT)
         return still
 
