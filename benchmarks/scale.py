@@ -61,6 +61,7 @@ from dse.study.study import open_study
 from dse.topology import Topology
 from dse.trial.measurement_plan import MeasurementPlan
 from dse.trial_record import EVALUATED_STATES, TrialRecord
+from dse.workers.cache_folder import CacheFolder
 from dse.workers.interface import FinishedJob, Workers
 from dse.workers.jobs import EvaluateTrial, Job, TrialResult
 from dse.workers.lane_book import LaneBook
@@ -69,7 +70,7 @@ from dse.workers.outline import StudyOutline
 from dse.workers.ray_cluster import connected
 from dse.workers.ray_workers import RayWorkers
 from dse.workers.same_study import MUST_STAY
-from dse.workers.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, WorkerFacts
+from dse.workers.study_worker import JobOutcome, Joined, StudyRequest, WorkerFacts
 
 LONGEST = 5.0
 """Longest trial, in means."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from dse.config import StudyConfig, WorkersConfig
 from dse.errors import StudyError
-from dse.files import cache_dir, disk_errors
+from dse.workers.cache_folder import driver_cache_folder
 from dse.workers.driver_desk import DriverDesk
 from dse.workers.interface import FinishedJob, Workers
 from dse.workers.jobs import EvaluateTrial, Job
@@ -24,7 +24,7 @@ from dse.workers.listener import StudyListener
 from dse.workers.ray_cluster import RayCall, RayCluster, Share, WorkerLostError, call_actor, connected
 from dse.workers.ray_members import Member, Ticket
 from dse.workers.same_study import check_same_devices, check_same_facts, check_same_versions, measured_objectives
-from dse.workers.study_worker import CacheFolder, JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
+from dse.workers.study_worker import JobOutcome, Joined, StudyRequest, StudyWorker, WorkerFacts
 
 __all__ = ["RayWorkers", "ray_workers"]
 
@@ -382,7 +382,7 @@ def ray_workers(
     Raises:
         UserError: Ray, a worker or a part of the study is not possible.
     """
-    with connected(settings) as cluster, _cache_folder(settings) as cache:
+    with connected(settings) as cluster, driver_cache_folder(settings) as cache:
         share = cluster.share()
         with_device = tuple(started_with) if started_with is not None else None
         request = StudyRequest(config, with_device, answers, share.threads, cache, f"dse-desk-{uuid.uuid4().hex}")
@@ -392,18 +392,3 @@ def ray_workers(
             yield workers
         finally:
             workers.close()
-
-
-@contextlib.contextmanager
-def _cache_folder(settings: WorkersConfig) -> Iterator[CacheFolder]:
-    """The driver's cache folder, with a file in it by which workers recognise it."""
-    root = cache_dir() if settings.cache is None else Path(settings.cache).expanduser()
-    token = f".driver-{uuid.uuid4().hex}"
-    with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        (root / token).touch()
-    try:
-        yield CacheFolder(root.resolve(), token, settings.cache is not None)
-    finally:
-        with contextlib.suppress(OSError):
-            (root / token).unlink()

@@ -21,6 +21,7 @@ from dse.evaluation import EvaluationCache
 from dse.files import cache_dir
 from dse.sensitivity.divergence_meter import OptionDivergence
 from dse.sensitivity.sensitivity_table import SensitivityTable
+from dse.workers.cache_folder import CacheFolder
 from dse.workers.driver_desk import bank_files, fetch_missing, hand_in
 from dse.workers.jobs import EvaluateTrial, Job, MeasureIdle
 from dse.workers.listener import StudyListener
@@ -31,21 +32,6 @@ from dse.workers.setup import PreparedStudy, prepare_study
 __all__ = ["CacheFolder", "JobOutcome", "Joined", "StudyRequest", "StudyWorker", "WorkerFacts"]
 
 _PHASE_PERIOD_S = 0.5
-
-
-@dataclass(frozen=True)
-class CacheFolder:
-    """The driver's cache folder.
-
-    Attributes:
-        path: Where it is on the driver's machine.
-        token: Name of an empty file in it, by which a worker recognises the same folder.
-        is_named: Whether the study names the folder, which then precedes the worker's own.
-    """
-
-    path: Path
-    token: str
-    is_named: bool
 
 
 @dataclass(frozen=True)
