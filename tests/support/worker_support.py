@@ -127,7 +127,7 @@ class RayNodes:
     def kill_within(self, worker: WorkerProcess, method: str) -> bool:
         """Kill a worker that executes this method; stopped first, so that it does not finish meanwhile.
 
-        A worker that ends within milliseconds may not have told the driver yet that it has begun.
+        If it dies within milliseconds of the start, the driver may not know yet that the job began.
         """
         if worker.method != method:
             return False

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from export_families import FAMILIES, GREEDY, TOKENS, reloaded
 from tiny_models import loaded_tiny_model, tiny_model, with_random_vectors
 
 from dse.cost import point_cost
@@ -21,15 +22,6 @@ from dse.export.templates.modeling_lowrank import numbers_of
 from dse.models import LoadedModel
 from dse.models.transformers_patches import quiet_transformers
 
-FAMILIES = {
-    "llama": hf.AutoModelForCausalLM,
-    "phi3": hf.AutoModelForCausalLM,
-    "gpt2": hf.AutoModelForCausalLM,
-    "opt": hf.AutoModelForCausalLM,
-    "bert": hf.AutoModelForMaskedLM,
-}
-TOKENS = torch.tensor([[5, 9, 120, 33, 7]])
-
 
 def mixed(loaded: LoadedModel) -> DesignPoint:
     """Every tensor of layer 1 pivoted, one of layer 0 with two factors, the last MLP removed if it can be."""
@@ -37,12 +29,6 @@ def mixed(loaded: LoadedModel) -> DesignPoint:
     plain = next(t.name for t in loaded.topology.tensors if t.layer == 0)
     removed = [block.name for block in loaded.topology.blocks if block.name == "layers.0.mlp"]
     return DesignPoint.of(pivoted | {plain: TensorChoice("svd", 4)} | dict.fromkeys(removed, TensorChoice.removal()))
-
-
-def reloaded(family: str, folder: Path, **keywords: object) -> hf.PreTrainedModel:
-    with quiet_transformers():
-        model: hf.PreTrainedModel = FAMILIES[family].from_pretrained(folder, **keywords).eval()
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,10 +76,9 @@ def test_a_pivoted_export_generates_and_compiles(tmp_path: Path, make_loaded: Ca
     point = mixed(loaded)
     bank = FactorBank.build(loaded, [point], None, folder=tmp_path / "bank")
     export_point(loaded, point, bank, tmp_path / "thin", verify=False)
-    rules = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS)}
     thin = reloaded("llama", tmp_path / "thin", trust_remote_code=True)
     with torch.inference_mode(), decompose(loaded, point, bank):
-        assert torch.equal(thin.generate(TOKENS, **rules), loaded.model.generate(TOKENS, **rules))
+        assert torch.equal(thin.generate(TOKENS, **GREEDY), loaded.model.generate(TOKENS, **GREEDY))
     one = next(module for module in thin.modules() if type(module).__name__ == PivotedLinear.__name__)
     x = torch.randn(2, 3, one.in_features)
     traced = torch.export.export(one, (x,)).module()

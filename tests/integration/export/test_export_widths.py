@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
 from decomposition_support import windows_of
+from export_families import FAMILIES, GREEDY, TOKENS, reloaded
 from tiny_models import tiny_model, with_random_vectors
 
 from dse.cost import point_cost
@@ -16,16 +16,7 @@ from dse.decomposition import FactorBank, decompose
 from dse.design_point import DesignPoint, TensorChoice
 from dse.export import export_point
 from dse.models import LoadedModel, topology_of
-from dse.models.transformers_patches import quiet_transformers
 
-FAMILIES = {
-    "llama": hf.AutoModelForCausalLM,
-    "phi3": hf.AutoModelForCausalLM,
-    "gpt2": hf.AutoModelForCausalLM,
-    "opt": hf.AutoModelForCausalLM,
-    "bert": hf.AutoModelForMaskedLM,
-}
-TOKENS = torch.tensor([[5, 9, 120, 33, 7]])
 WINDOWS = windows_of(torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(1)))
 
 
@@ -37,12 +28,6 @@ def with_widths(loaded: LoadedModel, *widths: int) -> DesignPoint:
             if width < mlp.channels
         }
     )
-
-
-def reloaded(family: str, folder: Path, **keywords: object) -> hf.PreTrainedModel:
-    with quiet_transformers():
-        model: hf.PreTrainedModel = FAMILIES[family].from_pretrained(folder, **keywords).eval()
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,10 +70,9 @@ def test_a_narrow_export_generates_with_a_cache(tmp_path: Path, make_loaded: Cal
     point = with_widths(loaded, 24, 16, 40)
     bank = FactorBank.build(loaded, [point], WINDOWS, folder=tmp_path / "bank")
     export_point(loaded, point, bank, tmp_path / "narrow", verify=False)
-    rules = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS)}
     thin = reloaded("llama", tmp_path / "narrow", trust_remote_code=True)
     with torch.inference_mode(), decompose(loaded, point, bank):
-        assert torch.equal(thin.generate(TOKENS, **rules), loaded.model.generate(TOKENS, **rules))
+        assert torch.equal(thin.generate(TOKENS, **GREEDY), loaded.model.generate(TOKENS, **GREEDY))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -1,7 +1,8 @@
-"""A study of points with pivoted factors: its trials, its texts, an export, and healing of one of its points."""
+"""A study of points with pivoted factors: its trials, its texts, and exports of one of its points."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,9 +44,11 @@ def test_a_study_evaluates_and_shows_pivoted_factors(pivoted: Study, capsys: pyt
     assert "by pivoted svd" in pivoted.folder.front_html.read_text()
 
 
-def test_a_pivoted_trial_is_exported_healed_or_not(pivoted: Study, tmp_path: Path) -> None:
+def test_a_pivoted_trial_is_exported_in_both_forms(pivoted: Study, tmp_path: Path) -> None:
     record = next(record for record in evaluated(pivoted) if record.point.decomposed)
     for name, more in (("thin", []), ("dense", ["--format", "dense"])):
         arguments = ["--trial", str(record.trial), "--out", str(tmp_path / name), *more]
         assert main(["export", str(pivoted.folder.path), *arguments]) == 0
-        assert next((tmp_path / name).rglob("README.md")).is_file()
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        pivoted_parts = [part for part in config.get("low_rank", {}).values() if "rows" in part or "columns" in part]
+        assert len(pivoted_parts) == (len(record.point.choices) if name == "thin" else 0)
